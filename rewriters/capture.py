@@ -1,0 +1,203 @@
+"""Record a model's forward as a torch.fx graph of ATen calls, without computing anything.
+
+The forward runs once on fake tensors (shapes without data), under a dispatch mode that writes down every
+ATen call it sees. Beside the graph the tree of module calls is kept: slimming rewrites single modules and
+has to know what each of them was called with and what its children gave back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rewriters.errors import CaptureError
+
+_OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of one module: what went in, what came out, and the calls and ATen nodes inside it."""
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    children: list[ModuleCall] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    def walk(self) -> Iterator[ModuleCall]:
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A recorded forward.
+
+    Attributes:
+        graph: ATen calls; a node's meta holds `val` (fake tensor or tuple of them) and `call`, the
+            `ModuleCall` it ran in. `get_attr` nodes are named as `model.get_parameter` names them.
+        root: the outermost module call.
+        nodes: the node that made each fake tensor, by the tensor's id (the tensors live in the graph).
+        tensors: fake tensors of parameters and buffers, by qualified name.
+        mode: the fake tensor mode everything here belongs to.
+    """
+
+    graph: fx.Graph
+    root: ModuleCall
+    nodes: Mapping[int, fx.Node]
+    tensors: Mapping[str, Tensor]
+    mode: FakeTensorMode
+
+    def calls(self) -> Iterator[ModuleCall]:
+        return self.root.walk()
+
+
+class Recorder(TorchDispatchMode):
+    """Writes every ATen call into a graph; tensors it has not seen become constants (`get_attr`)."""
+
+    def __init__(self, real: Mapping[int, Tensor]):
+        super().__init__()
+        self.graph = fx.Graph()
+        self.nodes: dict[int, fx.Node] = {}
+        self.call: ModuleCall | None = None
+        self._real = real
+        self._alive: list[Tensor] = []
+
+    def add_input(self, name: str, value: Tensor) -> fx.Node:
+        node = self.graph.placeholder(name)
+        self._own(node, value)
+        return node
+
+    def _own(self, node: fx.Node, value: Any) -> None:
+        node.meta["val"] = value
+        node.meta["call"] = self.call
+        if isinstance(value, Tensor):
+            self.nodes[id(value)] = node
+            self._alive.append(value)  # an id must not be given away twice
+
+    def node_of(self, value: Tensor) -> fx.Node:
+        if id(value) not in self.nodes:
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                self._own(self.graph.create_node("get_attr", f"constant_{len(self.nodes)}"), value)
+        return self.nodes[id(value)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._real:
+            return self._real[id(args[0])].item()  # a parameter's or buffer's own value is known
+        out = func(*args, **kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            return out  # a question about a tensor (its device, its layout), not a step of the forward
+        node_args, node_kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        self._own(node, out)
+        if isinstance(out, (tuple, list)):
+            for index, item in enumerate(out):
+                if isinstance(item, Tensor):
+                    self._own(self.graph.call_function(_getitem, (node, index)), item)
+        if self.call is not None:
+            self.call.nodes.append(node)
+        return out
+
+
+def _getitem(values: Any, index: int) -> Any:
+    return values[index]
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node only picks one of the results of a call with several."""
+    return node.target is _getitem
+
+
+@contextlib.contextmanager
+def _module_calls(recorder: Recorder, paths: Mapping[nn.Module, str]) -> Iterator[list[ModuleCall]]:
+    roots: list[ModuleCall] = []
+    plain_call = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module not in paths:
+            return plain_call(module, *args, **kwargs)
+        outer = recorder.call
+        inner = ModuleCall(paths[module], args, kwargs)
+        (outer.children if outer else roots).append(inner)
+        recorder.call = inner
+        inner.output = plain_call(module, *args, **kwargs)
+        recorder.call = outer
+        return inner.output
+
+    with mock.patch.object(nn.Module, "__call__", call):
+        yield roots
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by qualified name; a shared one once, under its first name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def user_line() -> str:
+    """File, line and text of the user's code that the current exception passed through last."""
+    frames = [
+        frame for frame in traceback.extract_tb(sys.exc_info()[2]) if not frame.filename.startswith((*_OWN_CODE, "<"))
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """No gradients, no fused attention kernel that hides its parts, and the recorder's errors in words."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise CaptureError(
+            f"the forward of {type(model).__name__} depends on the values of a tensor, at {user_line()}",
+            remedy="Keep that part outside the model that is prepared, or replace the branch by torch.where.",
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Capture:
+    """Record `model(*args, **kwargs)` in the mode (train or eval) that the model is in.
+
+    Nothing is computed and nothing in the model changes: parameters, buffers and inputs are replaced by
+    fake tensors for the time of the call.
+
+    Raises:
+        CaptureError: control flow or a shape depends on a tensor's values; the message names the line.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    real = named_tensors(model)
+    fakes = {name: mode.from_tensor(tensor) for name, tensor in real.items()}
+    recorder = Recorder({id(fakes[name]): tensor for name, tensor in real.items()})
+    fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs or {})))
+    tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
+    for name, fake in fakes.items():
+        recorder._own(recorder.graph.create_node("get_attr", name), fake)
+    paths = {module: path for path, module in model.named_modules()}
+    with _quiet(model), mode, _module_calls(recorder, paths) as roots, recorder:
+        output = functional_call(model, fakes, fake_args, fake_kwargs)
+    recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
+    return Capture(recorder.graph, roots[0], recorder.nodes, fakes, mode)

@@ -1,0 +1,145 @@
+"""The partition of a model's channels into classes that live or die together.
+
+A `ChannelMap` is what the label pass leaves behind and all that the later steps need: gates take one
+entry a class, the FLOPs model counts live classes on both sides of each kernel, slimming takes an index
+out of every tensor that carries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+ALWAYS = -1
+"""Class of an index that always stays."""
+
+
+class Side(NamedTuple):
+    """One dimension of one parameter or buffer, by its qualified name."""
+
+    tensor: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}]"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The weight of a convolution or linear layer, as the cost of running it sees it.
+
+    `macs` are the multiply-adds that one pair (index of dimension 0, index of dimension 1) of the weight
+    costs for one sample, over all calls of the layer: a layer costs macs * live_0 * live_1. `mixes` says
+    that channels are summed over dimension `input_dim`, so that a gate may stand there; it is false for a
+    depthwise convolution.
+    """
+
+    module: str
+    weight: str
+    macs: float
+    input_dim: int
+    mixes: bool = True
+
+    @property
+    def input_side(self) -> Side:
+        return Side(self.weight, self.input_dim)
+
+    @property
+    def output_side(self) -> Side:
+        return Side(self.weight, 1 - self.input_dim)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Why some channels always stay: the op that needs them whole, and the sides they lie on."""
+
+    module: str
+    op: str
+    reason: str
+    sides: tuple[Side, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Classes that lie on the same sides: the channels of a layer, or of a whole residual stage."""
+
+    classes: tuple[int, ...]
+    sides: tuple[Side, ...]
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """Classes of coupled channels and where they lie.
+
+    Attributes:
+        size: number of classes that may die.
+        classes: for each side that holds at least one such class, the class of every index along it
+            (int64, shape (side's size,)), or `ALWAYS` where the index is pinned.
+        sizes: full length of every side of every kernel, also of those that hold no class.
+        kernels: convolutions and linear layers, in the order they run.
+        gated: input sides where classes are merged into sums: a gate stands on each of them.
+        pins: why the other channels stay.
+    """
+
+    size: int
+    classes: Mapping[Side, Tensor]
+    sizes: Mapping[Side, int]
+    kernels: tuple[Kernel, ...]
+    gated: tuple[Side, ...]
+    pins: tuple[Pin, ...]
+
+    def kept(self, side: Side, live: Tensor) -> Tensor:
+        """Indices along `side` that stay when the classes in `live` (bool, shape (size,)) do."""
+        classes = self.classes[side]
+        return torch.nonzero(torch.cat([live, live.new_ones(1)])[classes]).flatten()
+
+    def members(self) -> list[list[tuple[Side, int]]]:
+        """For each class, where it lies: the (side, index) pairs it takes out when it dies."""
+        found: list[list[tuple[Side, int]]] = [[] for _ in range(self.size)]
+        for side, classes in self.classes.items():
+            for index, label in enumerate(classes.tolist()):
+                if label != ALWAYS:
+                    found[label].append((side, index))
+        return found
+
+    def groups(self) -> list[Group]:
+        """Classes gathered by the sides they lie on, in order of their first class."""
+        sides: list[list[Side]] = [[] for _ in range(self.size)]
+        for side, classes in self.classes.items():
+            for label in classes.unique().tolist():
+                if label != ALWAYS:
+                    sides[label].append(side)
+        gathered: dict[tuple[Side, ...], list[int]] = {}
+        for label, where in enumerate(sides):
+            gathered.setdefault(tuple(where), []).append(label)
+        return [Group(tuple(classes), where) for where, classes in gathered.items()]
+
+    def graph(self) -> nx.Graph:
+        """The coupling graph: groups and the kernels between them, ready to be drawn.
+
+        A group's node is ("group", i) and carries `width`, the number of its classes; a kernel's node is
+        ("kernel", module) and carries `macs`. An edge's `end` is "input" or "output".
+        """
+        graph = nx.Graph()
+        on_side: dict[Side, list[int]] = {}
+        for index, group in enumerate(self.groups()):
+            graph.add_node(("group", index), width=len(group.classes))
+            for side in group.sides:
+                on_side.setdefault(side, []).append(index)
+        for kernel in self.kernels:
+            node = ("kernel", kernel.module)
+            graph.add_node(node, macs=kernel.macs)
+            for end, side in (("input", kernel.input_side), ("output", kernel.output_side)):
+                for index in on_side.get(side, ()):
+                    graph.add_edge(("group", index), node, end=end)
+        return graph
+
+    def to(self, device: torch.device | str) -> ChannelMap:
+        """The same map with its index tensors on `device`."""
+        classes = {side: labels.to(device) for side, labels in self.classes.items()}
+        return ChannelMap(self.size, classes, self.sizes, self.kernels, self.gated, self.pins)

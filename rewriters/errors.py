@@ -1,0 +1,32 @@
+"""The errors that both packages raise: each says where, what and what to do about it."""
+
+from __future__ import annotations
+
+
+class AutogateError(RuntimeError):
+    """A model, an argument or a state that autogate cannot work with.
+
+    Args:
+        cause: what was found.
+        where: module path (and op) it was found at; empty for the call as a whole.
+        remedy: what the caller can do about it.
+
+    The model is as it was before the call that raised.
+    """
+
+    def __init__(self, cause: str, *, where: str = "", remedy: str = ""):
+        self.cause, self.where, self.remedy = cause, where, remedy
+        message = f"{where}: {cause}" if where else cause
+        super().__init__(f"{message} {remedy}".rstrip())
+
+
+class CaptureError(AutogateError):
+    """The model's forward could not be recorded."""
+
+
+class SurgeryError(AutogateError):
+    """A module could not be rewritten for the channels that are left."""
+
+
+class VerificationError(AutogateError):
+    """The slim model's outputs differ from the gated model's."""

@@ -1,0 +1,38 @@
+"""Changes to a live module tree that can all be taken back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+_ABSENT = object()
+
+
+class Journal:
+    """Applies changes to modules and remembers what was there before."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[dict[str, Any], str, Any]] = []
+
+    def set(self, entries: dict[str, Any], key: str, value: Any) -> None:
+        """`entries[key] = value`, for a module's `__dict__`, `_parameters`, `_buffers` or `_modules`."""
+        self._entries.append((entries, key, entries.get(key, _ABSENT)))
+        entries[key] = value
+
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set a plain attribute (an int, a forward), past nn.Module's registration."""
+        self.set(module.__dict__, name, value)
+
+    def set_tensor(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Put a parameter or buffer in the place of another."""
+        self.set(module._parameters if name in module._parameters else module._buffers, name, value)
+
+    def undo(self) -> None:
+        """Take everything back, the latest first; the order of the entries stays as it was."""
+        for entries, key, before in reversed(self._entries):
+            if before is _ABSENT:
+                del entries[key]
+            else:
+                entries[key] = before
+        self._entries.clear()

@@ -1,0 +1,163 @@
+"""Channel labels: who owns each index of each tensor, and which owners must live or die together.
+
+Every index along every dimension of every parameter and buffer is given a label of its own. Labels travel
+with the values computed from the parameters; where labels meet they are merged, where an op needs its
+channels whole they are pinned. What is left is a partition of the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rewriters.channel_map import Side
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What is known of a tensor's channels.
+
+    Attributes:
+        shape: the tensor's shape.
+        layers: int64 label tensors with the tensor's number of dimensions, of size 1 along each dimension
+            they don't vary in. An element goes when its label in any of the layers goes. No two layers
+            vary in the same dimension: an activation has one (its channels), a kernel one a dimension.
+        source: name of the parameter whose elements these are, moved about but not computed with.
+    """
+
+    shape: tuple[int, ...]
+    layers: tuple[Tensor, ...] = ()
+    source: str | None = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def layer(self, dim: int) -> Tensor | None:
+        """The layer that varies along `dim`, if there is one."""
+        return next((layer for layer in self.layers if layer.shape[dim] > 1), None)
+
+
+def varying(layer: Tensor) -> tuple[int, ...]:
+    """Dimensions along which a layer's labels vary."""
+    return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
+
+
+def compress(labels: Tensor) -> Tensor:
+    """The same labels with size 1 along each dimension they don't vary in."""
+    for dim, size in enumerate(labels.shape):
+        if size > 1:
+            first = labels.narrow(dim, 0, 1)
+            if labels.stride(dim) == 0 or (not _is_line(labels, dim) and torch.equal(first.expand_as(labels), labels)):
+                labels = first
+    return labels
+
+
+def _is_line(labels: Tensor, dim: int) -> bool:
+    # Along its only dimension a layer of labels that were once distinct is taken to vary.
+    return labels.numel() == labels.shape[dim]
+
+
+@dataclass(frozen=True)
+class PinNote:
+    """Labels that an op needs whole, with the op's place and the reason."""
+
+    labels: Tensor
+    module: str
+    op: str
+    reason: str
+
+
+class LabelSpace:
+    """Hands out labels, and remembers which were merged and which were pinned."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.blocks: dict[Side, tuple[int, int]] = {}
+        self.notes: list[PinNote] = []
+        self._merged: list[tuple[Tensor, Tensor]] = []
+        self._roots: np.ndarray | None = None
+
+    def fresh(self, count: int) -> Tensor:
+        """`count` new labels, shape (count,)."""
+        self.count += count
+        return torch.arange(self.count - count, self.count)
+
+    def own(self, name: str, shape: Sequence[int]) -> Labelled:
+        """Labels for a parameter or buffer: a layer for each dimension longer than 1."""
+        layers = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                side = Side(name, dim)
+                if side not in self.blocks:
+                    self.blocks[side] = (self.count, size)
+                    self.fresh(size)
+                start, _ = self.blocks[side]
+                along = [size if other == dim else 1 for other in range(len(shape))]
+                layers.append(torch.arange(start, start + size).view(along))
+        return Labelled(tuple(shape), tuple(layers), source=name)
+
+    def side_of(self, labels: Tensor) -> Side | None:
+        """The side whose labels these are, each once and in order, or None."""
+        flat = labels.flatten()
+        for side, (start, size) in self.blocks.items():
+            if flat[0] == start and flat.numel() == size:
+                return side if torch.equal(flat, torch.arange(start, start + size)) else None
+        return None
+
+    def merge(self, first: Tensor, second: Tensor) -> None:
+        """Let labels that meet live or die together; the tensors are broadcast against each other."""
+        first, second = torch.broadcast_tensors(first, second)
+        if not torch.equal(first, second):
+            self._merged.append((first, second))
+            self._roots = None
+
+    def merge_along(self, layer: Tensor, dims: Iterable[int]) -> Tensor:
+        """Merge a layer's labels along `dims`; returns the layer with size 1 there."""
+        narrowed = layer
+        for dim in dims:
+            narrowed = narrowed.narrow(dim, 0, 1)
+        if narrowed.shape != layer.shape:
+            self.merge(narrowed, layer)
+        return narrowed
+
+    def pin(self, labels: Tensor, module: str, op: str, reason: str) -> None:
+        """Note that these labels always stay."""
+        self.notes.append(PinNote(labels.flatten(), module, op, reason))
+
+    def roots(self) -> np.ndarray:
+        """For each label the smallest label it was merged with, int64 of shape (count,)."""
+        if self._roots is None or len(self._roots) != self.count:
+            pairs = [(a.reshape(-1).numpy(), b.reshape(-1).numpy()) for a, b in self._merged]
+            first = np.concatenate([a for a, _ in pairs]) if pairs else np.empty(0, np.int64)
+            second = np.concatenate([b for _, b in pairs]) if pairs else np.empty(0, np.int64)
+            self._roots = connected(self.count, first, second)
+        return self._roots
+
+    def pinned_roots(self) -> np.ndarray:
+        """Whether anything pins the class of a root, bool of shape (count,)."""
+        pinned = np.zeros(self.count, bool)
+        for note in self.notes:
+            pinned[self.roots()[note.labels.numpy()]] = True
+        return pinned
+
+
+def connected(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Smallest member of each element's connected component under the edges (first[i], second[i]).
+
+    Hooks the larger root of every edge onto the smaller one and halves the paths, for all edges at once,
+    until nothing moves.
+    """
+    root = np.arange(count)
+    while first.size:
+        a, b = root[first], root[second]
+        apart = a != b
+        first, second, a, b = first[apart], second[apart], a[apart], b[apart]
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(halved := root[root], root):
+            root = halved
+    return root

@@ -1,0 +1,168 @@
+"""The label pass: run a captured graph once on labels, and read the channel map off what was merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rewriters.capture import Capture, is_getitem
+from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
+from rewriters.labels import Labelled, LabelSpace
+from rewriters.rules import Findings, OpCall, find_rule
+
+
+@dataclass
+class Labelling:
+    """Labels of every value of one or more captured graphs.
+
+    Attributes:
+        space: the labels.
+        findings: kernels, gates and grids that the rules noted.
+        values: labels of each node's result (a list where it has several).
+    """
+
+    space: LabelSpace = field(default_factory=LabelSpace)
+    findings: Findings = field(default_factory=Findings)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def run(self, captured: Capture) -> None:
+        """Label every node of a captured model, whose outputs keep all their channels."""
+        for node in captured.graph.nodes:
+            if node.op == "get_attr":
+                self.values[node] = self._tensor(node, captured)
+            elif node.op == "placeholder":
+                self.values[node] = Labelled(tuple(node.meta["val"].shape))
+            elif node.op == "call_function":
+                self.values[node] = self.call(node)
+            else:
+                self._pin_outputs(node)
+
+    def _tensor(self, node: fx.Node, captured: Capture) -> Labelled:
+        value = node.meta["val"]
+        owned = node.target in captured.tensors and value.is_floating_point()
+        return self.space.own(node.target, value.shape) if owned else Labelled(tuple(value.shape))
+
+    def _pin_outputs(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            for layer in self.values[source].layers:
+                self.space.pin(layer, "", "output", "the model returns it")
+
+    def call(self, node: fx.Node) -> Any:
+        """Labels of one recorded call's results, from those of its arguments."""
+        if is_getitem(node):
+            source, index = node.args
+            return self.values[source][index]
+        args, kwargs = tree_map_only(fx.Node, self.values.__getitem__, (node.args, node.kwargs))
+        owner = node.meta["call"]
+        path = owner.path if owner is not None else ""
+        return self.apply(node.target, args, kwargs, node.meta["val"], path, self.findings)
+
+    def apply(self, op: Any, args: Any, kwargs: Any, value: Any, path: str, findings: Findings) -> Any:
+        """Labels of `value`, the result of `op` on arguments whose tensors are given as `Labelled`."""
+        shapes = [tuple(item.shape) for item in tree_leaves(value) if isinstance(item, Tensor)]
+        result = find_rule(op)(OpCall(op, args, kwargs, shapes, path, self.space, findings))
+        results = result if isinstance(result, list) else [result]
+        if isinstance(value, Tensor):
+            return results[0]
+        rest = iter(results)
+        return [next(rest) if isinstance(item, Tensor) else None for item in value]
+
+    def by_tensor(self) -> dict[int, Labelled]:
+        """Labels by the id of the fake tensor that carries them."""
+        tensors = ((node.meta.get("val"), labels) for node, labels in self.values.items())
+        return {id(value): labels for value, labels in tensors if isinstance(value, Tensor)}
+
+    def settle_grids(self) -> None:
+        """Where labels vary along several dimensions of one tensor, let whole rows or columns die.
+
+        A tensor can only lose whole slices: of the dimensions in which its labels still vary, the longest
+        keeps its freedom (the first of equals: heads before what is in them).
+        """
+        seen: set[bytes] = set()
+        for grid in self.findings.grids:
+            roots = self.space.roots()[grid.numpy()]
+            key = roots.tobytes() + str(roots.shape).encode()
+            if key in seen:
+                continue
+            seen.add(key)
+            free = [d for d, size in enumerate(roots.shape) if size > 1 and (roots != roots.take([0], d)).any()]
+            if len(free) > 1:
+                kept = max(free, key=lambda dim: roots.shape[dim])
+                self.space.merge_along(grid, [dim for dim in free if dim != kept])
+
+    def pin_tensors(self, names: Iterable[str], reason: str) -> None:
+        """Keep every channel of these parameters and buffers."""
+        names = set(names)
+        for side, (start, size) in self.space.blocks.items():
+            if side.tensor in names:
+                labels = torch.arange(start, start + size)
+                self.space.pin(labels, side.tensor.rpartition(".")[0], "", reason)
+
+    def pinned(self, labels: Tensor) -> np.ndarray:
+        """Which labels always stay, bool of the labels' shape."""
+        return self.space.pinned_roots()[self.space.roots()[labels.numpy()]]
+
+    def numbering(self) -> np.ndarray:
+        """Class of each label: 0, 1, ... for those that may die, in order; `ALWAYS` for the others."""
+        roots, pinned = self.space.roots(), self.space.pinned_roots()
+        mortal = np.zeros(self.space.count, bool)
+        for side in self.findings.gated:
+            start, size = self.space.blocks[side]
+            mortal[roots[start : start + size]] = True
+        mortal &= ~pinned
+        number = np.full(self.space.count, ALWAYS)
+        number[mortal] = np.arange(mortal.sum())
+        return number[roots]
+
+    def stays(self, live: Tensor) -> Tensor:
+        """Which labels stay when the classes in `live` do, bool of shape (labels,)."""
+        return torch.cat([live.cpu(), torch.ones(1, dtype=torch.bool)])[torch.from_numpy(self.numbering())]
+
+    def channel_map(self) -> ChannelMap:
+        """The partition of channels, from all that was merged and pinned so far."""
+        number = self.numbering()
+        classes = {}
+        for side, (start, size) in self.space.blocks.items():
+            labels = number[start : start + size]
+            if (labels != ALWAYS).any():
+                classes[side] = torch.from_numpy(labels.astype(np.int64))
+        kernels = _sum_calls(self.findings.kernels)
+        sizes = {side: self._size(side) for kernel in kernels for side in (kernel.input_side, kernel.output_side)}
+        gated = tuple(k.input_side for k in kernels if k.input_side in self.findings.gated and k.input_side in classes)
+        return ChannelMap(int(number.max(initial=ALWAYS)) + 1, classes, sizes, kernels, gated, self._pins())
+
+    def _size(self, side: Side) -> int:
+        return self.space.blocks[side][1] if side in self.space.blocks else 1
+
+    def _pins(self) -> tuple[Pin, ...]:
+        """Each note with the sides of its labels' classes, notes of the same place and reason together."""
+        roots = self.space.roots()
+        sides_of_root: dict[int, list[Side]] = {}
+        for side, (start, size) in self.space.blocks.items():
+            for root in np.unique(roots[start : start + size]).tolist():
+                sides_of_root.setdefault(root, []).append(side)
+        gathered: dict[tuple[str, str, str], dict[Side, None]] = {}
+        for note in self.space.notes:
+            sides = gathered.setdefault((note.module, note.op, note.reason), {})
+            for root in np.unique(roots[note.labels.numpy()]).tolist():
+                sides.update(dict.fromkeys(sides_of_root.get(root, ())))
+        return tuple(Pin(*place, tuple(sides)) for place, sides in gathered.items() if sides)
+
+
+def _sum_calls(kernels: list[Kernel]) -> tuple[Kernel, ...]:
+    """One entry a weight: the costs of its calls added up."""
+    summed: dict[tuple[str, int], Kernel] = {}
+    for kernel in kernels:
+        key = (kernel.weight, kernel.input_dim)
+        before = summed.get(key)
+        macs = kernel.macs + (before.macs if before else 0)
+        mixes = kernel.mixes or (before is not None and before.mixes)
+        first = before or kernel
+        summed[key] = Kernel(first.module, kernel.weight, macs, kernel.input_dim, mixes)
+    return tuple(summed.values())

@@ -1,0 +1,191 @@
+"""Rewrite a traced forward for the channels that are left.
+
+Every node is run on stand-ins of the slimmed values. Where the call as it stands gives what slimming its
+result would give, it stays; where it doesn't, its sizes are written anew and it is run again. For calls
+that only move data this is checked index by index: moving and then slimming must be slimming and then
+moving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rewriters.errors import SurgeryError
+from rewriters.forward import guard
+from rewriters.labels import Labelled, varying
+from rewriters.rules import RULES, movement
+from rewriters.sizes import FAMILIES, Resize
+from rewriters.tracing import run_call
+
+_MOVES = {op for op, rule in RULES.items() if rule in (movement.move, movement.reshape, movement.cat, movement.stack)}
+
+
+class Unwritable(SurgeryError):
+    """A node that holds a size and cannot be written for what is left."""
+
+    def __init__(self, node: fx.Node, where: str, cause: str):
+        self.node = node
+        super().__init__(cause, where=where)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which labels stay: `stays` is bool, of shape (labels,)."""
+
+    stays: Tensor
+
+    def kept(self, value: Labelled, dim: int) -> Tensor:
+        """Which indices along a dimension stay, bool of shape (size,)."""
+        layer = value.layer(dim % value.ndim)
+        if layer is None:
+            return torch.ones(value.shape[dim], dtype=torch.bool)
+        stays = self.stays[layer]
+        others = [d for d in varying(layer) if d != dim % value.ndim]
+        along = stays.amax(others) if others else stays
+        return along.flatten()
+
+    def shape(self, value: Labelled) -> tuple[int, ...]:
+        return tuple(int(self.kept(value, dim).sum()) for dim in range(value.ndim))
+
+    def slim(self, tensor: Tensor, value: Labelled) -> Tensor:
+        """The tensor without the indices that go."""
+        for dim in range(value.ndim):
+            kept = self.kept(value, dim)
+            if not kept.all():
+                tensor = tensor.index_select(dim, kept.nonzero().flatten().to(tensor.device))
+        return tensor
+
+
+class Resizer:
+    """Rewrites one traced graph for one cut.
+
+    Args:
+        graph: as `tracing.trace` returns it; left as it is.
+        known: labels of the tensors in it, by id.
+        cut: what stays.
+        where: the module's path, for errors.
+    """
+
+    def __init__(self, graph: fx.Graph, known: Mapping[int, Labelled], cut: Cut, where: str):
+        self._known, self._cut, self._where = known, cut, where
+        self._slim: dict[fx.Node, Any] = {}
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self.graph = fx.Graph()
+        self.changed = False
+        self._source = graph
+
+    def run(self) -> fx.Graph:
+        """The graph for the slimmed module; `changed` tells whether it differs.
+
+        Raises:
+            Unwritable: a node has no form for this cut.
+        """
+        for node in self._source.nodes:
+            self._visit(node)
+        return self.graph
+
+    def _visit(self, node: fx.Node) -> None:
+        copy = lambda: self._copies.__setitem__(node, self.graph.node_copy(node, self._copies.__getitem__))  # noqa: E731
+        if node.op not in ("call_function", "call_method"):
+            if node.op != "output":
+                self._slim[node] = self._expected(node)
+            copy()
+        elif node.target is guard or node.target is torch._assert:
+            if self._holds(node):
+                copy()
+            else:
+                self.changed = True  # it spoke of a size that is no more
+        elif self._agrees(node, node.target, node.args, node.kwargs):
+            copy()
+        else:
+            self._rewrite(node)
+
+    def _holds(self, node: fx.Node) -> bool:
+        args = fx.node.map_arg(node.args, self._slim.__getitem__)
+        return bool(args[0]) if node.target is torch._assert else args[0] == args[1]
+
+    def _rewrite(self, node: fx.Node) -> None:
+        family = FAMILIES.get(node.target)
+        if family is None:
+            raise Unwritable(node, self._where, f"{node.format_node()} holds a size that slimming changes.")
+        full = [leaf for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
+        resize = Resize(node, [tuple(t.shape) for t in full], [self._shape(t) for t in full], self._kept)
+        target, args, kwargs = family(resize)
+        if not self._agrees(node, target, args, kwargs):
+            raise Unwritable(node, self._where, f"{node.format_node()} has no form for the channels that are left.")
+        args, kwargs = fx.node.map_arg((args, kwargs), self._copies.__getitem__)
+        self._copies[node] = self.graph.create_node(node.op, target, args, kwargs)
+        self.changed = True
+
+    def _labels(self, tensor: Tensor) -> Labelled:
+        return self._known.get(id(tensor)) or Labelled(tuple(tensor.shape))
+
+    def _kept(self, tensor: Tensor, dim: int) -> Tensor:
+        return self._cut.kept(self._labels(tensor), dim)
+
+    def _shape(self, tensor: Tensor) -> tuple[int, ...]:
+        return self._cut.shape(self._labels(tensor))
+
+    def _expected(self, node: fx.Node) -> Any:
+        """A node's value, every tensor in it slimmed (its shape, that is)."""
+        return tree_map(
+            lambda leaf: _stand_in(leaf, self._shape(leaf)) if isinstance(leaf, Tensor) else leaf, node.meta["val"]
+        )
+
+    def _agrees(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
+        """Whether this call on slimmed values gives the slimmed result; notes the result."""
+        try:
+            with torch.no_grad():
+                got = run_call(node.op, target, args, kwargs, self._slim.__getitem__)
+        except Exception:  # the op itself refuses its arguments
+            return False
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta["val"])):
+            self._slim[node] = got
+            return True
+        expected = self._expected(node)
+        got_shapes = [tuple(t.shape) for t in tree_leaves(got) if isinstance(t, Tensor)]
+        if got_shapes != [tuple(t.shape) for t in tree_leaves(expected) if isinstance(t, Tensor)]:
+            return False
+        self._slim[node] = expected
+        moves = node.meta["ops"] and set(node.meta["ops"]) <= _MOVES
+        return not moves or self._commutes(node, target, args, kwargs)
+
+    def _commutes(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a move of the slimmed data is the slimmed result of the move, index by index."""
+        tensors = [n for n in node.all_input_nodes if any(isinstance(x, Tensor) for x in tree_leaves(n.meta["val"]))]
+        indices: dict[int, Tensor] = {}
+        start = 0
+        for source in tensors:
+            for leaf in tree_leaves(source.meta["val"]):
+                if isinstance(leaf, Tensor) and id(leaf) not in indices:
+                    indices[id(leaf)] = _indices(self._labels(leaf), start)
+                    start += int(indices[id(leaf)].amax()) + 1 - start if indices[id(leaf)].numel() else 0
+        full = lambda leaf: indices[id(leaf)] if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        slim = lambda leaf: (  # noqa: E731
+            self._cut.slim(indices[id(leaf)], self._labels(leaf)) if isinstance(leaf, Tensor) else leaf
+        )
+        before = run_call(node.op, node.target, node.args, node.kwargs, lambda n: tree_map(full, n.meta["val"]))
+        after = run_call(
+            node.op, target, args, kwargs,
+            lambda n: tree_map(slim, n.meta["val"]) if n in tensors else self._slim[n],
+        )  # fmt: skip
+        leaves = [leaf for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
+        wanted = [self._cut.slim(t, self._labels(leaf)) for t, leaf in zip(tree_leaves(before), leaves, strict=True)]
+        return all(torch.equal(a, b) for a, b in zip(wanted, tree_leaves(after), strict=True))
+
+
+def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def _indices(value: Labelled, start: int) -> Tensor:
+    """Numbers from `start` on, one for each combination of labelled indices, spread over the full shape."""
+    along = [size if value.layer(dim) is not None else 1 for dim, size in enumerate(value.shape)]
+    return torch.arange(start, start + prod(along)).view(along).expand(value.shape)

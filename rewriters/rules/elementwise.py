@@ -1,0 +1,83 @@
+"""Ops that work element by element: labels that meet are merged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rewriters.labels import Labelled, varying
+from rewriters.rules.registry import RULES, OpCall, rule
+
+
+@rule(
+    # Everything tagged pointwise comes here by itself; these are elementwise too, but not tagged.
+    "aten._to_copy", "aten.clone", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.lift_fresh_copy",
+    "aten.contiguous", "aten.copy_", "aten.copy", "aten.native_dropout", "aten.bernoulli_", "aten.bernoulli",
+    "aten.masked_fill", "aten.masked_fill_", "aten.where", "aten.fill_", "aten.zero_", "aten.hardswish",
+    "aten.hardswish_", "aten.mish_", "aten.gelu_", "aten._prelu_kernel", "aten.log_sigmoid_forward",
+    "aten.rsub", "aten.threshold_", "aten.zeros_like", "aten.ones_like", "aten.empty_like", "aten.full_like",
+    "aten.rand_like", "aten.randn_like",
+)  # fmt: skip
+def elementwise(call: OpCall) -> Labelled | list[Labelled]:
+    """y[i] depends on x[i] alone (add, relu, sigmoid, mul, dropout, copies ...)."""
+    operands = list(call.tensors())
+    moved_only = len(operands) == 1 and call.op in _COPIES
+    out = Labelled(call.shape, meet(call, operands), operands[0].source if moved_only else None)
+    return [out for _ in call.shapes] if len(call.shapes) > 1 else out
+
+
+RULES[torch.Tag.pointwise] = elementwise
+
+_COPIES = {
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.lift_fresh.default,
+}
+
+
+def meet(call: OpCall, operands: list[Labelled]) -> tuple[Tensor, ...]:
+    """Layers of a broadcast combination of `operands`, with labels that meet merged.
+
+    A label that meets something of the same extent that nobody owns (an input, a constant) is pinned.
+    """
+    ndim = len(call.shape)
+    merged: list[Tensor] = []
+    for operand in operands:
+        for layer in operand.layers:
+            aligned = layer.reshape((1,) * (ndim - operand.ndim) + tuple(layer.shape))
+            merged = _join(call, merged, aligned)
+    for operand in operands:
+        for dim, size in enumerate(operand.shape, start=ndim - operand.ndim):
+            if size > 1 and operand.layer(dim - ndim + operand.ndim) is None:
+                for layer in [layer for layer in merged if layer.shape[dim] > 1]:
+                    merged = _drop_dim(call, merged, layer, dim)
+    return tuple(merged)
+
+
+def _join(call: OpCall, layers: list[Tensor], new: Tensor) -> list[Tensor]:
+    """Add a layer; where it varies along the dimensions of others, they are merged into one."""
+    apart = []
+    for layer in layers:
+        shared = set(varying(layer)) & set(varying(new))
+        if not shared:
+            apart.append(layer)
+            continue
+        if layer.shape == new.shape:
+            call.space.merge(layer, new)
+            continue
+        # One varies along more dimensions than the other: merged, they vary along the shared ones only.
+        first = call.space.merge_along(layer, set(varying(layer)) - shared)
+        second = call.space.merge_along(new, set(varying(new)) - shared)
+        call.space.merge(first, second)
+        new = first
+    return [*apart, new]
+
+
+def _drop_dim(call: OpCall, layers: list[Tensor], layer: Tensor, dim: int) -> list[Tensor]:
+    rest = [other for other in layers if other is not layer]
+    if set(varying(layer)) - {dim}:
+        return [*rest, call.space.merge_along(layer, {dim})]
+    call.pin(layer, "meets a tensor whose channels no layer owns")
+    return rest

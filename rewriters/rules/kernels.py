@@ -1,0 +1,185 @@
+"""Convolutions and matrix products: channels are summed here, so here gates may stand."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import Tensor
+
+from rewriters.channel_map import Kernel
+from rewriters.labels import Labelled, varying
+from rewriters.rules.registry import OpCall, Result, rule
+
+
+def _vector(call: OpCall, value: Labelled, dim: int, reason: str) -> Tensor | None:
+    """Labels along one dimension, shape (size,), merged along any other; None where nobody owns it."""
+    layer = value.layer(dim)
+    if layer is None:
+        return None
+    others = set(varying(layer)) - {dim % value.ndim}
+    return call.space.merge_along(layer, others).flatten()
+
+
+def _rest(value: Labelled, dim: int) -> tuple[Tensor, ...]:
+    return tuple(layer for layer in value.layers if layer.shape[dim] == 1)
+
+
+def _consume(call: OpCall, data: Tensor | None, kernel: Tensor | None, source: str | None) -> bool:
+    """Labels `data` are summed against a kernel's labels `kernel`; returns whether a gate can stand there.
+
+    A gate on the kernel's side is the gate on the data's side as long as the kernel is a parameter's own
+    elements. A kernel computed from its parameter in the forward pass would change with what is cut.
+    """
+    if data is not None and kernel is not None and source is not None:
+        call.space.merge(data, kernel)
+        return True
+    for labels in (data, kernel):
+        if labels is not None:
+            reason = "summed against channels that no layer owns" if source else "summed against a derived kernel"
+            call.pin(labels, reason)
+    return False
+
+
+@rule("aten.convolution", "aten.convolution_overrideable")
+def convolution(call: OpCall) -> Labelled:
+    """Regular, grouped, depthwise and transposed convolution.
+
+    x is (N, C, ...), the kernel (O, C / groups, ...), transposed (C, O / groups, ...).
+    """
+    x, kernel, bias = call.args[:3]
+    transposed, groups = call.args[6], call.args[8]
+    data = Labelled(x.shape, call.mix(x, range(2, x.ndim), "convolved along its channels"), x.source)
+    channels = _vector(call, data, 1, "")
+    first, second = _vector(call, kernel, 0, ""), _vector(call, kernel, 1, "")
+    positions = prod((x.shape if transposed else call.shape)[2:]) * prod(kernel.shape[2:]) * x.shape[0]
+    if groups == 1:
+        into, out = (first, second) if transposed else (second, first)
+        gate = _consume(call, channels, into, kernel.source)
+        _note_conv(call, kernel, positions, transposed, mixes=gate)
+    else:
+        out = _grouped(call, channels, first, second, kernel, groups, positions)
+    if bias is not None and out is not None:
+        call.space.merge(out, bias.layers[0].flatten()) if bias.layers else call.pin(out, "its bias is not owned")
+    along = [1, -1, *[1] * (len(call.shape) - 2)]
+    layers = [layer for layer in data.layers if layer.shape[1] == 1]
+    return Labelled(call.shape, (*layers, out.view(along)) if out is not None else tuple(layers))
+
+
+def _note_conv(call: OpCall, kernel: Labelled, macs: float, transposed: bool, mixes: bool) -> None:
+    if kernel.source is not None:
+        dim = 0 if transposed else 1
+        note = Kernel(call.module, kernel.source, macs, dim, mixes)
+        call.findings.kernels.append(note)
+        if mixes:
+            call.findings.gated.add(note.input_side)
+
+
+def _grouped(
+    call: OpCall, channels: Tensor | None, first: Tensor | None, second: Tensor | None,
+    kernel: Labelled, groups: int, positions: float,
+) -> Tensor | None:  # fmt: skip
+    """Grouped convolution dies by whole groups, or at the same place in every group.
+
+    Whole groups where there are at least as many of them as channels in one, which leaves more classes;
+    a depthwise convolution is the case of one channel a group. Returns the labels of the output.
+    """
+    transposed = call.args[6]
+    per_group = kernel.shape[0] // groups
+    width = (per_group, kernel.shape[1])[not transposed]
+    # `first` runs over all groups' channels, `second` over the places inside each group.
+    ahead, inside = (channels, second) if not transposed else (channels, None)
+    if channels is None or first is None or kernel.source is None:
+        for labels in (channels, first, second):
+            if labels is not None:
+                call.pin(labels, "a grouped convolution over channels that no layer owns")
+        _note_conv(call, kernel, positions, transposed, mixes=False)
+        return first if not transposed else None
+    if groups >= width:
+        by_group = call.space.merge_along(channels.view(groups, -1), [1])
+        call.space.merge(by_group, first.view(groups, per_group))
+        _note_conv(call, kernel, positions, transposed, mixes=False)
+        return first if not transposed else by_group.expand(groups, kernel.shape[1]).reshape(-1)
+    places = call.space.merge_along(first.view(groups, per_group), [0])
+    if transposed:
+        call.space.merge(channels.view(groups, per_group), places)
+    elif second is not None:
+        call.space.merge(ahead.view(groups, -1), inside.view(1, -1))
+    gate = transposed or second is not None
+    _note_conv(call, kernel, positions, transposed, mixes=gate)
+    if not transposed:
+        return first
+    return second.view(1, -1).expand(groups, -1).reshape(-1) if second is not None else None
+
+
+@rule("aten.mm", "aten.bmm", "aten.matmul", "aten.linear")
+def matmul(call: OpCall) -> Result:
+    """(..., m, k) x (..., k, n)."""
+    return _product(call, call.args[0], call.args[1])
+
+
+@rule("aten.addmm", "aten.baddbmm")
+def addmm(call: OpCall) -> Result:
+    """bias + (m, k) x (k, n)."""
+    out = _product(call, call.args[1], call.args[2])
+    bias = call.args[0]
+    from_bias = Labelled((1,) * (out.ndim - bias.ndim) + bias.shape, tuple(
+        layer.reshape((1,) * (out.ndim - bias.ndim) + tuple(layer.shape)) for layer in bias.layers
+    ))  # fmt: skip
+    for layer in from_bias.layers:
+        dim = varying(layer)[0]
+        own = out.layer(dim)
+        if own is None:
+            call.pin(layer, "added to channels that no layer owns")
+        else:
+            call.space.merge(call.space.merge_along(own, set(varying(own)) - {dim}), layer)
+    return out
+
+
+def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
+    flipped = left.source is not None and right.source is None
+    weight, data = (left, right) if flipped else (right, left)
+    contracted = (-2, -1) if flipped else (-1, -2)  # of data, of weight
+    out_dim = (-1, -2) if flipped else (-2, -1)  # rows kept from data, from weight
+    summed = _vector(call, data, contracted[0], "")
+    against = _vector(call, weight, contracted[1], "")
+    gate = _consume(call, summed, against, weight.source)
+    if weight.source is not None:
+        macs = data.shape[out_dim[0]] * prod(call.shape[:-2])
+        _note_matrix(call, weight, against, _vector(call, weight, out_dim[1], ""), macs, gate)
+    layers = [*_rest_layers(call, data, contracted[0]), *_rest_layers(call, weight, contracted[1])]
+    return Labelled(call.shape, _disjoint(call, layers))
+
+
+def _rest_layers(call: OpCall, value: Labelled, contracted: int) -> list[Tensor]:
+    """Layers that don't run along the contracted dimension (those that do were consumed)."""
+    return [layer for layer in value.layers if layer.shape[contracted] == 1]
+
+
+def _disjoint(call: OpCall, layers: list[Tensor]) -> tuple[Tensor, ...]:
+    from_batch: list[Tensor] = []
+    for layer in layers:
+        shared = [other for other in from_batch if set(varying(other)) & set(varying(layer))]
+        if shared and shared[0].shape == layer.shape:
+            call.space.merge(shared[0], layer)
+        elif shared:
+            call.pin(layer, "batches of a product labelled apart")
+        else:
+            from_batch.append(layer)
+    return tuple(from_batch)
+
+
+def _note_matrix(
+    call: OpCall, weight: Labelled, against: Tensor | None, kept: Tensor | None, macs: float, gate: bool
+) -> None:
+    """A matrix kernel may have come through a transpose or a view: its labels tell which side is which."""
+    into = call.space.side_of(against) if against is not None else None
+    out = call.space.side_of(kept) if kept is not None else None
+    if into is not None and into.tensor == weight.source:
+        input_dim = into.dim
+    elif out is not None and out.tensor == weight.source:
+        input_dim = 1 - out.dim if out.dim < 2 else 1
+    else:
+        input_dim = 1
+    call.findings.kernels.append(Kernel(call.module, weight.source, macs, input_dim, gate))
+    if gate and into is not None:
+        call.findings.gated.add(into)

@@ -1,0 +1,120 @@
+"""Ops that mix elements along some dimensions: reductions, softmax, pooling, resizing, norms."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rewriters.labels import Labelled
+from rewriters.rules.elementwise import meet
+from rewriters.rules.registry import OpCall, Result, rule
+
+
+@rule(
+    "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.max.dim", "aten.min.dim",
+    "aten.prod", "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm", "aten.any", "aten.all",
+    "aten.argmax", "aten.argmin", "aten.var_mean", "aten.max", "aten.min",
+)  # fmt: skip
+def reduce(call: OpCall) -> Result:
+    """A reduction: labels survive along the dimensions that stay."""
+    value = call.args[0]
+    names = [argument.name for argument in call.op._schema.arguments]
+    dims = call.arg(names.index("dim"), "dim") if "dim" in names else None
+    dims = [dims] if isinstance(dims, int) else list(dims or range(value.ndim))
+    layers = call.mix(value, dims, "reduced over its channels")
+    kept = [dim for dim in range(value.ndim) if dim not in {d % value.ndim for d in dims}] if value.ndim else []
+    outs = []
+    for shape in call.shapes:
+        if len(shape) != value.ndim:  # keepdim is off
+            outs.append(Labelled(shape, tuple(layer.reshape([layer.shape[d] for d in kept]) for layer in layers)))
+        else:
+            outs.append(Labelled(shape, layers))
+    return outs if len(outs) > 1 else outs[0]
+
+
+@rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax.int", "aten.cumsum", "aten.sort",
+      "aten.glu")  # fmt: skip
+def softmax(call: OpCall) -> Result:
+    """Normalised along one dimension."""
+    value, dim = call.args[0], call.arg(1, "dim", -1)
+    layers = call.mix(value, [dim], "mixed along its channels")
+    outs = [Labelled(shape, layers) for shape in call.shapes]
+    return outs if len(outs) > 1 else outs[0]
+
+
+@rule(
+    "aten.max_pool2d_with_indices", "aten.avg_pool2d", "aten._adaptive_avg_pool2d", "aten.max_pool2d",
+    "aten.adaptive_max_pool2d", "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d",
+    "aten._upsample_nearest_exact2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d",
+    "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa", "aten.reflection_pad2d",
+    "aten.replication_pad2d", "aten.grid_sampler_2d",
+)  # fmt: skip
+def spatial2d(call: OpCall) -> Result:
+    """Pooling, resizing and padding of images work on each channel alone."""
+    return _spatial(call, 2)
+
+
+@rule("aten.max_pool1d", "aten.avg_pool1d", "aten.adaptive_avg_pool1d", "aten.upsample_nearest1d",
+      "aten.upsample_linear1d", "aten.reflection_pad1d", "aten.replication_pad1d",
+      "aten.adaptive_max_pool1d")  # fmt: skip
+def spatial1d(call: OpCall) -> Result:
+    """As `spatial2d`, for sequences."""
+    return _spatial(call, 1)
+
+
+@rule("aten.max_pool3d_with_indices", "aten.avg_pool3d", "aten._adaptive_avg_pool3d", "aten.upsample_nearest3d",
+      "aten.upsample_trilinear3d", "aten.adaptive_max_pool3d", "aten.reflection_pad3d",
+      "aten.replication_pad3d")  # fmt: skip
+def spatial3d(call: OpCall) -> Result:
+    """As `spatial2d`, for volumes."""
+    return _spatial(call, 3)
+
+
+def _spatial(call: OpCall, spatial_dims: int) -> Result:
+    value = call.args[0]
+    layers = call.mix(value, range(-spatial_dims, 0), "pooled along its channels")
+    outs = [Labelled(shape, layers) for shape in call.shapes]
+    return outs if len(outs) > 1 else outs[0]
+
+
+@rule("aten.native_batch_norm", "aten.cudnn_batch_norm", "aten.miopen_batch_norm", "aten._batch_norm_no_update",
+      "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_no_training",
+      "aten._native_batch_norm_legit_functional", "aten._batch_norm_with_update")  # fmt: skip
+def batch_norm(call: OpCall) -> Result:
+    """Statistics of each channel alone; the norm's own vectors ride along."""
+    value = call.args[0]
+    vectors = [arg for arg in call.args[1:5] if isinstance(arg, Labelled)]
+    along = [1, value.shape[1], *[1] * (value.ndim - 2)]
+    across = [dim for dim in range(value.ndim) if dim != 1]
+    layers = call.mix(value, across, "normalised over its channels")
+    riders = [_along(vector, along) for vector in vectors]
+    layers = meet(call, [Labelled((1, *value.shape[1:]), layers), *riders]) if value.shape[1] > 1 else layers
+    return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
+
+
+def _along(vector: Labelled, shape: list[int]) -> Labelled:
+    return Labelled(tuple(shape), tuple(layer.reshape(shape) for layer in vector.layers))
+
+
+@rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm")
+def layer_norm(call: OpCall) -> Result:
+    """Mixes over the trailing dimensions."""
+    value = call.args[0]
+    dims = range(-len(call.args[1]), 0)
+    layers = _pin_vectors(call, call.mix(value, dims, "normalised over its channels"))
+    return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
+
+
+@rule("aten.native_group_norm")
+def group_norm(call: OpCall) -> Result:
+    """Mixes over the channels of a group and everything behind them."""
+    value = call.args[0]
+    layers = _pin_vectors(call, call.mix(value, range(1, value.ndim), "normalised over its channels"))
+    return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
+
+
+def _pin_vectors(call: OpCall, layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    for vector in call.args[1:]:
+        if isinstance(vector, Labelled):
+            for layer in vector.layers:
+                call.pin(layer, "normalised over its channels")
+    return layers

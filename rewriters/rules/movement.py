@@ -1,0 +1,137 @@
+"""Ops that only move data: what the op does to data it does to labels."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriters.labels import Labelled, compress, varying
+from rewriters.rules.elementwise import meet
+from rewriters.rules.registry import OpCall, Result, rule
+
+
+def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result:
+    """Results of a move, from each layer's own results (one label tensor for each result)."""
+    outs = []
+    for index, shape in enumerate(call.shapes):
+        layers = []
+        for before, after in zip(value.layers, results, strict=True):
+            layer = compress(after[index])
+            if varying(layer):
+                layers.append(layer)
+            elif varying(before):
+                call.pin(layer, "a single channel is picked")
+        call.findings.grids.extend(layer for layer in layers if len(varying(layer)) > 1)
+        outs.append(Labelled(shape, tuple(layers), value.source))
+    return outs if len(outs) > 1 or _returns_list(call.op) else outs[0]
+
+
+def _returns_list(op: Any) -> bool:
+    return "[]" in str(op._schema.returns[0].type) or "List" in str(op._schema.returns[0].type)
+
+
+def _as_list(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+@rule(
+    "aten.permute", "aten.transpose", "aten.transpose_", "aten.t", "aten.slice.Tensor", "aten.select.int",
+    "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int", "aten.squeeze", "aten.unsqueeze",
+    "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.roll", "aten.expand", "aten.narrow",
+    "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk", "aten.movedim", "aten.permute_copy",
+    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle",
+)  # fmt: skip
+def move(call: OpCall) -> Result:
+    """The op itself, run on label tensors."""
+    value, rest = call.args[0], call.args[1:]
+    results = [_as_list(call.op(layer.expand(value.shape), *rest, **call.kwargs)) for layer in value.layers]
+    return _moved(call, value, results)
+
+
+@rule("aten.view.default", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias", "aten.unflatten")
+def reshape(call: OpCall) -> Result:
+    """As `move`; labels, unlike data, may need a copy to be reshaped."""
+    value = call.args[0]
+    results = [[layer.expand(value.shape).reshape(call.shape)] for layer in value.layers]
+    return _apart(call, _moved(call, value, results))
+
+
+def _apart(call: OpCall, value: Labelled) -> Labelled:
+    """Two labelled dimensions flattened into one can't be told apart by one index: pin both."""
+    for dim in range(value.ndim):
+        layers = [layer for layer in value.layers if layer.shape[dim] > 1]
+        if len(layers) > 1:
+            for layer in layers:
+                call.pin(layer, "two labelled dimensions are flattened into one")
+            rest = tuple(layer for layer in value.layers if layer.shape[dim] == 1)
+            return _apart(call, Labelled(value.shape, rest, value.source))
+    return value
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: OpCall) -> Labelled:
+    """Labels are concatenated along `dim` and merged along the others."""
+    # torch lets an empty tensor of shape (0,) stand among the operands
+    values = [value for value in call.args[0] if value.shape != (0,)]
+    dim = call.arg(1, "dim", 0) % len(call.shape)
+    along, across = [], []
+    for value in values:
+        layer = value.layer(dim)
+        if layer is not None:
+            layer = call.space.merge_along(layer, set(varying(layer)) - {dim})
+        along.append((value.shape[dim], layer))
+        rest = tuple(other for other in value.layers if other.shape[dim] == 1)
+        across.append(Labelled(tuple(1 if d == dim else s for d, s in enumerate(value.shape)), rest))
+    layers = meet(call, across)
+    if any(layer is not None for _, layer in along):
+        layers = (*layers, _concatenate(call, along, dim))
+    return Labelled(call.shape, layers)
+
+
+def _concatenate(call: OpCall, along: list[tuple[int, Tensor | None]], dim: int) -> Tensor:
+    parts = []
+    for size, layer in along:
+        if layer is None:  # nobody owns these channels: they stay
+            layer = call.space.fresh(size).view([size if d == dim else 1 for d in range(len(call.shape))])
+            call.pin(layer, "concatenated channels that no layer owns")
+        parts.append(layer)
+    return torch.cat(parts, dim)
+
+
+@rule("aten.stack")
+def stack(call: OpCall) -> Labelled:
+    """A new dimension: labels are merged across the operands."""
+    dim = call.arg(1, "dim", 0) % len(call.shape)
+    lifted = []
+    for value in call.args[0]:
+        shape = (*value.shape[:dim], 1, *value.shape[dim:])
+        lifted.append(Labelled(shape, tuple(layer.unsqueeze(dim) for layer in value.layers)))
+    return Labelled(call.shape, meet(call, lifted))
+
+
+@rule("aten.constant_pad_nd")
+def pad(call: OpCall) -> Labelled:
+    """Padding along a labelled dimension adds channels of its own, which may die like any other."""
+    value, widths = call.args[0], call.args[1]
+    layers = []
+    for layer in value.layers:
+        for dim in varying(layer):
+            place = 2 * (value.ndim - 1 - dim)
+            before, after = widths[place : place + 2] if place < len(widths) else (0, 0)
+            if before or after:
+                layer = _pad_layer(call, layer, dim, before, after)
+        layers.append(layer)
+    return Labelled(call.shape, tuple(layers))
+
+
+def _pad_layer(call: OpCall, layer: Tensor, dim: int, before: int, after: int) -> Tensor:
+    inner = layer.narrow(dim, max(-before, 0), layer.shape[dim] - max(-before, 0) - max(-after, 0))
+
+    def border(width: int) -> Tensor:
+        shape = [max(width, 0) if d == dim else size for d, size in enumerate(layer.shape)]
+        return call.space.fresh(prod(shape)).view(shape)
+
+    return torch.cat([border(before), inner, border(after)], dim)

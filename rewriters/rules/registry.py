@@ -1,0 +1,133 @@
+"""One function a family of ops says what the op does to labels; this is where it is found.
+
+A rule takes an `OpCall` and returns the labels of the result: a `Labelled`, or a list of them for an op
+with several results. `@rule("aten.add.Tensor", ...)` registers it; names of ops that this version of torch
+doesn't have are passed over, so that one list serves every version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriters.channel_map import Kernel, Side
+from rewriters.labels import Labelled, LabelSpace, varying
+
+Result = Labelled | list[Labelled]
+Rule = Callable[["OpCall"], Result]
+
+RULES: dict[Any, Rule] = {}
+
+
+@dataclass
+class Findings:
+    """What rules note down beside labels: the kernels met, where gates may stand, what was split in two."""
+
+    kernels: list[Kernel] = field(default_factory=list)
+    gated: set[Side] = field(default_factory=set)
+    grids: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """An op with its arguments, each tensor among them replaced by its `Labelled`.
+
+    Attributes:
+        op: the ATen overload.
+        args, kwargs: the arguments.
+        shapes: shapes of the results.
+        module: path of the module it runs in.
+        space: labels, to merge and to pin.
+        findings: where kernels are noted.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: list[tuple[int, ...]]
+    module: str
+    space: LabelSpace
+    findings: Findings
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        """An argument by position or by name."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shapes[0]
+
+    def tensors(self) -> Iterator[Labelled]:
+        """The tensors among the arguments, also those in lists."""
+        for value in (*self.args, *self.kwargs.values()):
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(item, Labelled):
+                    yield item
+
+    def pin(self, labels: Tensor, reason: str) -> None:
+        self.space.pin(labels, self.module, str(self.op), reason)
+
+    def mix(self, value: Labelled, dims: Any, reason: str) -> tuple[Tensor, ...]:
+        """Layers that outlive a mixing of elements along `dims`; they are of size 1 there.
+
+        Labels that vary along other dimensions too are merged along these: what dies, dies with the
+        whole of what is mixed. Labels that vary along nothing else are pinned.
+        """
+        dims = {dim % value.ndim for dim in dims} if value.ndim else set()
+        survivors = []
+        for layer in value.layers:
+            if not dims & set(varying(layer)):
+                survivors.append(layer)
+            elif set(varying(layer)) - dims:
+                survivors.append(self.space.merge_along(layer, dims))
+            else:
+                self.pin(layer, reason)
+        return tuple(survivors)
+
+
+def overload(name: str) -> Any:
+    """The overload called e.g. "aten.add.Tensor", or None where this torch lacks it."""
+    found: Any = torch.ops
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            return None
+    return found
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the named overloads ("aten.cat.default"; without the last part, all of an op's)."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            found = overload(name)
+            if found is None:
+                continue
+            overloads = [found] if name.count(".") == 2 else [getattr(found, o) for o in found.overloads()]
+            for each in overloads:
+                RULES[each] = function
+        return function
+
+    return register
+
+
+def find_rule(op: Any) -> Rule:
+    """The rule registered for an op; elementwise ops share one, ops nobody has described another."""
+    if op in RULES:
+        return RULES[op]
+    if torch.Tag.pointwise in getattr(op, "tags", ()):
+        return RULES[torch.Tag.pointwise]
+    return unknown
+
+
+def unknown(call: OpCall) -> Result:
+    """An op nobody has described keeps all that reaches it: slimmed less, never wrongly."""
+    for value in call.tensors():
+        for layer in value.layers:
+            call.pin(layer, "no rule describes this op")
+    return [Labelled(shape) for shape in call.shapes]

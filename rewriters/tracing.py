@@ -1,0 +1,209 @@
+"""Trace one module's own forward with torch.fx, its children being leaves.
+
+Unlike torch.fx.symbolic_trace, every proxy here knows the value it stands for (a fake tensor, a size), so
+that control flow on shapes, types and lengths can be followed. What was decided that way is written into
+the graph as a guard, and sizes stay expressions: the traced forward runs at other batch sizes and
+resolutions, and says so where it can't.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rewriters.capture import Capture, ModuleCall
+from rewriters.errors import AutogateError
+from rewriters.forward import guard, own_forward
+from rewriters.labels import Labelled
+from rewriters.propagate import Labelling
+from rewriters.rules import Findings
+
+
+class TraceError(AutogateError):
+    """A module's forward cannot be followed by torch.fx."""
+
+
+class _OpLog(TorchDispatchMode):
+    """Notes every ATen call with its arguments and result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+class _Valued(fx.Proxy):
+    """A proxy that knows the value it stands for."""
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["val"]
+
+    @property
+    def __class__(self):  # isinstance(x, torch.Tensor) must answer for the value
+        return type(self.value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        if callable(getattr(self.value, name)):
+            return Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __iter__(self):
+        return iter([self[index] for index in range(len(self.value))])
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.concrete(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self))
+
+    def __index__(self) -> int:
+        return self.tracer.concrete(self).__index__()
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.tracer.concrete(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, captured: Capture, call: ModuleCall, labelling: Labelling, known: dict[int, Labelled]):
+        super().__init__()
+        self._captured, self._call, self._labelling = captured, call, labelling
+        self._children = iter(call.children)
+        self._alive: list[Any] = []  # ids of tensors are keys
+        self.known = known
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        # fx looks the forward up on the class; the instance may have one that was rewritten before.
+        root_fn = own_forward(self.root)
+        # The signature as it is, so that callers of the rewritten forward see no difference.
+        signature = inspect.signature(root_fn)
+        bound = signature.bind(self.root, *self._call.args, **self._call.kwargs)
+        bound.apply_defaults()
+        args: list[Any] = [self.root]
+        for name, parameter in list(signature.parameters.items())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                if bound.arguments[name]:
+                    raise TraceError(f"its forward takes {parameter}")
+                continue
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            node = self.create_node("placeholder", name, default, {})
+            node.meta["val"] = bound.arguments[name]
+            proxy = self.proxy(node)
+            args.append(self._argument(proxy))
+        return root_fn, args
+
+    def _argument(self, proxy: _Valued) -> Any:
+        """A tensor or number as a proxy, a container as a container of proxies, anything else as it is."""
+        value = proxy.value
+        if type(value) in (list, tuple):
+            return type(value)(self._argument(proxy[index]) for index in range(len(value)))
+        if type(value) is dict:
+            return {key: self._argument(proxy[key]) for key in value}
+        return proxy if isinstance(value, Tensor) or type(value) in (int, float) else self.concrete(proxy)
+
+    def concrete(self, proxy: _Valued) -> Any:
+        """The value of a proxy, with a guard in the graph that it is the same whenever this runs."""
+        if isinstance(proxy.value, Tensor):
+            raise TraceError("its control flow depends on the values of a tensor")
+        if isinstance(proxy.value, (bool, int, float, str, type(None))):
+            self.create_node("call_function", guard, (proxy.node, proxy.value), {}).meta["val"] = None
+        return proxy.value
+
+    def proxy(self, node: fx.Node) -> _Valued:
+        return _Valued(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_arg(self, a: Any) -> Any:
+        # Asked by type, for isinstance would take a proxy for what it stands for.
+        return a.node if type(a) is _Valued else super().create_arg(a)
+
+    def create_proxy(self, kind, target, args, kwargs, *rest, **options):
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        log = _OpLog()
+        with torch.no_grad(), self._captured.mode, log:
+            proxy.node.meta["val"] = self._evaluate(proxy.node)
+        proxy.node.meta["ops"] = [op for op, *_ in log.calls]
+        for call in log.calls:
+            self._label(*call)
+        return proxy
+
+    def _label(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not tensors:
+            return
+        self._alive.append(out)
+        args, kwargs = tree_map_only(Tensor, self._labels_of, (args, kwargs))
+        labels = self._labelling.apply(op, args, kwargs, out, self._call.path, Findings())
+        found = [label for label in (labels if isinstance(labels, list) else [labels]) if label is not None]
+        self.known.update({id(tensor): label for tensor, label in zip(tensors, found, strict=True)})
+
+    def _labels_of(self, value: Tensor) -> Labelled:
+        return self.known.get(id(value)) or Labelled(tuple(value.shape))
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            name = f"{self._call.path}.{node.target}".lstrip(".")
+            if name not in self._captured.tensors:
+                raise TraceError(f"it reads {node.target}, which is no parameter or buffer")
+            return self._captured.tensors[name]
+        if node.op == "call_module":
+            path = f"{self._call.path}.{node.target}".lstrip(".")
+            child = next(self._children, None)
+            if child is None or child.path != path:
+                raise TraceError(f"traced, it calls {path} where it ran {child.path if child else 'nothing'}")
+            return child.output
+        return run_call(node.op, node.target, node.args, node.kwargs, lambda other: other.meta["val"])
+
+
+def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[fx.Node], Any]) -> Any:
+    """Run a call_function or call_method with `value_of` each node among its arguments."""
+    args, kwargs = fx.node.map_arg((args, kwargs), value_of)
+    return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
+
+
+def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
+          known: Mapping[int, Labelled]) -> tuple[fx.Graph, dict[int, Labelled]]:  # fmt: skip
+    """Trace `module`'s forward as it ran in `call`.
+
+    Returns:
+        The graph (each node's meta has `val`, its value, and `ops`, the ATen ops it ran) and the labels
+        of all tensors in it by id.
+
+    Raises:
+        TraceError: torch.fx cannot follow the forward; the message says why.
+    """
+    tracer = _Tracer(captured, call, labelling, dict(known))
+    try:
+        graph = tracer.trace(module)
+    except TraceError as error:
+        raise TraceError(error.cause, where=call.path) from error
+    except Exception as error:  # whatever user code does with a proxy that fx does not foresee
+        raise TraceError(f"torch.fx cannot follow it ({error})", where=call.path) from error
+    graph._autogate_tracer = tracer  # keeps the tensors alive whose ids are the keys
+    return graph, tracer.known
