@@ -1,8 +1,9 @@
 """What happens to a model's graph: capture, channel labels, slimming, verification.
 
-    analysis = rewriters.analyse(model, (example,))    # the channel map, in seconds
-    plan = rewriters.plan(analysis, live)              # which indices stay, which forwards change
-    rewriters.apply(model, plan, ...)                  # carried out on the live model, and undoable
+    analysis = rewriters.analyse(model, (example,))       # the channel map, in seconds
+    rewriters.rehearse(model, analysis, (example,))       # the proof that all of it can go
+    plan = rewriters.plan(model, analysis, live)          # which indices stay, which forwards change
+    rewriters.apply(model, plan, rewriters.Journal())     # carried out on the live model, and undoable
 
 Nothing here knows how a gate is learned.
 """
@@ -11,10 +12,28 @@ from rewriters.analysis import Analysis, analyse
 from rewriters.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.journal import Journal
+from rewriters.rehearsal import rehearse
 from rewriters.slimming import SlimPlan, apply, plan
 from rewriters.verify import relative_error, run_eval
 
 __all__ = [
-    "ALWAYS", "Analysis", "AutogateError", "CaptureError", "ChannelMap", "Group", "Journal", "Kernel", "Pin", "Side",
-    "SlimPlan", "SurgeryError", "VerificationError", "analyse", "apply", "plan", "relative_error", "run_eval",
-]  # fmt: skip
+    "ALWAYS",
+    "Analysis",
+    "AutogateError",
+    "CaptureError",
+    "ChannelMap",
+    "Group",
+    "Journal",
+    "Kernel",
+    "Pin",
+    "Side",
+    "SlimPlan",
+    "SurgeryError",
+    "VerificationError",
+    "analyse",
+    "apply",
+    "plan",
+    "rehearse",
+    "relative_error",
+    "run_eval",
+]

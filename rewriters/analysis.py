@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ChannelMap
-from rewriters.labels import Labelled
+from rewriters.labels import Labelled, varying
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Resizer, Unwritable
-from rewriters.rules import find_rule, movement
+from rewriters.rules import creation, find_rule, movement
 from rewriters.rules.kernels import convolution
 from rewriters.tracing import TraceError, trace
 
-_HOLDS_SIZES = (movement.move, movement.reshape, movement.pad)
+_TORCH_MODULES_WITH_SIZES = (nn.Unflatten, nn.ChannelShuffle, nn.modules.padding._ConstantPadNd)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +88,23 @@ def analyse(
     captures = _capture_modes(model, args, kwargs)
     labelling = Labelling()
     for captured in captures:
-        labelling.run(captured)
+        labelling.run(captured, counted=captured is captures[0])
     for name, reason in (ignore or {}).items():
         labelling.pin_tensors([name], reason)
     labelling.settle_grids()
     analysis = Analysis(captures, labelling)
     _trace_size_holders(model, analysis)
+    _settle_repeated_calls(analysis)
     labelling.settle_grids()
     _pin_unwritable(analysis)
-    analysis.channel_map = labelling.channel_map()
+    analysis.channel_map = labelling.channel_map(samples_in(args, kwargs))
     return analysis
+
+
+def samples_in(args: Any, kwargs: Any) -> int:
+    """Length of the first dimension of the first tensor among the inputs."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    return max(1, tensors[0].shape[0]) if tensors else 1
 
 
 def _capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
@@ -125,20 +132,50 @@ def _trace_size_holders(model: nn.Module, analysis: Analysis) -> None:
     for captured in analysis.captures:
         known = analysis.labelling.by_tensor()
         for call in captured.calls():
-            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node)]
             module = model.get_submodule(call.path)
+            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module)]
             if not holders or _knows_its_sizes(module):
                 continue
             try:
-                analysis.traced.extend(_trace_modes(module, call, captured, analysis.labelling, known))
+                analysis.traced.extend(trace_modes(module, call, captured, analysis.labelling, known))
             except TraceError as error:
                 for node in holders:
                     _pin_values(analysis.labelling, _tensors_at(node), known, call.path, str(node.target), error.cause)
 
 
-def _trace_modes(
+def _settle_repeated_calls(analysis: Analysis) -> None:
+    """Let a module that is called several times do with one rewritten forward: channels go alike in all calls.
+
+    Where its calls take different ways through its forward, no rewriting serves them all, and what passes
+    through keeps its channels.
+    """
+    first: dict[tuple[str, bool], Traced] = {}
+    for traced in analysis.traced:
+        other = first.setdefault((traced.path, traced.training), traced)
+        if other is not traced:
+            alike = str(other.graph) == str(traced.graph)
+            _merge_calls(analysis.labelling, other, traced) if alike else _pin_calls(analysis, other, traced)
+
+
+def _merge_calls(labelling: Labelling, first: Traced, second: Traced) -> None:
+    for one, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
+        for a, b in zip(tree_leaves(one.meta.get("val")), tree_leaves(other.meta.get("val")), strict=True):
+            if isinstance(a, Tensor) and isinstance(b, Tensor):
+                labelling.merge_values(first.known.get(id(a)), second.known.get(id(b)), first.path)
+
+
+def _pin_calls(analysis: Analysis, *calls: Traced) -> None:
+    reason = "called in several ways that would need different code"
+    for traced in calls:
+        tensors = [leaf for node in traced.graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
+        tensors = [leaf for leaf in tensors if isinstance(leaf, Tensor)]
+        _pin_values(analysis.labelling, tensors, traced.known, traced.path, "forward", reason)
+
+
+def trace_modes(
     module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled]
 ) -> list[Traced]:
+    """Trace a module's forward in eval and in train mode (raises `TraceError`)."""
     before = set_modes(module, False)
     try:
         traced = []
@@ -152,13 +189,22 @@ def _trace_modes(
 
 def _knows_its_sizes(module: nn.Module) -> bool:
     """Whether a module takes every size from its fields, which slimming keeps up to date."""
-    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Unflatten)
+    own_size = isinstance(module, _TORCH_MODULES_WITH_SIZES)
+    return type(module).__module__.startswith("torch.nn.modules") and not own_size
 
 
-def _may_hold_size(labelling: Labelling, node: fx.Node) -> bool:
+def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module) -> bool:
+    """Whether a call may hold a number that slimming changes (a field that follows doesn't count)."""
     found = find_rule(node.target)
-    grouped = found is convolution and node.args[8] > 1
-    return (found in _HOLDS_SIZES or grouped) and any(
+    if found is convolution:
+        holds = node.args[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
+    elif found is movement.pad:
+        padded = {node.meta["val"].ndim - 1 - place // 2 for place, width in enumerate(node.args[1]) if width}
+        layers = labelling.values[node.args[0]].layers
+        holds = any(padded & set(varying(layer)) for layer in layers)
+    else:
+        holds = found in (movement.move, movement.reshape, movement.channel_shuffle, creation.create)
+    return holds and any(
         not labelling.pinned(layer).all() for value in _labels_at(labelling, node) for layer in value.layers
     )
 
@@ -179,6 +225,18 @@ def _pin_values(
     for tensor in tensors:
         for layer in known[id(tensor)].layers if id(tensor) in known else ():
             labelling.space.pin(layer, path, op, reason)
+
+
+def pin_call(analysis: Analysis, path: str, reason: str) -> None:
+    """Keep all channels of what a module's own code touches, and of what goes into it and comes out."""
+    known = analysis.labelling.by_tensor()
+    for captured in analysis.captures:
+        for call in captured.calls():
+            if call.path == path:
+                leaves = tree_leaves((call.args, call.kwargs, call.output))
+                tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                tensors += [tensor for node in call.nodes for tensor in _tensors_at(node)]
+                _pin_values(analysis.labelling, tensors, known, path, "forward", reason)
 
 
 def trial_pattern(size: int, seed: int) -> Tensor:

@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rewriters.errors import CaptureError
+from rewriters.errors import AutogateError, CaptureError
 
 _OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -163,20 +163,29 @@ def user_line() -> str:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """No gradients, no fused attention kernel that hides its parts, and the recorder's errors in words."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+def _without_fast_paths() -> Iterator[None]:
+    """Attention in its parts, not as one fused kernel that hides them."""
+    before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
-            yield
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise CaptureError(
-            f"the forward of {type(model).__name__} depends on the values of a tensor, at {user_line()}",
-            remedy="Keep that part outside the model that is prepared, or replace the branch by torch.where.",
-        ) from error
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _explain(error: Exception, where: str) -> CaptureError:
+    """What went wrong in a forward that ran on fake tensors, in the user's terms."""
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return CaptureError(
+            f"the forward depends on the values of a tensor, at {user_line()}.",
+            where=where,
+            remedy="Keep that part outside the model that is prepared, or write the branch as torch.where.",
+        )
+    return CaptureError(
+        f"the forward fails on the example inputs: {type(error).__name__}: {error}, at {user_line()}.",
+        where=where,
+        remedy="Give example inputs of the shape, dtype and device that the model is run with.",
+    )
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Capture:
@@ -186,7 +195,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     fake tensors for the time of the call.
 
     Raises:
-        CaptureError: control flow or a shape depends on a tensor's values; the message names the line.
+        CaptureError: the forward fails, or its control flow depends on a tensor's values; the message names
+            the module and the line.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = named_tensors(model)
@@ -197,7 +207,12 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     for name, fake in fakes.items():
         recorder._own(recorder.graph.create_node("get_attr", name), fake)
     paths = {module: path for path, module in model.named_modules()}
-    with _quiet(model), mode, _module_calls(recorder, paths) as roots, recorder:
-        output = functional_call(model, fakes, fake_args, fake_kwargs)
+    try:
+        with _without_fast_paths(), torch.no_grad(), mode, _module_calls(recorder, paths) as roots, recorder:
+            output = functional_call(model, fakes, fake_args, fake_kwargs)
+    except AutogateError:
+        raise
+    except Exception as error:
+        raise _explain(error, recorder.call.path if recorder.call else "") from error
     recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
     return Capture(recorder.graph, roots[0], recorder.nodes, fakes, mode)

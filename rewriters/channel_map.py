@@ -119,6 +119,19 @@ class ChannelMap:
             gathered.setdefault(tuple(where), []).append(label)
         return [Group(tuple(classes), where) for where, classes in gathered.items()]
 
+    def difference(self, other: ChannelMap) -> str | None:
+        """Where two maps differ first, by a tensor's or module's name, or None where they are the same."""
+        for mine, theirs in zip(self.kernels, other.kernels, strict=False):
+            if mine != theirs:
+                return mine.module
+        if len(self.kernels) != len(other.kernels):
+            return max(self.kernels, other.kernels, key=len)[min(len(self.kernels), len(other.kernels))].module
+        for side in {**self.classes, **other.classes}:
+            mine, theirs = self.classes.get(side), other.classes.get(side)
+            if mine is None or theirs is None or not torch.equal(mine.cpu(), theirs.cpu()):
+                return str(side)
+        return None
+
     def graph(self) -> nx.Graph:
         """The coupling graph: groups and the kernels between them, ready to be drawn.
 

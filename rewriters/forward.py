@@ -6,9 +6,12 @@ shadowed on the instance.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import linecache
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +26,18 @@ class ShapeGuardError(RuntimeError):
 @has_side_effect
 def guard(value: Any, expected: Any) -> None:
     """Raise unless `value` is what the traced control flow was decided on."""
-    if value != expected:
+    if (
+        not torch.jit.is_tracing() and value != expected
+    ):  # jit.trace makes tensors of sizes, and records one case anyway
         raise ShapeGuardError(
             f"this forward was rewritten for a case where {expected!r} held and now finds {value!r}: "
             "give prepare example inputs of the shape that the model is run with"
         )
+
+
+@dataclass(frozen=True)
+class _ModuleName:
+    name: str
 
 
 class RewrittenForward:
@@ -61,10 +71,23 @@ class RewrittenForward:
         return self._functions[self.owner.training](self.owner, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_functions"}
+        # Modules (torch, math) don't pickle and go by name.
+        names = {
+            training: {key: _ModuleName(value.__name__) if isinstance(value, types.ModuleType) else value
+                       for key, value in scope.items()}
+            for training, scope in self.globals.items()
+        }  # fmt: skip
+        return {"owner": self.owner, "sources": self.sources, "globals": names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.globals = {
+            training: {
+                key: importlib.import_module(value.name) if isinstance(value, _ModuleName) else value
+                for key, value in scope.items()
+            }
+            for training, scope in state["globals"].items()
+        }
         self._compile()
 
 
@@ -78,3 +101,12 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     if forward is not None:
         raise torch.fx.proxy.TraceError("its forward was replaced on the instance")
     return type(module).forward
+
+
+def bind_placeholders(
+    module: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """A call's arguments in the order of a traced graph's placeholders."""
+    bound = inspect.signature(own_forward(module)).bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    return [bound.arguments[node.target] for node in graph.nodes if node.op == "placeholder"]

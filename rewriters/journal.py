@@ -6,19 +6,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_ABSENT = object()
-
 
 class Journal:
     """Applies changes to modules and remembers what was there before."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[dict[str, Any], str, Any]] = []
+        self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def set(self, entries: dict[str, Any], key: str, value: Any) -> None:
         """`entries[key] = value`, for a module's `__dict__`, `_parameters`, `_buffers` or `_modules`."""
-        self._entries.append((entries, key, entries.get(key, _ABSENT)))
+        self._entries.append((entries, dict(entries)))
         entries[key] = value
+
+    def remove(self, entries: dict[str, Any], key: str) -> None:
+        """`del entries[key]`."""
+        self._entries.append((entries, dict(entries)))
+        del entries[key]
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Set a plain attribute (an int, a forward), past nn.Module's registration."""
@@ -29,10 +32,8 @@ class Journal:
         self.set(module._parameters if name in module._parameters else module._buffers, name, value)
 
     def undo(self) -> None:
-        """Take everything back, the latest first; the order of the entries stays as it was."""
-        for entries, key, before in reversed(self._entries):
-            if before is _ABSENT:
-                del entries[key]
-            else:
-                entries[key] = before
+        """Take everything back, the latest first; entries are in the order they were in."""
+        for entries, before in reversed(self._entries):
+            entries.clear()
+            entries.update(before)
         self._entries.clear()

@@ -82,6 +82,13 @@ class LabelSpace:
         self._merged: list[tuple[Tensor, Tensor]] = []
         self._roots: np.ndarray | None = None
 
+    def fork(self) -> LabelSpace:
+        """A space that starts from this one and leaves it as it is."""
+        other = LabelSpace()
+        other.count, other.blocks, other.notes = self.count, dict(self.blocks), list(self.notes)
+        other._merged, other._roots = list(self._merged), self._roots
+        return other
+
     def fresh(self, count: int) -> Tensor:
         """`count` new labels, shape (count,)."""
         self.count += count

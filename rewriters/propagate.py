@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,12 @@ class Labelling:
     findings: Findings = field(default_factory=Findings)
     values: dict[fx.Node, Any] = field(default_factory=dict)
 
-    def run(self, captured: Capture) -> None:
-        """Label every node of a captured model, whose outputs keep all their channels."""
+    def run(self, captured: Capture, counted: bool = True) -> None:
+        """Label every node of a captured model, whose outputs keep all their channels.
+
+        Where the run is not `counted` (train mode's, beside eval mode's), its kernels cost nothing.
+        """
+        first = len(self.findings.kernels)
         for node in captured.graph.nodes:
             if node.op == "get_attr":
                 self.values[node] = self._tensor(node, captured)
@@ -42,6 +46,8 @@ class Labelling:
                 self.values[node] = self.call(node)
             else:
                 self._pin_outputs(node)
+        if not counted:
+            self.findings.kernels[first:] = [replace(kernel, macs=0) for kernel in self.findings.kernels[first:]]
 
     def _tensor(self, node: fx.Node, captured: Capture) -> Labelled:
         value = node.meta["val"]
@@ -77,6 +83,30 @@ class Labelling:
         """Labels by the id of the fake tensor that carries them."""
         tensors = ((node.meta.get("val"), labels) for node, labels in self.values.items())
         return {id(value): labels for value, labels in tensors if isinstance(value, Tensor)}
+
+    def fork(self) -> Labelling:
+        """The same labels, to be carried on without a trace in this labelling."""
+        findings = Findings(list(self.findings.kernels), set(self.findings.gated), list(self.findings.grids))
+        return Labelling(self.space.fork(), findings, dict(self.values))
+
+    def extends(self, other: Labelling) -> bool:
+        """Whether all labels of `other`, which this was forked from, are in the classes they were in."""
+        return bool(np.array_equal(self.numbering()[: other.space.count], other.numbering()))
+
+    def merge_values(self, first: Labelled | None, second: Labelled | None, path: str) -> None:
+        """Let the channels of two values go alike; where only one has channels that may go, they stay."""
+        known = [value for value in (first, second) if value is not None]
+        shared = len(known) == 2 and known[0].ndim == known[1].ndim
+        for value, other in (known, reversed(known)) if shared else ():
+            for layer in value.layers:
+                partners = [theirs for theirs in other.layers if theirs.shape == layer.shape]
+                if partners:
+                    self.space.merge(layer, partners[0])
+                else:
+                    self.space.pin(layer, path, "forward", "called in several ways")
+        if not shared:
+            for layer in (layer for value in known for layer in value.layers):
+                self.space.pin(layer, path, "forward", "called in several ways")
 
     def settle_grids(self) -> None:
         """Where labels vary along several dimensions of one tensor, let whole rows or columns die.
@@ -124,15 +154,19 @@ class Labelling:
         """Which labels stay when the classes in `live` do, bool of shape (labels,)."""
         return torch.cat([live.cpu(), torch.ones(1, dtype=torch.bool)])[torch.from_numpy(self.numbering())]
 
-    def channel_map(self) -> ChannelMap:
-        """The partition of channels, from all that was merged and pinned so far."""
+    def channel_map(self, samples: int = 1) -> ChannelMap:
+        """The partition of channels, from all that was merged and pinned so far.
+
+        Args:
+            samples: how many samples the recorded forward was run on; costs are for one.
+        """
         number = self.numbering()
         classes = {}
         for side, (start, size) in self.space.blocks.items():
             labels = number[start : start + size]
             if (labels != ALWAYS).any():
                 classes[side] = torch.from_numpy(labels.astype(np.int64))
-        kernels = _sum_calls(self.findings.kernels)
+        kernels = _sum_calls(self.findings.kernels, samples)
         sizes = {side: self._size(side) for kernel in kernels for side in (kernel.input_side, kernel.output_side)}
         gated = tuple(k.input_side for k in kernels if k.input_side in self.findings.gated and k.input_side in classes)
         return ChannelMap(int(number.max(initial=ALWAYS)) + 1, classes, sizes, kernels, gated, self._pins())
@@ -155,13 +189,13 @@ class Labelling:
         return tuple(Pin(*place, tuple(sides)) for place, sides in gathered.items() if sides)
 
 
-def _sum_calls(kernels: list[Kernel]) -> tuple[Kernel, ...]:
-    """One entry a weight: the costs of its calls added up."""
+def _sum_calls(kernels: list[Kernel], samples: int) -> tuple[Kernel, ...]:
+    """One entry a weight: the costs of its calls added up, for one sample."""
     summed: dict[tuple[str, int], Kernel] = {}
     for kernel in kernels:
         key = (kernel.weight, kernel.input_dim)
         before = summed.get(key)
-        macs = kernel.macs + (before.macs if before else 0)
+        macs = kernel.macs / samples + (before.macs if before else 0)
         mixes = kernel.mixes or (before is not None and before.mixes)
         first = before or kernel
         summed[key] = Kernel(first.module, kernel.weight, macs, kernel.input_dim, mixes)

@@ -8,7 +8,7 @@ moving.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,11 +20,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rewriters.errors import SurgeryError
 from rewriters.forward import guard
 from rewriters.labels import Labelled, varying
-from rewriters.rules import RULES, movement
+from rewriters.rules import RULES, elementwise, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import run_call
 
-_MOVES = {op for op, rule in RULES.items() if rule in (movement.move, movement.reshape, movement.cat, movement.stack)}
+_CONCATENATIONS = {torch.cat, torch.concat}
+_MOVES = {
+    op
+    for op, rule in RULES.items()
+    if rule in (movement.move, movement.reshape, movement.channel_shuffle, movement.cat, movement.stack)
+} | elementwise.COPIES
 
 
 class Unwritable(SurgeryError):
@@ -89,21 +94,30 @@ class Resizer:
         """
         for node in self._source.nodes:
             self._visit(node)
+        sweep(self.graph, [copy for node, copy in self._copies.items() if node.users])
         return self.graph
 
+    def _copy(self, node: fx.Node) -> None:
+        copy = self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
+        if node.target in _CONCATENATIONS:
+            shapes = (self._shape(operand.meta["val"]) for operand in node.args[0])
+            alive = [operand for operand, shape in zip(copy.args[0], shapes, strict=True) if 0 not in shape]
+            if 0 < len(alive) < len(node.args[0]):
+                copy.args = (alive, *copy.args[1:])
+                self.changed = True
+
     def _visit(self, node: fx.Node) -> None:
-        copy = lambda: self._copies.__setitem__(node, self.graph.node_copy(node, self._copies.__getitem__))  # noqa: E731
         if node.op not in ("call_function", "call_method"):
             if node.op != "output":
                 self._slim[node] = self._expected(node)
-            copy()
+            self._copy(node)
         elif node.target is guard or node.target is torch._assert:
             if self._holds(node):
-                copy()
+                self._copy(node)
             else:
                 self.changed = True  # it spoke of a size that is no more
         elif self._agrees(node, node.target, node.args, node.kwargs):
-            copy()
+            self._copy(node)
         else:
             self._rewrite(node)
 
@@ -159,33 +173,63 @@ class Resizer:
 
     def _commutes(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
         """Whether a move of the slimmed data is the slimmed result of the move, index by index."""
-        tensors = [n for n in node.all_input_nodes if any(isinstance(x, Tensor) for x in tree_leaves(n.meta["val"]))]
-        indices: dict[int, Tensor] = {}
-        start = 0
-        for source in tensors:
-            for leaf in tree_leaves(source.meta["val"]):
-                if isinstance(leaf, Tensor) and id(leaf) not in indices:
-                    indices[id(leaf)] = _indices(self._labels(leaf), start)
-                    start += int(indices[id(leaf)].amax()) + 1 - start if indices[id(leaf)].numel() else 0
-        full = lambda leaf: indices[id(leaf)] if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        slim = lambda leaf: (  # noqa: E731
-            self._cut.slim(indices[id(leaf)], self._labels(leaf)) if isinstance(leaf, Tensor) else leaf
-        )
-        before = run_call(node.op, node.target, node.args, node.kwargs, lambda n: tree_map(full, n.meta["val"]))
+        operands = {id(leaf): leaf for source in node.all_input_nodes for leaf in _tensors(source.meta["val"])}
+        results = _tensors(node.meta["val"])
+        if target == node.target and all(self._shape(leaf) == leaf.shape for leaf in (*operands.values(), *results)):
+            return True  # nothing is cut here
+        full, slim, start = {}, {}, 0
+        for key, leaf in operands.items():
+            numbers = _numbers(self._labels(leaf), start)
+            start += numbers.numel()
+            full[key] = numbers.expand(leaf.shape)
+            slim[key] = self._cut.slim(numbers, self._labels(leaf)).expand(self._shape(leaf))
+        before = run_call(node.op, node.target, node.args, node.kwargs, lambda n: _swap(n.meta["val"], full))
         after = run_call(
             node.op, target, args, kwargs,
-            lambda n: tree_map(slim, n.meta["val"]) if n in tensors else self._slim[n],
+            lambda n: _swap(n.meta["val"], slim) if _tensors(n.meta["val"]) else self._slim[n],
         )  # fmt: skip
-        leaves = [leaf for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
-        wanted = [self._cut.slim(t, self._labels(leaf)) for t, leaf in zip(tree_leaves(before), leaves, strict=True)]
-        return all(torch.equal(a, b) for a, b in zip(wanted, tree_leaves(after), strict=True))
+        return all(
+            _equal(self._cut.slim(_once(moved, labels), labels), got)
+            for moved, got, labels in zip(_tensors(before), _tensors(after), map(self._labels, results), strict=True)
+        )
+
+
+def sweep(graph: fx.Graph, used: Iterable[fx.Node]) -> None:
+    """Erase those of the nodes that were `used` and have no user any more, the last first."""
+    for node in reversed(list(used)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
 
 
 def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _indices(value: Labelled, start: int) -> Tensor:
-    """Numbers from `start` on, one for each combination of labelled indices, spread over the full shape."""
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _swap(value: Any, others: Mapping[int, Tensor]) -> Any:
+    """`value` with another tensor in the place of each, by its id."""
+    return tree_map(lambda leaf: others[id(leaf)] if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _numbers(value: Labelled, start: int) -> Tensor:
+    """Numbers from `start` on, one for each combination of labelled indices, of size 1 along the other dimensions."""
     along = [size if value.layer(dim) is not None else 1 for dim, size in enumerate(value.shape)]
-    return torch.arange(start, start + prod(along)).view(along).expand(value.shape)
+    return torch.arange(start, start + prod(along)).view(along)
+
+
+def _once(numbers: Tensor, value: Labelled) -> Tensor:
+    """Repeated numbers once, along dimensions without labels."""
+    for dim in range(numbers.ndim):
+        if numbers.shape[dim] > 1 and numbers.stride(dim) == 0 and value.layer(dim) is None:
+            numbers = numbers.narrow(dim, 0, 1)
+    return numbers
+
+
+def _equal(numbers: Tensor, got: Tensor) -> bool:
+    for dim in range(got.ndim):
+        if numbers.shape[dim] == 1 and got.shape[dim] > 1 and got.stride(dim) == 0:
+            got = got.narrow(dim, 0, 1)
+    return torch.equal(numbers.expand(got.shape), got)

@@ -35,9 +35,16 @@ class Resize:
     slim: list[tuple[int, ...]]
     kept: Callable[[Tensor, int], Tensor]
 
+    def argument(self, index: int, *names: str, default: Any = None) -> Any:
+        """An argument by its position or by one of the names it goes by."""
+        if len(self.node.args) > index:
+            return self.node.args[index]
+        return next((self.node.kwargs[name] for name in names if name in self.node.kwargs), default)
+
     @property
-    def args(self) -> tuple[Any, ...]:
-        return self.node.args
+    def x(self) -> Any:
+        """The tensor that the call is about."""
+        return self.argument(0, "input", "self", "tensor")
 
     def value(self, arg: Any) -> Any:
         """The value an argument had when traced."""
@@ -48,40 +55,57 @@ class Resize:
         pairs = zip(self.full[0][offset:], self.slim[0][offset:], strict=False)
         return [new if old != new else size for size, (old, new) in zip(given, pairs, strict=False)]
 
-
-def _spread(args: tuple[Any, ...]) -> tuple[list[Any], bool]:
-    """Sizes given as `f(x, (a, b))` or as `f(x, a, b)`, and whether it was the former."""
-    if len(args) == 2 and isinstance(args[1], (tuple, list)):
-        return list(args[1]), True
-    return list(args[1:]), False
+    def with_args(self, *args: Any, **kwargs: Any) -> Call:
+        """The call with other positional arguments, or with keyword arguments changed."""
+        return self.node.target, args or tuple(self.node.args), {**self.node.kwargs, **kwargs}
 
 
 def reshape(resize: Resize) -> Call:
-    """x.view(sizes), x.reshape(sizes), x.expand(sizes), torch.reshape(x, sizes)."""
-    given, packed = _spread(resize.args)
+    """x.view(sizes), x.reshape(sizes), x.expand(sizes), x.new_zeros(sizes), torch.reshape(x, sizes)."""
+    given = resize.node.args[1:]
+    if not given:
+        name = next(name for name in ("size", "shape") if name in resize.node.kwargs)
+        return resize.with_args(**{name: _shape(resize, resize.node.kwargs[name])})
+    if isinstance(given[0], (tuple, list)):
+        return resize.with_args(resize.x, _shape(resize, given[0]), *given[1:])
+    return resize.with_args(resize.x, *_shape(resize, given))
+
+
+def _shape(resize: Resize, given: Any) -> list[Any]:
     sizes = resize.sizes(given)
-    args = (resize.args[0], sizes) if packed else (resize.args[0], *sizes)
-    return resize.node.target, args, dict(resize.node.kwargs)
+    if resize.full[0][:1] != resize.slim[0][:1] and -1 not in sizes:
+        sizes[0] = -1  # the batch is folded into it, and batches may be of any size
+    return sizes
+
+
+def create(resize: Resize) -> Call:
+    """torch.zeros(sizes), torch.zeros(*sizes), torch.full(sizes, value)."""
+    args = resize.node.args
+    if not args:
+        return resize.with_args(size=resize.sizes(resize.node.kwargs["size"]))
+    if isinstance(args[0], (tuple, list)):
+        return resize.with_args(resize.sizes(args[0]), *args[1:])
+    return resize.with_args(*resize.sizes(args))
 
 
 def unflatten(resize: Resize) -> Call:
     """x.unflatten(dim, sizes)."""
-    x, dim, given = resize.args[:3]
-    first = resize.value(dim) % resize.value(x).ndim
-    return resize.node.target, (x, dim, resize.sizes(given, first)), dict(resize.node.kwargs)
+    dim, given = resize.argument(1, "dim"), resize.argument(2, "sizes")
+    first = resize.value(dim) % resize.value(resize.x).ndim
+    return resize.node.target, (resize.x, dim, resize.sizes(given, first)), {}
 
 
 def split(resize: Resize) -> Call:
     """x.chunk(n, dim), x.split(size, dim) and their kin become a split into the sizes that are left."""
-    dim = resize.args[2] if len(resize.args) > 2 else resize.node.kwargs.get("dim", 0)
+    dim = resize.argument(2, "dim", default=0)
     sizes = [shape[resize.value(dim)] for shape in resize.slim]
     target = "split" if resize.node.op == "call_method" else torch.split
-    return target, (resize.args[0], sizes, dim), {}
+    return target, (resize.x, sizes, dim), {}
 
 
 def index(resize: Resize) -> Call:
     """x[:, a:b]: the bounds count what is left before them."""
-    x, key = resize.args
+    x, key = resize.node.args
     keys = key if isinstance(key, tuple) else (key,)
     full = resize.value(x)
     explicit = sum(item is not None and item is not Ellipsis for item in keys)
@@ -109,17 +133,17 @@ def _bounds(item: slice, resize: Resize, full: Tensor, dim: int) -> slice:
 
 def narrow(resize: Resize) -> Call:
     """x.narrow(dim, start, length)."""
-    x, dim, start, length = (*resize.args, *resize.node.kwargs.values())
-    first, size = resize.value(start), resize.value(length)
-    kept = resize.kept(resize.value(x), resize.value(dim))
-    bounds = int(kept[:first].sum()), int(kept[first : first + size].sum())
-    return resize.node.target, (x, dim, *bounds), {}
+    dim = resize.argument(1, "dim")
+    start, length = resize.value(resize.argument(2, "start")), resize.value(resize.argument(3, "length"))
+    kept = resize.kept(resize.value(resize.x), resize.value(dim))
+    start %= len(kept)
+    bounds = int(kept[:start].sum()), int(kept[start : start + length].sum())
+    return resize.node.target, (resize.x, dim, *bounds), {}
 
 
 def pad(resize: Resize) -> Call:
     """F.pad(x, widths): the channels added are counted as they are left."""
-    x, widths, *rest = resize.args
-    full, widths = resize.value(x), list(widths)
+    full, widths = resize.value(resize.x), list(resize.argument(1, "pad"))
     for place in range(0, len(widths), 2):
         dim = full.ndim - 1 - place // 2
         before, after = max(resize.value(widths[place]), 0), max(resize.value(widths[place + 1]), 0)
@@ -127,29 +151,55 @@ def pad(resize: Resize) -> Call:
         if not kept.all():
             widths[place] = int(kept[:before].sum())
             widths[place + 1] = int(kept[len(kept) - after :].sum())
-    return resize.node.target, (x, widths, *rest), dict(resize.node.kwargs)
+    if "pad" in resize.node.kwargs:
+        return resize.with_args(pad=widths)
+    return resize.with_args(resize.x, widths, *resize.node.args[2:])
+
+
+def roll(resize: Resize) -> Call:
+    """x.roll(shifts, dims): as many as are left of those that come round to the front."""
+    shifts, dims = (resize.argument(i, name) for i, name in ((1, "shifts"), (2, "dims")))
+    shifts, dims = ([item] if isinstance(item, int) else list(item) for item in (shifts, dims))
+    for place, (shift, dim) in enumerate(zip(resize.value(shifts), dims, strict=True)):
+        kept = resize.kept(resize.value(resize.x), dim)
+        if not kept.all():
+            shifts[place] = int(kept[len(kept) - shift % len(kept) :].sum())
+    return resize.node.target, (resize.x, shifts, dims), {}
+
+
+def channel_shuffle(resize: Resize) -> Call:
+    """F.channel_shuffle(x, groups): as many groups as are left, each with as many channels as the others."""
+    groups = resize.value(resize.argument(1, "groups"))
+    left = resize.kept(resize.value(resize.x), 1).view(groups, -1).any(1)
+    return resize.node.target, (resize.x, int(left.sum())), {}
 
 
 def convolve(resize: Resize) -> Call:
     """F.conv2d(x, weight, ..., groups): as many groups as whole ones are left."""
-    args, kwargs = list(resize.args), dict(resize.node.kwargs)
-    x, weight = (resize.value(arg) for arg in (args[0], args[1] if len(args) > 1 else kwargs["weight"]))
-    groups = int(resize.kept(x, 1).sum()) // weight.shape[1]
-    if len(args) > 6:
-        args[6] = groups
-    else:
-        kwargs["groups"] = groups
-    return resize.node.target, tuple(args), kwargs
+    kept = resize.kept(resize.value(resize.x), 1)
+    groups = resize.value(resize.argument(6, "groups", default=1)) * int(kept.sum()) // len(kept)
+    if len(resize.node.args) > 6:
+        return resize.with_args(*resize.node.args[:6], groups, *resize.node.args[7:])
+    return resize.with_args(groups=groups)
 
+
+_CONVOLUTIONS = [
+    F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, F.conv_transpose1d, F.conv_transpose2d,
+    F.conv_transpose3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+]  # fmt: skip
 
 FAMILIES: dict[Any, Callable[[Resize], Call]] = {
-    **dict.fromkeys(["view", "reshape", "expand", torch.reshape, "new_zeros", "new_ones", "new_empty"], reshape),
+    **dict.fromkeys(["view", "reshape", "expand", "new_zeros", "new_ones", "new_empty", "new_full"], reshape),
+    **dict.fromkeys([torch.reshape], reshape),
+    **dict.fromkeys([torch.zeros, torch.ones, torch.full, torch.empty], create),
     **dict.fromkeys(["unflatten", torch.unflatten], unflatten),
     **dict.fromkeys(["chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"], split),
     **dict.fromkeys([torch.chunk, torch.split, torch.split_with_sizes, torch.tensor_split], split),
     **dict.fromkeys([operator.getitem], index),
     **dict.fromkeys(["narrow", torch.narrow], narrow),
     **dict.fromkeys([F.pad, torch.nn.functional.pad, torch.constant_pad_nd], pad),
-    **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d], convolve),
+    **dict.fromkeys(["roll", torch.roll], roll),
+    **dict.fromkeys([F.channel_shuffle, torch.channel_shuffle], channel_shuffle),
+    **dict.fromkeys(_CONVOLUTIONS, convolve),
 }
 """The family of a traced call, by its function or its method's name."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis
+from rewriters.branches import Pruned, is_under, prune_branches
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from rewriters.errors import SurgeryError
 from rewriters.forward import RewrittenForward
@@ -23,55 +25,102 @@ class SlimPlan:
         live: classes that stay, bool of shape (classes,).
         kept: for each side that loses something, the indices that stay (int64).
         forwards: rewritten forwards by module path: a graph for eval mode (False) and train mode (True).
+        constants: what stands in the place of branches that came to nothing: buffers by qualified name.
+        removed: paths of the modules that nothing calls any more.
+        kernels: the kernels that are left.
     """
 
     live: Tensor
     kept: Mapping[Side, Tensor]
     forwards: Mapping[str, Mapping[bool, fx.Graph]]
+    constants: Mapping[str, Tensor]
+    removed: frozenset[str]
+    kernels: tuple[Kernel, ...]
+
+    def flops(self, channel_map: ChannelMap) -> float:
+        """Multiply-adds of what is left, for one sample: the bilinear model at the classes that stay."""
+        count = lambda side: len(self.kept[side]) if side in self.kept else channel_map.sizes[side]  # noqa: E731
+        return sum(kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in self.kernels)
 
 
-def with_survivors(channel_map: ChannelMap, live: Tensor) -> Tensor:
-    """Live classes and, on each side that would be left with nothing, its first class.
-
-    A layer that still runs needs a channel; the one kept has a zero kernel behind it, so that outputs
-    don't change.
-    """
-    live = live.clone()
-    for classes in channel_map.classes.values():
-        if not (classes == ALWAYS).any() and not live[classes].any():
-            live[classes[0]] = True
-    return live
-
-
-def plan(analysis: Analysis, live: Tensor) -> SlimPlan:
+def plan(
+    model: nn.Module,
+    analysis: Analysis,
+    live: Tensor,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> SlimPlan:
     """Plan the slimming to the classes in `live` (bool, shape (classes,)).
+
+    Args:
+        model: as it was analysed, the dead classes' kernels at zero.
+        args, kwargs: inputs to run it on where a branch came to nothing and leaves a constant.
 
     Raises:
         SurgeryError: a forward cannot be rewritten for this pattern.
     """
     channel_map = analysis.channel_map
-    live = with_survivors(channel_map, live.cpu())
+    live = live.cpu()
+    while True:
+        pruned = prune_branches(model, analysis, live, args, kwargs or {})
+        removed = frozenset[str]().union(*(one.removed for one in pruned))
+        gone = _tensors_under(model, removed)
+        survivors = with_survivors(channel_map, live, gone)
+        if torch.equal(survivors, live):
+            break
+        live = survivors  # a channel more somewhere may be a branch less that can go
     kept = {}
     for side, classes in channel_map.classes.items():
         indices = channel_map.kept(side, live)
-        if len(indices) < len(classes):
+        if len(indices) < len(classes) and side.tensor not in gone:
             kept[side] = indices
-    return SlimPlan(live, kept, _rewrite(analysis, live))
+    kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
+    forwards = _rewrite(analysis, live, pruned)
+    constants = {f"{one.path}.{name}".lstrip("."): value for one in pruned for name, value in one.constants.items()}
+    return SlimPlan(live, kept, forwards, constants, removed, kernels)
 
 
-def _rewrite(analysis: Analysis, live: Tensor) -> dict[str, dict[bool, fx.Graph]]:
+def with_survivors(channel_map: ChannelMap, live: Tensor, gone: Set[str] = frozenset()) -> Tensor:
+    """Live classes and, on each side that would be left with nothing, its first class.
+
+    A layer that still runs needs a channel; the one kept has a zero kernel behind it, so that outputs
+    don't change. Tensors in `gone` are left out of account.
+    """
+    live = live.clone()
+    for side, classes in channel_map.classes.items():
+        if side.tensor not in gone and not (classes == ALWAYS).any() and not live[classes].any():
+            live[classes[0]] = True
+    return live
+
+
+def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
+    """Tensors that stand in these modules and nowhere else."""
+    inside: dict[int, bool] = {}
+    for name, _, _, tensor in tensor_slots(model):
+        under = is_under(name, paths)
+        inside[id(tensor)] = under and inside.get(id(tensor), True)
+    return {name for name, _, _, tensor in tensor_slots(model) if inside[id(tensor)]}
+
+
+def _rewrite(analysis: Analysis, live: Tensor, pruned: list[Pruned]) -> dict[str, Mapping[bool, fx.Graph]]:
     """Rewritten forwards of the modules whose own code doesn't do for this pattern."""
     cut = analysis.cut(live)
+    done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
+    gone = {path for one in pruned for path in one.removed}
     graphs: dict[str, dict[bool, fx.Graph]] = {}
     changed: set[str] = set()
+    differing: set[str] = set()
     for traced in analysis.traced:
+        if traced.path in done or is_under(traced.path, gone):
+            continue
         resizer = traced.resize(cut)
         changed |= {traced.path} if resizer.changed else set()
         modes = graphs.setdefault(traced.path, {})
         first = modes.setdefault(traced.training, resizer.graph)
-        if _code(first) != _code(resizer.graph):
-            raise SurgeryError("is called in several ways that would need different code", where=traced.path)
-    return {path: modes for path, modes in graphs.items() if path in changed}
+        differing |= {traced.path} if _code(first) != _code(resizer.graph) else set()
+    for path in sorted(changed & differing):
+        raise SurgeryError("is called in several ways that would need different code", where=path)
+    return done | {path: modes for path, modes in graphs.items() if path in changed}
 
 
 def _code(graph: fx.Graph) -> str:
@@ -86,15 +135,8 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
                 yield f"{path}.{name}".lstrip("."), module, name, tensor
 
 
-def apply(model: nn.Module, slim_plan: SlimPlan, kernels: tuple[Kernel, ...], journal: Journal,
-          replace: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:  # fmt: skip
-    """Carry out a plan on the live model, every change noted in `journal`.
-
-    Args:
-        replace: makes the tensor to put in the place of an old one, from (old, sliced); by default a
-            parameter or buffer like the old one.
-    """
-    replace = replace or _like
+def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
+    """Carry out a plan on the live model, every change noted in `journal`."""
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))
@@ -102,8 +144,8 @@ def apply(model: nn.Module, slim_plan: SlimPlan, kernels: tuple[Kernel, ...], jo
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
     for name, dims in cuts.items():
         tensor = first_name[name]
-        sliced[id(tensor)] = replace(tensor, _slice(tensor, dims))
-    grouped = {kernel.weight for kernel in kernels if not kernel.mixes}
+        sliced[id(tensor)] = _like(tensor, _slice(tensor, dims))
+    grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
             journal.set_tensor(module, own_name, sliced[id(tensor)])
@@ -112,6 +154,12 @@ def apply(model: nn.Module, slim_plan: SlimPlan, kernels: tuple[Kernel, ...], jo
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         journal.set_attribute(module, "forward", RewrittenForward(module, graphs))
+    for name, value in slim_plan.constants.items():
+        path, _, own_name = name.rpartition(".")
+        journal.set(model.get_submodule(path)._buffers, own_name, value)
+    for path in slim_plan.removed:
+        parent, _, own_name = path.rpartition(".")
+        journal.remove(model.get_submodule(parent)._modules, own_name)
 
 
 def _slice(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:

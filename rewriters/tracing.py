@@ -8,9 +8,12 @@ resolutions, and says so where it can't.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +26,14 @@ from rewriters.errors import AutogateError
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
 from rewriters.propagate import Labelling
-from rewriters.rules import Findings
+from rewriters.rules import Findings, OpCall
+from rewriters.rules.elementwise import meet
+
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
+    "randperm", "tensor", "zeros",
+)  # fmt: skip
+"""Functions of torch that make tensors from numbers, and so never ask a proxy for leave."""
 
 
 class TraceError(AutogateError):
@@ -31,7 +41,7 @@ class TraceError(AutogateError):
 
 
 class _OpLog(TorchDispatchMode):
-    """Notes every ATen call with its arguments and result."""
+    """Notes every ATen call that gives tensors, with its arguments and result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +49,8 @@ class _OpLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):  # else a question (its device, its layout)
+            self.calls.append((func, args, kwargs or {}, out))
         return out
 
 
@@ -94,6 +105,8 @@ class _Tracer(fx.Tracer):
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
         self._alive: list[Any] = []  # ids of tensors are keys
+        self._entered = call  # the child that ran last
+        self._recording = True
         self.known = known
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
@@ -141,17 +154,59 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         # Asked by type, for isinstance would take a proxy for what it stands for.
-        return a.node if type(a) is _Valued else super().create_arg(a)
+        if type(a) is _Valued:
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            return self._plain_tensor(a)
+        return super().create_arg(a)
+
+    def _plain_tensor(self, tensor: Tensor) -> fx.Node:
+        """A tensor that is a module's attribute; one made on the way would be lost (fx leaves it on the module)."""
+        name = next((name for value, name in self.tensor_attrs.items() if value is tensor), None)
+        if name is None:
+            raise TraceError("it computes with a tensor that torch.fx has not seen come into being")
+        node = self.create_node("get_attr", name, (), {})
+        node.meta["val"] = self._captured.tensors.get(f"{self._call.path}.{name}".lstrip("."))
+        if node.meta["val"] is None:
+            node.meta["val"] = self._captured.mode.from_tensor(tensor)
+        return node
+
+    @contextlib.contextmanager
+    def factories(self) -> Iterator[None]:
+        """Lets torch.zeros and its like be recorded, also where all their arguments are plain numbers."""
+
+        def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self._recording:
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        with contextlib.ExitStack() as stack:
+            for name in _FACTORIES:
+                function = getattr(torch, name)
+                wrapped = functools.wraps(function)(functools.partial(recorded, function))
+                stack.enter_context(mock.patch.object(torch, name, wrapped))
+            yield
 
     def create_proxy(self, kind, target, args, kwargs, *rest, **options):
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        self._recording = False
+        try:
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+            self._follow(proxy.node)
+        finally:
+            self._recording = True
+        return proxy
+
+    def _follow(self, node: fx.Node) -> None:
+        """Note a new node's value, the ATen ops it ran and the labels of what they gave."""
         log = _OpLog()
         with torch.no_grad(), self._captured.mode, log:
-            proxy.node.meta["val"] = self._evaluate(proxy.node)
-        proxy.node.meta["ops"] = [op for op, *_ in log.calls]
+            node.meta["val"] = self._evaluate(node)
+        node.meta["ops"] = [op for op, *_ in log.calls]
         for call in log.calls:
             self._label(*call)
-        return proxy
+        if node.op == "call_module":
+            given = fx.node.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
+            self.link(given, (self._entered.args, self._entered.kwargs))
 
     def _label(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -166,6 +221,23 @@ class _Tracer(fx.Tracer):
     def _labels_of(self, value: Tensor) -> Labelled:
         return self.known.get(id(value)) or Labelled(tuple(value.shape))
 
+    def link(self, traced: Any, captured: Any) -> None:
+        """Merge the labels of what was traced and of what was captured at the same place.
+
+        They are the same but where an op made channels of its own (padding, zeros to concatenate): there the
+        traced op made other ones than the captured op, which the rest of the model is coupled with.
+        """
+        ours, theirs = tree_leaves(traced), tree_leaves(captured)
+        if len(ours) != len(theirs):
+            return  # only train mode returns as many
+        for a, b in zip(ours, theirs, strict=True):
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a is not b:
+                labelling = self._labelling
+                pair = [self._labels_of(a), self._labels_of(b)]
+                shapes = [tuple(a.shape)]
+                call = OpCall("forward", (), {}, shapes, self._call.path, labelling.space, labelling.findings)
+                meet(call, pair)
+
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             name = f"{self._call.path}.{node.target}".lstrip(".")
@@ -177,6 +249,7 @@ class _Tracer(fx.Tracer):
             child = next(self._children, None)
             if child is None or child.path != path:
                 raise TraceError(f"traced, it calls {path} where it ran {child.path if child else 'nothing'}")
+            self._entered = child
             return child.output
         return run_call(node.op, node.target, node.args, node.kwargs, lambda other: other.meta["val"])
 
@@ -200,10 +273,13 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, dict(known))
     try:
-        graph = tracer.trace(module)
+        with tracer.factories():
+            graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error
     except Exception as error:  # whatever user code does with a proxy that fx does not foresee
         raise TraceError(f"torch.fx cannot follow it ({error})", where=call.path) from error
+    returned = next(node for node in graph.nodes if node.op == "output").args[0]
+    tracer.link(fx.node.map_arg(returned, lambda node: node.meta["val"]), call.output)
     graph._autogate_tracer = tracer  # keeps the tensors alive whose ids are the keys
     return graph, tracer.known

@@ -1,6 +1,6 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
-from rewriters.rules import elementwise, kernels, mixing, movement
+from rewriters.rules import creation, elementwise, kernels, mixing, movement
 from rewriters.rules.registry import RULES, Findings, OpCall, find_rule, rule
 
-__all__ = ["RULES", "Findings", "OpCall", "elementwise", "find_rule", "kernels", "mixing", "movement", "rule"]
+__all__ = ["RULES", "Findings", "OpCall", "creation", "elementwise", "find_rule", "kernels", "mixing", "movement", "rule"]

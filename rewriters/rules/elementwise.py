@@ -21,20 +21,21 @@ from rewriters.rules.registry import RULES, OpCall, rule
 def elementwise(call: OpCall) -> Labelled | list[Labelled]:
     """y[i] depends on x[i] alone (add, relu, sigmoid, mul, dropout, copies ...)."""
     operands = list(call.tensors())
-    moved_only = len(operands) == 1 and call.op in _COPIES
+    moved_only = len(operands) == 1 and call.op in COPIES
     out = Labelled(call.shape, meet(call, operands), operands[0].source if moved_only else None)
     return [out for _ in call.shapes] if len(call.shapes) > 1 else out
 
 
 RULES[torch.Tag.pointwise] = elementwise
 
-_COPIES = {
+COPIES = {
     torch.ops.aten._to_copy.default,
     torch.ops.aten.clone.default,
     torch.ops.aten.detach.default,
     torch.ops.aten.alias.default,
     torch.ops.aten.lift_fresh.default,
 }
+"""Copies: what comes out is what went in."""
 
 
 def meet(call: OpCall, operands: list[Labelled]) -> tuple[Tensor, ...]:

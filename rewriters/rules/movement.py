@@ -42,13 +42,23 @@ def _as_list(value: Any) -> list[Tensor]:
     "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int", "aten.squeeze", "aten.unsqueeze",
     "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.roll", "aten.expand", "aten.narrow",
     "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk", "aten.movedim", "aten.permute_copy",
-    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle",
+    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle",
 )  # fmt: skip
 def move(call: OpCall) -> Result:
     """The op itself, run on label tensors."""
     value, rest = call.args[0], call.args[1:]
     results = [_as_list(call.op(layer.expand(value.shape), *rest, **call.kwargs)) for layer in value.layers]
     return _moved(call, value, results)
+
+
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(call: OpCall) -> Result:
+    """As `move`; groups must stay as wide as each other, so that whole groups die or the same places in all."""
+    value, groups = call.args[0], call.arg(1, "groups")
+    along = value.layer(1)
+    if along is not None:
+        call.findings.grids.append(along.movedim(1, -1).unflatten(-1, (groups, -1)))
+    return move(call)
 
 
 @rule("aten.view.default", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias", "aten.unflatten")

@@ -1,0 +1,279 @@
+"""The verbs: prepare, gates, summary, finalize."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from autogate import bookkeeping
+from autogate.budget import DEFAULT_STEPS, Budget
+from autogate.gates import GateBank
+from autogate.inputs import Inputs, as_call
+from autogate.summary import Summary, summarise
+from rewriters import (
+    Analysis,
+    AutogateError,
+    Journal,
+    VerificationError,
+    analyse,
+    apply,
+    plan,
+    rehearse,
+    relative_error,
+    run_eval,
+)
+
+BANK = "autogate"
+"""Name of the submodule that holds the gates while they train."""
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative difference that finalize accepts between the gated and the slim model's outputs."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class BudgetNotMetWarning(UserWarning):
+    """The model was finalized before its gates had come down to the budget."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What prepare was called with, for finalize to read the same channels again."""
+
+    inputs: Inputs
+    ignored: dict[str, str]
+
+
+def prepare(
+    model: M,
+    example_inputs: Any = None,
+    *,
+    flops: float = 0.5,
+    steps: int | None = None,
+    ignore: Iterable[str] = (),
+) -> M:
+    """Give `model` gates that learn, in any training loop, which channels it can do without.
+
+    No number in the model changes and nothing is added to its forward: gates are kept multiplied into the
+    kernels, and move after each step of whatever optimizer trains these (see `GateBank`).
+
+        >>> import timm, torch, autogate
+        >>> model = timm.create_model("resnet18", num_classes=10)
+        >>> model = autogate.prepare(model, flops=0.5, steps=1000)
+        >>> autogate.gates(model).alpha.shape
+        torch.Size([2880])
+
+    Args:
+        model: any module; the same object is returned. Prepare it before it is compiled or wrapped for
+            distributed training.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments that the model can be
+            run on; a timm model needs none. A batch of two or more tells the batch from other dimensions.
+        flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to be left, in
+            (0, 1].
+        steps: optimizer steps that training will take; the share is reached within them, and what training
+            follows is plain. `autogate.budget.DEFAULT_STEPS` (10,000) if None.
+        ignore: paths of modules, or names of parameters, whose channels all stay.
+
+    Raises:
+        AutogateError: the model can't be analysed, nothing in it can go, the share is out of reach, or an
+            argument is wrong. The message names the place and the way out; the model is as it was.
+    """
+    _check_model(model)
+    budget = Budget(flops=flops, steps=DEFAULT_STEPS if steps is None else steps)
+    ignored = dict.fromkeys(_named_by(model, ignore), "the caller asked for it")
+    inputs = as_call(example_inputs, model)
+    analysis = _analyse(model, inputs, ignored)
+    if analysis.channel_map.size == 0:
+        raise AutogateError(
+            f"no channel of it can go. {_why_pinned(analysis)}",
+            where=type(model).__name__,
+            remedy="Check `ignore` and that the model has convolutions or linear layers between its first and last.",
+        )
+    bank = GateBank(model, analysis.channel_map, budget)
+    bank.origin = Origin(inputs, ignored)
+    model.add_module(BANK, bank)
+    return model
+
+
+def gates(model: nn.Module) -> GateBank:
+    """The bank of gates of a prepared model.
+
+    `bank.alpha`, shape (classes,), holds one entry for each class of coupled channels; `bank.where(i)` tells
+    where class i lives. Setting entries to zero kills channels by a criterion of one's own:
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
+        >>> bank = autogate.gates(model)
+        >>> with torch.no_grad():
+        ...     bank.alpha[:100] = 0
+        >>> slim = autogate.finalize(model, warn=False)
+
+    Raises:
+        AutogateError: the model was not prepared, or is finalized already.
+    """
+    model = _unwrap(model)
+    bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
+    if not isinstance(bank, GateBank):
+        raise AutogateError(
+            "it has no gates: it was not prepared, or is finalized already.",
+            where=type(model).__name__,
+            remedy="Call autogate.prepare(model) first.",
+        )
+    return bank
+
+
+def summary(model: nn.Module) -> Summary:
+    """FLOPs, parameters and channels left of a prepared model, and what is pinned and why; print it.
+
+    Raises:
+        AutogateError: the model was not prepared.
+    """
+    return summarise(_unwrap(model), gates(model))
+
+
+def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
+    """Take the closed channels out of a prepared model; its outputs stay what they were.
+
+    The slim model is the same object, of plain layers: every tensor is sliced, the sizes that modules hold
+    follow, and no trace of gates is left. It is run on the example inputs before and after.
+
+    Args:
+        model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
+        example_inputs: inputs to check the outputs on; those that `prepare` had, if None.
+        warn: warn when the budget has not been met.
+
+    Raises:
+        AutogateError: no gates, a weight or gate that is not finite, or a layer that was changed since
+            `prepare`.
+        SurgeryError: a module's forward can't be rewritten for this pattern of channels.
+        VerificationError: the outputs would differ by more than `TOLERANCE`.
+        In every case the model is as it was, its gates still there.
+    """
+    model, bank = _unwrap(model), gates(model)
+    _check_finite(model)
+    bank.fold()
+    origin: Origin = bank.origin
+    inputs = _on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
+    progress = bank.progress()
+    wanted = run_eval(model, *inputs)
+    journal = Journal()
+    try:
+        journal.remove(model._modules, BANK)
+        journal.remove(model._forward_pre_hooks, bank._hook.id)
+        _slim(model, bank, _on_device(origin.inputs, model), origin.ignored, journal)
+        _verify(model, inputs, wanted)
+    except BaseException:
+        journal.undo()
+        raise
+    bank.detach()
+    if warn and not progress.settled:
+        warnings.warn(
+            f"finalized at {progress.share:.1%} of the FLOPs, short of the target of {progress.target:.1%}: "
+            f"{progress.step} of {progress.steps} steps were taken",
+            BudgetNotMetWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, ignored: dict[str, str], journal: Journal) -> None:
+    analysis = _analyse(model, inputs, ignored)
+    changed = bank.channel_map.difference(analysis.channel_map)
+    if changed is not None:
+        raise AutogateError(
+            "this layer is not what it was when the model was prepared.",
+            where=changed,
+            remedy="Change layers before prepare, or prepare the changed model anew.",
+        )
+    slim = plan(model, analysis, bank.live, *inputs)
+    follow = bookkeeping.widths(model)
+    apply(model, slim, journal)
+    bookkeeping.update(model, follow, journal)
+
+
+def _analyse(model: nn.Module, inputs: Inputs, ignored: dict[str, str]) -> Analysis:
+    args, kwargs = inputs
+    return rehearse(model, analyse(model, args, kwargs, ignored), args, kwargs)
+
+
+def _verify(model: nn.Module, inputs: Inputs, wanted: list[Tensor]) -> None:
+    error = relative_error(run_eval(model, *inputs), wanted)
+    allowed = max((TOLERANCE.get(value.dtype, 0.0) for value in wanted), default=0.0)
+    if not error <= allowed:
+        raise VerificationError(
+            f"the slim model's outputs differ by {error:.1e} of their size, more than {allowed:.0e}; "
+            "the gated model is as it was.",
+            where=type(model).__name__,
+            remedy="Please report the model. `prepare(..., ignore=[...])` keeps a module's channels.",
+        )
+
+
+def _check_model(model: Any) -> None:
+    where = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise AutogateError("it is not a torch.nn.Module.", where=where, remedy="Give the model itself.")
+    if BANK in model._modules:
+        raise AutogateError("it is prepared already.", where=where, remedy="Train it, or finalize it first.")
+    if hasattr(model, BANK):
+        raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename that.")
+    if _unwrap(model) is not model:
+        raise AutogateError(
+            "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
+        )
+
+
+def _unwrap(model: Any) -> Any:
+    """The model inside torch.compile's and the distributed wrappers."""
+    while True:
+        inner = model.__dict__.get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
+    """Names of the parameters and buffers that `ignore` speaks of."""
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    paths = [path for path, _ in model.named_modules() if path]
+    named = []
+    for name in ignore:
+        found = [tensor for tensor in tensors if tensor == name or tensor.startswith(f"{name}.")]
+        if not found and name not in paths:
+            near = difflib.get_close_matches(name, paths + tensors, n=3)
+            raise AutogateError(
+                f"ignore names {name!r}, which is no module or parameter of it.",
+                where=type(model).__name__,
+                remedy=f"Did you mean {' or '.join(map(repr, near))}?" if near else "See model.named_modules().",
+            )
+        named += found
+    return named
+
+
+def _why_pinned(analysis: Analysis) -> str:
+    reasons = dict.fromkeys(f"{pin.module or 'the outputs'}: {pin.reason}" for pin in analysis.channel_map.pins)
+    return "Kept: " + "; ".join(list(reasons)[:5]) + "." if reasons else "It has no layers to cut."
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AutogateError(
+                f"{int((~torch.isfinite(tensor)).sum())} of its {tensor.numel()} values are not finite.",
+                where=name,
+                remedy="Go back to a checkpoint from before training diverged.",
+            )
+
+
+def _on_device(inputs: Inputs, model: nn.Module) -> Inputs:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)

@@ -1,0 +1,69 @@
+"""Example inputs: what the caller gives, or what a timm model's own configuration tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewriters.errors import AutogateError
+
+BATCH = 2
+"""Samples in a made-up batch: with one, a batch could not be told from a dimension that happens to be 1."""
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
+    """Positional and keyword arguments for `model`, from what the caller gave as `example_inputs`.
+
+    Args:
+        example_inputs: a tensor (the only argument), a tuple or list (the positional arguments), a mapping
+            (keyword arguments), or None for a batch of the size in the model's timm configuration.
+
+    Raises:
+        AutogateError: none was given and the model has no timm configuration, or what was given is none of
+            these.
+    """
+    if example_inputs is None:
+        return (_from_timm(model),), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise AutogateError(
+        f"example_inputs is a {type(example_inputs).__name__}.",
+        where=type(model).__name__,
+        remedy="Give a tensor, a tuple of positional arguments or a dict of keyword arguments.",
+    )
+
+
+def _from_timm(model: nn.Module) -> Tensor:
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if not size:
+        raise AutogateError(
+            "there are no example inputs, and the model carries no timm configuration to make some from.",
+            where=type(model).__name__,
+            remedy="Give example_inputs, for instance torch.randn(2, 3, 224, 224).",
+        )
+    image_size = _built_for(model) or tuple(size[1:])
+    channels = getattr(model, "in_chans", None) or _first_kernel_width(model) or size[0]
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.randn(BATCH, channels, *image_size, dtype=reference.dtype, device=reference.device)
+
+
+def _built_for(model: nn.Module) -> tuple[int, ...] | None:
+    """The resolution that a model with a fixed one was built for (`img_size=` of timm's create_model)."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return tuple(size) if isinstance(size, (tuple, list)) else None
+
+
+def _first_kernel_width(model: nn.Module) -> int | None:
+    """Input channels of the first convolution: `in_chans=` changes them, and not the configuration."""
+    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    return first.in_channels if first is not None else None

@@ -1,0 +1,42 @@
+"""The gate function and how it sharpens: smooth at first, all but a step at the end.
+
+Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiable Polarization", section 3.2.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+EPSILON_START = 0.1
+"""Epsilon of a fresh gate: alpha = 1 then gives a gate of 0.909 (section 4.1)."""
+
+EPSILON_END = 5e-8
+"""Epsilon of a finished run: where the paper's own courses end (0.1 * 0.96**350 and 0.1 * 0.9**140)."""
+
+
+def gate_value(alpha: Tensor, epsilon: Tensor | float) -> Tensor:
+    """The gate g(alpha) = alpha^2 / (alpha^2 + epsilon), equation 2.
+
+    Args:
+        alpha: learnable gate parameters, any shape.
+        epsilon: positive smoothing constant.
+
+    Returns:
+        Gates in [0, 1], of alpha's shape: exactly zero where alpha is, close to one far from it.
+    """
+    square = alpha * alpha
+    return square / (square + epsilon)
+
+
+def gate_slope(alpha: Tensor, epsilon: Tensor | float) -> Tensor:
+    """The gate's derivative 2 alpha epsilon / (alpha^2 + epsilon)^2, equation 4."""
+    return 2 * alpha * epsilon / (alpha * alpha + epsilon) ** 2
+
+
+def epsilon_at(step: int, steps: int) -> float:
+    """Epsilon after `step` of `steps` optimizer steps: an exponential decay, as in section 4.1.
+
+    The paper multiplies by a constant once an epoch; the same course is followed here step by step, so that
+    it doesn't depend on the length of an epoch. It stays at `EPSILON_END` once the steps are over.
+    """
+    return EPSILON_START * (EPSILON_END / EPSILON_START) ** min(step / steps, 1.0)

@@ -1,0 +1,152 @@
+"""Exactness and reach over a table of timm models: random zero patterns in, equal outputs out.
+
+    python benchmarks/exactness.py --out runs/exactness.jsonl [MODEL ...]
+
+Each model is prepared, a random 10, 40 and 80 % of its gates are set to zero under three seeds, and it is
+finalized. A line a model tells the largest relative difference between gated and slim outputs, the
+smallest share of FLOPs that gates can reach, and how the bilinear FLOPs compare to fvcore's count. Models
+that the output file has already are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
+import autogate
+import rewriters
+
+MODELS = [
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "seresnet50",
+    "resnest14d",
+    "skresnet18",
+    "vgg16_bn",
+    "mobilenetv1_100",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "efficientnet_b0",
+    "tf_efficientnetv2_b0",
+    "mixnet_s",
+    "densenet121",
+    "dla34",
+    "dla60_res2next",
+    "dpn68",
+    "res2net50_26w_4s",
+    "cspdarknet53",
+    "cspresnet50",
+    "vovnet39a",
+    "ese_vovnet19b_dw",
+    "hrnet_w18_small",
+    "inception_v3",
+    "inception_v4",
+    "xception41",
+    "nasnetalarge",
+    "regnetx_002",
+    "regnety_002",
+    "repvgg_a0",
+    "ghostnet_100",
+    "hardcorenas_a",
+    "rexnet_100",
+    "selecsls42",
+    "tresnet_m",
+    "fasternet_t0",
+    "mobileone_s0",
+    "lcnet_050",
+    "fbnetc_100",
+    "hgnet_tiny",
+]
+
+SMALLER_INPUT = {"nasnetalarge": 96}
+
+
+@torch.no_grad()
+def randomise_norms(model: nn.Module, seed: int = 0) -> None:
+    """Statistics and affine parameters of batch norms as no initialisation leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            shape = module.running_mean.shape
+            module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.1)
+            module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
+            module.weight.copy_(torch.rand(shape, generator=generator) + 0.5)
+            module.bias.copy_(torch.randn(shape, generator=generator) * 0.1)
+
+
+def fvcore_flops(model: nn.Module, example: Tensor) -> float:
+    """Multiply-adds of convolutions and linear layers for one sample, counted by fvcore."""
+    for name in ("fvcore.nn.jit_analysis", "fvcore"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        counted = FlopCountAnalysis(model.eval(), example[:1]).by_operator()
+    return counted["conv"] + counted["linear"]
+
+
+def trial(
+    model: nn.Module, analysis: rewriters.Analysis, example: Tensor, dead: float, seed: int
+) -> tuple[float, float]:
+    """(relative difference of the outputs, bilinear FLOPs over fvcore's) for one random pattern; spends the model."""
+    bank = autogate.gates(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        bank.alpha[torch.rand(len(bank.alpha), generator=generator) < dead] = 0
+    wanted = rewriters.run_eval(model, (example,))
+    plan = rewriters.plan(model, analysis, bank.live, (example,))
+    bank.detach()
+    rewriters.apply(model, plan, rewriters.Journal())
+    difference = rewriters.relative_error(rewriters.run_eval(model, (example,)), wanted)
+    return difference, plan.flops(analysis.channel_map) / fvcore_flops(model, example)
+
+
+def measure(name: str) -> dict:
+    """All patterns of one model."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    randomise_norms(model)
+    size = SMALLER_INPUT.get(name, model.default_cfg["input_size"][-1])
+    example = torch.randn(2, 3, size, size)
+    dense = fvcore_flops(model, example)
+    analysis = rewriters.rehearse(model, rewriters.analyse(model, (example,)), (example,))
+    model = autogate.prepare(model, example)
+    summary = autogate.summary(model)
+    patterns = [(dead, seed) for dead in (0.1, 0.4, 0.8) for seed in range(3)]
+    results = [trial(copy.deepcopy(model), analysis, example, dead, seed) for dead, seed in patterns]
+    return {
+        "model": name,
+        "classes": len(autogate.gates(model).alpha),
+        "reach": summary.reach,
+        "worst_difference": max(difference for difference, _ in results),
+        "bilinear_over_fvcore_dense": summary.all_flops / dense,
+        "bilinear_over_fvcore_slim": [min(ratio for _, ratio in results), max(ratio for _, ratio in results)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--out", type=Path, default=Path("runs/exactness.jsonl"))
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {json.loads(line)["model"] for line in args.out.read_text().splitlines()} if args.out.exists() else set()
+    for name in args.models:
+        if name not in done:
+            result = measure(name)
+            with args.out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(result, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,561 @@
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from autogate.budget import Budget
+from autogate.gates import GateBank, _column_products, _scale_columns
+from autogate.polarization import gate_slope, gate_value
+from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
+from rewriters.errors import AutogateError
+from tests.autogate.gated_nets import ConvNet, batch, conv_net_map, gated_net, train
+
+
+def kernels_of(net: ConvNet) -> list[torch.Tensor]:
+    return [net.conv2.weight, net.conv3.weight, net.fc.weight]
+
+
+def sides_of(bank: GateBank, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A value per class, as it lies along the gated sides."""
+    return tuple(values[bank.channel_map.classes[side]] for side in bank.channel_map.gated)
+
+
+def backward(net: nn.Module, seed: int = 0) -> None:
+    images, labels = batch(seed)
+    net.zero_grad()
+    nn.functional.cross_entropy(net(images), labels).backward()
+
+
+def random_alpha(bank: GateBank, least: float = 0.1) -> torch.Tensor:
+    return least + (1.2 - least) * torch.rand(len(bank.alpha), generator=torch.Generator().manual_seed(3))
+
+
+def test_building_a_bank_changes_no_number():
+    torch.manual_seed(0)
+    net = ConvNet()
+    images, _ = batch(0)
+    before, numbers = net(images), {name: value.clone() for name, value in net.state_dict().items()}
+    net.eval()
+    net.autogate = GateBank(net, conv_net_map(), Budget(0.5))
+    net.train()
+    torch.testing.assert_close(net(images), before, rtol=0, atol=0)
+    for name, value in net.named_parameters():
+        assert torch.equal(value, numbers[name]), name
+
+
+def test_state_dict_keeps_the_models_names():
+    plain = set(ConvNet().state_dict())
+    net, _ = gated_net()
+    added = {"alpha", "folded", "live", "epsilon", "step_count", "balance", "integral", "settled"}
+    assert set(net.state_dict()) - plain == {f"autogate.{name}" for name in added}
+    assert dict(net.named_parameters()).keys() == dict(ConvNet().named_parameters()).keys()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_folded_gates_equal_gates_on_the_activations(residual):
+    net, bank = gated_net(residual=residual)
+    explicit = copy.deepcopy(net)
+    for kernel, gate in zip(kernels_of(explicit), sides_of(bank, bank.folded), strict=True):
+        kernel.data /= gate.view(1, -1, *[1] * (kernel.ndim - 2))
+    bank.alpha.copy_(random_alpha(bank))
+    images, _ = batch(1)
+    found = net(images)
+    torch.testing.assert_close(bank.folded, bank.gates(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(found, explicit(images, sides_of(bank, bank.folded)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradient_is_that_of_gates_on_the_activations(residual):
+    """The bank's alpha step against autograd through explicit gates g(alpha) * x."""
+    net, bank = gated_net(1.0, residual=residual)
+    bank.alpha.copy_(random_alpha(bank))
+    bank.fold()
+    explicit = copy.deepcopy(net)
+    for kernel, gate in zip(kernels_of(explicit), sides_of(bank, bank.folded), strict=True):
+        kernel.data /= gate.view(1, -1, *[1] * (kernel.ndim - 2))
+    alpha = bank.alpha.clone().requires_grad_()
+    images, labels = batch(2)
+    output = explicit(images, sides_of(bank, gate_value(alpha, float(bank.epsilon))))
+    nn.functional.cross_entropy(output, labels).backward()
+
+    backward(net, 2)
+    before = bank.alpha.clone()
+    lr = 0.1
+    bank.measure()
+    bank.step(lr)
+    moved = (before - bank.alpha) / (0.1 * lr)
+    scale = alpha.grad.abs().max().item()
+    torch.testing.assert_close(moved, alpha.grad, rtol=1e-3, atol=2e-3 * scale)
+
+
+def test_columns_behind_nearly_closed_gates_move_like_kernels_behind_gates():
+    """An SGD step of W under a gate in the forward pass moves V = W g by the gate's square."""
+    net, bank = gated_net()
+    bank.alpha.fill_(0.1)
+    net(batch(0)[0])
+    gate = bank.folded[0].item()
+    assert 0.05 < gate < 0.15
+    kernel = net.conv2.weight
+    before = kernel.detach().clone()
+    bank.measure()
+    with torch.no_grad():
+        kernel.add_(1.0)
+        bank._release(bank._pending.held)
+    torch.testing.assert_close(
+        kernel - before, torch.full_like(before, (gate / 0.5) ** 2), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_killing_by_hand_is_seen_by_the_next_forward_and_is_final():
+    net, bank = gated_net()
+    images, _ = batch(0)
+    with torch.no_grad():
+        bank.alpha[[0, 5, 20]] = 0
+    net(images)
+    assert net.conv2.weight[:, [0, 5]].abs().max() == 0 and net.conv3.weight[:, 4].abs().max() == 0
+    assert bank.live.sum() == len(bank.live) - 3
+    with torch.no_grad():
+        bank.alpha[5] = 1
+    net(images)
+    assert bank.alpha[5] == 0 and not bank.live[5] and net.conv2.weight[:, 5].abs().max() == 0
+    assert bank.gates()[[0, 5, 20]].tolist() == [0, 0, 0]
+
+
+def test_dead_columns_are_zero_whatever_moved_them():
+    net, bank = gated_net()
+    bank.alpha[:4] = 0
+    images, _ = batch(0)
+    net(images)
+    with torch.no_grad():
+        net.conv2.weight.add_(1)
+    net(images)
+    assert net.conv2.weight[:, :4].abs().max() == 0
+    assert net.conv2.weight[:, 4:].abs().min() > 0
+
+
+def test_dead_channels_contribute_nothing():
+    net, bank = gated_net()
+    net.eval()
+    bank.alpha[[1, 2, 30, 50]] = 0
+    images, _ = batch(0)
+    before = net(images)
+    with torch.no_grad():
+        net.conv1.weight[[1, 2]] += 7
+        net.norm2.weight[14] -= 3
+    assert torch.equal(net(images), before)
+
+
+def test_folding_again_changes_nothing():
+    net, bank = gated_net()
+    bank.alpha.copy_(random_alpha(bank))
+    bank.alpha[3] = 0
+    bank.fold()
+    numbers = [kernel.detach().clone() for kernel in kernels_of(net)]
+    versions = [kernel._version for kernel in kernels_of(net)]
+    bank.fold()
+    assert [kernel._version for kernel in kernels_of(net)] == versions
+    bank.alpha.copy_(bank.alpha.clone())
+    bank.fold()
+    assert all(torch.equal(kernel, number) for kernel, number in zip(kernels_of(net), numbers, strict=True))
+
+
+def test_non_finite_alpha_is_named_and_nothing_is_folded():
+    net, bank = gated_net()
+    before = net.conv2.weight.detach().clone()
+    bank.alpha[2] = float("nan")
+    bank.alpha[0] = 0
+    with pytest.raises(AutogateError, match=r"conv2\.weight\[1\] at 2"):
+        net(batch(0)[0])
+    assert torch.equal(net.conv2.weight, before) and bank.live.all()
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_moves_no_gate_but_dead_columns_stay_zero(broken):
+    net, bank = gated_net()
+    bank.alpha[0] = 0
+    backward(net)
+    alpha, epsilon = bank.alpha.clone(), bank.epsilon.clone()
+    net.fc.weight.grad[1, 2] = broken
+    bank.measure()
+    with torch.no_grad():
+        net.conv2.weight.add_(0.1)
+    bank.step(0.1)
+    assert torch.equal(bank.alpha, alpha) and torch.equal(bank.epsilon, epsilon) and bank.step_count == 0
+    assert net.conv2.weight[:, 0].abs().max() == 0
+
+
+def test_frozen_kernels_contribute_nothing():
+    net, bank = gated_net(1.0)
+    net.conv2.weight.requires_grad_(False)
+    before = bank.alpha.clone()
+    backward(net)
+    bank.step(0.1)
+    assert torch.equal(bank.alpha[:16], before[:16]) and not torch.equal(bank.alpha[16:], before[16:])
+
+
+def test_a_shared_kernel_is_folded_and_counted_once():
+    net = nn.Module()
+    net.first = nn.Linear(4, 4, bias=False)
+    net.second = nn.Linear(4, 4, bias=False)
+    net.second.weight = net.first.weight
+    gated = (Side("first.weight", 1), Side("second.weight", 1))
+    kernels = (Kernel("first", "first.weight", 1.0, 1), Kernel("second", "second.weight", 1.0, 1))
+    sizes = {Side(kernel.weight, dim): 4 for kernel in kernels for dim in (0, 1)}
+    channel_map = ChannelMap(4, {side: torch.arange(4) for side in gated}, sizes, kernels, gated, ())
+    bank = GateBank(net, channel_map, Budget(1.0))
+    before = net.first.weight.detach().clone()
+    bank.alpha.fill_(0.3)
+    bank.fold()
+    ratio = gate_value(torch.tensor(0.3), 0.1) / gate_value(torch.tensor(1.0), 0.1)
+    torch.testing.assert_close(net.first.weight.detach(), before * ratio)
+    net.first.weight.grad = torch.ones_like(before)
+    bank.measure()
+    assert bank._pending is not None
+    torch.testing.assert_close(bank._pending.gradient, net.first.weight.detach().sum(0) / bank.folded)
+
+
+def test_a_class_may_lie_on_a_side_many_times_and_beside_pinned_ones():
+    net = nn.Sequential(nn.Linear(6, 2))
+    side = Side("0.weight", 1)
+    sizes = {side: 6, Side("0.weight", 0): 2}
+    classes = {side: torch.tensor([0, 0, ALWAYS, 1, 1, 1])}
+    bank = GateBank(
+        net, ChannelMap(2, classes, sizes, (Kernel("0", "0.weight", 1.0, 1),), (side,), ()), Budget(1.0)
+    )
+    before = net[0].weight.detach().clone()
+    bank.alpha[0] = 0
+    bank.fold()
+    assert net[0].weight[:, :2].abs().max() == 0 and torch.equal(net[0].weight[:, 2:], before[:, 2:])
+    net[0].weight.grad = torch.ones_like(before)
+    bank.measure()
+    expected = torch.stack([torch.tensor(0.0), before[:, 3:].sum() / bank.folded[1]])
+    torch.testing.assert_close(bank._pending.gradient, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "odd gradient"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_column_products_and_scaling_hold_for_any_type_and_layout(kind, layout, dim):
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(6, 4, 3, 3).to(kind), torch.randn(6, 4, 3, 3).to(kind)
+    if layout == "channels_last":
+        weight, gradient = (t.to(memory_format=torch.channels_last) for t in (weight, gradient))
+    if layout == "strided":
+        weight = torch.randn(6, 8, 3, 3).to(kind)[:, ::2]
+    if layout == "odd gradient":
+        gradient = gradient.to(memory_format=torch.channels_last)
+    others = [d for d in range(4) if d != dim]
+    expected = (weight.double() * gradient.double()).sum(others)
+    found = _column_products(gradient, weight, dim)
+    assert found.dtype == torch.promote_types(kind, torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    factor = torch.rand(weight.shape[dim])
+    shape = [-1 if d == dim else 1 for d in range(4)]
+    expected = weight * factor.to(kind).view(shape)
+    _scale_columns(weight, dim, factor)
+    assert torch.equal(weight, expected)
+
+
+def test_half_precision_gradients_do_not_vanish_in_the_product():
+    weight, gradient = torch.full((8, 4), 1e-3).half(), torch.full((8, 4), 1e-6).half()
+    assert _column_products(gradient, weight, 1).min() > 7e-9
+
+
+def test_large_kernels_are_summed_in_chunks():
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(700, 100, 3, 3), torch.randn(700, 100, 3, 3)
+    torch.testing.assert_close(
+        _column_products(gradient, weight, 1), (weight * gradient).sum((0, 2, 3)), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_changes_that_a_half_precision_kernel_would_round_away_wait():
+    net, bank = gated_net()
+    net.bfloat16()
+    before = net.conv2.weight.detach().clone()
+    folded = bank.folded.clone()
+    for _ in range(3):
+        bank.alpha.mul_(0.995)
+        bank.fold()
+        assert torch.equal(net.conv2.weight, before) and torch.equal(bank.folded, folded)
+    bank.alpha.mul_(0.9)
+    bank.fold()
+    assert not torch.equal(net.conv2.weight, before)
+    torch.testing.assert_close(bank.folded, bank.gates())
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+def test_converting_the_model_leaves_the_banks_numbers_alone(convert):
+    net, bank = gated_net()
+    before = {name: value.clone() for name, value in bank.named_buffers()}
+    convert(net)
+    for name, value in bank.named_buffers():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+    assert net.conv1.weight.dtype != torch.float32
+
+
+def test_a_deep_copy_has_a_bank_of_its_own():
+    net, bank = gated_net()
+    twin = copy.deepcopy(net)
+    assert twin.autogate is not bank
+    assert {id(k) for k in twin.autogate.kernels()} == {id(k) for k in kernels_of(twin)}
+    with torch.no_grad():
+        twin.autogate.alpha[0] = 0
+    images, _ = batch(0)
+    twin(images), net(images)
+    assert twin.conv2.weight[:, 0].abs().max() == 0 and net.conv2.weight[:, 0].abs().max() > 0
+    train(twin, torch.optim.SGD(twin.parameters(), 0.1), 2)
+    assert twin.autogate.step_count == 2 and bank.step_count == 0
+
+
+def test_a_pickled_model_comes_back_with_its_bank():
+    net, _ = gated_net()
+    train(net, torch.optim.SGD(net.parameters(), 0.1), 2)
+    with torch.no_grad():
+        net.autogate.alpha[3] = 0
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for twin in (pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)):
+        images, _ = batch(0)
+        assert torch.equal(twin.eval()(images), net.eval()(images))
+        assert twin.conv2.weight[:, 3].abs().max() == 0
+        train(twin.train(), torch.optim.SGD(twin.parameters(), 0.1), 1)
+        assert twin.autogate.step_count == 3
+
+
+def test_a_bank_keeps_no_model_alive():
+    net, bank = gated_net()
+    watch = weakref.ref(net)
+    gc.disable()
+    try:
+        del net
+        assert watch() is None
+    finally:
+        gc.enable()
+    assert bank.kernels() == []
+    other = nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+
+
+def test_a_run_resumes_exactly_from_its_state_dict():
+    def optimizer_of(net):
+        return torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+
+    whole, _ = gated_net(steps=40)
+    train(whole, optimizer_of(whole), 40)
+    first, _ = gated_net(steps=40)
+    optimizer = optimizer_of(first)
+    train(first, optimizer, 17)
+    second, _ = gated_net(steps=40, seed=5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    resumed = optimizer_of(second)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(second, resumed, 23, first=17)
+    assert whole.autogate.progress().dead > 0
+    for (name, expected), found in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def test_same_seed_same_gates():
+    runs = []
+    for _ in range(2):
+        net, bank = gated_net(steps=30)
+        train(net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9), 30)
+        runs.append(bank.alpha)
+    assert torch.equal(*runs) and (runs[0] == 0).any()
+
+
+def test_a_sequential_model_runs_through_its_bank():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    before = net(x)
+    classes = {Side("0.weight", 0): torch.arange(8), Side("0.bias", 0): torch.arange(8)}
+    classes[Side("1.weight", 1)] = torch.arange(8)
+    sizes = {
+        Side(f"{i}.weight", dim): n for i, shape in enumerate([(8, 4), (2, 8)]) for dim, n in enumerate(shape)
+    }
+    kernels = (Kernel("0", "0.weight", 1.0, 1), Kernel("1", "1.weight", 1.0, 1))
+    net.autogate = GateBank(
+        net, ChannelMap(8, classes, sizes, kernels, (Side("1.weight", 1),), ()), Budget(0.5)
+    )
+    assert torch.equal(net(x), before)
+
+
+def test_compiled_forward_is_that_of_the_plain_model():
+    net, bank = gated_net()
+    images, _ = batch(0)
+    compiled = torch.compile(net.eval(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), net(images))
+    with torch.no_grad():
+        bank.alpha[1] = 0
+    bank.fold()
+    torch.testing.assert_close(compiled(images), net(images))
+
+
+def test_functional_calls_leave_the_real_kernels_alone():
+    net, bank = gated_net()
+    stand_ins = {name: value.detach().clone() for name, value in net.named_parameters()}
+    bank.alpha[0] = 0
+    torch.func.functional_call(net, stand_ins, (batch(0)[0],))
+    assert bank.live.all() and net.conv2.weight[:, 0].abs().max() > 0
+
+
+def test_an_averaged_copy_follows_the_dead():
+    net, _ = gated_net(steps=30)
+    average = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(30):
+        train(net, optimizer, 1, first=step)
+        average.update_parameters(net)
+    average(batch(0)[0])
+    live = net.autogate.live
+    assert not live.all() and torch.equal(average.module.autogate.live, live)
+    closed = [
+        (kernel == 0).flatten(2).all(2).all(0) for kernel in map(torch.atleast_3d, kernels_of(average.module))
+    ]
+    assert torch.equal(torch.cat(closed), ~live)
+
+
+def test_detached_banks_do_nothing():
+    net, bank = gated_net()
+    bank.detach()
+    with torch.no_grad():
+        bank.alpha[0] = 0
+    train(net, torch.optim.SGD(net.parameters(), 0.1), 1)
+    assert bank.step_count == 0 and net.conv2.weight[:, 0].abs().max() > 0 and not net._forward_pre_hooks
+
+
+def test_where_and_describe_say_where_a_class_lies():
+    _, bank = gated_net(residual=True)
+    places = bank.where(17)
+    assert (Side("conv2.weight", 0), 1) in places and (Side("fc.weight", 1), 1) in places
+    assert (Side("norm3.running_var", 0), 1) in places
+    assert "conv3.weight[1] at 1, 2" in bank.describe([17, 18])
+
+
+def test_repr_is_one_line_with_the_share_and_the_target():
+    net, bank = gated_net(0.25, steps=70)
+    bank.alpha[:3] = 0
+    bank.fold()
+    assert repr(bank) == f"GateBank(64 classes, 3 dead, FLOPs {bank.share():.3f} -> 0.250, step 0 of 70)"
+    assert repr(bank) in repr(net)
+
+
+def test_progress_tells_the_state():
+    net, bank = gated_net(0.5, steps=30)
+    start = bank.progress()
+    assert (start.share, start.step, start.dead, start.settled, start.balance) == (1.0, 0, 0, False, 0.0)
+    train(net, torch.optim.SGD(net.parameters(), 0.1), 5)
+    now = bank.progress()
+    assert now.step == 5 and now.balance > 0 and now.epsilon < start.epsilon and now.share == bank.share()
+
+
+def test_an_unreachable_target_is_refused():
+    channel_map = conv_net_map()
+    classes = {
+        side: labels for side, labels in channel_map.classes.items() if side != Side("conv3.weight", 0)
+    }
+    pinned = ChannelMap(64, classes, channel_map.sizes, channel_map.kernels, channel_map.gated, ())
+    pinned.classes[Side("conv3.weight", 1)] = torch.full((24,), ALWAYS)
+    net = ConvNet()
+    least = GateBank(net, pinned, Budget(1.0)).least_share()
+    assert least > 0.3
+    with pytest.raises(AutogateError, match="can't be reached"):
+        GateBank(ConvNet(), pinned, Budget(least - 0.01))
+
+
+def test_a_kernel_that_is_no_parameter_is_refused_and_leaves_the_model_alone():
+    net = ConvNet()
+    del net.conv2.weight
+    with pytest.raises(AutogateError, match=r"conv2\.weight"):
+        GateBank(net, conv_net_map(), Budget(0.5))
+    assert not net._forward_pre_hooks
+
+
+def test_a_map_without_classes_makes_an_idle_bank():
+    net = nn.Linear(2, 2)
+    sizes = {Side("weight", 0): 2, Side("weight", 1): 2}
+    net.autogate = GateBank(
+        net, ChannelMap(0, {}, sizes, (Kernel("", "weight", 1.0, 1),), (), ()), Budget(1.0)
+    )
+    net(torch.ones(1, 2)).sum().backward()
+    net.autogate.step(0.1)
+    assert net.autogate.progress().share == 1
+
+
+def random_gradients(bank: GateBank, size: float, pull: bool, generator: torch.Generator) -> None:
+    for kernel in bank.kernels():
+        noise = torch.randn(kernel.shape, generator=generator)
+        kernel.grad = -size * kernel.detach() if pull else size * noise
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.85])
+@pytest.mark.parametrize(("steps", "lr"), [(30, 0.1), (150, 0.1), (150, 1e-4)])
+@pytest.mark.parametrize(("size", "pull"), [(1e-2, False), (10.0, False), (1.0, True)])
+def test_the_target_is_met_in_time_whatever_the_gradients(target, steps, lr, size, pull):
+    """Noise of any size, or gradients that hold every gate open: done at 90 % of the steps, and polarized."""
+    _, bank = gated_net(target, steps)
+    dearest = bank.flops.drop(bank.live).max().item() / bank.flops.total
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        random_gradients(bank, size, pull, generator)
+        bank.measure()
+        bank.step(lr)
+        assert bank.share() >= bank.budget.wanted(step + 1) - dearest
+        if step + 1 >= 0.9 * steps:
+            assert abs(bank.share() - target) <= 0.01
+    gates = bank.folded[bank.live]
+    assert gates.min() > 0.5 and (bank.folded[~bank.live] == 0).all()
+    assert bank.alpha.min() >= 0
+
+
+def test_alpha_never_crosses_zero_by_a_gradient():
+    """Gradients that want every gate closed, without pressure: nothing dies and no sign flips."""
+    _, bank = gated_net(1.0, steps=400)
+    with torch.no_grad():
+        bank.alpha[::2] *= -1
+    sign = bank.alpha.sign()
+    for _step in range(400):
+        for kernel in bank.kernels():
+            kernel.grad = 1e3 * kernel.detach()
+        bank.step(0.1)
+        assert torch.equal(bank.alpha.sign(), sign)
+    assert bank.alpha.abs().max() < 1 and bank.folded.min() > 0.5
+
+
+def test_learning_spares_each_groups_last_classes_but_a_hand_may_not():
+    net, bank = gated_net(0.1, steps=60, keep=0.1)
+    with torch.no_grad():
+        bank.alpha[16:40] = torch.linspace(0.3, 1, 24)
+    generator = torch.Generator().manual_seed(0)
+    for _step in range(60):
+        random_gradients(bank, 1e-3, False, generator)
+        bank.measure()
+        bank.step(0.1)
+    for group in bank.channel_map.groups():
+        assert bank.live[list(group.classes)].sum() >= 2
+    bank.alpha[16:40] = 0
+    net(batch(0)[0])
+    assert not bank.live[16:40].any()
+
+
+def test_slope_enters_the_step_with_the_present_epsilon():
+    _, bank = gated_net(1.0, steps=10)
+    bank.epsilon.fill_(0.01)
+    bank.fold()
+    for kernel in bank.kernels():
+        kernel.grad = 1e-3 * kernel.detach()
+    bank.measure()
+    expected = 0.01 * bank._pending.gradient * gate_slope(bank.alpha, 0.01)
+    before = bank.alpha.clone()
+    bank.step(0.1)
+    torch.testing.assert_close(before - bank.alpha, expected, rtol=1e-3, atol=1e-7)

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from torch import nn
+
+from autogate.resources import Bilinear, Flops, Params, Term
+from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
+from rewriters.errors import AutogateError
+from tests.autogate.gated_nets import ConvNet, conv_net_map
+
+
+def counted_flops(channel_map: ChannelMap, live: torch.Tensor) -> float:
+    """The same, by counting what `ChannelMap.kept` keeps."""
+
+    def count(side):
+        return len(channel_map.kept(side, live)) if side in channel_map.classes else channel_map.sizes[side]
+
+    return sum(
+        kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels
+    )
+
+
+def some_live(size: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.6
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_flops_are_those_of_the_kept_channels(residual):
+    channel_map = conv_net_map(residual=residual)
+    flops = Flops(channel_map)
+    assert flops.total == counted_flops(channel_map, torch.ones(channel_map.size, dtype=torch.bool))
+    for seed in range(5):
+        live = some_live(channel_map.size, seed)
+        assert flops.value(live).item() == counted_flops(channel_map, live)
+
+
+def test_pinned_channels_stay_in_the_count():
+    classes = {
+        Side("a.weight", 0): torch.tensor([0, ALWAYS, 1]),
+        Side("b.weight", 1): torch.tensor([0, ALWAYS, 1]),
+    }
+    sizes = {Side("a.weight", 0): 3, Side("a.weight", 1): 4, Side("b.weight", 0): 5, Side("b.weight", 1): 3}
+    kernels = (Kernel("a", "a.weight", 10.0, 1), Kernel("b", "b.weight", 1.0, 1))
+    flops = Flops(ChannelMap(2, classes, sizes, kernels, (Side("b.weight", 1),), ()))
+    assert flops.total == 10 * 3 * 4 + 3 * 5
+    assert flops.least_share() == pytest.approx((10 * 4 + 5) / flops.total)
+
+
+def test_depthwise_kernels_cost_in_one_live_count():
+    classes = {Side("d.weight", 0): torch.arange(4)}
+    sizes = {Side("d.weight", 0): 4, Side("d.weight", 1): 1}
+    flops = Flops(ChannelMap(4, classes, sizes, (Kernel("d", "d.weight", 7.0, 1, mixes=False),), (), ()))
+    live = torch.tensor([True, False, True, False])
+    assert flops.value(live).item() == 14
+    assert flops.price(live).tolist() == [7, 7, 7, 7]
+
+
+def test_price_is_the_derivative_by_the_live_counts():
+    """Checked on the bilinear form itself, each class's count being a real number."""
+    channel_map = conv_net_map(residual=True)
+    live = some_live(channel_map.size).double().requires_grad_()
+
+    def count(side):
+        return (
+            live[channel_map.classes[side]].sum() if side in channel_map.classes else channel_map.sizes[side]
+        )
+
+    value = sum(
+        kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels
+    )
+    (expected,) = torch.autograd.grad(value, live)
+    torch.testing.assert_close(Flops(channel_map).price(live.detach().bool()), expected)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_drop_is_what_one_death_saves(residual):
+    channel_map = conv_net_map(residual=residual)
+    flops = Flops(channel_map)
+    live = some_live(channel_map.size)
+    drop = flops.drop(live)
+    for label in torch.nonzero(live).flatten().tolist():
+        without = live.clone()
+        without[label] = False
+        assert drop[label].item() == (flops.value(live) - flops.value(without)).item()
+
+
+def test_a_class_counts_as_often_as_it_lies_on_a_side():
+    """A flatten gives a linear layer's input many indices of one class."""
+    flops = Bilinear(2, [Term(1.0, 0, 1)], [0.0, 10.0], [[0, 0, 0, 1, 1, 1], []])
+    assert flops.total == 60
+    assert flops.price(torch.tensor([True, True])).tolist() == [30, 30]
+
+
+def test_params_are_those_of_the_sliced_model():
+    channel_map = conv_net_map()
+    net = ConvNet()
+    params = Params(channel_map, net)
+    assert params.total == sum(parameter.numel() for parameter in net.parameters())
+    live = some_live(channel_map.size)
+    kept = 0
+    for name, parameter in net.named_parameters():
+        shape = list(parameter.shape)
+        for side in channel_map.classes:
+            if side.tensor == name:
+                shape[side.dim] = len(channel_map.kept(side, live))
+        kept += torch.Size(shape).numel()
+    assert params.value(live).item() == kept
+
+
+def test_shared_parameters_count_once():
+    net = nn.Module()
+    net.first = nn.Linear(3, 3)
+    net.second = nn.Linear(3, 3, bias=False)
+    net.second.weight = net.first.weight
+    classes = {Side("second.weight", 0): torch.arange(3), Side("first.bias", 0): torch.arange(3)}
+    params = Params(ChannelMap(3, classes, {}, (), (), ()), net)
+    assert params.total == 12
+    assert params.value(torch.tensor([True, False, False])).item() == 4
+
+
+def test_params_refuse_three_labelled_dimensions():
+    net = nn.Conv1d(2, 2, 2)
+    classes = {Side("weight", dim): torch.arange(2) for dim in range(3)}
+    with pytest.raises(AutogateError, match="weight carries channels in 3 dimensions"):
+        Params(ChannelMap(2, classes, {}, (), (), ()), net)
+
+
+def test_a_map_without_classes_has_a_value():
+    sizes = {Side("a.weight", 0): 3, Side("a.weight", 1): 4}
+    flops = Flops(ChannelMap(0, {}, sizes, (Kernel("a", "a.weight", 2.0, 1),), (), ()))
+    assert flops.total == 24
+    assert flops.share(torch.ones(0, dtype=torch.bool)) == 1
