@@ -97,7 +97,7 @@ def prepare(
             remedy="Check `ignore` and that the model has convolutions or linear layers between its first and last.",
         )
     bank = GateBank(model, analysis.channel_map, budget)
-    bank.origin = Origin(inputs, ignored)
+    bank.__dict__["origin"] = Origin(inputs, ignored)  # a note, not part of the bank's state
     model.add_module(BANK, bank)
     return model
 
@@ -159,7 +159,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     model, bank = _unwrap(model), gates(model)
     _check_finite(model)
     bank.fold()
-    origin: Origin = bank.origin
+    origin: Origin = bank.__dict__["origin"]
     inputs = _on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
     progress = bank.progress()
     wanted = run_eval(model, *inputs)

@@ -11,7 +11,8 @@ _FIELDS = ("num_features", "head_hidden_size", "in_features")
 
 def widths(model: nn.Module) -> int | None:
     """Input features of the classifier, None where the model has none to be asked for."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    get_classifier = getattr(model, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else None
     if isinstance(classifier, nn.Linear):
         return classifier.in_features
     if isinstance(classifier, nn.modules.conv._ConvNd):
@@ -24,7 +25,8 @@ def update(model: nn.Module, before: int | None, journal: Journal) -> None:
     after = widths(model)
     if before is None or after is None or before == after:
         return
-    for module in (model, getattr(model, "head", None)):
-        for field in _FIELDS if isinstance(module, nn.Module) and not isinstance(module, nn.Linear) else ():
+    keepers = [module for module in (model, getattr(model, "head", None)) if isinstance(module, nn.Module)]
+    for module in keepers:
+        for field in () if isinstance(module, nn.Linear) else _FIELDS:
             if module.__dict__.get(field) == before:
                 journal.set_attribute(module, field, after)

@@ -486,8 +486,6 @@ class GateBank(nn.Module):
             pressure = Pressure(pressure.movement, pressure.integral, deaths_settle)
         else:
             alpha = _away_from_zero(target, OPEN_ALPHA)
-        if count >= self.budget.steps:
-            alpha = torch.where(alpha != 0, _away_from_zero(alpha, OPEN_ALPHA), 0.0)
         self.alpha.copy_(torch.where(self.live, alpha, 0.0))
         self.epsilon.fill_(epsilon_at(count, self.budget.steps))
         self.step_count.fill_(count)

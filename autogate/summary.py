@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from autogate.gates import GateBank, Progress
-from rewriters.channel_map import ChannelMap, Pin, Side
+from rewriters.channel_map import ChannelMap, Kernel, Pin, Side
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,12 @@ class Summary:
     progress: Progress
 
     def __str__(self) -> str:
-        console = Console(width=110, record=True, file=_Nowhere())
+        console = Console(width=110, record=True, file=io.StringIO())
         console.print(_totals(self))
         console.print(_layers(self))
         if self.pins:
             console.print(_pins(self))
         return console.export_text().rstrip()
-
-
-class _Nowhere:
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 def summarise(model: nn.Module, bank: GateBank) -> Summary:
@@ -91,7 +84,7 @@ def count(channel_map: ChannelMap, live: Tensor, side: Side) -> int:
     return channel_map.sizes.get(side, 1)
 
 
-def _layer(channel_map: ChannelMap, live: Tensor, kernel) -> Layer:
+def _layer(channel_map: ChannelMap, live: Tensor, kernel: Kernel) -> Layer:
     inputs, outputs = (count(channel_map, live, side) for side in (kernel.input_side, kernel.output_side))
     everything = torch.ones_like(live)
     all_inputs, all_outputs = (count(channel_map, everything, s) for s in (kernel.input_side, kernel.output_side))

@@ -157,10 +157,11 @@ def _prune(
         return
     removed = _uncalled(call, captured.calls(), graphs.values())
     if removed:
+        named = {_constant_name(index): value for index, value in enumerate(values) if value is not None}
         constants = {
-            node.target: cut.slim(values[_constant_index(node.target)], forwards[0].known[id(node.meta["val"])])
+            node.target: cut.slim(named[node.target], forwards[0].known[id(node.meta["val"])])
             for node in forwards[0].graph.nodes
-            if node.op == "get_attr" and _constant_index(node.target) is not None
+            if node.op == "get_attr" and node.target in named
         }
         yield Pruned(call.path, graphs, constants, removed)
 
@@ -221,23 +222,24 @@ def _probe(
     return [values.found[name] for name in names]
 
 
+def _one_position(value: Tensor) -> Tensor:
+    """The first sample's channels at its first position, shape (1, C, 1, ...)."""
+    for dim in range(value.ndim):
+        if dim != 1:
+            value = value.narrow(dim, 0, 1)
+    return value
+
+
 def _uniform(value: Tensor) -> Tensor | None:
     """The value of each channel, shape (1, C, 1, ...), or None where it differs from position to position."""
     if value.ndim < 2:
         return None
-    first = value[(slice(0, 1), slice(None), *[slice(0, 1)] * (value.ndim - 2))]
+    first = _one_position(value)
     return first.clone() if torch.equal(first.expand_as(value), value) else None
 
 
-_CONSTANT = "branch_constant_"
-
-
 def _constant_name(index: int) -> str:
-    return f"{_CONSTANT}{index}"
-
-
-def _constant_index(name: str) -> int | None:
-    return int(name.removeprefix(_CONSTANT)) if name.startswith(_CONSTANT) else None
+    return f"branch_constant_{index}"
 
 
 def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor | None]) -> Traced:
@@ -259,7 +261,7 @@ def _put_constant(node: fx.Node, name: str, traced: Traced, known: dict[int, Lab
     full: Tensor = node.meta["val"]
     with node.graph.inserting_after(node):
         constant = node.graph.create_node("get_attr", name)
-    constant.meta["val"] = full[(slice(0, 1), slice(None), *[slice(0, 1)] * (full.ndim - 2))]
+    constant.meta["val"] = _one_position(full)
     layers = tuple(layer for layer in traced.known[id(full)].layers if layer.shape[1] > 1)
     known[id(constant.meta["val"])] = Labelled(tuple(constant.meta["val"].shape), layers)
     for user in list(node.users):

@@ -105,6 +105,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._real:
             return self._real[id(args[0])].item()  # a parameter's or buffer's own value is known
+        if func is torch.ops.aten.convolution.default and args[0].dtype != args[1].dtype:
+            # A fake convolution would let it pass.
+            raise TypeError(f"the input is {args[0].dtype} and the kernel {args[1].dtype}")
         out = func(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             return out  # a question about a tensor (its device, its layout), not a step of the forward

@@ -127,8 +127,8 @@ class ChannelMap:
         if len(self.kernels) != len(other.kernels):
             return max(self.kernels, other.kernels, key=len)[min(len(self.kernels), len(other.kernels))].module
         for side in {**self.classes, **other.classes}:
-            mine, theirs = self.classes.get(side), other.classes.get(side)
-            if mine is None or theirs is None or not torch.equal(mine.cpu(), theirs.cpu()):
+            here, there = self.classes.get(side), other.classes.get(side)
+            if here is None or there is None or not torch.equal(here.cpu(), there.cpu()):
                 return str(side)
         return None
 

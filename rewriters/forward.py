@@ -109,4 +109,8 @@ def bind_placeholders(
     """A call's arguments in the order of a traced graph's placeholders."""
     bound = inspect.signature(own_forward(module)).bind(module, *args, **kwargs)
     bound.apply_defaults()
-    return [bound.arguments[node.target] for node in graph.nodes if node.op == "placeholder"]
+    values: list[Any] = []
+    for target in (node.target for node in graph.nodes if node.op == "placeholder"):
+        value = bound.arguments[target.lstrip("*")]
+        values.extend(value if target.startswith("*") and not target.startswith("**") else [value])
+    return values

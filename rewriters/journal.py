@@ -11,14 +11,14 @@ class Journal:
     """Applies changes to modules and remembers what was there before."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._entries: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
 
-    def set(self, entries: dict[str, Any], key: str, value: Any) -> None:
+    def set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
         """`entries[key] = value`, for a module's `__dict__`, `_parameters`, `_buffers` or `_modules`."""
         self._entries.append((entries, dict(entries)))
         entries[key] = value
 
-    def remove(self, entries: dict[str, Any], key: str) -> None:
+    def remove(self, entries: dict[Any, Any], key: Any) -> None:
         """`del entries[key]`."""
         self._entries.append((entries, dict(entries)))
         del entries[key]

@@ -99,7 +99,7 @@ class Resizer:
 
     def _copy(self, node: fx.Node) -> None:
         copy = self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
-        if node.target in _CONCATENATIONS:
+        if node.target in _CONCATENATIONS and isinstance(node.args[0], (list, tuple)):
             shapes = (self._shape(operand.meta["val"]) for operand in node.args[0])
             alive = [operand for operand, shape in zip(copy.args[0], shapes, strict=True) if 0 not in shape]
             if 0 < len(alive) < len(node.args[0]):

@@ -75,6 +75,13 @@ class _Valued(fx.Proxy):
     def __iter__(self):
         return iter([self[index] for index in range(len(self.value))])
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """x[key] = y, written as what it does: y is copied into a view of x."""
+        if not isinstance(self.value, Tensor) or not _makes_view(key):
+            raise TraceError("it assigns to elements picked by a tensor or a list")
+        view = self[key]
+        view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
+
     def __len__(self) -> int:
         return len(self.value)
 
@@ -97,6 +104,12 @@ class _Valued(fx.Proxy):
         return format(self.value, spec)
 
 
+def _makes_view(key: Any) -> bool:
+    """Whether indexing by `key` gives a view (numbers, slices, None and ...), not a copy."""
+    items = key if isinstance(key, tuple) else (key,)
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -116,18 +129,26 @@ class _Tracer(fx.Tracer):
         signature = inspect.signature(root_fn)
         bound = signature.bind(self.root, *self._call.args, **self._call.kwargs)
         bound.apply_defaults()
-        args: list[Any] = [self.root]
+        by_place: list[Any] = [self.root]
+        by_name: dict[str, Any] = {}
         for name, parameter in list(signature.parameters.items())[1:]:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                if bound.arguments[name]:
-                    raise TraceError(f"its forward takes {parameter}")
-                continue
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            node = self.create_node("placeholder", name, default, {})
-            node.meta["val"] = bound.arguments[name]
-            proxy = self.proxy(node)
-            args.append(self._argument(proxy))
-        return root_fn, args
+            given = self._placeholder(parameter, bound.arguments[name])
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                by_place.extend(given)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                by_name.update(given)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                by_name[name] = given
+            else:
+                by_place.append(given)
+        return functools.partial(root_fn, **by_name), by_place
+
+    def _placeholder(self, parameter: inspect.Parameter, value: Any) -> Any:
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        default = () if parameter.default is parameter.empty else (parameter.default,)
+        node = self.create_node("placeholder", f"{stars}{parameter.name}", default, {})
+        node.meta["val"] = value
+        return self._argument(self.proxy(node))
 
     def _argument(self, proxy: _Valued) -> Any:
         """A tensor or number as a proxy, a container as a container of proxies, anything else as it is."""

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from rewriters.channel_map import Kernel
 from rewriters.labels import Labelled, varying
-from rewriters.rules.registry import OpCall, Result, rule
+from rewriters.rules.elementwise import meet
+from rewriters.rules.registry import OpCall, Result, rule, unknown
 
 
-def _vector(call: OpCall, value: Labelled, dim: int, reason: str) -> Tensor | None:
+def _vector(call: OpCall, value: Labelled, dim: int) -> Tensor | None:
     """Labels along one dimension, shape (size,), merged along any other; None where nobody owns it."""
     layer = value.layer(dim)
     if layer is None:
@@ -49,8 +50,8 @@ def convolution(call: OpCall) -> Labelled:
     x, kernel, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
     data = Labelled(x.shape, call.mix(x, range(2, x.ndim), "convolved along its channels"), x.source)
-    channels = _vector(call, data, 1, "")
-    first, second = _vector(call, kernel, 0, ""), _vector(call, kernel, 1, "")
+    channels = _vector(call, data, 1)
+    first, second = _vector(call, kernel, 0), _vector(call, kernel, 1)
     positions = prod((x.shape if transposed else call.shape)[2:]) * prod(kernel.shape[2:]) * x.shape[0]
     if groups == 1:
         into, out = (first, second) if transposed else (second, first)
@@ -136,36 +137,44 @@ def addmm(call: OpCall) -> Result:
 
 
 def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
+    if left.source is None and right.source is None:
+        reason = "summed in a product of activations"
+        rows, columns = call.mix(left, [-1], reason), call.mix(right, [-2], reason)
+        return _outer(call, left, rows, right, columns)
     flipped = left.source is not None and right.source is None
     weight, data = (left, right) if flipped else (right, left)
     contracted = (-2, -1) if flipped else (-1, -2)  # of data, of weight
     out_dim = (-1, -2) if flipped else (-2, -1)  # rows kept from data, from weight
-    summed = _vector(call, data, contracted[0], "")
-    against = _vector(call, weight, contracted[1], "")
-    gate = _consume(call, summed, against, weight.source)
-    if weight.source is not None:
-        macs = data.shape[out_dim[0]] * prod(call.shape[:-2])
-        _note_matrix(call, weight, against, _vector(call, weight, out_dim[1], ""), macs, gate)
-    layers = [*_rest_layers(call, data, contracted[0]), *_rest_layers(call, weight, contracted[1])]
-    return Labelled(call.shape, _disjoint(call, layers))
+    against = _vector(call, weight, contracted[1])
+    gate = _consume(call, _vector(call, data, contracted[0]), against, weight.source)
+    macs = data.shape[out_dim[0]] * prod(call.shape[:-2])
+    _note_matrix(call, weight, against, _vector(call, weight, out_dim[1]), macs, gate)
+    return _outer(call, left, _rest(left, -1), right, _rest(right, -2))
 
 
-def _rest_layers(call: OpCall, value: Labelled, contracted: int) -> list[Tensor]:
-    """Layers that don't run along the contracted dimension (those that do were consumed)."""
-    return [layer for layer in value.layers if layer.shape[contracted] == 1]
+def _outer(
+    call: OpCall, left: Labelled, rows: tuple[Tensor, ...], right: Labelled, columns: tuple[Tensor, ...]
+) -> Labelled:
+    """Labels of (..., m, k) x (..., k, n): those of the rows, of the columns and of the batches, which meet."""
+    operands = [Labelled((*left.shape[:-1], 1), rows), Labelled((*right.shape[:-2], 1, right.shape[-1]), columns)]
+    return Labelled(call.shape, meet(call, operands))
 
 
-def _disjoint(call: OpCall, layers: list[Tensor]) -> tuple[Tensor, ...]:
-    from_batch: list[Tensor] = []
-    for layer in layers:
-        shared = [other for other in from_batch if set(varying(other)) & set(varying(layer))]
-        if shared and shared[0].shape == layer.shape:
-            call.space.merge(shared[0], layer)
-        elif shared:
-            call.pin(layer, "batches of a product labelled apart")
-        else:
-            from_batch.append(layer)
-    return tuple(from_batch)
+@rule("aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
+      "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_attention_math",
+      "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_fused_attention_overrideable",
+      "aten.scaled_dot_product_attention")  # fmt: skip
+def attention(call: OpCall) -> Result:
+    """softmax(q k^T) v for q, k, v of shape (batch, heads, positions, width): whole heads die, or places in v."""
+    query, key, value = call.args[:3]
+    if query.shape[:-2] != value.shape[:-2]:
+        return unknown(call)  # heads that share their keys and values
+    reason = "summed in a product of activations"
+    scores = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in (query, key)]
+    masks = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in list(call.tensors())[3:]]
+    weighed = Labelled((*value.shape[:-2], 1, value.shape[-1]), call.mix(value, [-2], reason))
+    layers = meet(call, [*scores, *masks, weighed])
+    return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
 
 
 def _note_matrix(

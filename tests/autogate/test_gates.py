@@ -95,20 +95,19 @@ def test_gradient_is_that_of_gates_on_the_activations(residual):
 
 def test_columns_behind_nearly_closed_gates_move_like_kernels_behind_gates():
     """An SGD step of W under a gate in the forward pass moves V = W g by the gate's square."""
-    net, bank = gated_net()
-    bank.alpha.fill_(0.1)
+    net, bank = gated_net(1.0, steps=10**6)
+    bank.alpha[:8] = 0.1
     net(batch(0)[0])
     gate = bank.folded[0].item()
     assert 0.05 < gate < 0.15
-    kernel = net.conv2.weight
-    before = kernel.detach().clone()
+    before = net.conv2.weight.detach().clone()
     bank.measure()
     with torch.no_grad():
-        kernel.add_(1.0)
-        bank._release(bank._pending.held)
-    torch.testing.assert_close(
-        kernel - before, torch.full_like(before, (gate / 0.5) ** 2), rtol=1e-3, atol=1e-5
-    )
+        net.conv2.weight.add_(1.0)
+    bank.step(0.0)
+    moved = net.conv2.weight.detach() - before
+    torch.testing.assert_close(moved[:, :8], torch.full((24, 8, 3, 3), (gate / 0.5) ** 2), rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved[:, 8:], torch.ones(24, 8, 3, 3))
 
 
 def test_killing_by_hand_is_seen_by_the_next_forward_and_is_final():
@@ -530,6 +529,43 @@ def test_alpha_never_crosses_zero_by_a_gradient():
         bank.step(0.1)
         assert torch.equal(bank.alpha.sign(), sign)
     assert bank.alpha.abs().max() < 1 and bank.folded.min() > 0.5
+
+
+def test_a_gradient_brings_alpha_no_nearer_to_zero_than_an_open_gate_needs():
+    _net, bank = gated_net(0.5, steps=100)
+    bank.alpha.copy_(torch.linspace(1e-5, 0.05, 64))
+    start = bank.alpha.clone()
+    bank.alpha[::2] *= -1
+    for _step in range(10):
+        bank.alpha.copy_(bank._gradient_step(torch.full((64,), 1e6), rate=1.0))
+    assert torch.equal(bank.alpha.abs(), start.clamp(max=1e-3)) and (bank.alpha[::2] < 0).all()
+
+
+def test_gates_that_the_threshold_spared_open_again_without_pressure():
+    _net, bank = gated_net(1.0, steps=50)
+    bank.alpha[:8] = 1e-5
+    bank.alpha[4:8] *= -1
+    for _step in range(50):
+        bank.step(0.0)
+    assert bank.live.all() and bank.folded.min() > 0.9
+    assert (bank.alpha[:4] > 0).all() and (bank.alpha[4:8] < 0).all()
+
+
+def test_the_threshold_leaves_no_live_gate_too_small_to_scale_back_from():
+    _net, bank = gated_net(0.5, steps=100)
+    target = torch.full((64,), 0.01 * (1 + 1e-4))
+    alpha, _ = bank._threshold(target, torch.ones(64), 0.01, 1)
+    assert (alpha == alpha.new_tensor(1e-5)).all()
+
+
+def test_a_kill_by_hand_between_forward_and_step_is_final():
+    net, bank = gated_net(1.0, steps=100)
+    backward(net)
+    with torch.no_grad():
+        bank.alpha[3] = 0
+    bank.measure()
+    bank.step(0.1)
+    assert bank.alpha[3] == 0 and not bank.live[3] and net.conv2.weight[:, 3].abs().max() == 0
 
 
 def test_learning_spares_each_groups_last_classes_but_a_hand_may_not():

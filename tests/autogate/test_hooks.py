@@ -188,7 +188,7 @@ def test_a_scalers_scale_does_not_reach_the_gates(fused):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_the_scaler_skips_moves_no_gate(fused):
-    net, bank = gated_net()
+    net, _ = gated_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu")
     before = {name: value.clone() for name, value in net.state_dict().items()}

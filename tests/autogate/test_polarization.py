@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import torch
 
 from autogate.polarization import EPSILON_END, EPSILON_START, epsilon_at, gate_slope, gate_value
@@ -37,6 +39,6 @@ def test_slope_is_steepest_near_the_root_of_a_third_of_epsilon():
 def test_epsilon_decays_by_a_constant_factor_and_stays():
     course = [epsilon_at(step, 20) for step in range(30)]
     assert course[0] == EPSILON_START
-    ratios = [after / before for before, after in zip(course[:20], course[1:21], strict=True)]
+    ratios = [after / before for before, after in pairwise(course[:21])]
     assert max(ratios) - min(ratios) < 1e-12
     assert all(abs(epsilon / EPSILON_END - 1) < 1e-12 for epsilon in course[20:])

@@ -1,0 +1,161 @@
+"""What gates cost: prepare, a training step, the slim model's latency.
+
+    python benchmarks/cost.py
+
+Times are medians of runs taken in turn, so that a drifting machine is fair to both sides, and are told as
+ratios. Peak memory is that of a process of its own for each side: resident memory on a CPU, allocated
+memory on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autogate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronise() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    synchronise()
+    start = time.perf_counter()
+    run()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def in_turn(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of both and the median of their ratios second / first, after one run of each."""
+    first(), second()
+    pairs = [(seconds(first), seconds(second)) for _ in range(rounds)]
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(b / a for a, b in pairs),
+    )
+
+
+def prepare_times(names: list[str], rounds: int) -> None:
+    for name in names:
+        taken = []
+        for _ in range(rounds):
+            model = timm.create_model(name)
+            taken.append(seconds(lambda model=model: autogate.prepare(model)))
+        nodes = len(list(model.modules()))
+        median = statistics.median(taken)
+        print(f"prepare {name}: {median:.2f} s (first {taken[0]:.2f} s), {1000 * median / nodes:.2f} ms a module")
+
+
+def training_step(model: nn.Module, batch: int, size: int) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images = torch.randn(batch, 3, size, size, device=DEVICE)
+    labels = torch.randint(1000, (batch,), device=DEVICE)
+    model.train()
+
+    def step() -> None:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def resnet50(gated: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet50").to(DEVICE)
+    return autogate.prepare(model, flops=0.5, steps=1000) if gated else model
+
+
+def _peak(gated: bool, batch: int, size: int, answer) -> None:
+    step = training_step(resnet50(gated), batch, size)
+    for _ in range(3):
+        step()
+    on_gpu = DEVICE == "cuda"
+    answer.put(torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def peak_memory(gated: bool, batch: int, size: int) -> float:
+    """Bytes, of a process that takes three steps."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_peak, args=(gated, batch, size, answer))
+    process.start()
+    peak = answer.get()
+    process.join()
+    return peak
+
+
+def slim_resnet50() -> nn.Module:
+    model = resnet50(gated=True)
+    bank = autogate.gates(model)
+    with torch.no_grad():
+        bank.alpha[torch.rand(len(bank.alpha), generator=torch.Generator().manual_seed(0)) < 0.3] = 0
+    return autogate.finalize(model, warn=False)
+
+
+def built_by_hand(slim: nn.Module) -> nn.Module:
+    """A resnet50 whose layers were made with the slim one's widths."""
+    model = timm.create_model("resnet50").to(DEVICE)
+    for path, module in slim.named_modules():
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, nn.Conv2d):
+            made = nn.Conv2d(
+                module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, bias=False
+            )
+        elif isinstance(module, nn.BatchNorm2d):
+            made = nn.BatchNorm2d(module.num_features)
+        elif isinstance(module, nn.Linear):
+            made = nn.Linear(module.in_features, module.out_features)
+        else:
+            continue
+        setattr(model.get_submodule(parent), name, made.to(DEVICE))
+    model.load_state_dict(slim.state_dict())
+    return model
+
+
+@torch.no_grad()
+def latency(rounds: int) -> None:
+    slim = slim_resnet50().eval()
+    by_hand = built_by_hand(slim).eval()
+    image: Tensor = torch.randn(1, 3, 224, 224, device=DEVICE)
+    a, b, ratio = in_turn(lambda: by_hand(image), lambda: slim(image), rounds)
+    print(f"latency of a slim resnet50: {b * 1e3:.1f} ms; built by hand: {a * 1e3:.1f} ms; ratio {ratio:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=64 if DEVICE == "cuda" else 32)
+    parser.add_argument("--size", type=int, default=224 if DEVICE == "cuda" else 160)
+    args = parser.parse_args()
+    prepare_times(["resnet18", "resnet50", "resnet101", "resnet152", "densenet161"], 3)
+    plain, gated, ratio = in_turn(
+        training_step(resnet50(False), args.batch, args.size),
+        training_step(resnet50(True), args.batch, args.size),
+        args.rounds,
+    )
+    print(f"training step, resnet50: {plain:.3f} s plain, {gated:.3f} s gated; ratio {ratio:.3f}")
+    plain, gated = (peak_memory(gated, args.batch, args.size) for gated in (False, True))
+    print(f"peak memory: {plain / 1e6:.0f} MB plain, {gated / 1e6:.0f} MB gated; ratio {gated / plain:.3f}")
+    latency(5 * args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Bad input is refused with the place, the cause and the way out, and the model stays as it was."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import autogate
+from autogate import AutogateError
+
+
+def net(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=10, **options)
+
+
+def example() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32)
+
+
+def refused(model, *args, **kwargs) -> str:
+    """The message with which prepare refuses; checks that the model is as it was."""
+    before = copy.deepcopy(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(AutogateError) as error:
+        autogate.prepare(model, *args, **kwargs)
+    if before is not None:
+        assert_same(model, before)
+    return str(error.value)
+
+
+def assert_same(model: nn.Module, before: nn.Module) -> None:
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+    for (name, value), (_, wanted) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
+        assert torch.equal(value, wanted), name
+    assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
+    assert all(len(m._forward_pre_hooks) == len(b._forward_pre_hooks)
+               for m, b in zip(model.modules(), before.modules(), strict=True))  # fmt: skip
+
+
+def test_not_a_module():
+    assert "not a torch.nn.Module" in refused("resnet50")
+
+
+def test_no_example_input_to_be_had():
+    message = refused(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)))
+    assert "example_inputs" in message
+    assert "Sequential" in message
+
+
+def test_example_of_the_wrong_kind():
+    assert "is a str" in refused(net(), "image.png")
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(2, 5, 32, 32), torch.randint(9, (2, 3, 32, 32)), torch.randn(2, 3)])
+def test_wrong_shape_or_dtype_names_the_module(wrong):
+    message = refused(net(), wrong)
+    assert message.startswith("stem") or message.startswith("conv")
+    assert "example inputs" in message
+
+
+def test_prepared_already():
+    model = autogate.prepare(net(), example())
+    with pytest.raises(AutogateError, match="prepared already"):
+        autogate.prepare(model, example())
+
+
+def test_a_wrapper_is_not_prepared():
+    assert "wrapper" in refused(nn.DataParallel(net()), example())
+
+
+@pytest.mark.parametrize("flops", [0.0, -1.0, 1.5, float("nan")])
+def test_flops_outside_their_range(flops):
+    assert "flops" in refused(net(), example(), flops=flops)
+
+
+def test_steps_must_be_positive():
+    assert "steps" in refused(net(), example(), steps=0)
+
+
+def test_a_share_out_of_reach_names_the_least():
+    message = refused(net(), example(), flops=0.1, ignore=["layer2", "layer3", "layer4"])
+    assert "can't be reached" in message
+    assert "0.254 are left" in message
+
+
+def test_unknown_name_in_ignore_suggests_the_near_ones():
+    assert "'layer1.0.conv1'" in refused(net(), example(), ignore=["layer1.0.conv_1"])
+
+
+def test_ignored_modules_keep_their_channels():
+    model = autogate.prepare(net(), example(), ignore=["layer1.0.conv1"])
+    assert not any(side.tensor.startswith("layer1.0.conv1") for side in autogate.gates(model).channel_map.classes)
+    assert any(pin.reason == "the caller asked for it" for pin in autogate.summary(model).pins)
+
+
+class ByValue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        if y.mean() > 0:  # the line to be named
+            y = y * 2
+        return self.b(y)
+
+
+def test_data_dependent_control_flow_names_the_line():
+    message = refused(ByValue(), example())
+    assert "if y.mean() > 0" in message
+    assert "test_api_errors.py" in message
+    assert "torch.where" in message
+
+
+def test_nothing_that_can_go():
+    message = refused(nn.Sequential(nn.Conv2d(3, 8, 3)), example())
+    assert "no channel of it can go" in message
+
+
+def test_finalize_without_prepare_and_twice():
+    model = net()
+    with pytest.raises(AutogateError, match="not prepared"):
+        autogate.finalize(model)
+    slim = autogate.finalize(autogate.prepare(model, example()), warn=False)
+    with pytest.raises(AutogateError, match="finalized already"):
+        autogate.finalize(slim)
+
+
+def refused_at_the_end(model: nn.Module) -> str:
+    before = copy.deepcopy(model)
+    with pytest.raises(AutogateError) as error:
+        autogate.finalize(model)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
+    assert autogate.gates(model) is model.autogate
+    assert len(model._forward_pre_hooks) == 1
+    return str(error.value)
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    model = autogate.prepare(net(), example())
+    with torch.no_grad():
+        model.layer1[0].conv1.weight[0, 0, 0, 0] = float("nan")
+    assert "layer1.0.conv1.weight" in refused_at_the_end(model)
+
+
+def test_a_gate_that_is_not_finite_is_named():
+    model = autogate.prepare(net(), example())
+    with torch.no_grad():
+        autogate.gates(model).alpha[3] = float("inf")
+    assert "not finite" in refused_at_the_end(model)
+
+
+def test_a_layer_swapped_between_prepare_and_finalize_is_named():
+    model = autogate.prepare(net(), example())
+    old = model.layer2[0].conv1
+    model.layer2[0].conv1 = nn.Conv2d(old.in_channels, old.out_channels, 1, old.stride, 0, bias=False)
+    assert "layer2.0.conv1" in refused_at_the_end(model)
+
+
+def test_stopping_early_warns_with_the_numbers():
+    model = autogate.prepare(net(), example(), flops=0.5, steps=100)
+    with pytest.warns(autogate.BudgetNotMetWarning, match=r"100\.0% of the FLOPs.*50\.0%.*0 of 100 steps"):
+        autogate.finalize(model)
+
+
+def test_finalize_looks_through_wrappers():
+    model = autogate.prepare(net(), example())
+    assert autogate.finalize(nn.DataParallel(model), warn=False) is model

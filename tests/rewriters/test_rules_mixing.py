@@ -1,0 +1,99 @@
+"""What reductions, softmax, pooling and norms do to channels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.rewriters.exactness import assert_exact
+from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, mapped, reasons
+
+
+def between(op, **members):
+    """A map of two convolutions with something between them."""
+    return mapped(lambda m, x: m.b(op(m, m.a(x))), a=conv(3, 4), b=conv(4, 2), **members)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: x.softmax(1) * x, lambda x: F.log_softmax(x, 1), lambda x: x.cumsum(1), lambda x: x.sort(1)[0],
+        lambda x: F.normalize(x, dim=1), lambda x: x - x.mean(1, keepdim=True), lambda x: x - x.amax(1, keepdim=True),
+        lambda x: x * x.max(1, keepdim=True)[0], lambda x: x / x.norm(dim=1, keepdim=True), lambda x: x - x.mean(),
+        lambda x: x * x.std(1, keepdim=True), lambda x: x.argsort(1).float() + x, lambda x: F.local_response_norm(x, 3),
+        lambda x: x / x.sum((1, 2, 3), keepdim=True), lambda x: x * x.logsumexp(1, keepdim=True),
+    ],
+)  # fmt: skip
+def test_mixing_along_channels_pins(op):
+    found = between(lambda m, y: op(y))
+    assert is_pinned(found, "a.weight", 0)
+    assert reasons(found, "a.weight", 0)
+
+
+def test_softmax_over_channels_pins_and_says_so():
+    found = between(lambda m, y: y.softmax(1))
+    assert reasons(found, "a.weight", 0) == ["aten._softmax.default: mixed along its channels"]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: x.mean((2, 3), keepdim=True), lambda x: x - x.amax((2, 3), keepdim=True),
+        lambda x: x.flatten(2).softmax(-1).view(x.shape), lambda x: x.sum(0, keepdim=True),
+        lambda x: x.var((2, 3), keepdim=True), lambda x: x.mean(3).mean(2)[..., None, None],
+        lambda x: F.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 3, 2, 1), lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_max_pool2d(x, 2), lambda x: F.lp_pool2d(x, 2, 2),
+        lambda x: F.interpolate(x, scale_factor=2), lambda x: F.interpolate(x, size=7, mode="bilinear"),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+        lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
+        lambda x: F.pad(x, (1, 1, 1, 1)), lambda x: F.instance_norm(x), lambda x: x.max(2, keepdim=True)[0],
+    ],
+)  # fmt: skip
+def test_mixing_along_positions_passes_channels(op):
+    found = between(lambda m, y: op(y))
+    assert classes(found, "a.weight", 0) == classes(found, "b.weight", 1) == [0, 1, 2, 3]
+
+
+def test_softmax_over_branches_passes_channels():
+    def select(m, x):
+        branches = torch.stack([m.a(x), m.c(x)], 1)
+        return m.b((branches * branches.mean((3, 4), keepdim=True).softmax(1)).sum(1))
+
+    found = mapped(select, a=conv(3, 4), c=conv(3, 4), b=conv(4, 2))
+    assert classes(found, "a.weight", 0) == classes(found, "c.weight", 0) == [0, 1, 2, 3]
+
+
+def test_batch_norm_rides_along():
+    found = between(lambda m, y: m.bn(y), bn=nn.BatchNorm2d(4))
+    for name in ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"):
+        assert classes(found, name, 0) == classes(found, "a.weight", 0) == [0, 1, 2, 3]
+
+
+def test_instance_norm_rides_along():
+    found = between(lambda m, y: m.norm(y), norm=nn.InstanceNorm2d(4, affine=True))
+    assert classes(found, "norm.weight", 0) == classes(found, "a.weight", 0) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.GroupNorm(1, 4), nn.LayerNorm([4, 4, 4])])
+def test_norms_across_channels_pin(norm):
+    found = between(lambda m, y: m.norm(y), norm=norm)
+    assert is_pinned(found, "a.weight", 0)
+    assert any("normalised over its channels" in reason for reason in reasons(found, "a.weight", 0))
+
+
+def test_maxout_lets_pairs_die():
+    def maxout(m, x):
+        return m.b(m.a(x).view(x.shape[0], 4, 2, *x.shape[2:]).max(2).values)
+
+    found = mapped(maxout, a=conv(3, 8), b=conv(4, 2))
+    assert classes(found, "a.weight", 0) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_glu_pins_its_halves():
+    found = mapped(lambda m, x: m.b(F.glu(m.a(x), 1)), image(), a=conv(3, 8), b=conv(4, 2))
+    assert is_pinned(found, "a.weight", 0)
+
+
+def test_reductions_over_everything_are_exact():
+    model = Net(lambda m, x: m.b(m.a(x)).mean() + m.a(x).sum((2, 3)).amax(1), a=conv(3, 4), b=conv(4, 2))
+    assert_exact(model.double().eval(), (image().double(),))
