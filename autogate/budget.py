@@ -122,8 +122,9 @@ def steer(budget: Budget, pressure: Pressure, share: float, step: int) -> Pressu
     """The pressure of step number `step` (the first is 1), with `share` of the resource left before it.
 
     A proportional and an integral part while the share lies above the wanted one; no pressure below it,
-    where the integral waits, and none in the last step, which leaves every live gate open. A closed gate never opens again (its slope is zero), so the way down is the
-    only one, and there is nothing to be steered back from.
+    where the integral waits, and none in the last step, which leaves every live gate open. A closed gate
+    never opens again (its slope is zero), so the way down is the only one, and there is nothing to be
+    steered back from.
     """
     if pressure.settled or share <= budget.flops or step >= budget.steps:
         return Pressure(settled=True)

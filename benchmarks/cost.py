@@ -87,8 +87,10 @@ def _peak(gated: bool, batch: int, size: int, answer) -> None:
     step = training_step(resnet50(gated), batch, size)
     for _ in range(3):
         step()
-    on_gpu = DEVICE == "cuda"
-    answer.put(torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if DEVICE == "cuda":
+        answer.put(torch.cuda.max_memory_allocated())
+    else:
+        answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def peak_memory(gated: bool, batch: int, size: int) -> float:

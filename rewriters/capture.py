@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,7 +105,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._real:
-            return self._real[id(args[0])].item()  # a parameter's or buffer's own value is known
+            with unset_fake_temporarily():
+                return self._real[id(args[0])].item()  # a parameter's or buffer's own value is known
         if func is torch.ops.aten.convolution.default and args[0].dtype != args[1].dtype:
             # A fake convolution would let it pass.
             raise TypeError(f"the input is {args[0].dtype} and the kernel {args[1].dtype}")

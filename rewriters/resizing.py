@@ -32,6 +32,9 @@ _MOVES = {
 } | elementwise.COPIES
 
 
+_RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
+
+
 class Unwritable(SurgeryError):
     """A node that holds a size and cannot be written for what is left."""
 
@@ -183,9 +186,11 @@ class Resizer:
             start += numbers.numel()
             full[key] = numbers.expand(leaf.shape)
             slim[key] = self._cut.slim(numbers, self._labels(leaf)).expand(self._shape(leaf))
-        before = run_call(node.op, node.target, node.args, node.kwargs, lambda n: _swap(n.meta["val"], full))
+        # Numbers that are repeated can't be viewed, only reshaped.
+        moves = [_RESHAPES.get(move, move) for move in (node.target, target)]
+        before = run_call(node.op, moves[0], node.args, node.kwargs, lambda n: _swap(n.meta["val"], full))
         after = run_call(
-            node.op, target, args, kwargs,
+            node.op, moves[1], args, kwargs,
             lambda n: _swap(n.meta["val"], slim) if _tensors(n.meta["val"]) else self._slim[n],
         )  # fmt: skip
         return all(

@@ -61,13 +61,13 @@ class Resize:
 
 
 def reshape(resize: Resize) -> Call:
-    """x.view(sizes), x.reshape(sizes), x.expand(sizes), x.new_zeros(sizes), torch.reshape(x, sizes)."""
+    """x.view(sizes), x.reshape(sizes), x.expand(sizes), torch.reshape(x, sizes)."""
     given = resize.node.args[1:]
     if not given:
         name = next(name for name in ("size", "shape") if name in resize.node.kwargs)
         return resize.with_args(**{name: _shape(resize, resize.node.kwargs[name])})
     if isinstance(given[0], (tuple, list)):
-        return resize.with_args(resize.x, _shape(resize, given[0]), *given[1:])
+        return resize.with_args(resize.x, _shape(resize, given[0]))
     return resize.with_args(resize.x, *_shape(resize, given))
 
 
@@ -79,13 +79,14 @@ def _shape(resize: Resize, given: Any) -> list[Any]:
 
 
 def create(resize: Resize) -> Call:
-    """torch.zeros(sizes), torch.zeros(*sizes), torch.full(sizes, value)."""
-    args = resize.node.args
-    if not args:
-        return resize.with_args(size=resize.sizes(resize.node.kwargs["size"]))
-    if isinstance(args[0], (tuple, list)):
-        return resize.with_args(resize.sizes(args[0]), *args[1:])
-    return resize.with_args(*resize.sizes(args))
+    """torch.zeros(sizes), torch.zeros(*sizes), torch.full(sizes, value), x.new_zeros(sizes) and their kin."""
+    owner = resize.node.args[:1] if resize.node.op == "call_method" else ()
+    given = resize.node.args[len(owner) :]
+    if not given:
+        return resize.with_args(*owner, size=resize.sizes(resize.node.kwargs["size"]))
+    if isinstance(given[0], (tuple, list)):
+        return resize.with_args(*owner, resize.sizes(given[0]), *given[1:])
+    return resize.with_args(*owner, *resize.sizes(given))
 
 
 def unflatten(resize: Resize) -> Call:
@@ -142,15 +143,15 @@ def narrow(resize: Resize) -> Call:
 
 
 def pad(resize: Resize) -> Call:
-    """F.pad(x, widths): the channels added are counted as they are left."""
+    """F.pad(x, widths): the channels added, or taken away, are counted as they are left."""
     full, widths = resize.value(resize.x), list(resize.argument(1, "pad"))
-    for place in range(0, len(widths), 2):
+    for place, given in enumerate(resize.value(widths)):
         dim = full.ndim - 1 - place // 2
-        before, after = max(resize.value(widths[place]), 0), max(resize.value(widths[place + 1]), 0)
-        kept = resize.kept(resize.node.meta["val"], dim)
-        if not kept.all():
-            widths[place] = int(kept[:before].sum())
-            widths[place + 1] = int(kept[len(kept) - after :].sum())
+        whole = full if given < 0 else resize.node.meta["val"]
+        kept = resize.kept(whole, dim)
+        border = kept[: abs(given)] if place % 2 == 0 else kept[len(kept) - abs(given) :]
+        if not border.all():
+            widths[place] = int(border.sum()) * (-1 if given < 0 else 1)
     if "pad" in resize.node.kwargs:
         return resize.with_args(pad=widths)
     return resize.with_args(resize.x, widths, *resize.node.args[2:])
@@ -189,8 +190,8 @@ _CONVOLUTIONS = [
 ]  # fmt: skip
 
 FAMILIES: dict[Any, Callable[[Resize], Call]] = {
-    **dict.fromkeys(["view", "reshape", "expand", "new_zeros", "new_ones", "new_empty", "new_full"], reshape),
-    **dict.fromkeys([torch.reshape], reshape),
+    **dict.fromkeys(["view", "reshape", "expand", torch.reshape], reshape),
+    **dict.fromkeys(["new_zeros", "new_ones", "new_empty", "new_full"], create),
     **dict.fromkeys([torch.zeros, torch.ones, torch.full, torch.empty], create),
     **dict.fromkeys(["unflatten", torch.unflatten], unflatten),
     **dict.fromkeys(["chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"], split),

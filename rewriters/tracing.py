@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,11 +30,11 @@ from rewriters.propagate import Labelling
 from rewriters.rules import Findings, OpCall
 from rewriters.rules.elementwise import meet
 
-_FACTORIES = (
+_FACTORIES = {
     "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
     "randperm", "tensor", "zeros",
-)  # fmt: skip
-"""Functions of torch that make tensors from numbers, and so never ask a proxy for leave."""
+}  # fmt: skip
+"""Functions of torch that make tensors from numbers: all their calls have to be seen."""
 
 
 class TraceError(AutogateError):
@@ -104,6 +105,13 @@ class _Valued(fx.Proxy):
         return format(self.value, spec)
 
 
+@functools.cache
+def _builtins(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
+    torch.overrides.get_overridable_functions()  # reads the same names once, which should be when nothing is wrapped
+    builtins = {name: value for name, value in vars(space).items() if isinstance(value, types.BuiltinFunctionType)}
+    return {name: value for name, value in builtins.items() if not value.__name__.startswith("_")}
+
+
 def _makes_view(key: Any) -> bool:
     """Whether indexing by `key` gives a view (numbers, slices, None and ...), not a copy."""
     items = key if isinstance(key, tuple) else (key,)
@@ -119,7 +127,11 @@ class _Tracer(fx.Tracer):
         self._children = iter(call.children)
         self._alive: list[Any] = []  # ids of tensors are keys
         self._entered = call  # the child that ran last
-        self._recording = True
+        self._recording = False
+        self._wrapped = {
+            space: {name: functools.partial(self._function, name, plain) for name, plain in _builtins(space).items()}
+            for space in (torch, F)
+        }
         self.known = known
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
@@ -193,28 +205,33 @@ class _Tracer(fx.Tracer):
         return node
 
     @contextlib.contextmanager
-    def factories(self) -> Iterator[None]:
-        """Lets torch.zeros and its like be recorded, also where all their arguments are plain numbers."""
+    def functions(self, recorded: bool) -> Iterator[None]:
+        """While a forward runs, records torch's builtin functions by their arguments as they are.
 
-        def recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if self._recording:
-                return self.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        with contextlib.ExitStack() as stack:
-            for name in _FACTORIES:
-                function = getattr(torch, name)
-                wrapped = functools.wraps(function)(functools.partial(recorded, function))
-                stack.enter_context(mock.patch.object(torch, name, wrapped))
+        Left to themselves they look into sizes given as proxies (which would guard them) before they ask the
+        proxies for leave, and don't ask at all where there is no tensor among their arguments (torch.zeros).
+        """
+        before, self._recording = self._recording, recorded
+        self._set_functions()
+        try:
             yield
+        finally:
+            self._recording = before
+            self._set_functions()
+
+    def _set_functions(self) -> None:
+        for space in (torch, F):
+            vars(space).update(self._wrapped[space] if self._recording else _builtins(space))
+
+    def _function(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if name in _FACTORIES or any(type(leaf) is _Valued for leaf in tree_leaves((args, kwargs))):
+            return self.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
 
     def create_proxy(self, kind, target, args, kwargs, *rest, **options):
-        self._recording = False
-        try:
+        with self.functions(recorded=False):
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
-        finally:
-            self._recording = True
         return proxy
 
     def _follow(self, node: fx.Node) -> None:
@@ -294,7 +311,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, dict(known))
     try:
-        with tracer.factories():
+        with tracer.functions(recorded=True):
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error

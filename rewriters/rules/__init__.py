@@ -3,4 +3,15 @@
 from rewriters.rules import creation, elementwise, kernels, mixing, movement
 from rewriters.rules.registry import RULES, Findings, OpCall, find_rule, rule
 
-__all__ = ["RULES", "Findings", "OpCall", "creation", "elementwise", "find_rule", "kernels", "mixing", "movement", "rule"]
+__all__ = [
+    "RULES",
+    "Findings",
+    "OpCall",
+    "creation",
+    "elementwise",
+    "find_rule",
+    "kernels",
+    "mixing",
+    "movement",
+    "rule",
+]

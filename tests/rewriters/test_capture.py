@@ -1,0 +1,152 @@
+"""Recording a forward: nothing is computed, nothing changes, and what cannot be recorded is named."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rewriters.analysis import analyse
+from rewriters.capture import capture
+from rewriters.errors import CaptureError
+from tests.rewriters.helpers import Net, classes, conv, image, mapped
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = conv(3, 4)
+
+    def forward(self, x):
+        y = self.a(x)
+        if y.sum() > 0:  # the line that the error must name
+            y = -y
+        return y
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Branching()
+
+    def forward(self, x):
+        return x[x > 0]
+
+
+@pytest.mark.parametrize(("model", "line"), [(Branching(), "if y.sum() > 0"), (Counting(), "x[x > 0]")])
+def test_data_dependent_forwards_are_refused_with_the_line(model, line):
+    with pytest.raises(CaptureError, match="depends on the values of a tensor") as error:
+        capture(model, (image(),))
+    assert line in str(error.value)
+    assert "test_capture.py" in str(error.value)
+
+
+def test_branches_on_a_buffer_are_followed():
+    def forward(m, x):
+        return m.a(x) if m.flag.item() > 0 else m.b(x)
+
+    model = Net(forward, a=conv(3, 4), b=conv(3, 4), flag=torch.ones(1)).eval()
+    assert [call.path for call in capture(model, (image(),)).calls()] == ["", "a"]
+
+
+def test_nothing_in_the_model_changes():
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.Dropout(), conv(4, 2)).train()
+    before = copy.deepcopy(model.state_dict())
+    names = [set(vars(module)) for module in model.modules()]
+    random_state = torch.get_rng_state()
+    example = image().requires_grad_()
+    analyse(model, (example,))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [set(vars(module)) for module in model.modules()] == names
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_every_module_keeps_its_own_mode():
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), conv(4, 2)).train()
+    model[1].eval()
+    analyse(model, (image(),))
+    assert [module.training for module in model] == [True, False, True]
+
+
+def test_calls_form_the_tree_of_modules():
+    model = nn.Sequential(nn.Sequential(conv(3, 4), nn.ReLU()), conv(4, 2)).eval()
+    captured = capture(model, (image(),))
+    assert [call.path for call in captured.calls()] == ["", "0", "0.0", "0.1", "1"]
+    assert captured.root.output.shape == (2, 2, 4, 4)
+    ops = [str(node.target) for call in captured.calls() for node in call.nodes]
+    assert ops == ["aten.convolution.default", "aten.relu.default", "aten.convolution.default"]
+
+
+def test_large_inputs_cost_nothing():
+    captured = capture(nn.Sequential(conv(3, 64, 3)).eval(), (torch.empty(1).expand(64, 3, 4096, 4096),))
+    assert captured.root.output.shape == (64, 64, 4096, 4096)
+
+
+def test_inputs_in_containers_and_by_keyword():
+    def forward(m, pair, *, more=None):
+        out = m.a(pair[0]) + m.a(pair[1])
+        return {"out": m.b(out if more is None else out + more["x"]), "rest": [out.mean()]}
+
+    model = Net(forward, a=conv(3, 4), b=conv(4, 2)).eval()
+    analysis = analyse(model, ([image(), image()],), {"more": {"x": image(4)}})
+    assert analysis.captures[0].root.output["out"].shape == (2, 2, 4, 4)
+
+
+def test_in_place_ops_couple_what_they_write_to():
+    def forward(m, x):
+        y = m.a(x)
+        y.add_(m.b(x)).relu_()
+        y.mul_(2)
+        return m.c(y)
+
+    found = mapped(forward, a=conv(3, 4), b=conv(3, 4), c=conv(4, 2))
+    assert classes(found, "a.weight", 0) == classes(found, "b.weight", 0) == classes(found, "c.weight", 1)
+
+
+def test_in_place_writes_into_a_buffer_of_the_forward():
+    def forward(m, x):
+        out = x.new_zeros(x.shape[0], 6, *x.shape[2:])
+        out[:, :4] = m.a(x)
+        out[:, 4:] = m.b(x)
+        return m.c(out)
+
+    found = mapped(forward, a=conv(3, 4), b=conv(3, 2), c=conv(6, 2))
+    assert classes(found, "c.weight", 1) == classes(found, "a.weight", 0) + classes(found, "b.weight", 0)
+    assert found.size == 6
+
+
+class WithAuxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.aux = conv(3, 4), conv(4, 2), conv(4, 5)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return (self.b(x), self.aux(x)) if self.training else self.b(x)
+
+
+def test_heads_that_run_in_train_mode_only_are_seen():
+    analysis = analyse(WithAuxiliary().eval(), (image(),))
+    assert len(analysis.captures) == 2
+    found = analysis.channel_map
+    assert classes(found, "aux.weight", 1) == classes(found, "a.weight", 0) == [0, 1, 2, 3]
+
+
+def test_one_capture_does_where_both_modes_run_the_same_layers():
+    assert len(analyse(nn.Sequential(conv(3, 4), conv(4, 2)), (image(),)).captures) == 1
+
+
+def test_a_forward_that_fails_is_refused_with_its_module():
+    with pytest.raises(CaptureError, match="fails on the example inputs") as error:
+        capture(nn.Sequential(conv(3, 4), conv(5, 2)), (image(),))
+    assert str(error.value).startswith("1: ")
+
+
+def test_shared_parameters_go_by_their_first_name():
+    model = nn.Sequential(conv(4, 4), conv(4, 4))
+    model[1].weight = model[0].weight
+    captured = capture(model.eval(), (image(4),))
+    assert set(captured.tensors) == {"0.weight", "0.bias", "1.bias"}

@@ -1,0 +1,134 @@
+"""The channel map as a value: members, groups, graph, what is kept, and what kernels cost."""
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from rewriters.analysis import analyse
+from rewriters.channel_map import ALWAYS, Side
+from tests.rewriters.exactness import random_live, slim
+from tests.rewriters.helpers import conv
+from tests.rewriters.random_networks import build, random_recipe
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = conv(3, 4, 3), conv(4, 6, 3, bias=False), conv(6, 4, 3)
+        self.bn, self.dw, self.fc = nn.BatchNorm2d(6), conv(4, 4, 3, groups=4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.b(self.bn(self.a(x)).relu())
+        return self.fc(self.dw(x).mean((2, 3)))
+
+
+@pytest.fixture
+def channel_map():
+    return analyse(Residual().eval(), (torch.randn(1, 3, 8, 8),)).channel_map
+
+
+def test_members_are_all_places_of_a_class(channel_map):
+    members = channel_map.members()
+    assert len(members) == channel_map.size == 10
+    stage = {side.tensor for side, _ in members[0]}
+    assert stage == {"stem.weight", "stem.bias", "a.weight", "b.weight", "b.bias", "dw.weight", "dw.bias", "fc.weight"}
+    for label, places in enumerate(members):
+        for side, index in places:
+            assert channel_map.classes[side][index] == label
+
+
+def test_groups_are_the_widths_of_the_network(channel_map):
+    groups = channel_map.groups()
+    assert sorted(len(group.classes) for group in groups) == [4, 6]
+    inner = next(group for group in groups if len(group.classes) == 6)
+    assert {str(side) for side in inner.sides} == {
+        "a.weight[0]", "bn.weight[0]", "bn.bias[0]", "bn.running_mean[0]", "bn.running_var[0]", "b.weight[1]",
+    }  # fmt: skip
+
+
+def test_graph_joins_groups_and_kernels(channel_map):
+    graph = channel_map.graph()
+    kernels = {node[1] for node in graph if node[0] == "kernel"}
+    assert kernels == {"stem", "a", "b", "dw", "fc"}
+    stage = next(node for node, data in graph.nodes(data=True) if data.get("width") == 4)
+    ends = {neighbour[1]: graph.edges[stage, neighbour]["end"] for neighbour in graph[stage]}
+    assert ends["stem"] == "output"
+    assert ends["a"] == ends["fc"] == "input"
+    assert sum(data["width"] for _, data in graph.nodes(data=True) if "width" in data) == channel_map.size
+
+
+def test_kept_indices_are_those_of_live_classes_and_pinned_ones(channel_map):
+    live = torch.tensor([True] * 4 + [False, True, False, True, False, False])
+    assert channel_map.kept(Side("b.weight", 1), live).tolist() == [1, 3]
+    assert channel_map.kept(Side("b.weight", 0), live).tolist() == [0, 1, 2, 3]
+    assert Side("fc.weight", 0) not in channel_map.classes
+
+
+def test_gates_stand_where_channels_are_summed(channel_map):
+    assert {str(side) for side in channel_map.gated} == {"a.weight[1]", "b.weight[1]", "fc.weight[1]"}
+    kernels = {kernel.module: kernel for kernel in channel_map.kernels}
+    assert not kernels["dw"].mixes
+    assert kernels["fc"].input_side == Side("fc.weight", 1)
+    assert kernels["fc"].output_side == Side("fc.weight", 0)
+
+
+def test_every_pin_says_where_and_why(channel_map):
+    assert all(pin.op and pin.reason and pin.sides for pin in channel_map.pins)
+    pinned = {side for pin in channel_map.pins for side in pin.sides}
+    for side in channel_map.sizes:
+        if channel_map.sizes[side] > 1 and (side not in channel_map.classes or ALWAYS in channel_map.classes[side]):
+            assert side in pinned
+
+
+def test_moving_a_map_moves_its_indices(channel_map):
+    moved = channel_map.to("meta")
+    assert all(labels.device.type == "meta" for labels in moved.classes.values())
+    assert moved.size == channel_map.size
+
+
+def counted(model, args, kwargs):
+    """Multiply-adds of convolutions and linear layers as fvcore counts them."""
+    counts = FlopCountAnalysis(model, args).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    by_operator = counts.by_operator()
+    return by_operator["conv"] + by_operator["linear"] + by_operator["addmm"]
+
+
+def modelled(channel_map, live):
+    """The same from the kernels' own costs and the live channels on their two sides."""
+    size = lambda side: (  # noqa: E731
+        len(channel_map.kept(side, live)) if side in channel_map.classes else channel_map.sizes[side]
+    )
+    return sum(kernel.macs * size(kernel.input_side) * size(kernel.output_side) for kernel in channel_map.kernels)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_kernels_cost_what_fvcore_counts(share):
+    args = (torch.randn(1, 3, 8, 8),)
+    slimmed = slim(Residual().eval(), args, share=share, seed=3)
+    found = slimmed.analysis.channel_map
+    assert modelled(found, slimmed.plan.live) == counted(slimmed.model, args, {})
+
+
+def test_costs_are_for_one_sample():
+    one, four = (analyse(Residual().eval(), (torch.randn(batch, 3, 8, 8),)).channel_map for batch in (1, 4))
+    assert [kernel.macs for kernel in one.kernels] == [kernel.macs for kernel in four.kernels]
+
+
+PLAIN = ("Plain", "Residual", "Depthwise", "Grouped", "CrossStage", "Res2", "Dense", "Ghost", "Transposed", "Shared")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_costs_of_random_blocks_are_what_fvcore_counts(name):
+    recipe = random_recipe(0)
+    recipe = type(recipe)("image", 5, ((name, 4),), "pool")
+    network = build(recipe)
+    args = tuple(arg[:1] for arg in network.args)
+    analysis = analyse(network.model, args)
+    everything = torch.ones(analysis.channel_map.size, dtype=torch.bool)
+    assert modelled(analysis.channel_map, everything) == counted(network.model, args, {})
+    live = random_live(analysis.channel_map.size, 0.5, 1)
+    slimmed = slim(network.model, args, share=0.5, seed=1, analysis=analysis)
+    if torch.equal(slimmed.plan.live, live) and not slimmed.plan.removed:
+        assert modelled(analysis.channel_map, live) == counted(slimmed.model, args, {})

@@ -1,0 +1,104 @@
+"""Labels: connected components, and how layers of labels are kept small."""
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rewriters.channel_map import Side
+from rewriters.labels import LabelSpace, compress, connected, varying
+
+
+@st.composite
+def graphs(draw):
+    count = draw(st.integers(1, 60))
+    edges = draw(st.lists(st.tuples(st.integers(0, count - 1), st.integers(0, count - 1)), max_size=90))
+    return count, edges
+
+
+@given(graphs())
+def test_connected_components_are_those_of_networkx(graph):
+    count, edges = graph
+    pairs = np.array(edges, np.int64).reshape(-1, 2)
+    found = connected(count, pairs[:, 0], pairs[:, 1])
+    reference = nx.Graph()
+    reference.add_nodes_from(range(count))
+    reference.add_edges_from(edges)
+    for component in nx.connected_components(reference):
+        assert {int(found[node]) for node in component} == {min(component)}
+
+
+def test_long_chains_and_large_graphs():
+    count = 20_000
+    order = np.random.default_rng(0).permutation(count)
+    found = connected(count, order[:-1], order[1:])
+    assert (found == 0).all()
+    assert np.array_equal(connected(count, np.arange(0, count, 2), np.arange(1, count, 2)), np.arange(count) // 2 * 2)
+
+
+def test_a_parameter_owns_a_label_for_each_index_of_each_dimension():
+    space = LabelSpace()
+    owned = space.own("conv.weight", (4, 3, 1, 1))
+    assert [tuple(layer.shape) for layer in owned.layers] == [(4, 1, 1, 1), (1, 3, 1, 1)]
+    assert owned.source == "conv.weight"
+    assert space.count == 7
+    again = space.own("conv.weight", (4, 3, 1, 1))
+    assert space.count == 7
+    assert all(torch.equal(a, b) for a, b in zip(owned.layers, again.layers, strict=True))
+    assert space.side_of(owned.layers[1]) == Side("conv.weight", 1)
+    assert space.side_of(owned.layers[1].flip(1)) is None
+
+
+def test_merging_broadcasts():
+    space = LabelSpace()
+    rows = space.fresh(6).view(2, 3)
+    single = space.fresh(1).view(1, 1)
+    space.merge(rows, single)
+    assert (space.roots() == 0).all()
+
+
+def test_merging_along_a_dimension_leaves_the_others_free():
+    space = LabelSpace()
+    grid = space.fresh(6).view(2, 3)
+    assert space.merge_along(grid, [0]).tolist() == [[0, 1, 2]]
+    assert space.roots().tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_pin_holds_the_whole_class():
+    space = LabelSpace()
+    labels = space.fresh(4)
+    space.merge(labels[:2], labels[2:])
+    space.pin(labels[3:], "layer", "aten.sort", "mixed")
+    assert space.pinned_roots()[space.roots()].tolist() == [False, True, False, True]
+
+
+def test_a_fork_leaves_the_space_as_it_is():
+    space = LabelSpace()
+    labels = space.fresh(4)
+    fork = space.fork()
+    fork.merge(labels[:1], labels[1:])
+    fork.pin(fork.fresh(2), "", "", "")
+    assert space.count == 4
+    assert space.roots().tolist() == [0, 1, 2, 3]
+    assert not space.pinned_roots().any()
+    assert fork.roots().tolist() == [0, 0, 0, 0, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("labels", "shape"),
+    [
+        (torch.arange(3).view(1, 3, 1).expand(2, 3, 4), (1, 3, 1)),
+        (torch.arange(3).view(1, 3, 1).repeat(2, 1, 4), (1, 3, 1)),
+        (torch.arange(6).view(2, 3), (2, 3)),
+        (torch.zeros(1, 1, dtype=torch.long), (1, 1)),
+    ],
+)
+def test_labels_are_kept_once_along_dimensions_they_do_not_vary_in(labels, shape):
+    assert compress(labels).shape == shape
+    assert torch.equal(compress(labels).expand(labels.shape), labels)
+
+
+def test_varying_dimensions():
+    assert varying(torch.zeros(1, 3, 1, 2)) == (1, 3)

@@ -1,0 +1,121 @@
+"""Calls that hold a size, family by family: each is written anew for the channels that are left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rewriters.sizes import FAMILIES
+from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
+from tests.rewriters.helpers import Net, conv, image
+
+from rewriters.verify import relative_error, run_eval  # isort: skip
+
+
+def forwards():
+    """For each family the ways it is written; `y` has 8 channels, and so has what comes back."""
+    flip = lambda parts: torch.cat(list(parts)[::-1], 1)  # noqa: E731
+    yield "view", lambda m, y: y.view(y.shape[0], 2, 4, *y.shape[2:]).transpose(1, 2).reshape(y.shape)
+    yield "view literal", lambda m, y: y.view(y.shape[0], 2, 4, y.shape[2], -1).mean(4).view(-1, 8, y.shape[2], 1)
+    yield "view in a tuple", lambda m, y: y.view((y.size(0), 8, -1)).view(y.shape)
+    yield "view of the batch", lambda m, y: y.view(y.shape[0] * 8, 1, *y.shape[2:]).relu().view(-1, 8, *y.shape[2:])
+    yield "reshape", lambda m, y: y.reshape(y.shape[0], 8, -1).softmax(-1).reshape(-1, 8, *y.shape[2:])
+    yield "torch.reshape", lambda m, y: torch.reshape(y, (y.shape[0], 4, 2, -1)).flatten(1, 2).view(y.shape)
+    yield "reshape by keyword", lambda m, y: torch.reshape(input=y, shape=(-1, 8, y.shape[2] * y.shape[3])).view_as(y)
+    yield "expand", lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, 8, *y.shape[2:])
+    yield "expand new", lambda m, y: y.mean(0, keepdim=True).expand(y.shape[0], 8, y.shape[2], y.shape[3])
+    yield "new_zeros", lambda m, y: y + y.new_zeros(1, 8, 1, 1)
+    yield "new_full", lambda m, y: y * y.new_full((8, 1, 1), 0.5)
+    yield "zeros", lambda m, y: y + torch.zeros(y.shape[0], 8, 1, 1, dtype=y.dtype)
+    yield "ones", lambda m, y: y * torch.ones((8, 1, 1), dtype=y.dtype)
+    yield "full by keyword", lambda m, y: y * torch.full(size=(8, 1, 1), fill_value=2.0, dtype=y.dtype)
+    yield "unflatten", lambda m, y: y.unflatten(1, (2, 4)).softmax(1).flatten(1, 2)
+    yield "torch.unflatten", lambda m, y: torch.unflatten(y, -3, (2, 4)).softmax(1).flatten(1, 2)
+    yield "unflatten by keyword", lambda m, y: y.unflatten(dim=1, sizes=(2, 4)).softmax(1).flatten(1, 2)
+    yield "chunk", lambda m, y: flip(y.chunk(2, 1))
+    yield "uneven chunk", lambda m, y: flip(y.chunk(3, 1))
+    yield "chunk by keyword", lambda m, y: flip(torch.chunk(input=y, chunks=2, dim=1))
+    yield "chunk from behind", lambda m, y: flip(y.chunk(2, dim=-3))
+    yield "split", lambda m, y: flip(y.split(3, 1))
+    yield "split sizes", lambda m, y: flip(torch.split(y, [1, 5, 2], dim=1))
+    yield "split_with_sizes", lambda m, y: flip(y.split_with_sizes([3, 5], dim=1))
+    yield "tensor_split", lambda m, y: flip(torch.tensor_split(y, (3, 5), dim=1))
+    yield "split, keyword first", lambda m, y: flip(torch.split(dim=1, split_size_or_sections=4, tensor=y))
+    yield "slice", lambda m, y: torch.cat([y[:, 3:], y[:, :3]], 1)
+    yield "negative slice", lambda m, y: torch.cat([y[:, -3:], y[:, :-3]], 1)
+    yield "slice with dots", lambda m, y: torch.cat([y[..., 3:, :, :], y[:, :3, ...]], 1)
+    yield "slice with None", lambda m, y: torch.cat([y[None, :, 3:][0], y[:, None, :3][:, 0]], 1)
+    yield "open slice", lambda m, y: torch.cat([y[:, 5:100], y[:, :5]], 1)
+    yield "strided pixels", lambda m, y: F.interpolate(y[:, 2:, ::2, 1::2], scale_factor=2).repeat(1, 2, 1, 1)[:, 2:10]
+    yield "narrow", lambda m, y: torch.cat([y.narrow(1, 3, 5), torch.narrow(y, 1, 0, 3)], 1)
+    yield "narrow by keyword", lambda m, y: torch.cat([y.narrow(length=5, start=3, dim=1), y.narrow(1, 0, 3)], 1)
+    yield "pad", lambda m, y: F.pad(y, (0, 0, 0, 0, 2, 1))[:, 3:]
+    yield "pad by keyword", lambda m, y: torch.cat([F.pad(input=y[:, :4], pad=(0, 0, 0, 0, 1, 3), value=0.5)], 1)
+    yield "negative pad", lambda m, y: F.pad(y, (0, 0, 0, 0, -2, 2))
+    yield "roll", lambda m, y: y.roll(3, 1)
+    yield "roll back", lambda m, y: torch.roll(y, shifts=(-2, 1), dims=(1, 2))
+    yield "channel_shuffle", lambda m, y: F.channel_shuffle(y, 2)
+    yield "grouped", lambda m, y: F.conv2d(y, m.grouped, None, 1, 1, 1, 4)
+    yield "grouped by keyword", lambda m, y: F.conv2d(input=y, weight=m.grouped, groups=4, padding=1)
+    yield "transposed", lambda m, y: F.conv_transpose2d(y, m.grouped, padding=1, groups=4)
+    yield "slice assigned", lambda m, y: _assigned(m, y)
+    yield "slice added to", lambda m, y: _added_to(m, y)
+
+
+def _assigned(m, y):
+    out = y.clone()
+    out[:, 2:5] = m.three(y)
+    out[:, 7:] = 0.0
+    return out
+
+
+def _added_to(m, y):
+    y[:, :3] += m.three(y)
+    y[:, 3:, 1] *= 2
+    return y
+
+
+FORWARDS = dict(forwards())
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    held = FORWARDS[name]
+    grouped = nn.Parameter(torch.randn(8, 2, 3, 3))
+    return (
+        Net(lambda m, x: m.b(held(m, m.a(x))), a=conv(3, 8), three=conv(8, 3), grouped=grouped, b=conv(8, 2))
+        .double()
+        .eval()
+    )
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_sizes_are_written_for_what_is_left(name):
+    slimmed = assert_exact(network(name), (image().double(),))
+    assert slimmed.analysis.channel_map.size > 0, slimmed.analysis.channel_map.pins
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_rewritten_sizes_hold_for_other_batches_and_resolutions(name):
+    slim_model, gated = network(name), network(name)
+    example = image(batch=2).double()
+    slimmed = slim(slim_model, (example,), share=0.6, seed=1)
+    channel_map = slimmed.analysis.channel_map
+    zero_kernels(gated, channel_map, random_live(channel_map.size, 0.6, 1))
+    for other in (image(batch=3), image(batch=1), image(size=6)):
+        wanted, got = (run_eval(model, (other.double(),)) for model in (gated, slim_model))
+        assert relative_error(got, wanted) <= TOLERANCE
+
+
+def test_every_family_has_a_test():
+    families = {family.__name__ for family in FAMILIES.values()}
+    assert families == {
+        "reshape", "create", "unflatten", "split", "index", "narrow", "pad", "roll", "channel_shuffle", "convolve",
+    }  # fmt: skip
+
+
+def test_a_call_of_no_family_keeps_its_channels():
+    model = Net(lambda m, x: m.b(torch.diagonal(m.a(x), 1, 2, 1)[..., None]), a=conv(3, 8), b=conv(2, 2))
+    assert_exact(model.double().eval(), (image(size=2).double(),))

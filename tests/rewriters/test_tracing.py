@@ -1,0 +1,254 @@
+"""Tracing one module's own forward: control flow is guarded, sizes stay expressions, signatures stay."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rewriters.analysis import analyse
+from rewriters.forward import RewrittenForward, ShapeGuardError
+from rewriters.labels import Labelled
+from rewriters.resizing import Cut, Resizer
+from rewriters.tracing import TraceError, trace
+from rewriters.verify import relative_error, run_eval
+from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
+from tests.rewriters.helpers import Net, conv, image
+
+
+def traced(model: nn.Module, *args, **kwargs):
+    """The traced graph of a model's own forward."""
+    analysis = analyse(model, args, kwargs)
+    captured, labelling = analysis.captures[0], analysis.labelling
+    return trace(model, captured.root, captured, labelling, labelling.by_tensor())[0]
+
+
+def rewritten(model: nn.Module, *args, **kwargs) -> nn.Module:
+    """The model running its own forward as it was traced, nothing having been cut."""
+    graph = traced(model, *args, **kwargs)
+    model.forward = RewrittenForward(model, {False: graph, True: graph})
+    return model
+
+
+class Split(nn.Module):
+    """Two convolutions that share the halves of a third's channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8, 3), conv(4, 4, 3), conv(8, 2)
+
+    def forward(self, x, scale=None, *, power: float = 1.0):
+        first, second = self.a(x).chunk(2, 1)
+        if scale is not None:
+            first = first * scale
+        if x.shape[-1] > 8:
+            first = F.relu(first)
+        return self.c(torch.cat([second, self.b(first)], 1)) ** power
+
+
+def slim_and_gated(build, *args, **kwargs):
+    torch.manual_seed(0)
+    slim_model = build().double().eval()
+    gated = copy.deepcopy(slim_model)
+    slimmed = slim(slim_model, args, kwargs, share=0.6, seed=3)
+    channel_map = slimmed.analysis.channel_map
+    zero_kernels(gated, channel_map, random_live(channel_map.size, 0.6, 3))
+    assert slimmed.plan.forwards
+    return slim_model, gated
+
+
+def test_a_rewritten_forward_runs_at_other_batch_sizes_and_resolutions():
+    slim_model, gated = slim_and_gated(Split, image(size=4).double())
+    for batch, size in ((1, 4), (5, 4), (2, 6), (3, 8)):
+        args = (image(size=size, batch=batch).double(),)
+        assert relative_error(run_eval(slim_model, args), run_eval(gated, args)) <= TOLERANCE
+
+
+def test_other_control_flow_than_the_traced_one_raises():
+    slim_model, _ = slim_and_gated(Split, image(size=4).double())
+    with pytest.raises(ShapeGuardError, match="rewritten for a case where"):
+        slim_model(image(size=12).double())
+    with pytest.raises(ShapeGuardError):
+        slim_model(image(size=4).double(), torch.ones(1).double())
+
+
+def test_signature_defaults_and_keywords_survive():
+    slim_model, gated = slim_and_gated(Split, image().double(), power=2.0)
+    parameters = inspect.signature(next(iter(slim_model.forward._functions.values()))).parameters
+    assert list(parameters) == ["self", "x", "scale", "power"]
+    assert parameters["scale"].default is None
+    args = (image(batch=3).double(),)
+    for kwargs in ({"power": 2.0}, {"scale": None, "power": 3.0}):
+        assert relative_error(run_eval(slim_model, args, kwargs), run_eval(gated, args, kwargs)) <= TOLERANCE
+
+
+def test_the_module_stays_what_it_was():
+    slim_model, _ = slim_and_gated(Split, image().double())
+    assert type(slim_model) is Split
+    assert isinstance(slim_model.forward, RewrittenForward)
+    assert [name for name, _ in slim_model.named_children()] == ["a", "b", "c"]
+
+
+def test_a_rewritten_forward_is_copied_and_pickled_with_its_module():
+    slim_model, _ = slim_and_gated(Split, image().double())
+    example = (image().double(),)
+    for other in (copy.deepcopy(slim_model), pickle.loads(pickle.dumps(slim_model))):
+        assert other.forward.owner is other
+        assert torch.equal(run_eval(other, example)[0], run_eval(slim_model, example)[0])
+        with torch.no_grad():
+            other.c.bias += 1
+        assert not torch.equal(run_eval(other, example)[0], run_eval(slim_model, example)[0])
+
+
+class Modes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = conv(3, 8), conv(8, 2)
+
+    def forward(self, x):
+        first, second = self.a(x).split([3, 5], 1)
+        if self.training:
+            return self.c(torch.cat([first, second], 1)), second.mean((2, 3))
+        return self.c(torch.cat([first, second], 1))
+
+
+def test_train_and_eval_keep_their_own_graphs():
+    slim_model, gated = slim_and_gated(Modes, image().double())
+    sources = slim_model.forward.sources
+    assert sources[True] != sources[False]
+    example = image().double()
+    assert relative_error(run_eval(slim_model, (example,)), run_eval(gated, (example,))) <= TOLERANCE
+    out, mean = slim_model.train()(example)
+    assert out.shape == (2, 2, 4, 4)
+    assert mean.shape[0] == 2
+
+
+def variadic(m, *xs, **options):
+    parts = [part for x in xs for part in m.a(x).chunk(2, 1)]
+    return m.b(torch.cat(parts[::-1], 1)) * options.get("scale", 1.0)
+
+
+def test_variable_arguments_are_followed():
+    example = image().double()
+    model = Net(variadic, a=conv(3, 6), b=conv(12, 2)).double().eval()
+    slimmed = assert_exact(model, (example, example + 1), {"scale": 0.5})
+    assert slimmed.analysis.channel_map.size == 6
+
+
+def loops(m, x):
+    y = m.a(x)
+    total = 0
+    for i in range(len(m.scales)):
+        total = total + y[:, 2 * i : 2 * i + 2] * m.scales[i]
+    size = tuple(int(s) for s in y.shape[2:])
+    assert y.ndim == 4 and min(size) > 1
+    return m.b(total if y.shape[1] % 2 == 0 else -total)
+
+
+def test_loops_and_assertions_on_sizes_are_followed():
+    scales = nn.ParameterList(nn.Parameter(torch.rand(1)) for _ in range(4))
+    model = Net(loops, a=conv(3, 8), b=conv(2, 2), scales=scales).double().eval()
+    slimmed = assert_exact(model, (image().double(),))
+    assert slimmed.analysis.channel_map.size == 2
+
+
+def test_guards_on_sizes_that_slimming_changes_go():
+    """`y.shape[1] % 2 == 0` decided the control flow when all channels were there; the decision stays."""
+    model = Net(loops, a=conv(3, 8), b=conv(2, 2), scales=nn.ParameterList([nn.Parameter(torch.rand(1))] * 4))
+    slimmed = slim(model.double().eval(), (image().double(),), share=0.5, seed=1)
+    assert slimmed.plan.live.tolist() != [True, True]
+    assert slimmed.error <= TOLERANCE
+
+
+def test_tensors_made_from_numbers_are_seen():
+    def forward(m, x):
+        y = m.a(x)
+        ramp = torch.arange(x.shape[-1], dtype=x.dtype) + torch.tensor([0.5], dtype=x.dtype)
+        first, second = y.split([3, 5], 1)
+        return m.b(torch.cat([second * ramp, first * torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)], 1))
+
+    slim_model, gated = slim_and_gated(lambda: Net(forward, a=conv(3, 8), b=conv(8, 2)), image().double())
+    args = (image(size=6, batch=3).double(),)
+    assert relative_error(run_eval(slim_model, args), run_eval(gated, args)) <= TOLERANCE
+
+
+def test_plain_tensor_attributes_are_seen():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(3, 8), conv(8, 2)
+            self.scale = torch.tensor([2.0])  # no parameter and no buffer
+
+        def forward(self, x):
+            first, second = self.a(x).split([3, 5], 1)
+            return self.b(torch.cat([second, first], 1) * self.scale.to(x))
+
+    slimmed = assert_exact(Scaled().double().eval(), (image().double(),))
+    assert slimmed.analysis.channel_map.size == 8
+
+
+def test_what_cannot_be_followed_is_refused_and_leaves_nothing_behind():
+    def forward(m, x):
+        first, second = m.a(x).chunk(2, 1)
+        hidden = torch.Tensor([1.0])  # made by a class, which torch.fx does not see
+        return m.b(torch.cat([second, first], 1) + hidden)
+
+    model = Net(forward, a=conv(3, 8), b=conv(8, 2)).eval()
+    names = [set(vars(module)) for module in model.modules()]
+    analysis = analyse(model, (image(),))
+    assert [set(vars(module)) for module in model.modules()] == names
+    assert analysis.channel_map.size == 0
+    with pytest.raises(TraceError):
+        traced(model, image())
+
+
+def test_a_module_called_in_several_ways_keeps_its_channels():
+    class Half(nn.Module):
+        def forward(self, x, drop=False):
+            first, second = x.chunk(2, 1)
+            return second if drop else torch.cat([second, first], 1)
+
+    half = Half()
+    model = Net(
+        lambda m, x: m.c(m.swap(m.a(x))) + m.d(m.swap(m.b(x), drop=True)),
+        a=conv(3, 8), b=conv(3, 8), swap=half, c=conv(8, 2), d=conv(4, 2),
+    )  # fmt: skip
+    slimmed = assert_exact(model.double().eval(), (image().double(),))
+    assert slimmed.analysis.channel_map.size == 0
+
+
+def test_a_module_called_twice_the_same_way_loses_the_same_channels():
+    class Half(nn.Module):
+        def forward(self, x):
+            first, second = x.chunk(2, 1)
+            return torch.cat([second, first], 1)
+
+    model = Net(
+        lambda m, x: m.c(m.swap(m.a(x))) + m.d(m.swap(m.b(x))),
+        a=conv(3, 8), b=conv(3, 8), swap=Half(), c=conv(8, 2), d=conv(8, 2),
+    )  # fmt: skip
+    slimmed = assert_exact(model.double().eval(), (image().double(),))
+    assert slimmed.analysis.channel_map.size == 8
+
+
+def test_a_rewriting_that_cuts_nothing_changes_nothing():
+    model = Split().eval()
+    analysis = analyse(model, (image(),))
+    captured, labelling = analysis.captures[0], analysis.labelling
+    graph, known = trace(model, captured.root, captured, labelling, labelling.by_tensor())
+    resizer = Resizer(graph, known, Cut(torch.ones(labelling.space.count, dtype=torch.bool)), "")
+    resizer.run()
+    assert not resizer.changed
+    assert str(resizer.graph) == str(graph)
+
+
+def test_a_cut_knows_shapes():
+    cut = Cut(torch.tensor([True, False, True, True]))
+    value = Labelled((2, 4, 5), (torch.arange(4).view(1, 4, 1),))
+    assert cut.shape(value) == (2, 3, 5)
+    assert cut.slim(torch.zeros(2, 4, 5), value).shape == (2, 3, 5)
