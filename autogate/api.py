@@ -96,9 +96,7 @@ def prepare(
             where=type(model).__name__,
             remedy="Check `ignore` and that the model has convolutions or linear layers between its first and last.",
         )
-    bank = GateBank(model, analysis.channel_map, budget)
-    bank.__dict__["origin"] = Origin(inputs, ignored)  # a note, not part of the bank's state
-    model.add_module(BANK, bank)
+    model.add_module(BANK, GateBank(model, analysis.channel_map, budget, Origin(inputs, ignored)))
     return model
 
 
@@ -159,14 +157,14 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     model, bank = _unwrap(model), gates(model)
     _check_finite(model)
     bank.fold()
-    origin: Origin = bank.__dict__["origin"]
+    origin: Origin = bank.origin
     inputs = _on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
     progress = bank.progress()
     wanted = run_eval(model, *inputs)
     journal = Journal()
     try:
         journal.remove(model._modules, BANK)
-        journal.remove(model._forward_pre_hooks, bank._hook.id)
+        journal.remove(model._forward_pre_hooks, bank.hook.id)
         _slim(model, bank, _on_device(origin.inputs, model), origin.ignored, journal)
         _verify(model, inputs, wanted)
     except BaseException:

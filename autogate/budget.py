@@ -79,9 +79,7 @@ class Budget:
         ]
         for name, holds, wanted in ranges:
             if not holds:
-                raise AutogateError(
-                    f"{name} is {getattr(self, name)!r}; it must be {wanted}.", where="Budget"
-                )
+                raise AutogateError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.", where="Budget")
 
     @property
     def reach_steps(self) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from autogate import hooks
 from autogate.budget import Budget, Pressure, Selection, steer
+from autogate.columns import along, column_products, scale_columns, segment_sum
 from autogate.polarization import EPSILON_START, epsilon_at, gate_slope, gate_value
 from autogate.proximal import shrinkage, soft_threshold
 from autogate.resources import Flops
@@ -48,13 +49,6 @@ NEARLY_CLOSED = 0.5
 FOLD_TOLERANCE = 2**-10
 """A gate's change waits to be folded until it is larger than this part of the gate: it takes a pass over the
 kernel, and many steps of training move a gate by less than a ten-thousandth."""
-
-CHUNK = 2**18
-"""Elements of a kernel that are taken at a time on a CPU, so that the product of gradient and weight stays
-in its cache (and never takes memory of note)."""
-
-CUDA_CHUNK = 2**23
-"""The same on an accelerator, where memory is what is saved and each chunk costs a launch."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +121,7 @@ class GateBank(nn.Module):
         model: the model that `channel_map` describes.
         channel_map: its classes of channels.
         budget: what shall be left, and after how many steps.
+        origin: what the caller wants to find again at the end; kept as it is.
 
     Attributes:
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
@@ -151,11 +146,13 @@ class GateBank(nn.Module):
     balance: Tensor
     integral: Tensor
     settled: Tensor
+    origin: Any
 
-    def __init__(self, model: nn.Module, channel_map: ChannelMap, budget: Budget):
+    def __init__(self, model: nn.Module, channel_map: ChannelMap, budget: Budget, origin: Any = None):
         super().__init__()
         self.channel_map = channel_map
         self.budget = budget
+        self.origin = origin
         self.flops = Flops(channel_map)
         if budget.flops < self.flops.least_share():
             raise AutogateError(
@@ -179,7 +176,7 @@ class GateBank(nn.Module):
         self._model = weakref.ref(model)
         self._forget()
         self.to(next(iter(self.kernels()), self.alpha).device)
-        self._hook = model.register_forward_pre_hook(self._before_forward)
+        self.hook = model.register_forward_pre_hook(self._before_forward)
         hooks.register(self)
 
     def _lay_out(self, channel_map: ChannelMap) -> None:
@@ -229,7 +226,7 @@ class GateBank(nn.Module):
     def detach(self) -> None:
         """Ends the gates' life: no optimizer step and no forward reaches the bank any more."""
         hooks.unregister(self)
-        self._hook.remove()
+        self.hook.remove()
 
     def gates(self) -> Tensor:
         """The gates g(alpha), float32, shape (classes,); zero for dead classes."""
@@ -358,7 +355,7 @@ class GateBank(nn.Module):
         dead = self._dead()
         for place, dim, weight in gated:
             if place in scaled:
-                _scale_columns(weight, dim, self._on_side(factor, place))
+                scale_columns(weight, dim, self._on_side(factor, place))
             if len(dead[place]):
                 weight.index_fill_(dim, dead[place].to(weight.device), 0)
         self._folded_at = self._versions(gated)
@@ -462,13 +459,13 @@ class GateBank(nn.Module):
     def _gradient(self, gated: list[_Gated], scale: Tensor | float | None = None) -> Tensor:
         """dL/dg of every class, float32, shape (classes,); NaN throughout if any kernel's is not finite."""
         counted = {
-            place: _column_products(weight.grad, weight, dim).to(self.alpha)
+            place: column_products(weight.grad, weight, dim).to(self.alpha)
             for place, dim, weight in gated
             if weight.grad is not None
         }
         none = self.alpha.new_zeros(max(map(len, self.channel_map.classes.values()), default=0))
         sums = [counted.get(place, none[:length]) for place, length in enumerate(self._lengths)]
-        total = _segment_sum(torch.cat([none[:0], *sums]), self._labels, self.channel_map.size + 1)
+        total = segment_sum(torch.cat([none[:0], *sums]), self._labels, self.channel_map.size + 1)
         if scale is not None:
             total = total / scale
         gradient = torch.where(self.live, total[:-1] / self.folded, 0.0)
@@ -541,7 +538,7 @@ class GateBank(nn.Module):
         for columns in held:
             weight = columns.weight
             after = weight.index_select(columns.dim, columns.index)
-            part = _along(columns.part, columns.dim, weight.ndim)
+            part = along(columns.part, columns.dim, weight.ndim)
             weight.index_copy_(columns.dim, columns.index, torch.lerp(columns.before, after, part))
 
     def _stand(self) -> tuple[float, Tensor]:
@@ -576,73 +573,3 @@ def _away_from_zero(alpha: Tensor, least: float) -> Tensor:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _along(values: Tensor, dim: int, ndim: int) -> Tensor:
-    """`values` shaped to broadcast along dimension `dim` of a tensor of `ndim` dimensions."""
-    shape = [1] * ndim
-    shape[dim] = -1
-    return values.view(shape)
-
-
-def _segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Sum of the values of each index, shape (size,), in the same order of addition in every run.
-
-    On CUDA index_add adds atomically, in any order, and processes that must agree on the gates would not;
-    index_put sorts first.
-    """
-    zeros = values.new_zeros(size)
-    if values.is_cuda:
-        return zeros.index_put_((index,), values, accumulate=True)
-    return zeros.index_add_(0, index, values)
-
-
-def _order_in_memory(weight: Tensor) -> list[int]:
-    """Dimensions from the slowest to the fastest in memory: (0, 2, 3, 1) for a channels_last kernel."""
-    strides = weight.stride()
-    return sorted(range(weight.ndim), key=lambda dim: -strides[dim])
-
-
-def _by_memory(tensor: Tensor, order: list[int], dim: int) -> Tensor:
-    """The tensor as (outer, columns, inner), `dim` in the middle, without a copy if `order` is its own."""
-    place = order.index(dim)
-    shape = [tensor.shape[d] for d in order]
-    outer, inner = 1, 1
-    for length in shape[:place]:
-        outer *= length
-    for length in shape[place + 1 :]:
-        inner *= length
-    return tensor.permute(order).reshape(outer, shape[place], inner)
-
-
-def _column_products(gradient: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """<gradient, weight> over all dimensions but `dim`: float32 (float64 for such kernels), shape (size,).
-
-    Equal to (gradient * weight).sum over the other dimensions, in rows as they lie in memory, a cacheful
-    at a time: that is twice as fast for the 3x3 kernels of a contiguous ResNet, and takes no memory.
-    """
-    order = _order_in_memory(weight)
-    left, right = _by_memory(gradient, order, dim), _by_memory(weight, order, dim)
-    outer, size, inner = right.shape
-    left, right = left.reshape(outer, size * inner), right.reshape(outer, size * inner)
-    kind = torch.promote_types(weight.dtype, torch.float32)
-    chunk = CHUNK if weight.device.type == "cpu" else CUDA_CHUNK
-    rows = max(1, chunk // max(1, size * inner))
-    sums = (left[:rows].to(kind) * right[:rows]).sum(0)
-    for start in range(rows, outer, rows):
-        part = slice(start, start + rows)
-        sums += (left[part].to(kind) * right[part]).sum(0)
-    return sums.view(size, inner).sum(1) if inner > 1 else sums
-
-
-def _scale_columns(weight: Tensor, dim: int, factor: Tensor) -> None:
-    """Multiplies index i of dimension `dim` by factor[i], in place."""
-    order = _order_in_memory(weight)
-    permuted = weight.permute(order)
-    factor = factor.to(weight)
-    if not permuted.is_contiguous():
-        weight.mul_(_along(factor, dim, weight.ndim))
-        return
-    outer, size, inner = (rows := _by_memory(weight, order, dim)).shape
-    # One long inner loop instead of many of a kernel's 9 elements.
-    rows.view(outer, size * inner).mul_(factor.repeat_interleave(inner) if inner > 1 else factor)

@@ -41,9 +41,7 @@ class Bilinear:
         ends: for each end, the class of every index along it; `ALWAYS` entries are not counted.
     """
 
-    def __init__(
-        self, size: int, terms: Sequence[Term], constants: Sequence[float], ends: Sequence[Sequence[int]]
-    ):
+    def __init__(self, size: int, terms: Sequence[Term], constants: Sequence[float], ends: Sequence[Sequence[int]]):
         self.size = size
         self._coefficient = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
         self._left = torch.tensor([term.left for term in terms], dtype=torch.int64)
@@ -190,9 +188,7 @@ def _labelled_dimensions(channel_map: ChannelMap) -> Mapping[str, tuple[int, ...
     return dims
 
 
-def _unique_parameters(
-    model: nn.Module, preferred: Mapping[str, tuple[int, ...]]
-) -> list[tuple[str, nn.Parameter]]:
+def _unique_parameters(model: nn.Module, preferred: Mapping[str, tuple[int, ...]]) -> list[tuple[str, nn.Parameter]]:
     """Every parameter once, under the name that the map knows it by where it has several."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -40,9 +40,7 @@ class ConvNet(nn.Module):
         return self.fc(gated(x.mean((2, 3)), 2))
 
 
-def conv_net_map(
-    widths: tuple[int, int, int] = WIDTHS, pixels: int = 36, residual: bool = False
-) -> ChannelMap:
+def conv_net_map(widths: tuple[int, int, int] = WIDTHS, pixels: int = 36, residual: bool = False) -> ChannelMap:
     """The classes of a ConvNet: one a channel, the second and third layers' coupled by the residual."""
     first, second = torch.arange(widths[0]), torch.arange(widths[1]) + widths[0]
     third = second if residual else torch.arange(widths[2]) + widths[0] + widths[1]
@@ -61,9 +59,7 @@ def conv_net_map(
         "fc": (5, widths[2]),
     }
     sizes = {Side(f"{name}.weight", dim): shape[dim] for name, shape in shapes.items() for dim in (0, 1)}
-    kernels = tuple(
-        Kernel(name, f"{name}.weight", 1.0 if name == "fc" else 9.0 * pixels, 1) for name in shapes
-    )
+    kernels = tuple(Kernel(name, f"{name}.weight", 1.0 if name == "fc" else 9.0 * pixels, 1) for name in shapes)
     size = widths[0] + widths[1] + (0 if residual else widths[2])
     return ChannelMap(size, classes, sizes, kernels, gated, ())
 

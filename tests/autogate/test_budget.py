@@ -95,9 +95,7 @@ def test_of_equal_candidates_the_dearest_dies_and_then_the_first():
 
 
 def test_a_candidate_that_would_overshoot_is_passed_over_for_one_that_fits():
-    selection = Selection(
-        Budget(0.5, steps=100, keep=0), linear_resource([70, 20, 10, 50, 50.0]), [[0, 1, 2, 3, 4]]
-    )
+    selection = Selection(Budget(0.5, steps=100, keep=0), linear_resource([70, 20, 10, 50, 50.0]), [[0, 1, 2, 3, 4]])
     # 100 of 200 are to go: the first would take 70, leaving 30; with the second and third that is exact.
     assert sorted(deaths(selection, [0.1, 0.3, 0.4, 0.2, 0.5], 100).classes.tolist()) == [0, 1, 2]
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from autogate.budget import Budget
-from autogate.gates import GateBank, _column_products, _scale_columns
+from autogate.columns import column_products, scale_columns
+from autogate.gates import GateBank
 from autogate.polarization import gate_slope, gate_value
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from rewriters.errors import AutogateError
@@ -223,9 +224,7 @@ def test_a_class_may_lie_on_a_side_many_times_and_beside_pinned_ones():
     side = Side("0.weight", 1)
     sizes = {side: 6, Side("0.weight", 0): 2}
     classes = {side: torch.tensor([0, 0, ALWAYS, 1, 1, 1])}
-    bank = GateBank(
-        net, ChannelMap(2, classes, sizes, (Kernel("0", "0.weight", 1.0, 1),), (side,), ()), Budget(1.0)
-    )
+    bank = GateBank(net, ChannelMap(2, classes, sizes, (Kernel("0", "0.weight", 1.0, 1),), (side,), ()), Budget(1.0))
     before = net[0].weight.detach().clone()
     bank.alpha[0] = 0
     bank.fold()
@@ -239,7 +238,7 @@ def test_a_class_may_lie_on_a_side_many_times_and_beside_pinned_ones():
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "odd gradient"])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_column_products_and_scaling_hold_for_any_type_and_layout(kind, layout, dim):
+def testcolumn_products_and_scaling_hold_for_any_type_and_layout(kind, layout, dim):
     torch.manual_seed(0)
     weight, gradient = torch.randn(6, 4, 3, 3).to(kind), torch.randn(6, 4, 3, 3).to(kind)
     if layout == "channels_last":
@@ -250,26 +249,26 @@ def test_column_products_and_scaling_hold_for_any_type_and_layout(kind, layout, 
         gradient = gradient.to(memory_format=torch.channels_last)
     others = [d for d in range(4) if d != dim]
     expected = (weight.double() * gradient.double()).sum(others)
-    found = _column_products(gradient, weight, dim)
+    found = column_products(gradient, weight, dim)
     assert found.dtype == torch.promote_types(kind, torch.float32)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     factor = torch.rand(weight.shape[dim])
     shape = [-1 if d == dim else 1 for d in range(4)]
     expected = weight * factor.to(kind).view(shape)
-    _scale_columns(weight, dim, factor)
+    scale_columns(weight, dim, factor)
     assert torch.equal(weight, expected)
 
 
 def test_half_precision_gradients_do_not_vanish_in_the_product():
     weight, gradient = torch.full((8, 4), 1e-3).half(), torch.full((8, 4), 1e-6).half()
-    assert _column_products(gradient, weight, 1).min() > 7e-9
+    assert column_products(gradient, weight, 1).min() > 7e-9
 
 
 def test_large_kernels_are_summed_in_chunks():
     torch.manual_seed(0)
     weight, gradient = torch.randn(700, 100, 3, 3), torch.randn(700, 100, 3, 3)
     torch.testing.assert_close(
-        _column_products(gradient, weight, 1), (weight * gradient).sum((0, 2, 3)), rtol=1e-3, atol=1e-3
+        column_products(gradient, weight, 1), (weight * gradient).sum((0, 2, 3)), rtol=1e-3, atol=1e-3
     )
 
 
@@ -377,13 +376,9 @@ def test_a_sequential_model_runs_through_its_bank():
     before = net(x)
     classes = {Side("0.weight", 0): torch.arange(8), Side("0.bias", 0): torch.arange(8)}
     classes[Side("1.weight", 1)] = torch.arange(8)
-    sizes = {
-        Side(f"{i}.weight", dim): n for i, shape in enumerate([(8, 4), (2, 8)]) for dim, n in enumerate(shape)
-    }
+    sizes = {Side(f"{i}.weight", dim): n for i, shape in enumerate([(8, 4), (2, 8)]) for dim, n in enumerate(shape)}
     kernels = (Kernel("0", "0.weight", 1.0, 1), Kernel("1", "1.weight", 1.0, 1))
-    net.autogate = GateBank(
-        net, ChannelMap(8, classes, sizes, kernels, (Side("1.weight", 1),), ()), Budget(0.5)
-    )
+    net.autogate = GateBank(net, ChannelMap(8, classes, sizes, kernels, (Side("1.weight", 1),), ()), Budget(0.5))
     assert torch.equal(net(x), before)
 
 
@@ -408,9 +403,7 @@ def test_functional_calls_leave_the_real_kernels_alone():
 
 def test_an_averaged_copy_follows_the_dead():
     net, _ = gated_net(steps=30)
-    average = torch.optim.swa_utils.AveragedModel(
-        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-    )
+    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     for step in range(30):
         train(net, optimizer, 1, first=step)
@@ -418,9 +411,7 @@ def test_an_averaged_copy_follows_the_dead():
     average(batch(0)[0])
     live = net.autogate.live
     assert not live.all() and torch.equal(average.module.autogate.live, live)
-    closed = [
-        (kernel == 0).flatten(2).all(2).all(0) for kernel in map(torch.atleast_3d, kernels_of(average.module))
-    ]
+    closed = [(kernel == 0).flatten(2).all(2).all(0) for kernel in map(torch.atleast_3d, kernels_of(average.module))]
     assert torch.equal(torch.cat(closed), ~live)
 
 
@@ -460,9 +451,7 @@ def test_progress_tells_the_state():
 
 def test_an_unreachable_target_is_refused():
     channel_map = conv_net_map()
-    classes = {
-        side: labels for side, labels in channel_map.classes.items() if side != Side("conv3.weight", 0)
-    }
+    classes = {side: labels for side, labels in channel_map.classes.items() if side != Side("conv3.weight", 0)}
     pinned = ChannelMap(64, classes, channel_map.sizes, channel_map.kernels, channel_map.gated, ())
     pinned.classes[Side("conv3.weight", 1)] = torch.full((24,), ALWAYS)
     net = ConvNet()
@@ -483,9 +472,7 @@ def test_a_kernel_that_is_no_parameter_is_refused_and_leaves_the_model_alone():
 def test_a_map_without_classes_makes_an_idle_bank():
     net = nn.Linear(2, 2)
     sizes = {Side("weight", 0): 2, Side("weight", 1): 2}
-    net.autogate = GateBank(
-        net, ChannelMap(0, {}, sizes, (Kernel("", "weight", 1.0, 1),), (), ()), Budget(1.0)
-    )
+    net.autogate = GateBank(net, ChannelMap(0, {}, sizes, (Kernel("", "weight", 1.0, 1),), (), ()), Budget(1.0))
     net(torch.ones(1, 2)).sum().backward()
     net.autogate.step(0.1)
     assert net.autogate.progress().share == 1

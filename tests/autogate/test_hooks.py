@@ -14,9 +14,7 @@ def backward(net: nn.Module, scale: float = 1.0) -> None:
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1),
-    "nesterov foreach": lambda parameters: torch.optim.SGD(
-        parameters, 0.1, momentum=0.9, nesterov=True, foreach=True
-    ),
+    "nesterov foreach": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True, foreach=True),
     "adam": lambda parameters: torch.optim.Adam(parameters, 1e-3),
     "adamw fused": lambda parameters: torch.optim.AdamW(parameters, 1e-3, fused=True),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, 1e-3),

@@ -14,9 +14,7 @@ def counted_flops(channel_map: ChannelMap, live: torch.Tensor) -> float:
     def count(side):
         return len(channel_map.kept(side, live)) if side in channel_map.classes else channel_map.sizes[side]
 
-    return sum(
-        kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels
-    )
+    return sum(kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels)
 
 
 def some_live(size: int, seed: int = 0) -> torch.Tensor:
@@ -60,13 +58,9 @@ def test_price_is_the_derivative_by_the_live_counts():
     live = some_live(channel_map.size).double().requires_grad_()
 
     def count(side):
-        return (
-            live[channel_map.classes[side]].sum() if side in channel_map.classes else channel_map.sizes[side]
-        )
+        return live[channel_map.classes[side]].sum() if side in channel_map.classes else channel_map.sizes[side]
 
-    value = sum(
-        kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels
-    )
+    value = sum(kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels)
     (expected,) = torch.autograd.grad(value, live)
     torch.testing.assert_close(Flops(channel_map).price(live.detach().bool()), expected)
 
