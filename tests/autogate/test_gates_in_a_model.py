@@ -1,0 +1,140 @@
+"""A prepared model as its user sees it: copied, compiled, trained by any optimizer, checkpointed."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import autogate
+
+
+def prepared(**options) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    example = torch.randn(2, 3, 32, 32)
+    model = timm.create_model("test_resnet", num_classes=4)
+    return autogate.prepare(model, example, **options), example
+
+
+def train(model: nn.Module, steps: int, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        images = torch.randn(8, 3, 32, 32, generator=generator)
+        labels = (images.mean((1, 2, 3)) > 0).long()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def output(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
+    return model.eval()(example)
+
+
+def test_the_budget_is_met_in_a_plain_loop_and_finalize_says_nothing(recwarn):
+    model, example = prepared(flops=0.5, steps=60)
+    train(model, 60, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    gated = output(model, example)
+    left = autogate.summary(model)
+    assert abs(left.flops / left.all_flops - 0.5) <= 0.01
+    slim = autogate.finalize(model)
+    assert not [w for w in recwarn if w.category is autogate.BudgetNotMetWarning]
+    torch.testing.assert_close(output(slim, example), gated, rtol=1e-5, atol=1e-5)
+
+
+def test_an_optimizer_built_before_prepare_moves_the_gates():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    autogate.prepare(model, torch.randn(2, 3, 32, 32), steps=20)
+    train(model, 3, optimizer)
+    assert autogate.gates(model).progress().step == 3
+
+
+def test_a_deep_copy_and_a_pickle_finalize_like_the_original():
+    model, example = prepared(steps=40)
+    train(model, 30, torch.optim.SGD(model.parameters(), lr=0.05))
+    gated = output(model, example)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        slim = autogate.finalize(twin, warn=False)
+        torch.testing.assert_close(output(slim, example), gated, rtol=1e-5, atol=1e-5)
+        assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_resuming_from_a_checkpoint_takes_the_same_course():
+    model, _ = prepared(steps=40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    train(model, 15, optimizer, seed=1)
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    train(model, 15, optimizer, seed=2)
+
+    resumed, _ = prepared(steps=40)
+    file.seek(0)
+    weights, state = torch.load(file)
+    resumed.load_state_dict(weights)
+    again = torch.optim.SGD(resumed.parameters(), lr=0.05, momentum=0.9)
+    again.load_state_dict(state)
+    train(resumed, 15, again, seed=2)
+    for (name, value), wanted in zip(resumed.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(value, wanted), name
+
+
+def test_gates_stand_before_regular_convolutions_only():
+    torch.manual_seed(0)
+    model = autogate.prepare(timm.create_model("mobilenetv2_100"), torch.randn(2, 3, 64, 64))
+    depthwise = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    gated = {side.tensor.removesuffix(".weight") for side in autogate.gates(model).channel_map.gated}
+    layers = {name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert gated == layers - depthwise - {"conv_stem"}
+
+
+def test_train_mode_is_left_as_it_was():
+    model, example = prepared()
+    model.train()
+    model.layer1.eval()
+    before = [module.training for module in model.modules()]
+    autogate.finalize(model, warn=False)
+    assert [module.training for module in model.modules()] == before[: len(list(model.modules()))]
+
+
+@pytest.mark.parametrize("given", ["tuple", "dict"])
+def test_example_inputs_as_a_tuple_or_a_dict(given):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+        def forward(self, left, right):
+            return {"sum": self.c(self.a(left) + self.b(right))}
+
+    left, right = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    model = autogate.prepare(Two(), (left, right) if given == "tuple" else {"left": left, "right": right})
+    assert autogate.gates(model).channel_map.size == 8
+    with torch.no_grad():
+        autogate.gates(model).alpha[:5] = 0
+    wanted = output_of(model, left, right)
+    torch.testing.assert_close(output_of(autogate.finalize(model, warn=False), left, right), wanted)
+
+
+@torch.no_grad()
+def output_of(model, left, right):
+    return model(left, right)["sum"]
+
+
+def test_compiled_forward_neither_breaks_nor_recompiles():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2))
+    model = autogate.prepare(net, torch.randn(2, 3, 8, 8), steps=20)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(20):
+        compiled(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert autogate.gates(model).progress().dead > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
