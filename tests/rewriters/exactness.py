@@ -80,7 +80,9 @@ def prunable_share(model: nn.Module, channel_map: ChannelMap) -> float:
     return free / total if total else 0.0
 
 
-def assert_exact(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, **options) -> Slimmed:
+def assert_exact(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, **options
+) -> Slimmed:
     """Exact with different shares of channels dead, and as before when the slimming is undone."""
     analysis = None
     for share, seed in ((0.9, 0), (0.6, 1), (0.6, 2), (0.2, 3), (0.0, 4)):

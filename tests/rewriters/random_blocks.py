@@ -763,8 +763,8 @@ class Rearranged(nn.Module):
         self.register_buffer("order", torch.tensor(order))
         self.indices = order
         self.form = rng.choice([
-            "flip", "roll", "index_select", "index", "list", "repeat", "repeat_interleave", "expand", "gather", "unfold",
-            "swap", "tile",
+            "flip", "roll", "index_select", "index", "list", "repeat", "repeat_interleave", "expand", "gather",
+            "unfold", "swap", "tile",
         ])  # fmt: skip
 
     def forward(self, x):
@@ -1115,7 +1115,8 @@ class Halving(nn.Module):
 
 
 ANY = (
-    SharedPlumbing, SharedPair, Halving, Plain, Plain, Preactivated, Residual, Residual, PadShortcut, Dense, CrossStage, UnevenSplit, Res2, Ghost, Partial,
+    SharedPlumbing, SharedPair, Halving, Plain, Plain, Preactivated, Residual, Residual, PadShortcut, Dense,
+    CrossStage, UnevenSplit, Res2, Ghost, Partial,
     SliceAdd, SqueezeExcite, Depthwise, Grouped, ShuffleUnit, Transposed, Resample, Shared, Pyramid, SelectiveKernel,
     SplitAttention, FunctionalConv, FunctionalLayers, ChannelsLast, Attention, SpatialAttention, PositionGate,
     EfficientChannelAttention, GatedUnit, Rearranged, Unknown, StandardisedConv, Bilinear, Constants, Dropped,

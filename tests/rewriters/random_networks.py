@@ -318,9 +318,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
         names = st.sampled_from([block.__name__ for block in KINDS[kind]])
         blocks = st.lists(st.tuples(names, st.integers(0, 999)), min_size=1, max_size=4).map(tuple)
         wirings = st.sampled_from(["chain", "residual", "dense", "two inputs"])
-        return st.builds(
-            Recipe, st.just(kind), st.integers(0, 999), blocks, st.sampled_from(HEADS[kind]), wirings
-        )
+        return st.builds(Recipe, st.just(kind), st.integers(0, 999), blocks, st.sampled_from(HEADS[kind]), wirings)
 
     kinds = ["image"] * 8 + ["sequence"] * 3 + ["volume"] * 2 + ["features"]
     return st.sampled_from(kinds).flatmap(of_kind)

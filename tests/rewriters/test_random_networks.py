@@ -28,7 +28,7 @@ from tests.rewriters.exactness import (
 )
 from tests.rewriters.random_networks import Network, Recipe, build, inputs, random_recipe, recipes
 
-DRAWS = int(os.environ.get("AUTOGATE_DRAWS", "240"))
+DRAWS = int(os.environ.get("AUTOGATE_DRAWS", "160"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,9 +75,7 @@ def check_other_sizes(gated: nn.Module, slim_model: nn.Module, args: tuple[Any, 
 
 def attribute_names(model: nn.Module) -> list[set[str]]:
     """What stands in each module, by name."""
-    return [
-        {*vars(module), *module._parameters, *module._buffers, *module._modules} for module in model.modules()
-    ]
+    return [{*vars(module), *module._parameters, *module._buffers, *module._modules} for module in model.modules()]
 
 
 @settings(max_examples=DRAWS // 2, deadline=None, suppress_health_check=list(HealthCheck))

@@ -13,9 +13,7 @@ from tests.rewriters.helpers import classes, conv, image, is_pinned, mapped, rea
 
 def two_into_one(combine):
     """Two convolutions whose outputs are combined and convolved again."""
-    return mapped(
-        lambda m, x: m.last(combine(m.a(x), m.b(x))), a=conv(3, 4), b=conv(3, 4), last=conv(4, 2)
-    )
+    return mapped(lambda m, x: m.last(combine(m.a(x), m.b(x))), a=conv(3, 4), b=conv(3, 4), last=conv(4, 2))
 
 
 @pytest.mark.parametrize(

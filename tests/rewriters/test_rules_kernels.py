@@ -21,9 +21,7 @@ def test_convolution_begins_new_channels():
     ("into", "out", "expected"), [(4, 4, [0, 1, 2, 3]), (4, 8, [0, 0, 1, 1, 2, 2, 3, 3])], ids=["plain", "multiplier"]
 )
 def test_depthwise_passes_labels(into, out, expected):
-    found = mapped(
-        lambda m, x: m.c(m.b(m.a(x))), a=conv(3, into), b=conv(into, out, 3, groups=into), c=conv(out, 2)
-    )
+    found = mapped(lambda m, x: m.c(m.b(m.a(x))), a=conv(3, into), b=conv(into, out, 3, groups=into), c=conv(out, 2))
     assert classes(found, "b.weight", 0) == classes(found, "c.weight", 1) == expected
     assert found.gated == (Side("c.weight", 1),)
 

@@ -11,9 +11,7 @@ from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, mapped
 
 
 def test_cat_concatenates_channels():
-    found = mapped(
-        lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1)), a=conv(3, 2), b=conv(3, 3), c=conv(5, 2)
-    )
+    found = mapped(lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1)), a=conv(3, 2), b=conv(3, 3), c=conv(5, 2))
     assert classes(found, "c.weight", 1) == classes(found, "a.weight", 0) + classes(found, "b.weight", 0)
     assert found.size == 5
 
@@ -29,9 +27,7 @@ def test_cat_along_the_batch_couples_channels():
 
 
 def test_stack_couples_channels():
-    found = mapped(
-        lambda m, x: m.c(torch.stack([m.a(x), m.b(x)], 1).mean(1)), a=conv(3, 4), b=conv(3, 4), c=conv(4, 2)
-    )
+    found = mapped(lambda m, x: m.c(torch.stack([m.a(x), m.b(x)], 1).mean(1)), a=conv(3, 4), b=conv(3, 4), c=conv(4, 2))
     assert classes(found, "a.weight", 0) == classes(found, "b.weight", 0) == [0, 1, 2, 3]
 
 
