@@ -117,7 +117,7 @@ def latencies(models: Iterable[nn.Module], image: Tensor, rounds: int = 60) -> l
 
 
 def run(
-    flops: float = 0.5, dense_epochs: int = 8, gated_epochs: int = 20, seed: int = 0, advance: Advance = lambda _: None
+    flops: float = 0.5, dense_epochs: int = 6, gated_epochs: int = 14, seed: int = 0, advance: Advance = lambda _: None
 ) -> Outcome:
     """Train dense, train with gates, finalize and compare.
 
@@ -153,7 +153,7 @@ def run(
     )
 
 
-def total_steps(dense_epochs: int = 8, gated_epochs: int = 20) -> int:
+def total_steps(dense_epochs: int = 6, gated_epochs: int = 14) -> int:
     """Optimizer steps that `run` takes with these many epochs."""
     train, _ = digits.load()
     return steps_in(dense_epochs + gated_epochs, train)

@@ -84,6 +84,7 @@ class Resizer:
     def __init__(self, graph: fx.Graph, known: Mapping[int, Labelled], cut: Cut, where: str):
         self._known, self._cut, self._where = known, cut, where
         self._slim: dict[fx.Node, Any] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self._copies: dict[fx.Node, fx.Node] = {}
         self.graph = fx.Graph()
         self.changed = False
@@ -148,7 +149,9 @@ class Resizer:
         return self._cut.kept(self._labels(tensor), dim)
 
     def _shape(self, tensor: Tensor) -> tuple[int, ...]:
-        return self._cut.shape(self._labels(tensor))
+        if id(tensor) not in self._shapes:
+            self._shapes[id(tensor)] = self._cut.shape(self._labels(tensor))
+        return self._shapes[id(tensor)]
 
     def _expected(self, node: fx.Node) -> Any:
         """A node's value, every tensor in it slimmed (its shape, that is)."""
@@ -237,4 +240,5 @@ def _equal(numbers: Tensor, got: Tensor) -> bool:
     for dim in range(got.ndim):
         if numbers.shape[dim] == 1 and got.shape[dim] > 1 and got.stride(dim) == 0:
             got = got.narrow(dim, 0, 1)
-    return torch.equal(numbers.expand(got.shape), got)
+    fits = all(size in (1, other) for size, other in zip(numbers.shape, got.shape, strict=True))
+    return fits and torch.equal(numbers.expand(got.shape), got)  # some ops give other shapes where nothing is left

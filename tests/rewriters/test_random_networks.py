@@ -28,7 +28,7 @@ from tests.rewriters.exactness import (
 )
 from tests.rewriters.random_networks import Network, Recipe, build, inputs, random_recipe, recipes
 
-DRAWS = int(os.environ.get("AUTOGATE_DRAWS", "160"))
+DRAWS = int(os.environ.get("AUTOGATE_DRAWS", "120"))
 
 
 @pytest.fixture(autouse=True, scope="module")
