@@ -6,7 +6,7 @@ import difflib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ from rewriters import (
     Analysis,
     AutogateError,
     Journal,
+    Shortcut,
     VerificationError,
     analyse,
     apply,
     plan,
     rehearse,
     relative_error,
+    replace_shortcuts,
+    restore,
     run_eval,
 )
 
@@ -49,6 +52,7 @@ class Origin:
 
     inputs: Inputs
     ignored: dict[str, str]
+    shortcuts: tuple[Shortcut, ...] = ()
 
 
 def prepare(
@@ -58,6 +62,7 @@ def prepare(
     flops: float = 0.5,
     steps: int | None = None,
     ignore: Iterable[str] = (),
+    shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
 ) -> M:
     """Give `model` gates that learn, in any training loop, which channels it can do without.
 
@@ -80,6 +85,12 @@ def prepare(
         steps: optimizer steps that training will take; the share is reached within them, and what training
             follows is plain. `autogate.budget.DEFAULT_STEPS` (10,000) if None.
         ignore: paths of modules, or names of parameters, whose channels all stay.
+        shortcuts: "shared": what an identity shortcut's residual add couples (a whole stage) keeps or loses a
+            channel together. "conv": each such shortcut becomes a 1x1 convolution, started as the identity, so
+            that every block has a width of its own (Yang et al., "Non-uniform DNN Structured Subnets Sampling
+            for Dynamic Inference", section IV.A.2). It costs FLOPs, which the budget counts; the share asked
+            for is of the model without them. Paths of modules choose some. The new kernels are parameters:
+            build the optimizer after prepare.
 
     Raises:
         AutogateError: the model can't be analysed, nothing in it can go, the share is out of reach, or an
@@ -89,14 +100,23 @@ def prepare(
     budget = Budget(flops=flops, steps=DEFAULT_STEPS if steps is None else steps)
     ignored = dict.fromkeys(_named_by(model, ignore), "the caller asked for it")
     inputs = as_call(example_inputs, model)
-    analysis = _analyse(model, inputs, ignored)
-    if analysis.channel_map.size == 0:
-        raise AutogateError(
-            f"no channel of it can go. {_why_pinned(analysis)}",
-            where=type(model).__name__,
-            remedy="Check `ignore` and that the model has convolutions or linear layers between its first and last.",
-        )
-    model.add_module(BANK, GateBank(model, analysis.channel_map, budget, Origin(inputs, ignored)))
+    journal = Journal()
+    try:
+        replaced = _replace_shortcuts(model, inputs, shortcuts, ignored, journal)
+        analysis = _analyse(model, inputs, ignored)
+        if analysis.channel_map.size == 0:
+            raise AutogateError(
+                f"no channel of it can go. {_why_pinned(analysis)}",
+                where=type(model).__name__,
+                remedy="Check `ignore` and that the model has convolutions or linear layers between its first and "
+                "last.",
+            )
+        added = {shortcut.weight for shortcut in replaced}
+        bank = GateBank(model, analysis.channel_map, budget, Origin(inputs, ignored, replaced), added)
+    except BaseException:
+        journal.undo()
+        raise
+    model.add_module(BANK, bank)
     return model
 
 
@@ -166,7 +186,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
         _slim(model, bank, _on_device(origin.inputs, model), origin.ignored, journal)
-        _verify(model, inputs, wanted)
+        _verify(model, inputs, wanted, "the slim model")
     except BaseException:
         journal.undo()
         raise
@@ -190,7 +210,7 @@ def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, ignored: dict[str, s
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model anew.",
         )
-    slim = plan(model, analysis, bank.live, *inputs)
+    slim = restore(model, analysis, plan(model, analysis, bank.live, *inputs), bank.origin.shortcuts)
     follow = bookkeeping.widths(model)
     apply(model, slim, journal)
     bookkeeping.update(model, follow, journal)
@@ -201,13 +221,48 @@ def _analyse(model: nn.Module, inputs: Inputs, ignored: dict[str, str]) -> Analy
     return rehearse(model, analyse(model, args, kwargs, ignored), args, kwargs)
 
 
-def _verify(model: nn.Module, inputs: Inputs, wanted: list[Tensor]) -> None:
+def _replace_shortcuts(
+    model: nn.Module, inputs: Inputs, shortcuts: str | Iterable[str], ignored: dict[str, str], journal: Journal
+) -> tuple[Shortcut, ...]:
+    if shortcuts == "shared":
+        return ()
+    within = None
+    if shortcuts != "conv":
+        within = (shortcuts,) if isinstance(shortcuts, str) else tuple(shortcuts)
+        paths = [path for path, _ in model.named_modules() if path]
+        for path in within:
+            if path not in paths:
+                wrong = f"shortcuts is {path!r}" if isinstance(shortcuts, str) else f"shortcuts names {path!r}"
+                raise AutogateError(
+                    f"{wrong}, which is no module of it.",
+                    where=type(model).__name__,
+                    remedy=_did_you_mean(path, ["shared", "conv", *paths]),
+                )
+    wanted = run_eval(model, *inputs)
+    replaced = replace_shortcuts(model, *inputs, journal, within, ignored)
+    if not replaced:
+        warnings.warn(
+            f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "
+            "couples channels that may go",
+            stacklevel=3,
+        )
+    _verify(model, inputs, wanted, "the model with convolutions on its shortcuts")
+    return replaced
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else "See model.named_modules()."
+
+
+def _verify(model: nn.Module, inputs: Inputs, wanted: list[Tensor], what: str) -> None:
+    """Raises unless the outputs are what they were."""
     error = relative_error(run_eval(model, *inputs), wanted)
     allowed = max((TOLERANCE.get(value.dtype, 0.0) for value in wanted), default=0.0)
     if not error <= allowed:
         raise VerificationError(
-            f"the slim model's outputs differ by {error:.1e} of their size, more than {allowed:.0e}; "
-            "the gated model is as it was.",
+            f"the outputs of {what} differ by {error:.1e} of their size, more than {allowed:.0e}; "
+            "the model is as it was.",
             where=type(model).__name__,
             remedy="Please report the model. `prepare(..., ignore=[...])` keeps a module's channels.",
         )
@@ -247,11 +302,10 @@ def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
     for name in ignore:
         found = [tensor for tensor in tensors if tensor == name or tensor.startswith(f"{name}.")]
         if not found and name not in paths:
-            near = difflib.get_close_matches(name, paths + tensors, n=3)
             raise AutogateError(
                 f"ignore names {name!r}, which is no module or parameter of it.",
                 where=type(model).__name__,
-                remedy=f"Did you mean {' or '.join(map(repr, near))}?" if near else "See model.named_modules().",
+                remedy=_did_you_mean(name, paths + tensors),
             )
         named += found
     return named

@@ -48,7 +48,7 @@ class Budget:
         flops: share of the model's FLOPs that shall be left, in (0, 1].
         steps: optimizer steps that the run takes. Epsilon's decay and the target's course are laid over them;
             training on afterwards is plain fine-tuning of what is left. `DEFAULT_STEPS` if none is named.
-        reach: part of the steps over which the wanted share falls from 1 to `flops`. A target that is met
+        reach: part of the steps over which the wanted share falls from `start` to `flops`. A target that is met
             early leaves the channels that stay more time to learn: at 35 % of the steps they came out better
             than at 70 %.
         bound: longest way that one gradient or one price moves alpha in a step, unless the run is so short
@@ -56,6 +56,7 @@ class Budget:
         keep: part of a group's classes that learning leaves alive, at least one class, as long as the target
             can be met without taking them.
         tolerance: how far below the target (and, where nothing else fits, above it) the share may end.
+        start: the share before the first step: above 1 where layers were added to the model.
 
     Raises:
         AutogateError: for a setting outside its range.
@@ -67,6 +68,7 @@ class Budget:
     bound: float = 0.02
     keep: float = 0.02
     tolerance: float = 0.01
+    start: float = 1.0
 
     def __post_init__(self) -> None:
         ranges = [
@@ -76,6 +78,7 @@ class Budget:
             ("bound", self.bound > 0, "positive"),
             ("keep", 0 <= self.keep <= 1, "in [0, 1]"),
             ("tolerance", self.tolerance > 0, "positive"),
+            ("start", self.start >= self.flops, "at least the share that shall be left"),
         ]
         for name, holds, wanted in ranges:
             if not holds:
@@ -98,7 +101,7 @@ class Budget:
 
     def wanted(self, step: int) -> float:
         """The share that shall be left after `step` steps: a straight line down to the target, then flat."""
-        return 1 - (1 - self.flops) * min(1.0, step / self.reach_steps)
+        return self.start - (self.start - self.flops) * min(1.0, step / self.reach_steps)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def steer(budget: Budget, pressure: Pressure, share: float, step: int) -> Pressu
     """
     if pressure.settled or share <= budget.flops or step >= budget.steps:
         return Pressure(settled=True)
-    error = (share - budget.wanted(step)) / (1 - budget.flops)
+    error = (share - budget.wanted(step)) / (budget.start - budget.flops)
     if error <= 0:
         return replace(pressure, movement=0.0)
     tick = 1 / budget.reach_steps
@@ -241,11 +244,11 @@ class Selection:
         that brings them lies on all classes, so it isn't kept up for long: what is settled for rises from
         nothing to the tolerance above the target until patience is over. Then the cheapest candidate dies.
         """
-        lowest = (self.budget.flops - self.budget.tolerance) * self.resource.total
+        lowest = (self.budget.flops - self.budget.tolerance) * self.resource.whole
         live = live.index_fill(0, dead, False)
         chosen = dead.tolist()
         value = float(self.resource.value(live))
-        while value > wanted * self.resource.total:
+        while value > wanted * self.resource.whole:
             drop = self.resource.drop(live)[rest]
             fitting = torch.nonzero(value - drop >= lowest).flatten()
             if len(fitting) == 0:
@@ -259,7 +262,7 @@ class Selection:
 
     def _settle_for(self, live: Tensor, chosen: list[int], rest: Tensor, value: float, step: int) -> Deaths:
         waited = (step / self.budget.reach_steps - 1) / (PATIENCE - 1)
-        above = value / self.resource.total - self.budget.flops
+        above = value / self.resource.whole - self.budget.flops
         close = above <= self.budget.tolerance * min(1.0, waited)
         if not close and waited >= 1 and len(rest):
             chosen = [*chosen, int(rest[torch.argmin(self.resource.drop(live)[rest])])]

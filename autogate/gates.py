@@ -15,8 +15,8 @@ Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiabl
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -122,6 +122,8 @@ class GateBank(nn.Module):
         channel_map: its classes of channels.
         budget: what shall be left, and after how many steps.
         origin: what the caller wants to find again at the end; kept as it is.
+        added: weights of layers that were not in the user's model; the budget's share is of the model
+            without them.
 
     Attributes:
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
@@ -148,12 +150,16 @@ class GateBank(nn.Module):
     settled: Tensor
     origin: Any
 
-    def __init__(self, model: nn.Module, channel_map: ChannelMap, budget: Budget, origin: Any = None):
+    def __init__(
+        self, model: nn.Module, channel_map: ChannelMap, budget: Budget, origin: Any = None,
+        added: Collection[str] = (),
+    ):  # fmt: skip
         super().__init__()
         self.channel_map = channel_map
-        self.budget = budget
+        self.added = frozenset(added)
+        self.flops = Flops(channel_map, self.added)
+        self.budget = budget = replace(budget, start=self.flops.start)
         self.origin = origin
-        self.flops = Flops(channel_map)
         if budget.flops < self.flops.least_share():
             raise AutogateError(
                 f"{budget.flops:.3f} of the FLOPs can't be reached: {self.flops.least_share():.3f} are left "
@@ -236,10 +242,6 @@ class GateBank(nn.Module):
         """The part of the FLOPs that is left, all dead classes gone."""
         return self._stand()[0]
 
-    def least_share(self) -> float:
-        """The part of the FLOPs that is left when every class is dead: the least target there can be."""
-        return self.flops.least_share()
-
     def where(self, label: int) -> list[tuple[Side, int]]:
         """The (side, index) pairs that class `label` takes out when it dies."""
         return [
@@ -286,6 +288,12 @@ class GateBank(nn.Module):
     def kernels(self) -> list[nn.Parameter]:
         """The gated kernels, each once."""
         return list({id(weight): weight for _, _, weight in self._gated()}.values())
+
+    def added_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Name and kernel of the layers that were not in the user's model and that learn."""
+        model = self._model()
+        named = [] if model is None else [(name, model.get_parameter(name)) for name in sorted(self.added)]
+        return [(name, weight) for name, weight in named if weight.requires_grad]
 
     def _gated(self) -> list[_Gated]:
         """The gated sides; of a kernel that goes by several names only the first."""

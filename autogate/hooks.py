@@ -11,6 +11,7 @@ leader that is passed over while another optimizer steps twice has been given up
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,27 @@ class _Turn:
         self._count = 0
         self._since: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.stepping: weakref.ref[Optimizer] | None = None
+        self._held: set[int] = set()
+        self._asked = False
+
+    def note(self, optimizer: Optimizer, bank: GateBank) -> None:
+        """Warn, once every optimizer has had its turn, of layers that prepare added and none of them trains.
+
+        That is the case at the second step of one that has stepped before.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if self._asked or not held:
+            return
+        if held <= self._held:
+            self._asked = True
+            missing = [name for name, weight in bank.added_weights() if id(weight) not in self._held]
+            if missing:
+                warnings.warn(
+                    f"no optimizer trains {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: prepare put "
+                    "these in the place of shortcuts. Build the optimizer after autogate.prepare.",
+                    stacklevel=4,
+                )
+        self._held |= held
 
     def leads(self, optimizer: Optimizer, count: int) -> bool:
         """Whether alpha goes with this step of an optimizer that holds `count` gated kernels."""
@@ -90,6 +112,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         # A step within a step (of a subclass's super(), of a wrapped optimizer) comes here again: the
         # innermost is the one that moves the kernels.
         within = turn.stepping is not None and turn.stepping() is optimizer
+        if hold.count and bank.added:
+            turn.note(optimizer, bank)
         if hold.count and (within or turn.leads(optimizer, hold.count)):
             turn.stepping = weakref.ref(optimizer)
             closure = args[1] if len(args) > 1 else kwargs.get("closure")

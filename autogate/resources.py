@@ -5,7 +5,7 @@ Guo et al., "GDP", equation 5: R(c) = sum over pairs of layers a_lk c_l c_k + su
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,9 +39,13 @@ class Bilinear:
         terms: the products.
         constants: count of each end that no class changes.
         ends: for each end, the class of every index along it; `ALWAYS` entries are not counted.
+        whole: what shares are relative to; the resource with every class alive if None.
     """
 
-    def __init__(self, size: int, terms: Sequence[Term], constants: Sequence[float], ends: Sequence[Sequence[int]]):
+    def __init__(
+        self, size: int, terms: Sequence[Term], constants: Sequence[float], ends: Sequence[Sequence[int]],
+        whole: float | None = None,
+    ):  # fmt: skip
         self.size = size
         self._coefficient = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
         self._left = torch.tensor([term.left for term in terms], dtype=torch.int64)
@@ -54,8 +58,11 @@ class Bilinear:
         self._end = torch.tensor([end for _, end, _ in entries], dtype=torch.int64)
         self._count = torch.tensor([count for _, _, count in entries], dtype=torch.float64)
         self._square = self._squares(terms, rows)
-        self.total = float(self.value(torch.ones(size, dtype=torch.bool)))
-        """The resource with every class alive."""
+        everything = torch.ones(size, dtype=torch.bool)
+        self.whole = float(self.value(everything)) if whole is None else whole
+        """What shares are relative to."""
+        self.start = self.share(everything)
+        """The share with every class alive: 1, or more where layers were added to the model."""
 
     def value(self, live: Tensor) -> Tensor:
         """The resource that the classes in `live` (bool, shape (classes,)) leave: 0-dim float64."""
@@ -78,8 +85,8 @@ class Bilinear:
         return (self._price_of_profile(live) - self._square)[self._profile]
 
     def share(self, live: Tensor) -> float:
-        """The resource that `live` leaves, relative to the total."""
-        return float(self.value(live)) / self.total if self.total else 1.0
+        """The resource that `live` leaves, relative to the whole."""
+        return float(self.value(live)) / self.whole if self.whole else 1.0
 
     def least_share(self) -> float:
         """The share that is left when every class is dead: pinned channels stay."""
@@ -115,15 +122,26 @@ class Bilinear:
 
 
 class Flops(Bilinear):
-    """The multiply-adds of a forward pass over one sample, with the macs that the map's kernels state."""
+    """The multiply-adds of a forward pass over one sample, with the macs that the map's kernels state.
 
-    def __init__(self, channel_map: ChannelMap):
+    Args:
+        channel_map: classes and kernels.
+        added: weights of layers that were not in the user's model: they cost what they cost, and shares are
+            relative to the model without them.
+    """
+
+    def __init__(self, channel_map: ChannelMap, added: Collection[str] = ()):
         builder = _EndBuilder(channel_map)
         terms = [
             Term(kernel.macs, builder.end(kernel.input_side), builder.end(kernel.output_side))
             for kernel in channel_map.kernels
         ]
-        super().__init__(channel_map.size, terms, builder.constants, builder.ends)
+        whole = sum(
+            kernel.macs * channel_map.sizes[kernel.input_side] * channel_map.sizes[kernel.output_side]
+            for kernel in channel_map.kernels
+            if kernel.weight not in added
+        )
+        super().__init__(channel_map.size, terms, builder.constants, builder.ends, whole if added else None)
 
 
 class Params(Bilinear):

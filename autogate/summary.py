@@ -32,10 +32,12 @@ class Summary:
     """Counts are for one sample; FLOPs are multiply-adds of convolutions and linear layers, as fvcore counts.
 
     Attributes:
-        flops, all_flops: left under the gates, and of the whole model.
+        flops, all_flops: left under the gates, and of the whole model as it was given to `prepare`.
         params, all_params: parameters likewise.
         reach: part of `all_flops` in layers that have a gate on their input or output side.
         layers: in the order they run.
+        shortcuts: those of the layers that `prepare` put in the place of identity shortcuts; they count in
+            what is left and not in the whole.
         pins: channels that always stay, by the op that needs them.
         progress: where learning stands.
     """
@@ -46,6 +48,7 @@ class Summary:
     all_params: int
     reach: float
     layers: tuple[Layer, ...]
+    shortcuts: tuple[Layer, ...]
     pins: tuple[Pin, ...]
     progress: Progress
 
@@ -53,6 +56,8 @@ class Summary:
         console = Console(width=110, record=True, file=io.StringIO())
         console.print(_totals(self))
         console.print(_layers(self))
+        if self.shortcuts:
+            console.print(_shortcuts(self))
         if self.pins:
             console.print(_pins(self))
         return console.export_text().rstrip()
@@ -64,14 +69,17 @@ def summarise(model: nn.Module, bank: GateBank) -> Summary:
     layers = tuple(_layer(channel_map, live, kernel) for kernel in channel_map.kernels)
     gated = {kernel.module for kernel in channel_map.kernels
              if {kernel.input_side, kernel.output_side} & set(channel_map.classes)}  # fmt: skip
-    total = sum(layer.all_macs for layer in layers)
+    added = {kernel.module for kernel in channel_map.kernels if kernel.weight in bank.added}
+    shortcuts = tuple(layer for layer in layers if layer.module in added)
+    total = sum(layer.all_macs for layer in layers if layer.module not in added)
     return Summary(
         flops=sum(layer.macs for layer in layers),
         all_flops=total,
         params=sum(_left(channel_map, live, name, p.shape) for name, p in model.named_parameters()),
-        all_params=sum(p.numel() for p in model.parameters()),
-        reach=sum(layer.all_macs for layer in layers if layer.module in gated) / total if total else 0.0,
+        all_params=sum(p.numel() for name, p in model.named_parameters() if name not in bank.added),
+        reach=sum(layer.all_macs for layer in layers if layer.module in gated - added) / total if total else 0.0,
         layers=layers,
+        shortcuts=shortcuts,
         pins=channel_map.pins,
         progress=bank.progress(),
     )
@@ -127,12 +135,31 @@ def _layers(summary: Summary) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for layer in summary.layers:
+        if layer in summary.shortcuts:
+            continue
         table.add_row(
             layer.module,
             f"{layer.inputs} / {layer.all_inputs}",
             f"{layer.outputs} / {layer.all_outputs}",
             f"{layer.macs / layer.all_macs:.0%}" if layer.all_macs else "-",
         )
+    return table
+
+
+def _shortcuts(summary: Summary) -> Table:
+    table = Table("1x1 convolution for a shortcut", "inputs", "outputs", "FLOPs", "of the whole")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for layer in summary.shortcuts:
+        table.add_row(
+            layer.module,
+            f"{layer.inputs} / {layer.all_inputs}",
+            f"{layer.outputs} / {layer.all_outputs}",
+            _short(layer.macs),
+            f"{layer.macs / summary.all_flops:.1%}",
+        )
+    cost = sum(layer.macs for layer in summary.shortcuts)
+    table.add_row("together", "", "", _short(cost), f"{cost / summary.all_flops:.1%}")
     return table
 
 

@@ -1,6 +1,8 @@
 """Accuracy of GDP on CIFAR-10: dense training, then gates from that trained net at several FLOPs budgets.
 
     python benchmarks/cifar10.py --data FOLDER --out runs/cifar10 --epochs 12 --flops 0.5 0.3
+    python benchmarks/cifar10.py --data FOLDER --out runs/cifar10 --flops 0.5 0.25 --shortcuts shared conv
+    python benchmarks/cifar10_channels.py --runs runs/cifar10 --out docs/figures/shortcuts.svg
 
 FOLDER holds torchvision's CIFAR-10, or `train.npz` and `test.npz` with arrays `images`, (N, 32, 32, 3) uint8,
 and `labels`, (N,). Each run leaves one JSON file in the output folder; a run whose file stands there is not
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 import time
@@ -129,12 +132,12 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return float((predicted == labels).float().mean()) * 100
 
 
-def gated_run(dense: nn.Module, train_data, test_data, flops: float, args) -> dict:
+def gated_run(dense: nn.Module, train_data, test_data, flops: float, shortcuts: str, args) -> dict:
     """Gates from the trained dense net; the curve holds (epoch, FLOPs left, test accuracy)."""
     model = copy.deepcopy(dense)
     steps = args.epochs * (len(train_data[0]) // args.batch)
     example = normalise(train_data[0][:2])
-    model = autogate.prepare(model, example, flops=flops, steps=steps)
+    model = autogate.prepare(model, example, flops=flops, steps=steps, shortcuts=shortcuts)
     curve = []
 
     def report(epoch: int, loss: float) -> None:
@@ -151,6 +154,8 @@ def gated_run(dense: nn.Module, train_data, test_data, flops: float, args) -> di
     after = predict(autogate.finalize(model), test_data[0])
     return {
         "flops_target": flops,
+        "shortcuts": shortcuts,
+        "channels": [(layer.module, layer.outputs, layer.all_outputs) for layer in summary.layers],
         "flops_left": summary.flops / summary.all_flops,
         "params_left": summary.params / summary.all_params,
         "gates": bank.channel_map.size,
@@ -181,6 +186,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak", type=float, default=0.1, help="peak learning rate; half of it with gates")
     parser.add_argument("--flops", type=float, nargs="*", default=[0.5, 0.3])
+    parser.add_argument("--shortcuts", nargs="*", default=["shared"], choices=["shared", "conv"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,15 +208,16 @@ def main() -> None:
     result = once(args.out / f"dense_{args.seed}.json", dense_run)
     print(f"dense: {result['accuracy']:.2f} %")
     dense.load_state_dict(torch.load(weights, weights_only=True))
-    for flops in args.flops:
+    for flops, shortcuts in itertools.product(args.flops, args.shortcuts):
         torch.manual_seed(args.seed + 1)
         result = once(
-            args.out / f"gdp_{flops}_{args.seed}.json",
-            lambda flops=flops: gated_run(dense, train_data, test_data, flops, args),
+            args.out / f"{shortcuts}_{flops}_{args.seed}.json",
+            lambda flops=flops, shortcuts=shortcuts: gated_run(dense, train_data, test_data, flops, shortcuts, args),
         )
         print(
-            f"FLOPs {flops}: {result['flops_left']:.4f} left, gated {result['accuracy_gated']:.2f} %, "
-            f"slim {result['accuracy_slim']:.2f} %, {result['predictions_that_differ']} predictions differ"
+            f"FLOPs {flops}, shortcuts {shortcuts}: {result['flops_left']:.4f} left, "
+            f"gated {result['accuracy_gated']:.2f} %, slim {result['accuracy_slim']:.2f} %, "
+            f"{result['predictions_that_differ']} predictions differ"
         )
 
 

@@ -13,6 +13,8 @@ from rewriters.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.journal import Journal
 from rewriters.rehearsal import rehearse
+from rewriters.restoring import restore
+from rewriters.shortcuts import Shortcut, replace_shortcuts
 from rewriters.slimming import SlimPlan, apply, plan
 from rewriters.verify import relative_error, run_eval
 
@@ -26,6 +28,7 @@ __all__ = [
     "Journal",
     "Kernel",
     "Pin",
+    "Shortcut",
     "Side",
     "SlimPlan",
     "SurgeryError",
@@ -35,5 +38,7 @@ __all__ = [
     "plan",
     "rehearse",
     "relative_error",
+    "replace_shortcuts",
+    "restore",
     "run_eval",
 ]

@@ -12,7 +12,6 @@ is called several times) stays, one channel wide.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
@@ -25,15 +24,13 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis, Traced, trace_modes
 from rewriters.capture import ModuleCall
 from rewriters.channel_map import ALWAYS
-from rewriters.forward import bind_placeholders
+from rewriters.forward import bind_placeholders, out_of_place
 from rewriters.labels import Labelled
 from rewriters.resizing import Cut, Unwritable, sweep
 from rewriters.rules import find_rule
 from rewriters.rules.elementwise import elementwise
 from rewriters.tracing import TraceError
 from rewriters.verify import run_eval
-
-_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +87,7 @@ def _constant_nodes(analysis: Analysis, live: Tensor) -> set[fx.Node]:
     varying: set[fx.Node] = set()
     for node in analysis.captures[0].graph.nodes if starved else ():
         sources = set(node.all_input_nodes)
-        if node.op == "call_function" and starved & _weights(analysis, node):
+        if node.op == "call_function" and starved & analysis.labelling.kernels_of(node):
             constant.add(node)
         elif node.op == "placeholder" or sources & varying:
             varying.add(node)
@@ -104,14 +101,6 @@ def _starved_weights(analysis: Analysis, live: Tensor) -> set[str]:
     classes = analysis.channel_map.classes
     sides = (kernel.input_side for kernel in analysis.channel_map.kernels if kernel.input_side in classes)
     return {side.tensor for side in sides if not (classes[side] == ALWAYS).any() and not live[classes[side]].any()}
-
-
-def _weights(analysis: Analysis, node: fx.Node) -> set[str]:
-    """Parameters that a convolution or matrix product is with."""
-    if not find_rule(node.target).__module__.endswith("kernels"):
-        return set()
-    labels = (analysis.labelling.values[source] for source in node.all_input_nodes)
-    return {value.source for value in labels if isinstance(value, Labelled) and value.source is not None}
 
 
 def _meeting_calls(analysis: Analysis, constant: set[fx.Node], cut: Cut) -> list[ModuleCall]:
@@ -267,14 +256,8 @@ def _put_constant(node: fx.Node, name: str, traced: Traced, known: dict[int, Lab
     for user in list(node.users):
         if user is not constant and _broadcasts(user, node):
             if user.args and user.args[0] is node:
-                user.target = _out_of_place(user.target)
+                user.target = out_of_place(user.target)
             user.replace_input_with(node, constant)
-
-
-def _out_of_place(target: Any) -> Any:
-    if isinstance(target, str):
-        return target.rstrip("_")
-    return _OUT_OF_PLACE.get(target, target)
 
 
 def _uncalled(call: ModuleCall, calls: Iterator[ModuleCall], graphs: Iterable[fx.Graph]) -> frozenset[str]:

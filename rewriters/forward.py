@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import linecache
+import operator
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,16 @@ def guard(value: Any, expected: Any) -> None:
             f"this forward was rewritten for a case where {expected!r} held and now finds {value!r}: "
             "give prepare example inputs of the shape that the model is run with"
         )
+
+
+_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+
+
+def out_of_place(target: Any) -> Any:
+    """The function or method that gives what this one of an fx node gives, but writes to none of its arguments."""
+    if isinstance(target, str):
+        return target.rstrip("_")
+    return _OUT_OF_PLACE.get(target, target)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
 from rewriters.labels import Labelled, LabelSpace
 from rewriters.rules import Findings, OpCall, find_rule
+from rewriters.rules.kernels import PRODUCTS
 
 
 @dataclass
@@ -78,6 +79,13 @@ class Labelling:
             return results[0]
         rest = iter(results)
         return [next(rest) if isinstance(item, Tensor) else None for item in value]
+
+    def kernels_of(self, node: fx.Node) -> set[str]:
+        """Names of the parameters that a recorded convolution or matrix product is with; empty for other calls."""
+        if node.op != "call_function" or is_getitem(node) or find_rule(node.target) not in PRODUCTS:
+            return set()
+        values = (self.values[source] for source in node.all_input_nodes)
+        return {value.source for value in values if isinstance(value, Labelled) and value.source is not None}
 
     def by_tensor(self) -> dict[int, Labelled]:
         """Labels by the id of the fake tensor that carries them."""

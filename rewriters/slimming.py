@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class SlimPlan:
         constants: what stands in the place of branches that came to nothing: buffers by qualified name.
         removed: paths of the modules that nothing calls any more.
         kernels: the kernels that are left.
+        restored: modules that run the forward again which they had before an earlier rewriting: that
+            forward, or None for their class's own.
     """
 
     live: Tensor
@@ -36,6 +38,7 @@ class SlimPlan:
     constants: Mapping[str, Tensor]
     removed: frozenset[str]
     kernels: tuple[Kernel, ...]
+    restored: Mapping[str, RewrittenForward | None] = field(default_factory=dict)
 
     def flops(self, channel_map: ChannelMap) -> float:
         """Multiply-adds of what is left, for one sample: the bilinear model at the classes that stay."""
@@ -154,6 +157,12 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         journal.set_attribute(module, "forward", RewrittenForward(module, graphs))
+    for path, forward in slim_plan.restored.items():
+        module = model.get_submodule(path)
+        if forward is None:
+            journal.remove(module.__dict__, "forward")
+        else:
+            journal.set_attribute(module, "forward", forward)
     for name, value in slim_plan.constants.items():
         path, _, own_name = name.rpartition(".")
         journal.set(model.get_submodule(path)._buffers, own_name, value)

@@ -192,3 +192,7 @@ def _note_matrix(
     call.findings.kernels.append(Kernel(call.module, weight.source, macs, input_dim, gate))
     if gate and into is not None:
         call.findings.gated.add(into)
+
+
+PRODUCTS = (convolution, matmul, addmm)
+"""Rules of ops that sum over channels with a kernel."""

@@ -455,7 +455,7 @@ def test_an_unreachable_target_is_refused():
     pinned = ChannelMap(64, classes, channel_map.sizes, channel_map.kernels, channel_map.gated, ())
     pinned.classes[Side("conv3.weight", 1)] = torch.full((24,), ALWAYS)
     net = ConvNet()
-    least = GateBank(net, pinned, Budget(1.0)).least_share()
+    least = GateBank(net, pinned, Budget(1.0)).flops.least_share()
     assert least > 0.3
     with pytest.raises(AutogateError, match="can't be reached"):
         GateBank(ConvNet(), pinned, Budget(least - 0.01))
@@ -490,7 +490,7 @@ def random_gradients(bank: GateBank, size: float, pull: bool, generator: torch.G
 def test_the_target_is_met_in_time_whatever_the_gradients(target, steps, lr, size, pull):
     """Noise of any size, or gradients that hold every gate open: done at 90 % of the steps, and polarized."""
     _, bank = gated_net(target, steps)
-    dearest = bank.flops.drop(bank.live).max().item() / bank.flops.total
+    dearest = bank.flops.drop(bank.live).max().item() / bank.flops.whole
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         random_gradients(bank, size, pull, generator)

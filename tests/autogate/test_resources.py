@@ -25,7 +25,7 @@ def some_live(size: int, seed: int = 0) -> torch.Tensor:
 def test_flops_are_those_of_the_kept_channels(residual):
     channel_map = conv_net_map(residual=residual)
     flops = Flops(channel_map)
-    assert flops.total == counted_flops(channel_map, torch.ones(channel_map.size, dtype=torch.bool))
+    assert flops.whole == counted_flops(channel_map, torch.ones(channel_map.size, dtype=torch.bool))
     for seed in range(5):
         live = some_live(channel_map.size, seed)
         assert flops.value(live).item() == counted_flops(channel_map, live)
@@ -39,8 +39,8 @@ def test_pinned_channels_stay_in_the_count():
     sizes = {Side("a.weight", 0): 3, Side("a.weight", 1): 4, Side("b.weight", 0): 5, Side("b.weight", 1): 3}
     kernels = (Kernel("a", "a.weight", 10.0, 1), Kernel("b", "b.weight", 1.0, 1))
     flops = Flops(ChannelMap(2, classes, sizes, kernels, (Side("b.weight", 1),), ()))
-    assert flops.total == 10 * 3 * 4 + 3 * 5
-    assert flops.least_share() == pytest.approx((10 * 4 + 5) / flops.total)
+    assert flops.whole == 10 * 3 * 4 + 3 * 5
+    assert flops.least_share() == pytest.approx((10 * 4 + 5) / flops.whole)
 
 
 def test_depthwise_kernels_cost_in_one_live_count():
@@ -80,7 +80,7 @@ def test_drop_is_what_one_death_saves(residual):
 def test_a_class_counts_as_often_as_it_lies_on_a_side():
     """A flatten gives a linear layer's input many indices of one class."""
     flops = Bilinear(2, [Term(1.0, 0, 1)], [0.0, 10.0], [[0, 0, 0, 1, 1, 1], []])
-    assert flops.total == 60
+    assert flops.whole == 60
     assert flops.price(torch.tensor([True, True])).tolist() == [30, 30]
 
 
@@ -88,7 +88,7 @@ def test_params_are_those_of_the_sliced_model():
     channel_map = conv_net_map()
     net = ConvNet()
     params = Params(channel_map, net)
-    assert params.total == sum(parameter.numel() for parameter in net.parameters())
+    assert params.whole == sum(parameter.numel() for parameter in net.parameters())
     live = some_live(channel_map.size)
     kept = 0
     for name, parameter in net.named_parameters():
@@ -107,7 +107,7 @@ def test_shared_parameters_count_once():
     net.second.weight = net.first.weight
     classes = {Side("second.weight", 0): torch.arange(3), Side("first.bias", 0): torch.arange(3)}
     params = Params(ChannelMap(3, classes, {}, (), (), ()), net)
-    assert params.total == 12
+    assert params.whole == 12
     assert params.value(torch.tensor([True, False, False])).item() == 4
 
 
@@ -121,5 +121,5 @@ def test_params_refuse_three_labelled_dimensions():
 def test_a_map_without_classes_has_a_value():
     sizes = {Side("a.weight", 0): 3, Side("a.weight", 1): 4}
     flops = Flops(ChannelMap(0, {}, sizes, (Kernel("a", "a.weight", 2.0, 1),), (), ()))
-    assert flops.total == 24
+    assert flops.whole == 24
     assert flops.share(torch.ones(0, dtype=torch.bool)) == 1

@@ -16,6 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rewriters.analysis import analyse
+from rewriters.journal import Journal
+from rewriters.restoring import restore
+from rewriters.shortcuts import replace_shortcuts
+from rewriters.slimming import apply, plan
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import (
     TOLERANCE,
@@ -94,6 +98,47 @@ def test_seeded_networks_are_slimmed_exactly_and_most_channels_may_go():
             raise AssertionError(f"seed {seed}, {recipe}: {error}") from error
     assert sum(shares) / len(shares) > 0.4, "networks that are pinned all over prove nothing"
     assert sum(share > 0.1 for share in shares) / len(shares) > 0.8
+
+
+def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
+    """As `check`, with convolutions on the shortcuts, half of them disturbed; returns how many there were."""
+    network = build(recipe)
+    model, args, kwargs = network.model, network.args, network.kwargs
+    attributes = attribute_names(model)
+    before = run_eval(model, args, kwargs)
+    inserted = Journal()
+    shortcuts = replace_shortcuts(model, args, kwargs, inserted)
+    assert relative_error(run_eval(model, args, kwargs), before) <= TOLERANCE
+    generator = torch.Generator().manual_seed(seed)
+    for shortcut in shortcuts[seed % 2 :: 2]:
+        weight = model.get_parameter(shortcut.weight)
+        with torch.no_grad():
+            weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 10)
+    analysis = analyse(model, args, kwargs)
+    live = random_live(analysis.channel_map.size, share, seed)
+    zero_kernels(model, analysis.channel_map, live)
+    wanted = run_eval(model, args, kwargs)
+    slimmed = Journal()
+    apply(model, restore(model, analysis, plan(model, analysis, live, args, kwargs), shortcuts), slimmed)
+    error = relative_error(run_eval(model, args, kwargs), wanted)
+    assert error <= TOLERANCE, f"{error:.1e} off"
+    copy.deepcopy(model).train()(*args, **kwargs)
+    slimmed.undo()
+    assert all(torch.equal(a, b) for a, b in zip(run_eval(model, args, kwargs), wanted, strict=True))
+    inserted.undo()
+    assert attribute_names(model) == attributes
+    return len(shortcuts)
+
+
+def test_seeded_networks_with_convolutions_on_their_shortcuts():
+    replaced = []
+    for seed in range(DRAWS // 6):
+        recipe = random_recipe(seed)
+        try:
+            replaced.append(check_shortcuts(recipe, share_for(seed), seed))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {recipe}: {error}") from error
+    assert sum(count > 0 for count in replaced) > len(replaced) / 4, "networks without shortcuts prove nothing"
 
 
 def test_recipe_says_all():
