@@ -15,6 +15,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import timm
 import torch
@@ -39,15 +40,31 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Median seconds of both and the median of their ratios second / first, after one run of each."""
+class InTurn(NamedTuple):
+    """Seconds of two things run in turn, and the ratio of the second's to the first's."""
+
+    first: float
+    second: float
+    ratio: float
+    lower: float
+    upper: float
+
+    def __str__(self) -> str:
+        return f"ratio {self.ratio:.3f} (quartiles {self.lower:.3f} to {self.upper:.3f})"
+
+
+def in_turn(first: Callable[[], object], second: Callable[[], object], rounds: int) -> InTurn:
+    """Medians over `rounds`, each thing going first in every other one, after one run of each."""
     first(), second()
-    pairs = [(seconds(first), seconds(second)) for _ in range(rounds)]
-    return (
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(b / a for a, b in pairs),
-    )
+    pairs = []
+    for index in range(rounds):
+        if index % 2:
+            b, a = seconds(second), seconds(first)
+        else:
+            a, b = seconds(first), seconds(second)
+        pairs.append((a, b))
+    lower, ratio, upper = statistics.quantiles((b / a for a, b in pairs), n=4)
+    return InTurn(statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio, lower, upper)
 
 
 def prepare_times(names: list[str], rounds: int) -> None:
@@ -137,23 +154,23 @@ def latency(rounds: int) -> None:
     slim = slim_resnet50().eval()
     by_hand = built_by_hand(slim).eval()
     image: Tensor = torch.randn(1, 3, 224, 224, device=DEVICE)
-    a, b, ratio = in_turn(lambda: by_hand(image), lambda: slim(image), rounds)
-    print(f"latency of a slim resnet50: {b * 1e3:.1f} ms; built by hand: {a * 1e3:.1f} ms; ratio {ratio:.3f}")
+    found = in_turn(lambda: by_hand(image), lambda: slim(image), rounds)
+    print(f"latency of a slim resnet50: {found.second * 1e3:.1f} ms; by hand: {found.first * 1e3:.1f} ms; {found}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64 if DEVICE == "cuda" else 32)
     parser.add_argument("--size", type=int, default=224 if DEVICE == "cuda" else 160)
     args = parser.parse_args()
     prepare_times(["resnet18", "resnet50", "resnet101", "resnet152", "densenet161"], 3)
-    plain, gated, ratio = in_turn(
+    found = in_turn(
         training_step(resnet50(False), args.batch, args.size),
         training_step(resnet50(True), args.batch, args.size),
         args.rounds,
     )
-    print(f"training step, resnet50: {plain:.3f} s plain, {gated:.3f} s gated; ratio {ratio:.3f}")
+    print(f"training step, resnet50: {found.first:.3f} s plain, {found.second:.3f} s gated; {found}")
     plain, gated = (peak_memory(gated, args.batch, args.size) for gated in (False, True))
     print(f"peak memory: {plain / 1e6:.0f} MB plain, {gated / 1e6:.0f} MB gated; ratio {gated / plain:.3f}")
     latency(5 * args.rounds)
