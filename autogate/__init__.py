@@ -5,7 +5,7 @@ train(model)                                               # your own loop
 slim = autogate.finalize(model)                            # plain layers, half the FLOPs, same outputs
 """
 
-from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, summary
+from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
 from autogate.gates import GateBank
 from autogate.summary import Summary
 from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
@@ -23,5 +23,6 @@ __all__ = [
     "finalize",
     "gates",
     "prepare",
+    "step",
     "summary",
 ]

@@ -63,6 +63,7 @@ def prepare(
     steps: int | None = None,
     ignore: Iterable[str] = (),
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
+    hooks: bool = True,
 ) -> M:
     """Give `model` gates that learn, in any training loop, which channels it can do without.
 
@@ -91,6 +92,8 @@ def prepare(
             for Dynamic Inference", section IV.A.2). It costs FLOPs, which the budget counts; the share asked
             for is of the model without them. Paths of modules choose some. The new kernels are parameters:
             build the optimizer after prepare.
+        hooks: gates move with every step of the optimizer that trains the kernels, through PyTorch's global
+            step hooks. If False, call `autogate.step(model, lr=...)` after each.
 
     Raises:
         AutogateError: the model can't be analysed, nothing in it can go, the share is out of reach, or an
@@ -112,7 +115,7 @@ def prepare(
                 "last.",
             )
         added = {shortcut.weight for shortcut in replaced}
-        bank = GateBank(model, analysis.channel_map, budget, Origin(inputs, ignored, replaced), added)
+        bank = GateBank(model, analysis.channel_map, budget, Origin(inputs, ignored, replaced), added, hooks)
     except BaseException:
         journal.undo()
         raise
@@ -145,6 +148,38 @@ def gates(model: nn.Module) -> GateBank:
             remedy="Call autogate.prepare(model) first.",
         )
     return bank
+
+
+def step(model: nn.Module, *, lr: float) -> None:
+    """The gates' step, for a loop that was prepared with `hooks=False`: call it after the optimizer's.
+
+    The mathematics are those of the hooks, which call the same code. The gradients have to stand in `.grad`
+    as backward left them (unscaled and clipped, if you do that): an optimizer that writes into them, as SGD
+    with `nesterov=True, foreach=True` does, needs the hooks. Where the optimizer skipped its step, skip this.
+
+        >>> import timm, torch, autogate
+        >>> model = timm.create_model("resnet18", num_classes=10)
+        >>> model = autogate.prepare(model, steps=1000, hooks=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        >>> model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+        >>> optimizer.step()
+        >>> autogate.step(model, lr=0.05)
+
+    Args:
+        model: prepared with `hooks=False`; a compiled or distributed wrapper is looked through.
+        lr: the learning rate that the optimizer's step was taken with.
+
+    Raises:
+        AutogateError: the model was not prepared, or its gates move by themselves.
+    """
+    bank = gates(model)
+    if bank.follows:
+        raise AutogateError(
+            "its gates move with the optimizer's step by themselves.",
+            where=type(_unwrap(model)).__name__,
+            remedy="Leave autogate.step out, or call prepare(..., hooks=False).",
+        )
+    bank.step(lr)
 
 
 def summary(model: nn.Module) -> Summary:

@@ -15,7 +15,7 @@ Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiabl
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -124,6 +124,9 @@ class GateBank(nn.Module):
         origin: what the caller wants to find again at the end; kept as it is.
         added: weights of layers that were not in the user's model; the budget's share is of the model
             without them.
+        follows: the bank moves by itself with the optimizers' steps. Otherwise `step` has to be called after
+            each, and a copy of the gated kernels is kept: they are what the gradients belong to, and have
+            moved by then.
 
     Attributes:
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
@@ -152,9 +155,10 @@ class GateBank(nn.Module):
 
     def __init__(
         self, model: nn.Module, channel_map: ChannelMap, budget: Budget, origin: Any = None,
-        added: Collection[str] = (),
+        added: Collection[str] = (), follows: bool = True,
     ):  # fmt: skip
         super().__init__()
+        self.follows = follows
         self.channel_map = channel_map
         self.added = frozenset(added)
         self.flops = Flops(channel_map, self.added)
@@ -183,7 +187,10 @@ class GateBank(nn.Module):
         self._forget()
         self.to(next(iter(self.kernels()), self.alpha).device)
         self.hook = model.register_forward_pre_hook(self._before_forward)
-        hooks.register(self)
+        if follows:
+            hooks.register(self)
+        else:
+            self._keep(self._gated())
 
     def _lay_out(self, channel_map: ChannelMap) -> None:
         """The classes along all gated sides, end to end; class number `size` stands for the pinned ones."""
@@ -203,11 +210,13 @@ class GateBank(nn.Module):
         self._standing: tuple[Any, float, Tensor] | None = None
         self._read: tuple[Any, tuple[int, Pressure]] | None = None
         self._dead_columns: tuple[Any, list[Tensor]] | None = None
+        self._kept: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for derived in ("_homes", "_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
             state[derived] = None
+        state["_kept"] = {}
         state["_model"] = self._model()
         return state
 
@@ -215,7 +224,8 @@ class GateBank(nn.Module):
         model = state.pop("_model")
         super().__setstate__(state)
         self._model = weakref.ref(model)
-        hooks.register(self)
+        if self.follows:
+            hooks.register(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GateBank:
         # half() and bfloat16() are for the model's numbers: epsilon ends at 5e-8, below what half can hold.
@@ -367,6 +377,12 @@ class GateBank(nn.Module):
             if len(dead[place]):
                 weight.index_fill_(dim, dead[place].to(weight.device), 0)
         self._folded_at = self._versions(gated)
+        if not self.follows:
+            self._keep(gated)
+
+    def _keep(self, gated: list[_Gated]) -> None:
+        """Remembers the kernels as they are, for the next step to know them by."""
+        self._kept = {id(weight): weight.detach().clone() for _, _, weight in gated}
 
     def _versions(self, gated: list[_Gated]) -> tuple[Any, ...]:
         """Changes whenever a tensor that folding depends on has been written to or replaced."""
@@ -430,11 +446,13 @@ class GateBank(nn.Module):
             later: the gradients come to be within the optimizer's step (of a closure): `step` reads them.
         """
         self._pending = None
+        kept = self._kept
         self._take_note()
         if self._memory()[0] < self.budget.steps:
             gated = self._gated()
-            gradient = None if later else self._gradient(gated, scale)
-            self._pending = _Measurement(gradient, self._hold_back(gated))
+            kernels = {place: kept.get(id(weight), weight) for place, _, weight in gated}
+            gradient = None if later else self._gradient(gated, kernels, scale)
+            self._pending = _Measurement(gradient, self._hold_back(gated, kernels))
 
     def discard(self) -> None:
         """Drops what `measure` read: the optimizer is going to skip its step."""
@@ -444,9 +462,8 @@ class GateBank(nn.Module):
     def step(self, lr: float) -> None:
         """The gates' step, after the optimizer's own: alpha's proximal step, epsilon's decay, folding.
 
-        Call `measure` before the optimizer's step and this after it; where no measurement was made, the
-        gradients are read now, from kernels that have moved by one step. (Both calls are made by the
-        optimizer's own step: see `autogate.hooks`.)
+        A bank that follows the optimizers has both `measure` and this called by their steps (see
+        `autogate.hooks`). One that doesn't measures now, on the kernels as they were kept.
 
         If a gradient is not finite, nothing moves, and the step doesn't count. Once the budget's steps are
         over alpha stays as it is. In every case the dead columns are exactly zero afterwards.
@@ -459,15 +476,23 @@ class GateBank(nn.Module):
         measured, self._pending = self._pending, None
         if measured is not None:
             self._release(measured.held)
-            gradient = self._gradient(self._gated()) if measured.gradient is None else measured.gradient
+            gradient = measured.gradient
+            if gradient is None:
+                gated = self._gated()
+                gradient = self._gradient(gated, {place: weight for place, _, weight in gated})
             if torch.isfinite(gradient).all():
                 self._learn(gradient, lr)
         self.fold()
 
-    def _gradient(self, gated: list[_Gated], scale: Tensor | float | None = None) -> Tensor:
-        """dL/dg of every class, float32, shape (classes,); NaN throughout if any kernel's is not finite."""
+    def _gradient(
+        self, gated: list[_Gated], kernels: Mapping[int, Tensor], scale: Tensor | float | None = None
+    ) -> Tensor:
+        """dL/dg of every class, float32, shape (classes,); NaN throughout if any kernel's is not finite.
+
+        `kernels` are, by place, what the gradients were taken at.
+        """
         counted = {
-            place: column_products(weight.grad, weight, dim).to(self.alpha)
+            place: column_products(weight.grad, kernels[place], dim).to(self.alpha)
             for place, dim, weight in gated
             if weight.grad is not None
         }
@@ -527,7 +552,7 @@ class GateBank(nn.Module):
         if self._folded_at is None or self._folded_at[0] != _version(self.alpha):
             self.fold()
 
-    def _hold_back(self, gated: list[_Gated]) -> tuple[_HeldBack, ...]:
+    def _hold_back(self, gated: list[_Gated], kernels: Mapping[int, Tensor]) -> tuple[_HeldBack, ...]:
         closing = self.live & (self.folded < NEARLY_CLOSED)
         if not closing.any():
             return ()
@@ -539,7 +564,7 @@ class GateBank(nn.Module):
             if len(index):
                 through = self._on_side(part, place)[index.to(part.device)].to(weight)
                 index = index.to(weight.device)
-                held.append(_HeldBack(weight, dim, index, weight.index_select(dim, index), through))
+                held.append(_HeldBack(weight, dim, index, kernels[place].index_select(dim, index), through))
         return tuple(held)
 
     def _release(self, held: tuple[_HeldBack, ...]) -> None:

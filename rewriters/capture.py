@@ -110,9 +110,10 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.convolution.default and args[0].dtype != args[1].dtype:
             # A fake convolution would let it pass.
             raise TypeError(f"the input is {args[0].dtype} and the kernel {args[1].dtype}")
+        restrides = only_restrides(func, args)
         out = func(*args, **kwargs)
-        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
-            return out  # a question about a tensor (its device, its layout), not a step of the forward
+        if restrides or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            return out  # not a step of the forward, or a question about a tensor (its device, its layout)
         node_args, node_kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
         node = self.graph.call_function(func, node_args, node_kwargs)
         self._own(node, out)
@@ -123,6 +124,18 @@ class Recorder(TorchDispatchMode):
         if self.call is not None:
             self.call.nodes.append(node)
         return out
+
+
+def only_restrides(op: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call writes down other strides for dimensions of size 1, and leaves every element in its place.
+
+    Pooling a channels_last tensor to one pixel ends with it. To be asked before the call, which is in place.
+    """
+    if op is not torch.ops.aten.as_strided_.default or len(args) > 3:
+        return False
+    tensor, size, stride = args
+    along = zip(tensor.shape, tensor.stride(), stride, strict=False)
+    return tuple(size) == tuple(tensor.shape) and all(length == 1 or old == new for length, old, new in along)
 
 
 def _getitem(values: Any, index: int) -> Any:

@@ -139,11 +139,11 @@ def coupling(captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, st
     while adds:
         labelling, freed = _label_freed(captured, adds, ignore)
         number = labelling.numbering()
-        needed = [
-            add
-            for add, (shortcut, fresh) in zip(adds, freed, strict=True)
-            if (number[_channels(labelling.values[shortcut])] != number[_channels(labelling.values[fresh])]).any()
-        ]
+        needed = []
+        for add, nodes in zip(adds, freed, strict=True):
+            shortcut, fresh = (number[_channels(labelling.values[node], add.dim)] for node in nodes)
+            if (shortcut != fresh).any():
+                needed.append(add)
         if len(needed) == len(adds):
             return adds
         adds = needed
@@ -176,5 +176,8 @@ def _label_freed(
     return labelling, freed
 
 
-def _channels(value: Labelled) -> np.ndarray:
-    return value.layers[0].flatten().numpy()
+def _channels(value: Labelled, dim: int) -> np.ndarray:
+    """A label for each index along `dim`."""
+    layer = value.layer(dim)
+    assert layer is not None  # an operand of a residual add, or what stands in for it
+    return layer.movedim(dim, 0).flatten(1)[:, 0].numpy()

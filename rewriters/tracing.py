@@ -22,7 +22,7 @@ from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rewriters.capture import Capture, ModuleCall
+from rewriters.capture import Capture, ModuleCall, only_restrides
 from rewriters.errors import AutogateError
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
@@ -49,8 +49,11 @@ class _OpLog(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        restrides = only_restrides(func, args)
         out = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):  # else a question (its device, its layout)
+        if not restrides and any(
+            isinstance(leaf, Tensor) for leaf in tree_leaves(out)
+        ):  # else a question (its device, its layout)
             self.calls.append((func, args, kwargs or {}, out))
         return out
 

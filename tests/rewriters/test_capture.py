@@ -150,3 +150,23 @@ def test_shared_parameters_go_by_their_first_name():
     model[1].weight = model[0].weight
     captured = capture(model.eval(), (image(4),))
     assert set(captured.tensors) == {"0.weight", "0.bias", "1.bias"}
+
+
+class Pooled(nn.Module):
+    """Pooling a channels_last tensor to one pixel gives the strides anew of the dimensions of size 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.pool, self.b = conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(self.pool(self.a(x)).flatten(1))
+
+
+def test_the_memory_format_makes_no_difference():
+    model = Pooled().eval()
+    plain = analyse(model, (image(),)).channel_map
+    model = model.to(memory_format=torch.channels_last)
+    last = analyse(model, (image().to(memory_format=torch.channels_last),)).channel_map
+    assert plain.size == 4
+    assert plain.difference(last) is None

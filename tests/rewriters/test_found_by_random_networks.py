@@ -8,7 +8,7 @@ from torch import nn
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, conv, image
 from tests.rewriters.random_networks import Recipe
-from tests.rewriters.test_random_networks import check
+from tests.rewriters.test_random_networks import check, check_shortcuts
 
 
 def exact(forward, **members):
@@ -62,3 +62,9 @@ def test_a_dead_branch_beside_a_module_that_returns_a_dictionary():
 def test_recipes_that_failed_once(recipe, share, seed):
     """Nothing left in a tensor, labels made after the pattern was cut, one module called in two ways."""
     check(recipe, share, seed)
+
+
+def test_a_shortcut_whose_labels_vary_along_the_batch_too():
+    """With free shortcuts the label pass may come to other layers than with coupled ones."""
+    blocks = (("SharedPair", 199), ("Partial", 405))
+    assert check_shortcuts(Recipe("image", 692, blocks, "auxiliary", "residual"), 0.6, 39) > 0
