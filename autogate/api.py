@@ -109,7 +109,7 @@ def prepare(
         analysis = _analyse(model, inputs, ignored)
         if analysis.channel_map.size == 0:
             raise AutogateError(
-                f"no channel of it can go. {_why_pinned(analysis)}",
+                f"no channel of it can go. {analysis.channel_map.why_pinned()}",
                 where=type(model).__name__,
                 remedy="Check `ignore` and that the model has convolutions or linear layers between its first and "
                 "last.",
@@ -344,11 +344,6 @@ def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
             )
         named += found
     return named
-
-
-def _why_pinned(analysis: Analysis) -> str:
-    reasons = dict.fromkeys(f"{pin.module or 'the outputs'}: {pin.reason}" for pin in analysis.channel_map.pins)
-    return "Kept: " + "; ".join(list(reasons)[:5]) + "." if reasons else "It has no layers to cut."
 
 
 def _check_finite(model: nn.Module) -> None:

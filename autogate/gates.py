@@ -137,6 +137,8 @@ class GateBank(nn.Module):
         balance: 0-dim float64, lambda of the latest step.
         integral: 0-dim float64, the controller's memory.
         settled: 0-dim bool, the target has been met.
+        layout: 0-dim int64, a checksum of where the classes lie: a checkpoint's gates load only where they
+            belong.
 
     Raises:
         AutogateError: if the target lies below what is left when every class is dead, or a gated kernel is
@@ -151,6 +153,7 @@ class GateBank(nn.Module):
     balance: Tensor
     integral: Tensor
     settled: Tensor
+    layout: Tensor
     origin: Any
 
     def __init__(
@@ -167,7 +170,7 @@ class GateBank(nn.Module):
         if budget.flops < self.flops.least_share():
             raise AutogateError(
                 f"{budget.flops:.3f} of the FLOPs can't be reached: {self.flops.least_share():.3f} are left "
-                "when every channel that may go has gone.",
+                f"when every channel that may go has gone. {channel_map.why_pinned()}",
                 remedy="Ask for a larger share.",
             )
         groups = [group.classes for group in channel_map.groups()]
@@ -181,6 +184,7 @@ class GateBank(nn.Module):
         self.register_buffer("balance", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("integral", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("settled", torch.tensor(False))
+        self.register_buffer("layout", torch.tensor(channel_map.checksum()))
         self._lay_out(channel_map)
         # Weak, for a cycle would keep a deleted model's memory until the garbage collector comes by.
         self._model = weakref.ref(model)
@@ -226,6 +230,21 @@ class GateBank(nn.Module):
         self._model = weakref.ref(model)
         if self.follows:
             hooks.register(self)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        layout = state_dict.get(f"{prefix}layout")
+        if layout is not None and int(layout) != int(self.layout):
+            error_msgs.append(
+                f"{prefix.rstrip('.')}: these gates belong to another model, or to this one prepared in another way "
+                "(other inputs, `ignore` or `shortcuts`). Prepare it as for the run that the checkpoint is from."
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> GateBank:
         # half() and bfloat16() are for the model's numbers: epsilon ends at 5e-8, below what half can hold.

@@ -7,6 +7,7 @@ out of every tensor that carries it.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -118,6 +119,19 @@ class ChannelMap:
         for label, where in enumerate(sides):
             gathered.setdefault(tuple(where), []).append(label)
         return [Group(tuple(classes), where) for where, classes in gathered.items()]
+
+    def why_pinned(self, most: int = 5) -> str:
+        """The ops that keep channels whole and why, in a sentence; at most the first few."""
+        reasons = dict.fromkeys(f"{pin.module or 'the outputs'}: {pin.reason}" for pin in self.pins)
+        return "Kept: " + "; ".join(list(reasons)[:most]) + "." if reasons else "It has no layers to cut."
+
+    def checksum(self) -> int:
+        """A number that two maps share if their classes lie on the same indices of the same sides."""
+        number = 0
+        for side, classes in self.classes.items():
+            number = zlib.crc32(str(side).encode(), number)
+            number = zlib.crc32(classes.cpu().numpy().tobytes(), number)
+        return number
 
     def difference(self, other: ChannelMap) -> str | None:
         """Where two maps differ first, by a tensor's or module's name, or None where they are the same."""

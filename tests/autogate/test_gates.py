@@ -52,7 +52,7 @@ def test_building_a_bank_changes_no_number():
 def test_state_dict_keeps_the_models_names():
     plain = set(ConvNet().state_dict())
     net, _ = gated_net()
-    added = {"alpha", "folded", "live", "epsilon", "step_count", "balance", "integral", "settled"}
+    added = {"alpha", "folded", "live", "epsilon", "step_count", "balance", "integral", "settled", "layout"}
     assert set(net.state_dict()) - plain == {f"autogate.{name}" for name in added}
     assert dict(net.named_parameters()).keys() == dict(ConvNet().named_parameters()).keys()
 

@@ -2,7 +2,10 @@
 
 import copy
 import io
+import os
 import pickle
+import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -138,3 +141,50 @@ def test_compiled_forward_neither_breaks_nor_recompiles():
         optimizer.zero_grad()
     assert autogate.gates(model).progress().dead > 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_gates_of_another_layout_are_not_loaded():
+    model, example = prepared(steps=40)
+    torch.manual_seed(0)
+    other = timm.create_model("test_resnet", num_classes=4)
+    other = autogate.prepare(other, example, steps=40, ignore=["layer1"])
+    before = autogate.gates(model).alpha.clone()
+    with pytest.raises(RuntimeError, match="autogate: these gates belong to another model, or to this one prepared"):
+        model.load_state_dict(other.state_dict())
+    assert torch.equal(autogate.gates(model).alpha, before)
+    model.load_state_dict(prepared(steps=20)[0].state_dict())  # another budget is no other layout
+
+
+def _train_with_checkpoints(folder: str, steps: int) -> None:
+    """Train to `steps` from the latest checkpoint in the folder, each written whole or not at all."""
+    torch.set_num_threads(1)
+    model, _ = prepared(flops=0.5, steps=40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    path, first = Path(folder) / "latest.pt", 0
+    if path.exists():
+        state = torch.load(path)
+        first = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    for step in range(first, steps):
+        train(model, 1, optimizer, seed=step)
+        state = {"step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    _train_with_checkpoints(str(whole), 40)
+    process = torch.multiprocessing.get_context("spawn").Process(target=_train_with_checkpoints, args=(str(killed), 40))
+    process.start()
+    while not (killed / "latest.pt").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    _train_with_checkpoints(str(killed), 40)
+    first, second = (torch.load(folder / "latest.pt")["model"] for folder in (whole, killed))
+    assert (~first["autogate.live"]).any()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
