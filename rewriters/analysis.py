@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -167,9 +168,7 @@ def _merge_calls(labelling: Labelling, first: Traced, second: Traced) -> None:
 def _pin_calls(analysis: Analysis, *calls: Traced) -> None:
     reason = "called in several ways that would need different code"
     for traced in calls:
-        tensors = [leaf for node in traced.graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
-        tensors = [leaf for leaf in tensors if isinstance(leaf, Tensor)]
-        _pin_values(analysis.labelling, tensors, traced.known, traced.path, "forward", reason)
+        _pin_values(analysis.labelling, _all_tensors(traced.graph), traced.known, traced.path, "forward", reason)
 
 
 def trace_modes(
@@ -258,7 +257,38 @@ def _pin_unwritable(analysis: Analysis) -> None:
                     traced.resize(cut)
                 except Unwritable as error:
                     settled = False
-                    tensors = _tensors_at(error.node)
-                    _pin_values(labelling, tensors, traced.known, traced.path, str(error.node.target), error.cause)
+                    _pin_refused(labelling, traced, error, number)
             if not settled:
                 break
+
+
+def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number: np.ndarray) -> None:
+    """Keep the channels at a node that has no form for fewer of them, `number` being the classes it was tried on.
+
+    Where those stay already, it is a size that was read elsewhere (of the forward's input, say) that is
+    wrong: what the sizes on the way to the node were read off stays too, or all that the forward touches.
+    """
+    for tensors in (_tensors_at(error.node), _sizes_read(error.node), _all_tensors(traced.graph)):
+        _pin_values(labelling, tensors, traced.known, traced.path, str(error.node.target), error.cause)
+        if not np.array_equal(labelling.numbering(), number):
+            return
+    raise error
+
+
+def _sizes_read(node: fx.Node) -> list[Tensor]:
+    """Tensors off which anything was read that is no tensor and that `node` was computed with."""
+    seen: set[fx.Node] = set()
+    open_ends, tensors = [node], []
+    while open_ends:
+        at = open_ends.pop()
+        if at not in seen:
+            seen.add(at)
+            open_ends.extend(at.all_input_nodes)
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(at.meta["val"])):
+                tensors.extend(_tensors_at(at))
+    return tensors
+
+
+def _all_tensors(graph: fx.Graph) -> list[Tensor]:
+    leaves = [leaf for node in graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

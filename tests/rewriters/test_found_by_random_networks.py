@@ -47,6 +47,16 @@ def test_a_dead_branch_beside_a_module_that_returns_a_dictionary():
     exact(forward, a=conv(3, 4), both=Both(), c=conv(8, 2))
 
 
+def test_a_shape_read_off_another_tensor():
+    """What has no form keeps its channels; where it has none because of a size read elsewhere, those keep theirs."""
+
+    def forward(m, x):
+        y = m.b(z := m.a(x))
+        return m.c(y.flatten(2).transpose(1, 2).transpose(1, 2).reshape(z.shape))
+
+    exact(forward, a=conv(3, 4), b=conv(4, 4), c=conv(4, 2))
+
+
 @pytest.mark.parametrize(
     ("recipe", "share", "seed"),
     [
@@ -64,7 +74,13 @@ def test_recipes_that_failed_once(recipe, share, seed):
     check(recipe, share, seed)
 
 
-def test_a_shortcut_whose_labels_vary_along_the_batch_too():
-    """With free shortcuts the label pass may come to other layers than with coupled ones."""
-    blocks = (("SharedPair", 199), ("Partial", 405))
-    assert check_shortcuts(Recipe("image", 692, blocks, "auxiliary", "residual"), 0.6, 39) > 0
+@pytest.mark.parametrize(
+    ("recipe", "share", "seed"),
+    [
+        (Recipe("image", 692, (("SharedPair", 199), ("Partial", 405)), "auxiliary", "residual"), 0.6, 39),
+        (Recipe("image", 464, (("Attention", 378), ("Nested", 715)), "keyword"), 0.6, 43),
+    ],
+    ids=["labels along the batch too", "a width read off the input"],
+)
+def test_recipes_whose_shortcuts_failed_once(recipe, share, seed):
+    assert check_shortcuts(recipe, share, seed) > 0
