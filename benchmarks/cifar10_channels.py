@@ -3,7 +3,7 @@
     python benchmarks/cifar10_channels.py --runs runs/cifar10 --out docs/figures/shortcuts.svg
 
 Reads what `benchmarks/cifar10.py` left in a folder. Yang et al., "Non-uniform DNN Structured Subnets Sampling for
-Dynamic Inference", figure 6. Needs matplotlib.
+Dynamic Inference", figure 6. Needs matplotlib (`pip install -e ".[benchmarks]"`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, ModuleCall, capture
-from rewriters.channel_map import ChannelMap
+from rewriters.channel_map import ALWAYS, ChannelMap
 from rewriters.labels import Labelled, varying
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Resizer, Unwritable
@@ -243,6 +243,23 @@ def trial_pattern(size: int, seed: int) -> Tensor:
     return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
+def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
+    """A pattern that leaves sides of the same length different numbers of channels; bool of shape (classes,).
+
+    At random two sides may be left with as many, and a size that is read off the one and used for the other
+    does, by chance.
+    """
+    live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
+    seen: set[bytes] = set()
+    for start, length in labelling.space.blocks.values():
+        classes = np.unique(number[start : start + length])
+        classes = classes[classes != ALWAYS]
+        if classes.tobytes() not in seen and len(classes):
+            live[classes[: len(seen) % len(classes)]] = False
+            seen.add(classes.tobytes())
+    return live
+
+
 def _pin_unwritable(analysis: Analysis) -> None:
     """Rewrite every traced forward for trial patterns; what has no form for them is pinned."""
     labelling = analysis.labelling
@@ -250,8 +267,9 @@ def _pin_unwritable(analysis: Analysis) -> None:
     while not settled:
         settled = True
         number = labelling.numbering()
-        for seed in (0, 1):
-            cut = analysis.cut(trial_pattern(int(number.max(initial=-1)) + 1, seed))
+        size = int(number.max(initial=-1)) + 1
+        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
+            cut = analysis.cut(live)
             for traced in analysis.traced:
                 try:
                     traced.resize(cut)

@@ -73,8 +73,15 @@ def check_other_sizes(gated: nn.Module, slim_model: nn.Module, args: tuple[Any, 
         wanted = run_eval(gated, args, kwargs)
     except (RuntimeError, ValueError):
         return
-    error = relative_error(run_eval(slim_model, args, kwargs), wanted)
+    pairs = list(zip(run_eval(slim_model, args, kwargs), wanted, strict=True))
+    # The mean of what an instance norm has centred is rounding and nothing else
+    pairs = [(got, want) for got, want in pairs if not (max_of(got) < 1e-14 and max_of(want) < 1e-14)]
+    error = relative_error(*map(list, zip(*pairs, strict=True))) if pairs else 0.0
     assert error <= TOLERANCE, f"{error:.1e} off for inputs of shape {tuple(args[0].shape)}"
+
+
+def max_of(value: torch.Tensor) -> float:
+    return float(value.abs().max()) if value.numel() else 0.0
 
 
 def attribute_names(model: nn.Module) -> list[set[str]]:
