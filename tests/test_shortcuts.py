@@ -150,7 +150,7 @@ def test_a_shortcut_is_given_back_as_what_its_kernel_came_to(kernel):
 def test_a_slim_model_with_selections_can_be_prepared_again():
     model, _ = of_one_block("crossed")
     slim = autogate.finalize(model, warn=False)
-    again = autogate.prepare(slim, IMAGE, shortcuts="conv")
+    again = autogate.prepare(slim, IMAGE)
     kill(again, 0.4)
     wanted = outputs(again, IMAGE)
     assert difference(outputs(autogate.finalize(again, warn=False), IMAGE), wanted) <= 1e-5
