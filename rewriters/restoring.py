@@ -107,9 +107,11 @@ def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: s
     """A module's forwards for the plan's live classes; None where they can't be written."""
     captured, labelling = analysis.captures[0], analysis.labelling.fork()
     call = next(call for call in captured.calls() if call.path == path)
-    cut = Cut(labelling.stays(slim_plan.live))
     try:
         traced = trace_modes(model.get_submodule(path), call, captured, labelling, labelling.by_tensor())
+        if not labelling.extends(analysis.labelling):
+            return None  # traced, it couples channels that are free in the model as it was recorded
+        cut = Cut(labelling.stays(slim_plan.live))  # tracing may have made labels of its own
         return {one.training: one.resize(cut).graph for one in traced}
     except (TraceError, Unwritable):
         return None

@@ -80,8 +80,14 @@ def test_recipes_that_failed_once(recipe, share, seed):
         (Recipe("image", 692, (("SharedPair", 199), ("Partial", 405)), "auxiliary", "residual"), 0.6, 39),
         (Recipe("image", 464, (("Attention", 378), ("Nested", 715)), "keyword"), 0.6, 43),
         (Recipe("image", 941, (("Attention", 425), ("Depthwise", 967)), "dict", "residual"), 0.9, 67),
+        (Recipe("image", 863, (("Res2", 401),), "pool", "two inputs"), 0.2, 223),
     ],
-    ids=["labels along the batch too", "a width read off the input", "two widths alike by chance"],
+    ids=[
+        "labels along the batch too",
+        "a width read off the input",
+        "two widths alike by chance",
+        "labels made after the cut",
+    ],
 )
 def test_recipes_whose_shortcuts_failed_once(recipe, share, seed):
     assert check_shortcuts(recipe, share, seed) > 0
