@@ -9,6 +9,7 @@ Yang et al., "Non-uniform DNN Structured Subnets Sampling for Dynamic Inference"
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -122,16 +123,15 @@ def _replace_in(
     traced = trace_modes(module, call, captured, own, own.by_tensor())
     recorded = [node for node in call.nodes if node.target in ADDS]
     sites = [_adds_of(one, len(recorded)) for one in traced]
-    before = module.__dict__.get("forward")
-    placed = []
-    for add in adds:
-        name = _free_name(module)
-        for one, nodes in zip(traced, sites, strict=True):
+    names = _free_names(module, len(adds))
+    for one, nodes in zip(traced, sites, strict=True):
+        for add, name in zip(adds, names, strict=True):
             _insert(one.graph, nodes[recorded.index(add.node)], add.operand, name)
+    before = module.__dict__.get("forward")
+    for add, name in zip(adds, names, strict=True):
         journal.set(module._modules, name, _identity(add, module.training))
-        placed.append(Shortcut(call.path, name, before))
     journal.set_attribute(module, "forward", RewrittenForward(module, {one.training: one.graph for one in traced}))
-    return placed
+    return [Shortcut(call.path, name, before) for name in names]
 
 
 def _adds_of(traced: Traced, count: int) -> list[fx.Node]:
@@ -161,12 +161,9 @@ def _insert(graph: fx.Graph, add: fx.Node, operand: int, name: str) -> None:
                 user.replace_input_with(shortcut, add)
 
 
-def _free_name(module: nn.Module) -> str:
-    name, number = "shortcut_conv", 0
-    while hasattr(module, name):
-        number += 1
-        name = f"shortcut_conv_{number}"
-    return name
+def _free_names(module: nn.Module, count: int) -> list[str]:
+    names = (f"shortcut_conv_{number}" if number else "shortcut_conv" for number in itertools.count())
+    return list(itertools.islice((name for name in names if not hasattr(module, name)), count))
 
 
 def _identity(add: ResidualAdd, training: bool) -> nn.Module:

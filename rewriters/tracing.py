@@ -51,9 +51,8 @@ class _OpLog(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         restrides = only_restrides(func, args)
         out = func(*args, **(kwargs or {}))
-        if not restrides and any(
-            isinstance(leaf, Tensor) for leaf in tree_leaves(out)
-        ):  # else a question (its device, its layout)
+        # A call that gives no tensor is a question (its device, its layout).
+        if not restrides and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             self.calls.append((func, args, kwargs or {}, out))
         return out
 

@@ -83,6 +83,13 @@ def batch(seed: int, size: int = 8) -> tuple[Tensor, Tensor]:
     return images, (images.flatten(1) @ teacher).argmax(1)
 
 
+def backward(net: nn.Module, seed: int = 0, scale: float = 1.0) -> None:
+    """Fresh gradients of one batch's loss."""
+    images, labels = batch(seed)
+    net.zero_grad()
+    (scale * nn.functional.cross_entropy(net(images), labels)).backward()
+
+
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> list[float]:
     """A plain training loop, which knows nothing of gates."""
     losses = []

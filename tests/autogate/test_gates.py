@@ -11,10 +11,10 @@ from torch import nn
 from autogate.budget import Budget
 from autogate.columns import column_products, scale_columns
 from autogate.gates import GateBank
-from autogate.polarization import gate_slope, gate_value
+from autogate.polarization import gate_value
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from rewriters.errors import AutogateError
-from tests.autogate.gated_nets import ConvNet, batch, conv_net_map, gated_net, train
+from tests.autogate.gated_nets import ConvNet, backward, batch, conv_net_map, gated_net, train
 
 
 def kernels_of(net: ConvNet) -> list[torch.Tensor]:
@@ -24,12 +24,6 @@ def kernels_of(net: ConvNet) -> list[torch.Tensor]:
 def sides_of(bank: GateBank, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A value per class, as it lies along the gated sides."""
     return tuple(values[bank.channel_map.classes[side]] for side in bank.channel_map.gated)
-
-
-def backward(net: nn.Module, seed: int = 0) -> None:
-    images, labels = batch(seed)
-    net.zero_grad()
-    nn.functional.cross_entropy(net(images), labels).backward()
 
 
 def random_alpha(bank: GateBank, least: float = 0.1) -> torch.Tensor:
@@ -476,109 +470,3 @@ def test_a_map_without_classes_makes_an_idle_bank():
     net(torch.ones(1, 2)).sum().backward()
     net.autogate.step(0.1)
     assert net.autogate.progress().share == 1
-
-
-def random_gradients(bank: GateBank, size: float, pull: bool, generator: torch.Generator) -> None:
-    for kernel in bank.kernels():
-        noise = torch.randn(kernel.shape, generator=generator)
-        kernel.grad = -size * kernel.detach() if pull else size * noise
-
-
-@pytest.mark.parametrize("target", [0.2, 0.5, 0.85])
-@pytest.mark.parametrize(("steps", "lr"), [(30, 0.1), (150, 0.1), (150, 1e-4)])
-@pytest.mark.parametrize(("size", "pull"), [(1e-2, False), (10.0, False), (1.0, True)])
-def test_the_target_is_met_in_time_whatever_the_gradients(target, steps, lr, size, pull):
-    """Noise of any size, or gradients that hold every gate open: done at 90 % of the steps, and polarized."""
-    _, bank = gated_net(target, steps)
-    dearest = bank.flops.drop(bank.live).max().item() / bank.flops.whole
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        random_gradients(bank, size, pull, generator)
-        bank.measure()
-        bank.step(lr)
-        assert bank.share() >= bank.budget.wanted(step + 1) - dearest
-        if step + 1 >= 0.9 * steps:
-            assert abs(bank.share() - target) <= 0.01
-    gates = bank.folded[bank.live]
-    assert gates.min() > 0.5 and (bank.folded[~bank.live] == 0).all()
-    assert bank.alpha.min() >= 0
-
-
-def test_alpha_never_crosses_zero_by_a_gradient():
-    """Gradients that want every gate closed, without pressure: nothing dies and no sign flips."""
-    _, bank = gated_net(1.0, steps=400)
-    with torch.no_grad():
-        bank.alpha[::2] *= -1
-    sign = bank.alpha.sign()
-    for _step in range(400):
-        for kernel in bank.kernels():
-            kernel.grad = 1e3 * kernel.detach()
-        bank.step(0.1)
-        assert torch.equal(bank.alpha.sign(), sign)
-    assert bank.alpha.abs().max() < 1 and bank.folded.min() > 0.5
-
-
-def test_a_gradient_brings_alpha_no_nearer_to_zero_than_an_open_gate_needs():
-    _net, bank = gated_net(0.5, steps=100)
-    bank.alpha.copy_(torch.linspace(1e-5, 0.05, 64))
-    start = bank.alpha.clone()
-    bank.alpha[::2] *= -1
-    for _step in range(10):
-        bank.alpha.copy_(bank._gradient_step(torch.full((64,), 1e6), rate=1.0))
-    assert torch.equal(bank.alpha.abs(), start.clamp(max=1e-3)) and (bank.alpha[::2] < 0).all()
-
-
-def test_gates_that_the_threshold_spared_open_again_without_pressure():
-    _net, bank = gated_net(1.0, steps=50)
-    bank.alpha[:8] = 1e-5
-    bank.alpha[4:8] *= -1
-    for _step in range(50):
-        bank.step(0.0)
-    assert bank.live.all() and bank.folded.min() > 0.9
-    assert (bank.alpha[:4] > 0).all() and (bank.alpha[4:8] < 0).all()
-
-
-def test_the_threshold_leaves_no_live_gate_too_small_to_scale_back_from():
-    _net, bank = gated_net(0.5, steps=100)
-    target = torch.full((64,), 0.01 * (1 + 1e-4))
-    alpha, _ = bank._threshold(target, torch.ones(64), 0.01, 1)
-    assert (alpha == alpha.new_tensor(1e-5)).all()
-
-
-def test_a_kill_by_hand_between_forward_and_step_is_final():
-    net, bank = gated_net(1.0, steps=100)
-    backward(net)
-    with torch.no_grad():
-        bank.alpha[3] = 0
-    bank.measure()
-    bank.step(0.1)
-    assert bank.alpha[3] == 0 and not bank.live[3] and net.conv2.weight[:, 3].abs().max() == 0
-
-
-def test_learning_spares_each_groups_last_classes_but_a_hand_may_not():
-    net, bank = gated_net(0.1, steps=60, keep=0.1)
-    with torch.no_grad():
-        bank.alpha[16:40] = torch.linspace(0.3, 1, 24)
-    generator = torch.Generator().manual_seed(0)
-    for _step in range(60):
-        random_gradients(bank, 1e-3, False, generator)
-        bank.measure()
-        bank.step(0.1)
-    for group in bank.channel_map.groups():
-        assert bank.live[list(group.classes)].sum() >= 2
-    bank.alpha[16:40] = 0
-    net(batch(0)[0])
-    assert not bank.live[16:40].any()
-
-
-def test_slope_enters_the_step_with_the_present_epsilon():
-    _, bank = gated_net(1.0, steps=10)
-    bank.epsilon.fill_(0.01)
-    bank.fold()
-    for kernel in bank.kernels():
-        kernel.grad = 1e-3 * kernel.detach()
-    bank.measure()
-    expected = 0.01 * bank._pending.gradient * gate_slope(bank.alpha, 0.01)
-    before = bank.alpha.clone()
-    bank.step(0.1)
-    torch.testing.assert_close(before - bank.alpha, expected, rtol=1e-3, atol=1e-7)

@@ -3,14 +3,7 @@ import torch
 from torch import nn
 
 from autogate import hooks
-from tests.autogate.gated_nets import ConvNet, batch, gated_net, train
-
-
-def backward(net: nn.Module, scale: float = 1.0) -> None:
-    images, labels = batch(0)
-    net.zero_grad()
-    (scale * nn.functional.cross_entropy(net(images), labels)).backward()
-
+from tests.autogate.gated_nets import ConvNet, backward, batch, gated_net, train
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,14 +96,20 @@ def test_any_network_is_slimmed_exactly(recipe: Recipe, share: float, seed: int)
     check(recipe, share, seed)
 
 
-def test_seeded_networks_are_slimmed_exactly_and_most_channels_may_go():
-    shares = []
-    for seed in range(DRAWS // 2):
+def over_seeds(one: Callable[[Recipe, float, int], Any], count: int) -> list[Any]:
+    """What a check gives for each of the first `count` seeds; a failure names its seed and recipe."""
+    results = []
+    for seed in range(count):
         recipe = random_recipe(seed)
         try:
-            shares.append(check(recipe, share_for(seed), seed))
+            results.append(one(recipe, share_for(seed), seed))
         except Exception as error:
             raise AssertionError(f"seed {seed}, {recipe}: {error}") from error
+    return results
+
+
+def test_seeded_networks_are_slimmed_exactly_and_most_channels_may_go():
+    shares = over_seeds(check, DRAWS // 2)
     assert sum(shares) / len(shares) > 0.4, "networks that are pinned all over prove nothing"
     assert sum(share > 0.1 for share in shares) / len(shares) > 0.8
 
@@ -138,13 +145,7 @@ def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
 
 
 def test_seeded_networks_with_convolutions_on_their_shortcuts():
-    replaced = []
-    for seed in range(DRAWS // 6):
-        recipe = random_recipe(seed)
-        try:
-            replaced.append(check_shortcuts(recipe, share_for(seed), seed))
-        except Exception as error:
-            raise AssertionError(f"seed {seed}, {recipe}: {error}") from error
+    replaced = over_seeds(check_shortcuts, DRAWS // 6)
     assert sum(count > 0 for count in replaced) > len(replaced) / 4, "networks without shortcuts prove nothing"
 
 

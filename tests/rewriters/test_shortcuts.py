@@ -200,6 +200,26 @@ def test_two_shortcuts_of_one_forward():
     torch.testing.assert_close(seeded(model, IMAGE, False), wanted)
 
 
+def test_a_module_that_is_left_is_left_whole():
+    """One of its adds could be rewritten, the other names its operands: nothing of it may change."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = conv(8, 8), conv(8, 8)
+
+        def forward(self, x):
+            y = F.relu(x + self.one(x))
+            return torch.add(input=y, other=self.other(y))
+
+    model = Stage(Named(), Residual(8))
+    names = [path for path, _ in model.named_modules()]
+    shortcuts, _ = replaced(model, IMAGE)
+    assert [one.module for one in shortcuts] == ["blocks.1"]
+    assert {path for path, _ in model.named_modules()} == {*names, "blocks.1.shortcut_conv"}
+    assert "forward" not in model.blocks[0].__dict__
+
+
 def test_channels_that_come_last_get_a_linear_layer():
     class Tokens(nn.Module):
         def __init__(self):
