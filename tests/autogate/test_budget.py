@@ -148,3 +148,15 @@ def test_selection_on_a_bilinear_resource_stops_at_the_wanted_share():
     dead = selection.deaths(size, live.clone(), live, 50).classes
     share = flops.share(live.index_fill(0, dead, False))
     assert 0.49 <= share <= 0.5
+
+
+def test_the_course_begins_where_the_model_with_its_added_layers_stands():
+    budget = Budget(0.5, steps=100, reach=0.5, start=1.5)
+    assert [budget.wanted(step) for step in (0, 25, 50, 100)] == [1.5, 1.0, 0.5, 0.5]
+    assert steer(budget, Pressure(), 1.5, 1).movement > 0
+    assert steer(budget, Pressure(), 1.2, 10).movement == 0  # ahead of its course, though above the whole
+
+
+def test_a_start_below_the_target_is_refused():
+    with pytest.raises(AutogateError, match=r"start is 0\.4"):
+        Budget(0.5, start=0.4)

@@ -136,7 +136,7 @@ def test_a_closures_gradients_are_read_after_the_step(keyword):
     optimizer = torch.optim.SGD(net.parameters(), 1e-4)
 
     def closure():
-        backward(net, 100.0)
+        backward(net, scale=100.0)
         return torch.tensor(0.0)
 
     before = bank.alpha.clone()
