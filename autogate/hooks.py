@@ -43,9 +43,9 @@ class _Turn:
 
         That is the case at the second step of one that has stepped before.
         """
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if self._asked or not held:
+        if self._asked:
             return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if held <= self._held:
             self._asked = True
             missing = [name for name, weight in bank.added_weights() if id(weight) not in self._held]
