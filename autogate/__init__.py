@@ -7,6 +7,8 @@ slim = autogate.finalize(model)                            # plain layers, half 
 
 from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
 from autogate.gates import GateBank
+from autogate.recalibration import recalibrate
+from autogate.resources import Resource, SideCounts
 from autogate.summary import Summary
 from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
@@ -17,12 +19,15 @@ __all__ = [
     "BudgetNotMetWarning",
     "CaptureError",
     "GateBank",
+    "Resource",
+    "SideCounts",
     "Summary",
     "SurgeryError",
     "VerificationError",
     "finalize",
     "gates",
     "prepare",
+    "recalibrate",
     "step",
     "summary",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autogate import bookkeeping
-from autogate.budget import DEFAULT_STEPS, Budget
 from autogate.gates import GateBank
 from autogate.inputs import Inputs, as_call
+from autogate.schedule import DEFAULT_STEPS, Schedule
 from autogate.summary import Summary, summarise
+from autogate.targets import ResourceMaker, Shares
 from rewriters import (
     Analysis,
     AutogateError,
@@ -59,8 +60,13 @@ def prepare(
     model: M,
     example_inputs: Any = None,
     *,
-    flops: float = 0.5,
+    flops: float | None = None,
+    params: float | None = None,
+    activations: float | None = None,
+    latency: float | None = None,
+    resources: Mapping[ResourceMaker, float] | None = None,
     steps: int | None = None,
+    round_to: int = 1,
     ignore: Iterable[str] = (),
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
@@ -82,9 +88,15 @@ def prepare(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments that the model can be
             run on; a timm model needs none. A batch of two or more tells the batch from other dimensions.
         flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to be left, in
-            (0, 1].
+            (0, 1]; 0.5 if no budget is named. Of several budgets all are met.
+        params: share of its parameters to be left.
+        activations: share of the bytes that its convolutions and linear layers give out for one sample.
+        latency: share of the time that it takes here for one sample. Each layer is timed at a grid of widths,
+            which takes a while the first time; the timings are kept on disk (see `autogate.latency`).
+        resources: shares of resources of your own, by their class (see `autogate.Resource`).
         steps: optimizer steps that training will take; the share is reached within them, and what training
-            follows is plain. `autogate.budget.DEFAULT_STEPS` (10,000) if None.
+            follows is plain. `autogate.schedule.DEFAULT_STEPS` (10,000) if None.
+        round_to: a layer that loses channels ends with a multiple of so many, as fast kernels like them.
         ignore: paths of modules, or names of parameters, whose channels all stay.
         shortcuts: "shared": what an identity shortcut's residual add couples (a whole stage) keeps or loses a
             channel together. "conv": each such shortcut becomes a 1x1 convolution, started as the identity, so
@@ -96,11 +108,12 @@ def prepare(
             step hooks. If False, call `autogate.step(model, lr=...)` after each.
 
     Raises:
-        AutogateError: the model can't be analysed, nothing in it can go, the share is out of reach, or an
+        AutogateError: the model can't be analysed, nothing in it can go, a share is out of reach, or an
             argument is wrong. The message names the place and the way out; the model is as it was.
     """
     _check_model(model)
-    budget = Budget(flops=flops, steps=DEFAULT_STEPS if steps is None else steps)
+    shares = Shares(flops, params, activations, latency, resources or {})
+    schedule = Schedule(steps=DEFAULT_STEPS if steps is None else steps, round_to=round_to)
     ignored = dict.fromkeys(_named_by(model, ignore), "the caller asked for it")
     inputs = as_call(example_inputs, model)
     journal = Journal()
@@ -115,7 +128,9 @@ def prepare(
                 "last.",
             )
         added = {shortcut.weight for shortcut in replaced}
-        bank = GateBank(model, analysis.channel_map, budget, Origin(inputs, ignored, replaced), added, hooks)
+        targets = shares.targets(model, analysis.channel_map, inputs, added)
+        origin = Origin(inputs, ignored, replaced)
+        bank = GateBank(model, analysis.channel_map, targets, schedule, origin, added, hooks)
     except BaseException:
         journal.undo()
         raise
@@ -227,9 +242,13 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         raise
     bank.detach()
     if warn and not progress.settled:
+        short = [
+            f"{share:.1%} of the {name} for a target of {progress.targets[name]:.1%}"
+            for name, share in progress.shares.items()
+            if share > progress.targets[name]
+        ]
         warnings.warn(
-            f"finalized at {progress.share:.1%} of the FLOPs, short of the target of {progress.target:.1%}: "
-            f"{progress.step} of {progress.steps} steps were taken",
+            f"finalized at {' and '.join(short)}: {progress.step} of {progress.steps} steps were taken",
             BudgetNotMetWarning,
             stacklevel=2,
         )

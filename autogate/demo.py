@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autogate import digits
 from autogate.api import finalize, prepare, summary
-from autogate.budget import Budget
+from autogate.targets import Shares
 
 MODEL = "test_resnet"
 """A ResNet of timm's with 0.4 M parameters, small enough for minutes on two cores."""
@@ -127,7 +127,7 @@ def run(
         seed: for weights, shuffling and the split.
         advance: called after each optimizer step.
     """
-    Budget(flops=flops)  # a wrong share is refused before anything is trained
+    Shares(flops=flops)  # a wrong share is refused before anything is trained
     torch.manual_seed(seed)
     train, test = digits.load(seed)
     model = timm.create_model(MODEL, num_classes=10, in_chans=1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -24,24 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from autogate import hooks
-from autogate.budget import Budget, Pressure, Selection, steer
 from autogate.columns import along, column_products, scale_columns, segment_sum
-from autogate.polarization import EPSILON_START, epsilon_at, gate_slope, gate_value
-from autogate.proximal import shrinkage, soft_threshold
-from autogate.resources import Flops
+from autogate.learning import Gates, Learner, Standing
+from autogate.polarization import gate_value
+from autogate.schedule import Pressure, Schedule
+from autogate.selection import groups_of
+from autogate.targets import Targets
 from rewriters.channel_map import ALWAYS, ChannelMap, Side
 from rewriters.errors import AutogateError
-
-ALPHA_RATE = 0.1
-"""Alpha's learning rate as a part of the kernels' (section 4.1)."""
-
-OPEN_ALPHA = 1e-3
-"""No gradient takes alpha nearer to zero than this, and no live one is nearer when there is no pressure: at
-the epsilon that a run ends with the gate is then open (0.95), so a gate is either that or exactly closed."""
-
-LEAST_ALPHA = 1e-5
-"""The least alpha of a live class. Its gate is above 1e-9, small enough to be as good as closed and large
-enough for a float32 kernel to be scaled down by it and up again."""
 
 NEARLY_CLOSED = 0.5
 """Below this gate a column follows the optimizer only in part: see `GateBank.measure`."""
@@ -56,19 +46,20 @@ class Progress:
     """Where a bank stands.
 
     Attributes:
-        share: part of the FLOPs that is left.
-        target: part that shall be left.
+        shares: the part that is left of each resource in the budget, by its name ("FLOPs", "parameters",
+            "activations", "latency").
+        targets: the part of it that shall be left.
         step: optimizer steps taken.
         steps: optimizer steps that the run takes.
         balance: lambda of equation 7 in the latest step, with prices relative to the mean price.
         epsilon: the gates' smoothing constant.
         classes: number of gates.
         dead: number of closed ones.
-        settled: the target has been met, the dead are final.
+        settled: the targets have been met, the dead are final.
     """
 
-    share: float
-    target: float
+    shares: dict[str, float]
+    targets: dict[str, float]
     step: int
     steps: int
     balance: float
@@ -97,6 +88,15 @@ class _Measurement:
     held: tuple[_HeldBack, ...]
 
 
+class _Memory(NamedTuple):
+    """The steps so far, as plain numbers: taken, the controller's integral and verdict, the largest learning rate."""
+
+    steps: int
+    integral: float
+    settled: bool
+    peak: float
+
+
 class _Gated(NamedTuple):
     """A gated side: its place among the bank's sides, its dimension and the kernel."""
 
@@ -120,10 +120,10 @@ class GateBank(nn.Module):
     Args:
         model: the model that `channel_map` describes.
         channel_map: its classes of channels.
-        budget: what shall be left, and after how many steps.
+        targets: what shall be left.
+        schedule: after how many steps, and in what portions.
         origin: what the caller wants to find again at the end; kept as it is.
-        added: weights of layers that were not in the user's model; the budget's share is of the model
-            without them.
+        added: weights of layers that were not in the user's model.
         follows: the bank moves by itself with the optimizers' steps. Otherwise `step` has to be called after
             each, and a copy of the gated kernels is kept: they are what the gradients belong to, and have
             moved by then.
@@ -136,12 +136,13 @@ class GateBank(nn.Module):
         step_count: 0-dim int64, steps taken.
         balance: 0-dim float64, lambda of the latest step.
         integral: 0-dim float64, the controller's memory.
-        settled: 0-dim bool, the target has been met.
+        settled: 0-dim bool, the targets have been met.
+        peak: 0-dim float64, the largest learning rate of the kernels so far.
         layout: 0-dim int64, a checksum of where the classes lie: a checkpoint's gates load only where they
             belong.
 
     Raises:
-        AutogateError: if the target lies below what is left when every class is dead, or a gated kernel is
+        AutogateError: if a target lies below what is left when every class is dead, or a gated kernel is
             not a parameter of the model.
     """
 
@@ -153,37 +154,39 @@ class GateBank(nn.Module):
     balance: Tensor
     integral: Tensor
     settled: Tensor
+    peak: Tensor
     layout: Tensor
     origin: Any
 
     def __init__(
-        self, model: nn.Module, channel_map: ChannelMap, budget: Budget, origin: Any = None,
-        added: Collection[str] = (), follows: bool = True,
+        self, model: nn.Module, channel_map: ChannelMap, targets: Targets, schedule: Schedule,
+        origin: Any = None, added: Collection[str] = (), follows: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.follows = follows
         self.channel_map = channel_map
         self.added = frozenset(added)
-        self.flops = Flops(channel_map, self.added)
-        self.budget = budget = replace(budget, start=self.flops.start)
+        self.targets = targets
+        self.schedule = schedule
         self.origin = origin
-        if budget.flops < self.flops.least_share():
+        for target in targets.out_of_reach():
             raise AutogateError(
-                f"{budget.flops:.3f} of the FLOPs can't be reached: {self.flops.least_share():.3f} are left "
-                f"when every channel that may go has gone. {channel_map.why_pinned()}",
+                f"{target.share:.3f} of the {target.resource.name} can't be reached: {target.resource.least:.3f} are "
+                f"left when every channel that may go has gone. {channel_map.why_pinned()}",
                 remedy="Ask for a larger share.",
             )
-        groups = [group.classes for group in channel_map.groups()]
-        self._selection = Selection(budget, self.flops, groups)
+        self._learner = Learner(targets, schedule, groups_of(channel_map, schedule.round_to))
         size = channel_map.size
-        self.register_buffer("alpha", torch.ones(size))
-        self.register_buffer("epsilon", torch.tensor(EPSILON_START, dtype=torch.float64))
-        self.register_buffer("folded", gate_value(self.alpha, self.epsilon))
-        self.register_buffer("live", torch.ones(size, dtype=torch.bool))
+        start = Gates.fresh(size)
+        self.register_buffer("alpha", start.alpha)
+        self.register_buffer("epsilon", start.epsilon)
+        self.register_buffer("folded", gate_value(start.alpha, start.epsilon))
+        self.register_buffer("live", start.live)
         self.register_buffer("step_count", torch.tensor(0))
         self.register_buffer("balance", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("integral", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("settled", torch.tensor(False))
+        self.register_buffer("peak", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("layout", torch.tensor(channel_map.checksum()))
         self._lay_out(channel_map)
         # Weak, for a cycle would keep a deleted model's memory until the garbage collector comes by.
@@ -211,8 +214,8 @@ class GateBank(nn.Module):
         self._homes: list[tuple[dict[str, Any], str]] | None = None
         self._folded_at: tuple[Any, ...] | None = None
         self._pending: _Measurement | None = None
-        self._standing: tuple[Any, float, Tensor] | None = None
-        self._read: tuple[Any, tuple[int, Pressure]] | None = None
+        self._standing: tuple[Any, Standing] | None = None
+        self._read: tuple[Any, _Memory] | None = None
         self._dead_columns: tuple[Any, list[Tensor]] | None = None
         self._kept: dict[int, Tensor] = {}
 
@@ -267,9 +270,9 @@ class GateBank(nn.Module):
         """The gates g(alpha), float32, shape (classes,); zero for dead classes."""
         return torch.where(self.live, gate_value(self.alpha, self.epsilon), 0.0)
 
-    def share(self) -> float:
-        """The part of the FLOPs that is left, all dead classes gone."""
-        return self._stand()[0]
+    def shares(self) -> dict[str, float]:
+        """The part that is left of each resource in the budget, all dead classes gone, by its name."""
+        return self.targets.shares(self.live.cpu())
 
     def where(self, label: int) -> list[tuple[Side, int]]:
         """The (side, index) pairs that class `label` takes out when it dies."""
@@ -289,26 +292,23 @@ class GateBank(nn.Module):
 
     def progress(self) -> Progress:
         """Where the bank stands, as plain numbers."""
-        step, pressure = self._memory()
-        share = self.share()
+        memory = self._memory()
         return Progress(
-            share=share,
-            target=self.budget.flops,
-            step=step,
-            steps=self.budget.steps,
+            shares=self.shares(),
+            targets=self.targets.wanted(),
+            step=memory.steps,
+            steps=self.schedule.steps,
             balance=float(self.balance),
             epsilon=float(self.epsilon),
             classes=self.channel_map.size,
             dead=int((~self.live).sum()),
-            settled=pressure.settled or share <= self.budget.flops,
+            settled=memory.settled or self._stand().distance <= 0,
         )
 
     def __repr__(self) -> str:
         now = self.progress()
-        return (
-            f"GateBank({now.classes} classes, {now.dead} dead, FLOPs {now.share:.3f} -> {now.target:.3f}, "
-            f"step {now.step} of {now.steps})"
-        )
+        shares = ", ".join(f"{name} {share:.3f} -> {now.targets[name]:.3f}" for name, share in now.shares.items())
+        return f"GateBank({now.classes} classes, {now.dead} dead, {shares}, step {now.step} of {now.steps})"
 
     def forward(self, x: Any = None) -> Any:
         """Returns x: gates act from within the kernels. A `Sequential` that is gated calls its bank too."""
@@ -467,7 +467,7 @@ class GateBank(nn.Module):
         self._pending = None
         kept = self._kept
         self._take_note()
-        if self._memory()[0] < self.budget.steps:
+        if self._memory().steps < self.schedule.steps:
             gated = self._gated()
             kernels = {place: kept.get(id(weight), weight) for place, _, weight in gated}
             gradient = None if later else self._gradient(gated, kernels, scale)
@@ -488,7 +488,7 @@ class GateBank(nn.Module):
         over alpha stays as it is. In every case the dead columns are exactly zero afterwards.
 
         Args:
-            lr: the kernels' learning rate; alpha's is a tenth of it, without weight decay.
+            lr: the kernels' learning rate; alpha's follows its course, from `learning.ALPHA_RATE` at the peak.
         """
         if self._pending is None:
             self.measure()
@@ -524,47 +524,19 @@ class GateBank(nn.Module):
         return torch.where(torch.isfinite(total).all(), gradient, torch.nan)
 
     def _learn(self, gradient: Tensor, lr: float) -> None:
-        count, pressure = self._memory()
-        count += 1
-        share, price = self._stand()
-        pressure = steer(self.budget, pressure, share, count)
-        rate = ALPHA_RATE * lr
-        target = self._gradient_step(gradient, rate)
-        if pressure.movement > 0:
-            alpha, deaths_settle = self._threshold(target, price, pressure.movement, count)
-            pressure = Pressure(pressure.movement, pressure.integral, deaths_settle)
-        else:
-            alpha = _away_from_zero(target, OPEN_ALPHA)
-        self.alpha.copy_(torch.where(self.live, alpha, 0.0))
-        self.epsilon.fill_(epsilon_at(count, self.budget.steps))
-        self.step_count.fill_(count)
-        self.balance.fill_(pressure.movement / rate if rate else 0.0)
-        self.integral.fill_(pressure.integral)
-        self.settled.fill_(pressure.settled)
-        self._read = (self._memory_version(), (count, pressure))
-
-    def _gradient_step(self, gradient: Tensor, rate: float) -> Tensor:
-        """Alpha after its bounded gradient step, which neither crosses zero nor comes to it.
-
-        Near alpha = sqrt(epsilon / 3) the gate's slope is 0.65 / sqrt(epsilon), without limit as epsilon
-        falls: unbounded steps leap over zero and open a gate that was about to close.
-        """
-        bound = self.budget.step_bound
-        slope = gate_slope(self.alpha, self.epsilon)
-        moved = self.alpha - torch.clamp(rate * gradient * slope, -bound, bound)
-        sign = torch.sign(self.alpha)
-        nearest = torch.clamp(self.alpha.abs(), max=OPEN_ALPHA)
-        return sign * torch.maximum(sign * moved, nearest)
-
-    def _threshold(self, target: Tensor, price: Tensor, movement: float, count: int) -> tuple[Tensor, bool]:
-        """Equation 9 under the budget: alpha after it, and whether the target is given up as met."""
-        shrunk = soft_threshold(target, shrinkage(price, movement, self.budget.step_bound))
-        candidates = self.live & (shrunk == 0)
-        alpha = _away_from_zero(torch.where(candidates, target, shrunk), LEAST_ALPHA)
-        if not candidates.any():
-            return alpha, False
-        deaths = self._selection.deaths(target.abs().cpu(), candidates.cpu(), self.live.cpu(), count)
-        return alpha.index_fill_(0, deaths.classes.to(alpha.device), 0.0), deaths.settled
+        memory = self._memory()
+        pressure = Pressure(0.0, memory.integral, memory.settled)
+        now = Gates(self.alpha, self.live, self.epsilon, memory.steps, pressure, memory.peak)
+        after = self._learner.step(now, gradient, lr, self._stand())
+        self.alpha.copy_(after.alpha)  # folding sees to `live`
+        self.epsilon.copy_(after.epsilon)
+        self.step_count.fill_(after.count)
+        self.balance.fill_(after.balance)
+        self.integral.fill_(after.pressure.integral)
+        self.settled.fill_(after.pressure.settled)
+        self.peak.fill_(after.peak)
+        memory = _Memory(after.count, after.pressure.integral, after.pressure.settled, after.peak)
+        self._read = (self._memory_version(), memory)
 
     def _take_note(self) -> None:
         """Sees to alphas set by hand before they enter the mathematics."""
@@ -593,34 +565,25 @@ class GateBank(nn.Module):
             part = along(columns.part, columns.dim, weight.ndim)
             weight.index_copy_(columns.dim, columns.index, torch.lerp(columns.before, after, part))
 
-    def _stand(self) -> tuple[float, Tensor]:
-        """The share of FLOPs left, and each class's price relative to the mean price of live classes."""
+    def _stand(self) -> Standing:
+        """Where the classes that live now stand."""
         version = _version(self.live), id(self.live)
         if self._standing is None or self._standing[0] != version:
-            live = self.live.cpu()
-            price = self.flops.price(live)
-            mean = price[live].mean() if live.any() else price.new_ones(())
-            relative = (price / mean.clamp(min=1e-12)).to(self.alpha)
-            self._standing = (version, self.flops.share(live), relative)
-        return self._standing[1], self._standing[2]
+            self._standing = (version, self._learner.stand(Gates(self.alpha, self.live, self.epsilon)))
+        return self._standing[1]
 
     def _memory_version(self) -> tuple[Any, ...]:
-        buffers = (self.step_count, self.integral, self.settled)
+        buffers = (self.step_count, self.integral, self.settled, self.peak)
         return tuple((id(buffer), _version(buffer)) for buffer in buffers)
 
-    def _memory(self) -> tuple[int, Pressure]:
-        """Steps taken and the controller's memory, as the buffers have them."""
+    def _memory(self) -> _Memory:
+        """What the buffers have of the steps so far."""
         version = self._memory_version()
         if self._read is None or self._read[0] != version:
-            values = torch.stack([self.step_count.double(), self.integral.double(), self.settled.double()])
-            step, integral, settled = values.tolist()
-            self._read = (version, (int(step), Pressure(0.0, integral, bool(settled))))
+            buffers = (self.step_count, self.integral, self.settled, self.peak)
+            count, integral, settled, peak = torch.stack([buffer.double() for buffer in buffers]).tolist()
+            self._read = (version, _Memory(int(count), integral, bool(settled), peak))
         return self._read[1]
-
-
-def _away_from_zero(alpha: Tensor, least: float) -> Tensor:
-    """Alpha with every magnitude below `least` raised to it; alpha has no zeros where it counts."""
-    return torch.where(alpha.abs() < least, torch.copysign(alpha.new_tensor(least), alpha), alpha)
 
 
 def _version(tensor: Tensor) -> int:

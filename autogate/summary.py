@@ -114,7 +114,9 @@ def _totals(summary: Summary) -> Table:
     table.add_row("FLOPs (multiply-adds)", _share(summary.flops, summary.all_flops))
     table.add_row("parameters", _share(summary.params, summary.all_params))
     table.add_row("gates at zero", f"{now.dead} of {now.classes}")
-    table.add_row("target", f"{now.target:.1%} of the FLOPs, step {now.step} of {now.steps}")
+    for name, share in now.shares.items():
+        table.add_row("target", f"{now.targets[name]:.1%} of the {name}, {share:.1%} left")
+    table.add_row("steps", f"{now.step} of {now.steps}")
     table.add_row("within reach of gates", f"{summary.reach:.1%} of the FLOPs")
     return table
 

@@ -141,7 +141,7 @@ def gated_run(dense: nn.Module, train_data, test_data, flops: float, shortcuts: 
     curve = []
 
     def report(epoch: int, loss: float) -> None:
-        share = autogate.gates(model).progress().share
+        share = autogate.gates(model).progress().shares["FLOPs"]
         correct = accuracy(predict(model, test_data[0]), test_data[1])
         curve.append((epoch + 1, share, correct))
         print(f"  epoch {epoch + 1}: loss {loss:.3f}, FLOPs left {share:.4f}, test {correct:.2f} %", flush=True)

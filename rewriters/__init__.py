@@ -8,14 +8,14 @@
 Nothing here knows how a gate is learned.
 """
 
-from rewriters.analysis import Analysis, analyse
+from rewriters.analysis import Analysis, analyse, samples_in
 from rewriters.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.journal import Journal
 from rewriters.rehearsal import rehearse
 from rewriters.restoring import restore
 from rewriters.shortcuts import Shortcut, replace_shortcuts
-from rewriters.slimming import SlimPlan, apply, plan
+from rewriters.slimming import SlimPlan, apply, fields_after, plan
 from rewriters.verify import relative_error, run_eval
 
 __all__ = [
@@ -35,10 +35,12 @@ __all__ = [
     "VerificationError",
     "analyse",
     "apply",
+    "fields_after",
     "plan",
     "rehearse",
     "relative_error",
     "replace_shortcuts",
     "restore",
     "run_eval",
+    "samples_in",
 ]

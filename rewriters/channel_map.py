@@ -38,6 +38,10 @@ class Kernel:
     costs for one sample, over all calls of the layer: a layer costs macs * live_0 * live_1. `mixes` says
     that channels are summed over dimension `input_dim`, so that a gate may stand there; it is false for a
     depthwise convolution.
+
+    `outputs` are the elements that the layer gives for one sample, over all calls, for each index along the
+    dimensions `output_dims`: outputs * live_0 where that is (0,). Only a grouped transposed convolution
+    has its output channels along both.
     """
 
     module: str
@@ -45,6 +49,8 @@ class Kernel:
     macs: float
     input_dim: int
     mixes: bool = True
+    outputs: float = 0.0
+    output_dims: tuple[int, ...] = (0,)
 
     @property
     def input_side(self) -> Side:

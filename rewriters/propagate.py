@@ -48,7 +48,9 @@ class Labelling:
             else:
                 self._pin_outputs(node)
         if not counted:
-            self.findings.kernels[first:] = [replace(kernel, macs=0) for kernel in self.findings.kernels[first:]]
+            self.findings.kernels[first:] = [
+                replace(kernel, macs=0.0, outputs=0.0) for kernel in self.findings.kernels[first:]
+            ]
 
     def _tensor(self, node: fx.Node, captured: Capture) -> Labelled:
         value = node.meta["val"]
@@ -203,8 +205,12 @@ def _sum_calls(kernels: list[Kernel], samples: int) -> tuple[Kernel, ...]:
     for kernel in kernels:
         key = (kernel.weight, kernel.input_dim)
         before = summed.get(key)
-        macs = kernel.macs / samples + (before.macs if before else 0)
-        mixes = kernel.mixes or (before is not None and before.mixes)
-        first = before or kernel
-        summed[key] = Kernel(first.module, kernel.weight, macs, kernel.input_dim, mixes)
+        if before is None:
+            before = replace(kernel, macs=0.0, outputs=0.0)
+        summed[key] = replace(
+            before,
+            macs=before.macs + kernel.macs / samples,
+            outputs=before.outputs + kernel.outputs / samples,
+            mixes=before.mixes or kernel.mixes,
+        )
     return tuple(summed.values())

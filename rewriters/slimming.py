@@ -152,7 +152,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
             journal.set_tensor(module, own_name, sliced[id(tensor)])
-            for field, value in _fields(module, own_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
+            for field, value in fields_after(module, own_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
                 journal.set_attribute(module, field, value)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
@@ -183,8 +183,13 @@ def _like(old: Tensor, sliced: Tensor) -> Tensor:
     return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced
 
 
-def _fields(module: nn.Module, name: str, old: torch.Size, new: torch.Size, whole_groups: bool):
-    """(field, value) pairs of a module that follow from the new shape of one of its tensors."""
+def fields_after(
+    module: nn.Module, name: str, old: torch.Size, new: torch.Size, whole_groups: bool
+) -> Iterator[tuple[str, Any]]:
+    """(field, value) pairs of a module that follow from the new shape of one of its tensors.
+
+    `whole_groups`: a grouped convolution loses whole groups, and not the same places in every group.
+    """
     if isinstance(module, nn.modules.conv._ConvNd) and name == "weight":
         first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
         groups = module.groups

@@ -197,14 +197,14 @@ def test_the_target_is_a_share_of_the_model_without_the_convolutions_and_is_met(
     dense = autogate.summary(autogate.prepare(copy.deepcopy(model), IMAGE)).all_flops
     model = autogate.prepare(model, IMAGE, flops=0.5, steps=200, shortcuts="conv")
     bank = autogate.gates(model)
-    assert bank.progress().share > 1
+    assert bank.progress().shares["FLOPs"] > 1
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(200):
         optimizer.zero_grad()
         model(torch.randn(4, 3, 8, 8)).square().mean().backward()
         optimizer.step()
-    assert 0.49 <= bank.progress().share <= 0.51
-    assert autogate.summary(model).flops == pytest.approx(bank.progress().share * dense)
+    assert 0.49 <= bank.progress().shares["FLOPs"] <= 0.51
+    assert autogate.summary(model).flops == pytest.approx(bank.progress().shares["FLOPs"] * dense)
     wanted = outputs(model, IMAGE)
     slim = autogate.finalize(model)
     assert difference(outputs(slim, IMAGE), wanted) <= 1e-5
@@ -220,7 +220,7 @@ def test_the_share_of_one_asks_for_what_the_convolutions_cost():
         optimizer.zero_grad()
         model(torch.randn(4, 3, 8, 8)).square().mean().backward()
         optimizer.step()
-    assert 0.98 <= autogate.gates(model).progress().share <= 1.01
+    assert 0.98 <= autogate.gates(model).progress().shares["FLOPs"] <= 1.01
 
 
 def test_drop_path_and_hooks_of_a_block_stay():

@@ -56,7 +56,7 @@ def convolution(call: OpCall) -> Labelled:
     if groups == 1:
         into, out = (first, second) if transposed else (second, first)
         gate = _consume(call, channels, into, kernel.source)
-        _note_conv(call, kernel, positions, transposed, mixes=gate)
+        _note_conv(call, kernel, positions, mixes=gate)
     else:
         out = _grouped(call, channels, first, second, kernel, groups, positions)
     if bias is not None and out is not None:
@@ -66,10 +66,15 @@ def convolution(call: OpCall) -> Labelled:
     return Labelled(call.shape, (*layers, out.view(along)) if out is not None else tuple(layers))
 
 
-def _note_conv(call: OpCall, kernel: Labelled, macs: float, transposed: bool, mixes: bool) -> None:
+def _note_conv(call: OpCall, kernel: Labelled, macs: float, mixes: bool) -> None:
     if kernel.source is not None:
-        dim = 0 if transposed else 1
-        note = Kernel(call.module, kernel.source, macs, dim, mixes)
+        transposed, groups = call.args[6], call.args[8]
+        pixels = call.shape[0] * prod(call.shape[2:])
+        outputs, dims = (pixels, (1 if transposed else 0,))
+        if transposed and groups > 1:
+            by_group = groups >= kernel.shape[0] // groups
+            outputs, dims = (pixels * groups / kernel.shape[0], (0, 1)) if by_group else (pixels * groups, (1,))
+        note = Kernel(call.module, kernel.source, macs, 0 if transposed else 1, mixes, outputs, dims)
         call.findings.kernels.append(note)
         if mixes:
             call.findings.gated.add(note.input_side)
@@ -93,12 +98,12 @@ def _grouped(
         for labels in (channels, first, second):
             if labels is not None:
                 call.pin(labels, "a grouped convolution over channels that no layer owns")
-        _note_conv(call, kernel, positions, transposed, mixes=False)
+        _note_conv(call, kernel, positions, mixes=False)
         return first if not transposed else None
     if groups >= width:
         by_group = call.space.merge_along(channels.view(groups, -1), [1])
         call.space.merge(by_group, first.view(groups, per_group))
-        _note_conv(call, kernel, positions, transposed, mixes=False)
+        _note_conv(call, kernel, positions, mixes=False)
         return first if not transposed else by_group.expand(groups, kernel.shape[1]).reshape(-1)
     places = call.space.merge_along(first.view(groups, per_group), [0])
     if transposed:
@@ -106,7 +111,7 @@ def _grouped(
     elif second is not None:
         call.space.merge(ahead.view(groups, -1), inside.view(1, -1))
     gate = transposed or second is not None
-    _note_conv(call, kernel, positions, transposed, mixes=gate)
+    _note_conv(call, kernel, positions, mixes=gate)
     if not transposed:
         return first
     return second.view(1, -1).expand(groups, -1).reshape(-1) if second is not None else None
@@ -189,7 +194,8 @@ def _note_matrix(
         input_dim = 1 - out.dim if out.dim < 2 else 1
     else:
         input_dim = 1
-    call.findings.kernels.append(Kernel(call.module, weight.source, macs, input_dim, gate))
+    note = Kernel(call.module, weight.source, macs, input_dim, gate, macs, (1 - input_dim,))
+    call.findings.kernels.append(note)
     if gate and into is not None:
         call.findings.gated.add(into)
 

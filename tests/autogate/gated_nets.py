@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autogate.budget import Budget
 from autogate.gates import GateBank
+from autogate.resources import Flops
+from autogate.schedule import Schedule
+from autogate.targets import Target, Targets
 from rewriters.channel_map import ChannelMap, Kernel, Side
 
 WIDTHS = (16, 24, 24)
@@ -64,14 +66,20 @@ def conv_net_map(widths: tuple[int, int, int] = WIDTHS, pixels: int = 36, residu
     return ChannelMap(size, classes, sizes, kernels, gated, ())
 
 
+def flops_target(channel_map: ChannelMap, share: float) -> Targets:
+    """A share of the FLOPs as the only target."""
+    return Targets([Target(Flops(channel_map), share)])
+
+
 def gated_net(
     flops: float = 0.5, steps: int = 100, seed: int = 0, residual: bool = False, **settings: float
 ) -> tuple[ConvNet, GateBank]:
     """A ConvNet with its bank."""
     torch.manual_seed(seed)
     net = ConvNet(residual=residual)
-    budget = Budget(flops, steps, **settings)  # type: ignore[arg-type]
-    net.autogate = GateBank(net, conv_net_map(residual=residual), budget)
+    channel_map = conv_net_map(residual=residual)
+    schedule = Schedule(steps, **settings)  # type: ignore[arg-type]
+    net.autogate = GateBank(net, channel_map, flops_target(channel_map, flops), schedule)
     return net, net.autogate
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from autogate.gates import GateBank
+from autogate.learning import ALPHA_RATE, Gates
 from autogate.polarization import gate_slope
 from tests.autogate.gated_nets import backward, batch, gated_net
 
@@ -20,15 +21,15 @@ def random_gradients(bank: GateBank, size: float, pull: bool, generator: torch.G
 def test_the_target_is_met_in_time_whatever_the_gradients(target, steps, lr, size, pull):
     """Noise of any size, or gradients that hold every gate open: done at 90 % of the steps, and polarized."""
     _, bank = gated_net(target, steps)
-    dearest = bank.flops.drop(bank.live).max().item() / bank.flops.whole
+    dearest = (1 - bank.targets.distance_without_each(bank.live)).max().item()
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         random_gradients(bank, size, pull, generator)
         bank.measure()
         bank.step(lr)
-        assert bank.share() >= bank.budget.wanted(step + 1) - dearest
+        assert bank.targets.distance(bank.live) >= bank.schedule.wanted(step + 1) - dearest
         if step + 1 >= 0.9 * steps:
-            assert abs(bank.share() - target) <= 0.01
+            assert abs(bank.shares()["FLOPs"] - target) <= 0.01
     gates = bank.folded[bank.live]
     assert gates.min() > 0.5 and (bank.folded[~bank.live] == 0).all()
     assert bank.alpha.min() >= 0
@@ -54,7 +55,8 @@ def test_a_gradient_brings_alpha_no_nearer_to_zero_than_an_open_gate_needs():
     start = bank.alpha.clone()
     bank.alpha[::2] *= -1
     for _step in range(10):
-        bank.alpha.copy_(bank._gradient_step(torch.full((64,), 1e6), rate=1.0))
+        gates = Gates(bank.alpha, bank.live, bank.epsilon)
+        bank.alpha.copy_(bank._learner.descend(gates, torch.full((64,), 1e6), rate=1.0))
     assert torch.equal(bank.alpha.abs(), start.clamp(max=1e-3)) and (bank.alpha[::2] < 0).all()
 
 
@@ -71,7 +73,7 @@ def test_gates_that_the_threshold_spared_open_again_without_pressure():
 def test_the_threshold_leaves_no_live_gate_too_small_to_scale_back_from():
     _net, bank = gated_net(0.5, steps=100)
     target = torch.full((64,), 0.01 * (1 + 1e-4))
-    alpha, _ = bank._threshold(target, torch.ones(64), 0.01, 1)
+    alpha, _ = bank._learner.threshold(bank.live, target, torch.ones(64), 0.01, 1)
     assert (alpha == alpha.new_tensor(1e-5)).all()
 
 
@@ -106,9 +108,9 @@ def test_slope_enters_the_step_with_the_present_epsilon():
     bank.epsilon.fill_(0.01)
     bank.fold()
     for kernel in bank.kernels():
-        kernel.grad = 1e-3 * kernel.detach()
+        kernel.grad = 100 * kernel.detach()
     bank.measure()
-    expected = 0.01 * bank._pending.gradient * gate_slope(bank.alpha, 0.01)
+    expected = ALPHA_RATE * bank._pending.gradient * gate_slope(bank.alpha, 0.01)
     before = bank.alpha.clone()
     bank.step(0.1)
     torch.testing.assert_close(before - bank.alpha, expected, rtol=1e-3, atol=1e-7)

@@ -225,7 +225,7 @@ def test_a_plain_loop_meets_the_target_and_polarizes(optimizer, lr, target, step
     trained = optimizer(net.parameters(), lr, **options)
     losses = train(net, trained, steps)
     end = bank.progress()
-    assert abs(end.share - target) <= 0.01 and end.settled and end.step == steps
+    assert abs(end.shares["FLOPs"] - target) <= 0.01 and end.settled and end.step == steps
     assert (bank.folded[bank.live] > 0.5).all() and (bank.folded[~bank.live] == 0).all()
     assert all(map(torch.Tensor.isfinite, map(torch.Tensor.sum, net.state_dict().values())))
     assert sum(losses[-30:]) < 1.05 * sum(losses[:30])

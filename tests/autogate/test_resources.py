@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from autogate.resources import Bilinear, Flops, Params, Term
+from autogate.resources import Bilinear, Flops, Params, SideCounts, Term
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from rewriters.errors import AutogateError
 from tests.autogate.gated_nets import ConvNet, conv_net_map
@@ -40,7 +40,7 @@ def test_pinned_channels_stay_in_the_count():
     kernels = (Kernel("a", "a.weight", 10.0, 1), Kernel("b", "b.weight", 1.0, 1))
     flops = Flops(ChannelMap(2, classes, sizes, kernels, (Side("b.weight", 1),), ()))
     assert flops.whole == 10 * 3 * 4 + 3 * 5
-    assert flops.least_share() == pytest.approx((10 * 4 + 5) / flops.whole)
+    assert flops.least == pytest.approx((10 * 4 + 5) / flops.whole)
 
 
 def test_depthwise_kernels_cost_in_one_live_count():
@@ -79,7 +79,7 @@ def test_drop_is_what_one_death_saves(residual):
 
 def test_a_class_counts_as_often_as_it_lies_on_a_side():
     """A flatten gives a linear layer's input many indices of one class."""
-    flops = Bilinear(2, [Term(1.0, 0, 1)], [0.0, 10.0], [[0, 0, 0, 1, 1, 1], []])
+    flops = Bilinear(SideCounts(2, [0.0, 10.0], [[0, 0, 0, 1, 1, 1], []]), [Term(1.0, 0, 1)])
     assert flops.whole == 60
     assert flops.price(torch.tensor([True, True])).tolist() == [30, 30]
 
@@ -114,7 +114,7 @@ def test_shared_parameters_count_once():
 def test_params_refuse_three_labelled_dimensions():
     net = nn.Conv1d(2, 2, 2)
     classes = {Side("weight", dim): torch.arange(2) for dim in range(3)}
-    with pytest.raises(AutogateError, match="weight carries channels in 3 dimensions"):
+    with pytest.raises(AutogateError, match="weight: it carries channels in 3 dimensions"):
         Params(ChannelMap(2, classes, {}, (), (), ()), net)
 
 

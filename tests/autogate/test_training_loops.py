@@ -62,7 +62,7 @@ def test_timms_optimizers_meet_the_budget(name):
         schedule.step_update(step + 1)
     progress = autogate.gates(model).progress()
     assert progress.step == steps and progress.settled
-    assert abs(progress.share - 0.5) <= 0.01
+    assert abs(progress.shares["FLOPs"] - 0.5) <= 0.01
     assert_exact(model, example)
 
 
@@ -168,7 +168,7 @@ def test_accumulation_autocast_clipping_and_channels_last(clip):
             nn.utils.clip_grad_value_(model.parameters(), 0.1)
         optimizer.step()
     progress = autogate.gates(model).progress()
-    assert progress.step == 40 and abs(progress.share - 0.5) <= 0.01
+    assert progress.step == 40 and abs(progress.shares["FLOPs"] - 0.5) <= 0.01
     assert_exact(model, example)
 
 

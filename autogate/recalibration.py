@@ -1,0 +1,102 @@
+"""Batch norms' running statistics taken anew, on weights that stand still."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from rewriters.errors import AutogateError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a function when it is imported
+    from fvcore.nn.precise_bn import update_bn_stats
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
+    """Take the running statistics of a model's batch norms anew, as averages over many batches.
+
+    While gates close the running averages lag behind the weights, and an evaluation in the middle of a run
+    sees a worse model than there is. This is fvcore's precise BN (Wu and Johnson, "Rethinking 'Batch' in
+    BatchNorm", section 3): the weights stand still, and the batches' statistics are averaged. All but the
+    batch norms runs in eval mode meanwhile. A model without batch norms stays as it is.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
+        >>> loader = [(torch.randn(4, 3, 64, 64), torch.zeros(4)) for _ in range(3)]
+        >>> model = autogate.recalibrate(model, loader)
+
+    Args:
+        model: prepared, finalized or neither; the same object is returned. A copy of it runs meanwhile.
+        loader: batches: tensors, mappings of keyword arguments, or tuples or lists that begin with one of
+            these (images and labels). They are moved to the model's device.
+        batches: how many to average over; all that the loader has, if it knows of fewer.
+
+    Raises:
+        AutogateError: the loader gives too few batches, or a norm runs several times in one forward, which
+            fvcore can't average. The statistics are as they were.
+    """
+    trial = copy.deepcopy(model).eval()
+    norms = _norms(trial)
+    if not norms:
+        return model
+    for norm in norms:
+        norm.training = True
+    count = max(1, min(batches, _length(loader, batches)))
+    try:
+        update_bn_stats(_Caller(trial), itertools.islice(_again_and_again(loader), count), count)
+    except AssertionError as error:
+        raise AutogateError(
+            f"its batch norms can't be recalibrated: {error}",
+            where=type(model).__name__,
+            remedy="Give a loader of at least one batch, and `batches` no larger than it has.",
+        ) from error
+    for norm, taken in zip(_norms(model), norms, strict=True):
+        for name in ("running_mean", "running_var"):
+            norm.get_buffer(name).copy_(taken.get_buffer(name))  # in place: compiled graphs hold the buffers
+    return model
+
+
+class _Caller(nn.Module):
+    """Calls a model on batches as loaders give them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Any:
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+        reference = next(self.model.parameters())
+        inputs = tree_map_only(Tensor, lambda x: x.to(reference.device), inputs)
+        return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms that keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+
+
+def _length(loader: Iterable[Any], otherwise: int) -> int:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a generator, or a loader over an iterable data set
+        return otherwise
+
+
+def _again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's batches, from the start again when it is through; ends with one that gives no more."""
+    while True:
+        given = 0
+        for batch in loader:
+            given += 1
+            yield batch
+        if not given:
+            return

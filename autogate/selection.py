@@ -1,0 +1,222 @@
+"""Which of the classes that the threshold has taken to zero really die.
+
+The threshold moves all classes, and a step may take more of them to zero than there is need for. Those with
+the smallest alpha die, just enough of them for the wanted distance from the targets; the rest get to stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autogate.schedule import PATIENCE, Schedule
+from autogate.targets import ROUNDING, Targets
+from rewriters.channel_map import ALWAYS, ChannelMap
+
+
+@dataclass(frozen=True)
+class Group:
+    """Classes that lie on the same sides, and the number that dies at a time.
+
+    Attributes:
+        classes: their indices.
+        pace: so many of them die together, for the widths of all layers to stay on multiples of the
+            schedule's `round_to`.
+    """
+
+    classes: tuple[int, ...]
+    pace: int = 1
+
+
+def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
+    """The groups of a map, each with the pace that keeps layers on multiples of `round_to`.
+
+    A class may hold several channels of a layer (those of an attention head): fewer of them come to a
+    multiple.
+    """
+    counts = {
+        side: torch.bincount(classes[classes != ALWAYS].cpu(), minlength=channel_map.size)
+        for side, classes in channel_map.classes.items()
+    }
+    groups = []
+    for group in channel_map.groups():
+        held = {count for side in group.sides for count in counts[side][list(group.classes)].unique().tolist()}
+        groups.append(Group(group.classes, math.lcm(*(round_to // math.gcd(round_to, count) for count in held))))
+    return groups
+
+
+def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -> Tensor:
+    """How many classes of each group learning leaves alive, int64, shape (groups,).
+
+    `schedule.keep` of them, at least one, rounded up to the group's pace; only one pace of each if the targets
+    take more than that; none at all if they can't be met with whole groups alive.
+    """
+    sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
+    paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
+    wished = torch.ceil(schedule.keep * sizes / paces).to(torch.int64).clamp(min=1)
+    for counts in (wished, torch.ones_like(sizes)):
+        counts = torch.minimum(counts * paces, sizes)
+        live = torch.zeros(targets.size, dtype=torch.bool)
+        for group, count in zip(groups, counts.tolist(), strict=True):
+            live[list(group.classes[:count])] = True
+        if targets.distance(live) <= 0:
+            return counts
+    return torch.zeros_like(sizes)
+
+
+@dataclass(frozen=True)
+class Deaths:
+    """The classes that die in a step.
+
+    Attributes:
+        classes: their indices, int64.
+        settled: nothing more can be done for the targets: the model is as close to them as the classes allow.
+    """
+
+    classes: Tensor
+    settled: bool = False
+
+
+@dataclass(frozen=True)
+class _Queue:
+    """Candidates in the order in which they die, in bundles that die together.
+
+    Attributes:
+        order: the classes, int64, bundle after bundle.
+        ends: where each bundle ends in `order`, int64, shape (bundles,).
+    """
+
+    order: Tensor
+    ends: Tensor
+
+    def first(self, bundles: int) -> Tensor:
+        """The classes of the first so many bundles."""
+        return self.order[: int(self.ends[bundles - 1])] if bundles else self.order[:0]
+
+    def bundle(self, index: int) -> Tensor:
+        begin = int(self.ends[index - 1]) if index else 0
+        return self.order[begin : int(self.ends[index])]
+
+    def sums(self, values: Tensor) -> Tensor:
+        """A value per class, summed over each bundle."""
+        total = torch.cat([values.new_zeros(1), values[self.order].cumsum(0)])
+        return total[self.ends] - total[torch.cat([self.ends.new_zeros(1), self.ends[:-1]])]
+
+
+class Selection:
+    """Chooses, among the classes that the threshold has taken to zero, those that really die.
+
+    All of it runs on the CPU, in the rare step in which something dies, and depends on nothing but its
+    arguments: processes that agree on alpha agree on the dead.
+    """
+
+    def __init__(self, targets: Targets, schedule: Schedule, groups: Sequence[Group]):
+        self.targets = targets
+        self.schedule = schedule
+        self._tolerance = targets.tolerance(schedule.tolerance)
+        self._group = torch.zeros(targets.size, dtype=torch.int64)
+        for index, group in enumerate(groups):
+            self._group[list(group.classes)] = index
+        self._pace = torch.tensor([group.pace for group in groups], dtype=torch.int64)
+        self._keep = keep_counts(groups, targets, schedule)
+
+    def deaths(self, size: Tensor, candidates: Tensor, live: Tensor, step: int) -> Deaths:
+        """The candidates that die in step number `step`.
+
+        Args:
+            size: |alpha| after the gradient step, shape (classes,).
+            candidates: classes that the threshold took to zero, bool, shape (classes,); all of them live.
+            live: classes alive before the step, bool, shape (classes,).
+            step: number of this step; the first is 1.
+        """
+        wanted = self.schedule.wanted(step) + ROUNDING
+        queue = self._bundled(self._in_order(size, candidates, live), live)
+        if self._distance_without(live, queue.order) > wanted:
+            return Deaths(queue.order)
+        enough = self._shortest_prefix(live, queue, wanted)
+        if self._distance_without(live, queue.first(enough)) >= -self._tolerance:
+            return Deaths(queue.first(enough))
+        return self._land(live, queue, enough - 1, wanted, step)
+
+    def _in_order(self, size: Tensor, candidates: Tensor, live: Tensor) -> Tensor:
+        """The candidates from the smallest alpha to the largest; of equal ones the dearest first."""
+        index = torch.nonzero(candidates).flatten()
+        index = index[torch.argsort(self.targets.price(live)[index], descending=True, stable=True)]
+        return index[torch.argsort(size[index], stable=True)]
+
+    def _bundled(self, order: Tensor, live: Tensor) -> _Queue:
+        """The candidates that may die, in bundles of their group's pace, by the last one of each bundle.
+
+        The first bundle of a group brings it to a multiple of its pace. What doesn't fill a bundle waits, and
+        so does what would take the group below what it keeps.
+        """
+        groups = self._group[order]
+        count = len(self._keep)
+        alive, sizes = torch.bincount(self._group[live], minlength=count), torch.bincount(groups, minlength=count)
+        most = torch.minimum(sizes, (alive - self._keep).clamp(min=0))
+        by_group = torch.argsort(groups, stable=True)
+        begins = torch.cumsum(sizes, 0) - sizes
+        place = torch.empty_like(order)  # of each candidate among those of its group
+        place[by_group] = torch.arange(len(order)) - begins[groups[by_group]]
+        pace = self._pace[groups]
+        first = (alive % self._pace)[groups]  # candidates in the group's first bundle, if it is a short one
+        last = torch.where(place < first, first, first + ((place - first) // pace + 1) * pace) - 1
+        dies = last < most[groups]
+        # Where the last of a candidate's bundle stands in `order`.
+        until = by_group[(begins[groups] + last).clamp(max=max(len(order) - 1, 0))]
+        order, until = order[dies], until[dies]
+        sequence = torch.argsort(until, stable=True)
+        return _Queue(order[sequence], torch.cumsum(until.unique(return_counts=True)[1], 0))
+
+    def _distance_without(self, live: Tensor, dead: Tensor) -> float:
+        return self.targets.distance(live.index_fill(0, dead, False))
+
+    def _shortest_prefix(self, live: Tensor, queue: _Queue, wanted: float) -> int:
+        """The least number of bundles, taken in order, whose death brings the distance to `wanted`."""
+        low, high = 0, len(queue.ends)
+        while low < high:
+            middle = (low + high) // 2
+            if self._distance_without(live, queue.first(middle)) <= wanted:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _land(self, live: Tensor, queue: _Queue, certain: int, wanted: float, step: int) -> Deaths:
+        """The last bundles before the targets: those too dear for them are passed over for cheaper ones.
+
+        A target that no candidate fits is left to the steps to come, which bring others. But the pressure
+        that brings them lies on all classes, so it isn't kept up for long: what is settled for rises from
+        nothing to the tolerance above the target until patience is over. Then the cheapest bundle dies.
+        """
+        live = live.index_fill(0, queue.first(certain), False)
+        chosen = [queue.first(certain)]
+        rest = list(range(certain, len(queue.ends)))
+        distance = self.targets.distance(live)
+        while distance > wanted:
+            after = self._after_each(live, queue, distance)[rest]
+            fitting = torch.nonzero(after >= -self._tolerance).flatten()
+            if len(fitting) == 0:
+                return self._settle_for(chosen, queue, rest, after, distance, step)
+            bundle = queue.bundle(rest.pop(int(fitting[0])))
+            chosen.append(bundle)
+            live = live.index_fill(0, bundle, False)
+            distance = self.targets.distance(live)
+        return Deaths(torch.cat(chosen))
+
+    def _after_each(self, live: Tensor, queue: _Queue, distance: float) -> Tensor:
+        """The distance after the death of each bundle, float64, shape (bundles,)."""
+        return distance - queue.sums(distance - self.targets.distance_without_each(live))
+
+    def _settle_for(
+        self, chosen: list[Tensor], queue: _Queue, rest: list[int], after: Tensor, distance: float, step: int
+    ) -> Deaths:
+        waited = (step / self.schedule.reach_steps - 1) / (PATIENCE - 1)
+        close = distance <= self._tolerance * min(1.0, waited)
+        if not close and waited >= 1 and rest:
+            chosen = [*chosen, queue.bundle(rest[int(torch.argmax(after))])]
+        return Deaths(torch.cat(chosen), settled=close)
