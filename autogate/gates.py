@@ -129,6 +129,8 @@ class GateBank(nn.Module):
             moved by then.
 
     Attributes:
+        targets, schedule: as given.
+        learner: the mathematics of a step.
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
         folded: float32, shape (classes,): the gates that the kernels hold at this moment.
         live: bool, shape (classes,).
@@ -175,7 +177,7 @@ class GateBank(nn.Module):
                 f"left when every channel that may go has gone. {channel_map.why_pinned()}",
                 remedy="Ask for a larger share.",
             )
-        self._learner = Learner(targets, schedule, groups_of(channel_map, schedule.round_to))
+        self.learner = Learner(targets, schedule, groups_of(channel_map, schedule.round_to))
         size = channel_map.size
         start = Gates.fresh(size)
         self.register_buffer("alpha", start.alpha)
@@ -527,7 +529,7 @@ class GateBank(nn.Module):
         memory = self._memory()
         pressure = Pressure(0.0, memory.integral, memory.settled)
         now = Gates(self.alpha, self.live, self.epsilon, memory.steps, pressure, memory.peak)
-        after = self._learner.step(now, gradient, lr, self._stand())
+        after = self.learner.step(now, gradient, lr, self._stand())
         self.alpha.copy_(after.alpha)  # folding sees to `live`
         self.epsilon.copy_(after.epsilon)
         self.step_count.fill_(after.count)
@@ -569,7 +571,7 @@ class GateBank(nn.Module):
         """Where the classes that live now stand."""
         version = _version(self.live), id(self.live)
         if self._standing is None or self._standing[0] != version:
-            self._standing = (version, self._learner.stand(Gates(self.alpha, self.live, self.epsilon)))
+            self._standing = (version, self.learner.stand(Gates(self.alpha, self.live, self.epsilon)))
         return self._standing[1]
 
     def _memory_version(self) -> tuple[Any, ...]:

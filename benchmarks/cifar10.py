@@ -3,6 +3,7 @@
     python benchmarks/cifar10.py --data FOLDER --out runs/cifar10 --epochs 12 --flops 0.5 0.3
     python benchmarks/cifar10.py --data FOLDER --out runs/cifar10 --flops 0.5 0.25 --shortcuts shared conv
     python benchmarks/cifar10_channels.py --runs runs/cifar10 --out docs/figures/shortcuts.svg
+    python benchmarks/cifar10_polarization.py --run runs/cifar10/shared_0.5_0.json --out docs/figures/polarization.svg
 
 FOLDER holds torchvision's CIFAR-10, or `train.npz` and `test.npz` with arrays `images`, (N, 32, 32, 3) uint8,
 and `labels`, (N,). Each run leaves one JSON file in the output folder; a run whose file stands there is not
@@ -25,6 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autogate
+
+BINS = 20
+"""Bins of the histograms of gates, over [0, 1]."""
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -118,7 +122,7 @@ def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, peak: floa
             loss.backward()
             optimizer.step()
             schedule.step()
-        report(epoch, float(loss))
+        report(epoch, loss.item())
 
 
 @torch.no_grad()
@@ -133,7 +137,8 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def gated_run(dense: nn.Module, train_data, test_data, flops: float, shortcuts: str, args) -> dict:
-    """Gates from the trained dense net; the curve holds (epoch, FLOPs left, test accuracy)."""
+    """Gates from the trained dense net. Each point of the curve has the accuracy of the gated net, and of the same
+    net finalized at that epoch."""
     model = copy.deepcopy(dense)
     steps = args.epochs * (len(train_data[0]) // args.batch)
     example = normalise(train_data[0][:2])
@@ -141,10 +146,23 @@ def gated_run(dense: nn.Module, train_data, test_data, flops: float, shortcuts: 
     curve = []
 
     def report(epoch: int, loss: float) -> None:
-        share = autogate.gates(model).progress().shares["FLOPs"]
-        correct = accuracy(predict(model, test_data[0]), test_data[1])
-        curve.append((epoch + 1, share, correct))
-        print(f"  epoch {epoch + 1}: loss {loss:.3f}, FLOPs left {share:.4f}, test {correct:.2f} %", flush=True)
+        bank = autogate.gates(model)
+        point = {
+            "epoch": epoch + 1,
+            "loss": loss,
+            "flops_left": bank.shares()["FLOPs"],
+            "accuracy_gated": accuracy(predict(model, test_data[0]), test_data[1]),
+            "accuracy_slim": accuracy(
+                predict(autogate.finalize(copy.deepcopy(model), warn=False), test_data[0]), test_data[1]
+            ),
+            "gates": torch.histc(bank.gates().cpu(), BINS, 0, 1).int().tolist(),
+        }
+        curve.append(point)
+        print(
+            f"  epoch {epoch + 1}: loss {loss:.3f}, FLOPs left {point['flops_left']:.4f}, "
+            f"test {point['accuracy_gated']:.2f} %, finalized {point['accuracy_slim']:.2f} %",
+            flush=True,
+        )
 
     train(model, train_data, args.epochs, args.peak / 2, args.batch, report)
     bank = autogate.gates(model)

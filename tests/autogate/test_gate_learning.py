@@ -56,7 +56,7 @@ def test_a_gradient_brings_alpha_no_nearer_to_zero_than_an_open_gate_needs():
     bank.alpha[::2] *= -1
     for _step in range(10):
         gates = Gates(bank.alpha, bank.live, bank.epsilon)
-        bank.alpha.copy_(bank._learner.descend(gates, torch.full((64,), 1e6), rate=1.0))
+        bank.alpha.copy_(bank.learner.descend(gates, torch.full((64,), 1e6), rate=1.0))
     assert torch.equal(bank.alpha.abs(), start.clamp(max=1e-3)) and (bank.alpha[::2] < 0).all()
 
 
@@ -73,7 +73,7 @@ def test_gates_that_the_threshold_spared_open_again_without_pressure():
 def test_the_threshold_leaves_no_live_gate_too_small_to_scale_back_from():
     _net, bank = gated_net(0.5, steps=100)
     target = torch.full((64,), 0.01 * (1 + 1e-4))
-    alpha, _ = bank._learner.threshold(bank.live, target, torch.ones(64), 0.01, 1)
+    alpha, _ = bank.learner.threshold(bank.live, target, torch.ones(64), 0.01, 1)
     assert (alpha == alpha.new_tensor(1e-5)).all()
 
 
