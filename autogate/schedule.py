@@ -47,8 +47,9 @@ class Schedule:
             better than at 70 %.
         bound: longest way that one gradient or one price moves alpha in a step, unless the run is so short
             that it takes longer ones: see `step_bound`.
-        keep: part of a group's classes that learning leaves alive, at least one class, as long as the targets
-            can be met without taking them.
+        keep: the least width that learning leaves a layer, as a part of the one it would have if all were
+            narrowed alike for the same targets. A dear layer would otherwise be driven to nothing before its
+            channels could speak (section 4.3).
         tolerance: how far below the target (and, where nothing else fits, above it) a share may end.
         round_to: channels of a layer die in such numbers that a multiple of this stays. A layer that loses
             none keeps the width it has.
@@ -60,7 +61,7 @@ class Schedule:
     steps: int = DEFAULT_STEPS
     reach: float = 0.35
     bound: float = 0.02
-    keep: float = 0.02
+    keep: float = 0.5
     tolerance: float = 0.01
     round_to: int = 1
 

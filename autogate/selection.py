@@ -18,6 +18,10 @@ from autogate.targets import ROUNDING, Targets
 from rewriters.channel_map import ALWAYS, ChannelMap
 
 
+WIDTH_RESOLUTION = 0.005
+"""How closely the width is sought that all layers would have alike."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Classes that lie on the same sides, and the number that dies at a time.
@@ -52,20 +56,29 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
 def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -> Tensor:
     """How many classes of each group learning leaves alive, int64, shape (groups,).
 
-    `schedule.keep` of them, at least one, rounded up to the group's pace; only one pace of each if the targets
-    take more than that; none at all if they can't be met with whole groups alive.
+    `schedule.keep` of those that are left when all groups are narrowed alike until the targets are met; one
+    at least, and whole bundles. None at all if the targets can't be met with every group alive.
     """
     sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
     paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
-    wished = torch.ceil(schedule.keep * sizes / paces).to(torch.int64).clamp(min=1)
-    for counts in (wished, torch.ones_like(sizes)):
-        counts = torch.minimum(counts * paces, sizes)
+
+    def counts(part: float) -> Tensor:
+        bundles = torch.ceil(part * sizes / paces).to(torch.int64).clamp(min=1)
+        return torch.minimum(bundles * paces, sizes)
+
+    def meets(part: float) -> bool:
         live = torch.zeros(targets.size, dtype=torch.bool)
-        for group, count in zip(groups, counts.tolist(), strict=True):
+        for group, count in zip(groups, counts(part).tolist(), strict=True):
             live[list(group.classes[:count])] = True
-        if targets.distance(live) <= 0:
-            return counts
-    return torch.zeros_like(sizes)
+        return targets.distance(live) <= 0
+
+    if not meets(0.0):
+        return torch.zeros_like(sizes)
+    alike, too_wide = 0.0, 1.0
+    while too_wide - alike > WIDTH_RESOLUTION:
+        middle = (alike + too_wide) / 2
+        alike, too_wide = (middle, too_wide) if meets(middle) else (alike, middle)
+    return counts(schedule.keep * alike)
 
 
 @dataclass(frozen=True)

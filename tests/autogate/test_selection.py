@@ -80,21 +80,21 @@ def test_without_any_that_fits_the_least_overshoot_is_taken_in_the_end():
 
 def test_a_group_keeps_its_largest_classes():
     groups = [Group((0, 1, 2, 3, 4)), Group((5, 6, 7, 8, 9))]
-    selection = selection_of([1.0] * 10, 0.4, groups, keep=0.4)
+    selection = selection_of([1.0] * 10, 0.4, groups, keep=1.0)
     found = deaths(selection, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0], 100)
     assert sorted(found.classes.tolist()) == [0, 1, 2, 5, 6, 7]
 
 
-def test_groups_keep_less_only_if_the_target_takes_it():
-    groups = [Group(tuple(range(5))), Group(tuple(range(5, 10)))]
+def test_groups_keep_a_part_of_the_width_that_all_would_have_alike():
+    groups = [Group(tuple(range(20))), Group(tuple(range(20, 30)), pace=4)]
 
-    def kept(share: float, **settings) -> list[int]:
-        return keep_counts(groups, target([1.0] * 10, share), Schedule(**settings)).tolist()
+    def kept(share: float, keep: float) -> list[int]:
+        return keep_counts(groups, target([1.0] * 30, share), Schedule(keep=keep)).tolist()
 
-    assert kept(0.6, keep=0.5) == [3, 3]
-    assert kept(0.3, keep=0.5) == [1, 1]
-    assert kept(0.1, keep=0.5) == [0, 0]
-    assert kept(0.6) == [1, 1]
+    # Narrowed alike to 0.4 there are 8 of 20 and a bundle of 4; any wider would take a second bundle.
+    assert kept(0.5, 1.0) == [8, 4] and kept(0.5, 0.5) == [4, 4]
+    assert kept(0.5, 0.0) == kept(1 / 6, 1.0) == [1, 4]
+    assert kept(0.1, 0.5) == [0, 0]  # one and a bundle of 4 are more than a tenth
 
 
 def test_classes_dead_already_count_against_what_a_group_gives():
