@@ -16,6 +16,7 @@ from autogate import bookkeeping
 from autogate.budget import DEFAULT_STEPS, Budget
 from autogate.gates import GateBank
 from autogate.inputs import Inputs, as_call
+from autogate.sharding import has_shards
 from autogate.summary import Summary, summarise
 from rewriters import (
     Analysis,
@@ -147,6 +148,7 @@ def gates(model: nn.Module) -> GateBank:
             where=type(model).__name__,
             remedy="Call autogate.prepare(model) first.",
         )
+    bank.kernels()  # where fully_shard has exchanged them, the bank takes note
     return bank
 
 
@@ -203,13 +205,14 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         warn: warn when the budget has not been met.
 
     Raises:
-        AutogateError: no gates, a weight or gate that is not finite, or a layer that was changed since
-            `prepare`.
+        AutogateError: no gates, a weight or gate that is not finite, a layer that was changed since
+            `prepare`, or a model sharded by FSDP2: the message tells how to gather it.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than `TOLERANCE`.
         In every case the model is as it was, its gates still there.
     """
     model, bank = _unwrap(model), gates(model)
+    _check_whole(model)
     _check_finite(model)
     bank.fold()
     origin: Origin = bank.origin
@@ -312,6 +315,10 @@ def _check_model(model: Any) -> None:
         raise AutogateError("it is prepared already.", where=where, remedy="Train it, or finalize it first.")
     if hasattr(model, BANK):
         raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename that.")
+    if has_shards(model):
+        raise AutogateError(
+            "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
+        )
     if _unwrap(model) is not model:
         raise AutogateError(
             "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
@@ -345,6 +352,17 @@ def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
             )
         named += found
     return named
+
+
+def _check_whole(model: nn.Module) -> None:
+    if has_shards(model):
+        raise AutogateError(
+            "its parameters are sharded over processes, and a slim model is made of whole ones.",
+            where=type(model).__name__,
+            remedy="Gather them, state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+            "cpu_offload=True)) from torch.distributed.checkpoint.state_dict, on all ranks; on one of them prepare "
+            "the plain model as before, load_state_dict(state) and finalize that.",
+        )
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -130,18 +130,28 @@ def test_a_wrapping_optimizer_steps_once():
     assert bank.step_count == 3
 
 
-@pytest.mark.parametrize("keyword", [False, True])
-def test_a_closures_gradients_are_read_after_the_step(keyword):
-    net, bank = gated_net(1.0)
-    optimizer = torch.optim.SGD(net.parameters(), 1e-4)
+@pytest.mark.parametrize("how", ["positional", "keyword", "subclass"])
+def test_a_closure_leads_to_the_same_gates_as_a_backward_before_the_step(how):
+    class Passing(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
 
-    def closure():
-        backward(net, scale=100.0)
-        return torch.tensor(0.0)
+    plain, bank = gated_net(0.5, steps=30)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
+    train(plain, optimizer, 30)
+    net, theirs = gated_net(0.5, steps=30)
+    kind = Passing if how == "subclass" else torch.optim.SGD
+    optimizer = kind(net.parameters(), 0.1, momentum=0.9)
+    for step in range(30):
 
-    before = bank.alpha.clone()
-    optimizer.step(closure=closure) if keyword else optimizer.step(closure)
-    assert bank.step_count == 1 and not torch.equal(bank.alpha, before)
+        def closure(step=step):
+            backward(net, seed=step)
+            return torch.tensor(0.0)
+
+        optimizer.step(closure=closure) if how == "keyword" else optimizer.step(closure)
+    assert theirs.step_count == 30 and (~bank.live).any()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
 
 
 def test_a_step_that_raises_does_not_block_the_next():
