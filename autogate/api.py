@@ -143,10 +143,11 @@ def gates(model: nn.Module) -> GateBank:
     model = _unwrap(model)
     bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
     if not isinstance(bank, GateBank):
+        within = _gated_within(model)
         raise AutogateError(
             "it has no gates: it was not prepared, or is finalized already.",
             where=type(model).__name__,
-            remedy="Call autogate.prepare(model) first.",
+            remedy=f"Give its {within!r}, which has some." if within else "Call autogate.prepare(model) first.",
         )
     bank.kernels()  # where fully_shard has exchanged them, the bank takes note
     return bank
@@ -197,7 +198,8 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     """Take the closed channels out of a prepared model; its outputs stay what they were.
 
     The slim model is the same object, of plain layers: every tensor is sliced, the sizes that modules hold
-    follow, and no trace of gates is left. It is run on the example inputs before and after.
+    follow, and no trace of gates is left. It is run on the example inputs before and after. Autocast that
+    Accelerate has put around the model's forward is taken off: what comes back is the model that it was given.
 
     Args:
         model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
@@ -218,9 +220,10 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     origin: Origin = bank.origin
     inputs = _on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
     progress = bank.progress()
-    wanted = run_eval(model, *inputs)
     journal = Journal()
     try:
+        _take_off_autocast(model, journal)
+        wanted = run_eval(model, *inputs)
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
         _slim(model, bank, _on_device(origin.inputs, model), origin.ignored, journal)
@@ -319,7 +322,7 @@ def _check_model(model: Any) -> None:
         raise AutogateError(
             "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
         )
-    if _unwrap(model) is not model:
+    if _unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__:
         raise AutogateError(
             "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
         )
@@ -334,6 +337,31 @@ def _unwrap(model: Any) -> Any:
         if inner is None:
             return model
         model = inner
+
+
+_WRAPPED_FORWARD = "_original_forward"
+"""Where Accelerate keeps a model's forward when it puts autocast around it (`Accelerator.prepare_model`)."""
+
+
+def _take_off_autocast(model: nn.Module, journal: Journal) -> None:
+    """Gives a model its own forward back: one rewritten for the slim model would go unheard beneath another.
+
+    Outputs in half precision couldn't be compared to the last digit either.
+    """
+    forward = model.__dict__.get(_WRAPPED_FORWARD)
+    if forward is None:
+        return
+    journal.remove(model.__dict__, _WRAPPED_FORWARD)
+    if getattr(forward, "__func__", None) is type(model).forward:
+        journal.remove(model.__dict__, "forward")
+    else:
+        journal.set_attribute(model, "forward", forward)
+
+
+def _gated_within(model: Any) -> str | None:
+    """Path of a prepared module that the model holds, a LightningModule's network for instance."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)
 
 
 def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:

@@ -115,7 +115,8 @@ class GateBank(nn.Module):
     parameters under their own names.
 
     Channels are killed by hand with `bank.alpha[classes] = 0` (under `torch.no_grad()`); the model's next
-    forward finds them closed. Nothing brings a dead class back.
+    forward finds them closed (one that torch.compile has compiled after `bank.fold()` only). Nothing brings
+    a dead class back.
 
     Building a bank changes no number of the model: the initial gate counts as folded into the kernels.
 
@@ -400,13 +401,14 @@ class GateBank(nn.Module):
         the others are multiplied by the ratio of their gate to the one folded before.
 
         Args:
-            stepped: an optimizer has stepped; sharded kernels don't tell by themselves that they have changed.
+            stepped: an optimizer has stepped: not every one that writes to a kernel leaves a trace in its version (a
+                sharded kernel's, a CUDA graph's, one that goes by `.data`).
 
         Raises:
             AutogateError: if a live class's alpha is not finite; nothing is folded then.
         """
         gated = self._gated()
-        if self._versions(gated) == self._folded_at and not (stepped and self._sharded):
+        if self._versions(gated) == self._folded_at and not stepped:
             return
         gate = gate_value(self.alpha, self.epsilon)
         live = self.live & (gate != 0)

@@ -149,7 +149,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             turn.stepping = None
             if _skipped(optimizer):
                 bank.discard()
-                bank.fold(stepped=True)
+                bank.fold()
             else:
                 bank.step(_hold(optimizer, bank).lr)
         elif _hold(optimizer, bank).count:

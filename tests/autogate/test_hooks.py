@@ -252,6 +252,23 @@ def test_training_on_after_the_last_step_is_plain_fine_tuning():
     assert len(dead) and net.conv2.weight[:, dead].abs().max() == 0
 
 
+def test_dead_columns_stay_zero_where_a_step_leaves_no_trace():
+    """Many an optimizer writes by `.data`, as the replay of a CUDA graph does: no version tells of it."""
+
+    class ByData(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.sub_(group["lr"] * torch.ones_like(parameter))
+
+    net, bank = gated_net(0.5, steps=10)
+    optimizer = ByData(net.parameters(), 1e-3)
+    train(net, optimizer, 14)
+    dead = torch.nonzero(~bank.live[:16]).flatten()
+    assert bank.step_count == 10 and len(dead)
+    assert net.conv2.weight[:, dead].abs().max() == 0 and net.conv2.weight.abs().max() > 0
+
+
 def test_nothing_dies_for_the_whole_of_the_flops():
     net, bank = gated_net(1.0, steps=60)
     train(net, torch.optim.SGD(net.parameters(), 0.1), 60)
