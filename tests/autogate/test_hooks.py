@@ -220,6 +220,55 @@ def test_alpha_goes_with_the_learning_rate_of_most_gated_kernels():
     assert ways[0].abs().max() > 0 and torch.equal(*ways)
 
 
+def test_alpha_goes_with_the_learning_rate_of_the_leading_optimizer():
+    ways = []
+    for rate_of_few in (0.01, 5.0):
+        net, bank = gated_net(1.0)
+        few = torch.optim.SGD(net.fc.parameters(), rate_of_few)
+        most = torch.optim.SGD([*net.conv2.parameters(), *net.conv3.parameters()], 0.01)
+        before = bank.alpha.clone()
+        backward(net)
+        most.step()
+        few.step()
+        ways.append(bank.alpha - before)
+    assert ways[0].abs().max() > 0 and torch.equal(*ways)
+
+
+def test_each_of_several_optimizers_has_a_schedule():
+    net, bank = gated_net(0.5, steps=80)
+    body = [parameter for name, parameter in net.named_parameters() if not name.startswith("fc")]
+    optimizers = [torch.optim.SGD(body, 0.1, momentum=0.9), torch.optim.AdamW(net.fc.parameters(), 1e-3)]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizers[0], 0.1, 80),
+                 torch.optim.lr_scheduler.StepLR(optimizers[1], 10, 0.5)]  # fmt: skip
+    for step in range(80):
+        backward(net, step)
+        for each in (*optimizers, *schedules):
+            each.step()
+    end = bank.progress()
+    assert end.step == 80 and end.settled and abs(end.share - 0.5) <= 0.01
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_warm_up_from_nothing_is_no_hindrance(as_tensor):
+    """The first learning rate is zero, a float or (as a captured or compiled step has it) a tensor."""
+    net, bank = gated_net(0.5, steps=80)
+    optimizer = torch.optim.AdamW(net.parameters(), torch.tensor(1e-2) if as_tensor else 1e-2, foreach=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    for step in range(80):
+        backward(net, step)
+        optimizer.step()
+        if step == 0:
+            assert optimizer.param_groups[0]["lr"] == 0 and bank.step_count == 1
+            assert bank.live.all() and torch.isfinite(bank.alpha).all() and bank.balance == 0
+            ratio = (bank.folded / before["autogate.folded"])[:16].view(1, -1, 1, 1)
+            torch.testing.assert_close(net.conv2.weight.detach(), before["conv2.weight"] * ratio)
+        schedule.step()
+    end = bank.progress()
+    assert end.step == 80 and end.settled and abs(end.share - 0.5) <= 0.01
+    assert torch.isfinite(bank.alpha).all()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "lr", "target", "steps"),
     [
