@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import autogate
 
-WORLD, STEPS, BATCH = 2, 30, 8
+WORLD, STEPS, BATCH = 2, 20, 8
 
 
 class Net(nn.Module):
