@@ -339,21 +339,22 @@ class GateBank(nn.Module):
             self._labels, self._side_of = self._labels.to(self.alpha.device), self._side_of.to(self.alpha.device)
         found: dict[tuple[int, int], _Gated] = {}
         for place, ((home, name), side) in enumerate(zip(self._homes, self._sides, strict=True)):
-            gated = self._at_rest(place, side.dim, home[name])
+            gated = _Gated(place, side.dim, home[name], None)
+            if self._sharded or is_sharded(gated.weight):
+                gated = self._at_rest(gated)
             found.setdefault((id(gated.weight), side.dim), gated)
         return list(found.values())
 
-    def _at_rest(self, place: int, dim: int, weight: nn.Parameter) -> _Gated:
-        """The gated side with the parameter that optimizers step, `weight` being what its module has now.
+    def _at_rest(self, gated: _Gated) -> _Gated:
+        """A gated side with the parameter that optimizers step, in the place of what its module has now.
 
-        From forward to backward FSDP2 puts gathered copies (or shards over fewer processes) in its place.
+        From forward to backward FSDP2 puts gathered copies (or shards over fewer processes) there.
         """
-        known = self._sharded.get(place)
-        if known is not None and (weight is known.weight or layout(weight) != layout(known.weight)):
+        known = self._sharded.get(gated.place)
+        if known is not None and (gated.weight is known.weight or layout(gated.weight) != layout(known.weight)):
             return known
-        gated = _Gated(place, dim, weight, columns_here(weight, dim))
-        if is_sharded(weight):
-            self._sharded[place] = gated
+        if is_sharded(gated.weight):
+            gated = self._sharded[gated.place] = gated._replace(here=columns_here(gated.weight, gated.dim))
         return gated
 
     def _stand_ins(self) -> list[_Gated]:
@@ -588,9 +589,9 @@ class GateBank(nn.Module):
             sums = products.setdefault(layout(side.weight), [none[:length] for length in self._lengths])
             if (grad := side.weight.grad) is not None:
                 counted = column_products(local(grad), kernels[side.place], side.dim).to(self.alpha)
-                sums[side.place] = counted if side.here is None else none[: self._lengths[side.place]].index_copy(
-                    0, side.here.to(counted.device), counted
-                )  # fmt: skip
+                if side.here is not None:
+                    counted = sums[side.place].index_copy(0, side.here.to(counted.device), counted)
+                sums[side.place] = counted
         whole = self.alpha.new_zeros(self.channel_map.size + 1)
         for where, sums in products.items():
             whole = whole + total(segment_sum(torch.cat([none[:0], *sums]), self._labels, len(whole)), where)

@@ -53,7 +53,8 @@ def train(compiled: nn.Module, after=lambda: None) -> None:
 def fresh_dynamo():
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        yield
     torch._dynamo.reset()
 
 
@@ -63,7 +64,14 @@ def test_a_whole_run_compiles_once_a_mode(backend, hooks):
     model = prepared(hooks=hooks)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    train(compiled, (lambda: None) if hooks else (lambda: autogate.step(compiled, lr=0.05)))
+
+    def after() -> None:
+        if not hooks:
+            autogate.step(compiled, lr=0.05)
+        # From the first evaluation on nothing may be compiled again, a hook's frame neither.
+        torch._dynamo.config.error_on_recompile = counter.frame_count == 2
+
+    train(compiled, after)
     progress = autogate.gates(compiled).progress()
     assert progress.step == STEPS and progress.settled and progress.dead
     images, _ = batch(0)
@@ -71,7 +79,8 @@ def test_a_whole_run_compiles_once_a_mode(backend, hooks):
     with torch.no_grad():
         gated = compiled(images)
     assert counter.frame_count == 2  # once to train, once to evaluate
-    assert not counters["graph_break"] and not counters["frames"].get("unimplemented")
+    assert not counters["graph_break"] and torch._dynamo.config.error_on_recompile
+    torch._dynamo.config.error_on_recompile = False  # the slim model has other shapes
     with torch.no_grad():
         torch.testing.assert_close(autogate.finalize(compiled)(images), gated, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(compiled(images), gated, rtol=1e-5, atol=1e-6)
