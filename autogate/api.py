@@ -16,6 +16,7 @@ from autogate import bookkeeping
 from autogate.gates import GateBank
 from autogate.inputs import Inputs, as_call
 from autogate.schedule import DEFAULT_STEPS, Schedule
+from autogate.sharding import has_shards
 from autogate.summary import Summary, summarise
 from autogate.targets import ResourceMaker, Shares
 from rewriters import (
@@ -157,11 +158,13 @@ def gates(model: nn.Module) -> GateBank:
     model = _unwrap(model)
     bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
     if not isinstance(bank, GateBank):
+        within = _gated_within(model)
         raise AutogateError(
             "it has no gates: it was not prepared, or is finalized already.",
             where=type(model).__name__,
-            remedy="Call autogate.prepare(model) first.",
+            remedy=f"Give its {within!r}, which has some." if within else "Call autogate.prepare(model) first.",
         )
+    bank.kernels()  # where fully_shard has exchanged them, the bank takes note
     return bank
 
 
@@ -210,7 +213,8 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     """Take the closed channels out of a prepared model; its outputs stay what they were.
 
     The slim model is the same object, of plain layers: every tensor is sliced, the sizes that modules hold
-    follow, and no trace of gates is left. It is run on the example inputs before and after.
+    follow, and no trace of gates is left. It is run on the example inputs before and after. Autocast that
+    Accelerate has put around the model's forward is taken off: what comes back is the model that it was given.
 
     Args:
         model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
@@ -218,21 +222,23 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         warn: warn when the budget has not been met.
 
     Raises:
-        AutogateError: no gates, a weight or gate that is not finite, or a layer that was changed since
-            `prepare`.
+        AutogateError: no gates, a weight or gate that is not finite, a layer that was changed since
+            `prepare`, or a model sharded by FSDP2: the message tells how to gather it.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than `TOLERANCE`.
         In every case the model is as it was, its gates still there.
     """
     model, bank = _unwrap(model), gates(model)
+    _check_whole(model)
     _check_finite(model)
     bank.fold()
     origin: Origin = bank.origin
     inputs = _on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
     progress = bank.progress()
-    wanted = run_eval(model, *inputs)
     journal = Journal()
     try:
+        _take_off_autocast(model, journal)
+        wanted = run_eval(model, *inputs)
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
         _slim(model, bank, _on_device(origin.inputs, model), origin.ignored, journal)
@@ -331,7 +337,11 @@ def _check_model(model: Any) -> None:
         raise AutogateError("it is prepared already.", where=where, remedy="Train it, or finalize it first.")
     if hasattr(model, BANK):
         raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename that.")
-    if _unwrap(model) is not model:
+    if has_shards(model):
+        raise AutogateError(
+            "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
+        )
+    if _unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__:
         raise AutogateError(
             "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
         )
@@ -346,6 +356,31 @@ def _unwrap(model: Any) -> Any:
         if inner is None:
             return model
         model = inner
+
+
+_WRAPPED_FORWARD = "_original_forward"
+"""Where Accelerate keeps a model's forward when it puts autocast around it (`Accelerator.prepare_model`)."""
+
+
+def _take_off_autocast(model: nn.Module, journal: Journal) -> None:
+    """Gives a model its own forward back: one rewritten for the slim model would go unheard beneath another.
+
+    Outputs in half precision couldn't be compared to the last digit either.
+    """
+    forward = model.__dict__.get(_WRAPPED_FORWARD)
+    if forward is None:
+        return
+    journal.remove(model.__dict__, _WRAPPED_FORWARD)
+    if getattr(forward, "__func__", None) is type(model).forward:
+        journal.remove(model.__dict__, "forward")
+    else:
+        journal.set_attribute(model, "forward", forward)
+
+
+def _gated_within(model: Any) -> str | None:
+    """Path of a prepared module that the model holds, a LightningModule's network for instance."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)
 
 
 def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
@@ -364,6 +399,17 @@ def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
             )
         named += found
     return named
+
+
+def _check_whole(model: nn.Module) -> None:
+    if has_shards(model):
+        raise AutogateError(
+            "its parameters are sharded over processes, and a slim model is made of whole ones.",
+            where=type(model).__name__,
+            remedy="Gather them, state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+            "cpu_offload=True)) from torch.distributed.checkpoint.state_dict, on all ranks; on one of them prepare "
+            "the plain model as before, load_state_dict(state) and finalize that.",
+        )
 
 
 def _check_finite(model: nn.Module) -> None:

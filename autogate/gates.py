@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from autogate.learning import Gates, Learner, Standing
 from autogate.polarization import gate_value
 from autogate.schedule import Pressure, Schedule
 from autogate.selection import groups_of
+from autogate.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
 from autogate.targets import Targets
 from rewriters.channel_map import ALWAYS, ChannelMap, Side
 from rewriters.errors import AutogateError
@@ -98,11 +99,12 @@ class _Memory(NamedTuple):
 
 
 class _Gated(NamedTuple):
-    """A gated side: its place among the bank's sides, its dimension and the kernel."""
+    """A gated side: its place among the bank's sides, its dimension, the kernel, its columns here (None: all)."""
 
     place: int
     dim: int
     weight: nn.Parameter
+    here: Tensor | None
 
 
 class GateBank(nn.Module):
@@ -113,7 +115,8 @@ class GateBank(nn.Module):
     parameters under their own names.
 
     Channels are killed by hand with `bank.alpha[classes] = 0` (under `torch.no_grad()`); the model's next
-    forward finds them closed. Nothing brings a dead class back.
+    forward finds them closed (one that torch.compile has compiled after `bank.fold()` only). Nothing brings
+    a dead class back.
 
     Building a bank changes no number of the model: the initial gate counts as folded into the kernels.
 
@@ -220,12 +223,13 @@ class GateBank(nn.Module):
         self._read: tuple[Any, _Memory] | None = None
         self._dead_columns: tuple[Any, list[Tensor]] | None = None
         self._kept: dict[int, Tensor] = {}
+        self._sharded: dict[int, _Gated] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         for derived in ("_homes", "_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
             state[derived] = None
-        state["_kept"] = {}
+        state["_kept"], state["_sharded"] = {}, {}
         state["_model"] = self._model()
         return state
 
@@ -318,7 +322,7 @@ class GateBank(nn.Module):
 
     def kernels(self) -> list[nn.Parameter]:
         """The gated kernels, each once."""
-        return list({id(weight): weight for _, _, weight in self._gated()}.values())
+        return list({id(side.weight): side.weight for side in self._gated()}.values())
 
     def added_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Name and kernel of the layers that were not in the user's model and that learn."""
@@ -333,10 +337,37 @@ class GateBank(nn.Module):
             return []
         if self._homes is None:
             self._homes = self._locate(model)
+        if self._labels.device != self.alpha.device:  # moved by `tensor.data = ...`, as fully_shard does
+            self._labels, self._side_of = self._labels.to(self.alpha.device), self._side_of.to(self.alpha.device)
         found: dict[tuple[int, int], _Gated] = {}
         for place, ((home, name), side) in enumerate(zip(self._homes, self._sides, strict=True)):
-            weight = home[name]
-            found.setdefault((id(weight), side.dim), _Gated(place, side.dim, weight))
+            gated = _Gated(place, side.dim, home[name], None)
+            if self._sharded or is_sharded(gated.weight):
+                gated = self._at_rest(gated)
+            found.setdefault((id(gated.weight), side.dim), gated)
+        return list(found.values())
+
+    def _at_rest(self, gated: _Gated) -> _Gated:
+        """A gated side with the parameter that optimizers step, in the place of what its module has now.
+
+        From forward to backward FSDP2 puts gathered copies (or shards over fewer processes) there.
+        """
+        known = self._sharded.get(gated.place)
+        if known is not None and (gated.weight is known.weight or layout(gated.weight) != layout(known.weight)):
+            return known
+        if is_sharded(gated.weight):
+            gated = self._sharded[gated.place] = gated._replace(here=columns_here(gated.weight, gated.dim))
+        return gated
+
+    def _stand_ins(self) -> list[_Gated]:
+        """Gated sides of the copies that stand in for sharded parameters at this moment."""
+        found: dict[tuple[int, int], _Gated] = {}
+        for place, (home, name) in enumerate(self._homes or ()):
+            known = self._sharded.get(place)
+            if known is not None and (weight := home[name]) is not known.weight:
+                found.setdefault(
+                    (id(weight), known.dim), known._replace(weight=weight, here=columns_here(weight, known.dim))
+                )
         return list(found.values())
 
     def _locate(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
@@ -360,21 +391,27 @@ class GateBank(nn.Module):
         """A value per class, laid out along all gated sides; `pinned` where no class is."""
         return torch.cat([values, values.new_full((1,), pinned)])[self._labels]
 
-    def _on_side(self, flat: Tensor, place: int) -> Tensor:
-        return flat[self._begins[place] : self._begins[place + 1]]
+    def _on_side(self, flat: Tensor, side: _Gated) -> Tensor:
+        """The values of the side's columns, as far as these lie here."""
+        values = flat[self._begins[side.place] : self._begins[side.place + 1]]
+        return values if side.here is None else values[side.here.to(values.device)]
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def fold(self, stepped: bool = False) -> None:
         """Brings the kernels in line with alpha; cheap if nothing has changed since the last time.
 
         Classes of zero alpha die, the columns of dead classes become exactly zero whatever moved them, and
         the others are multiplied by the ratio of their gate to the one folded before.
 
+        Args:
+            stepped: an optimizer has stepped: not every one that writes to a kernel leaves a trace in its version (a
+                sharded kernel's, a CUDA graph's, one that goes by `.data`).
+
         Raises:
             AutogateError: if a live class's alpha is not finite; nothing is folded then.
         """
         gated = self._gated()
-        if self._versions(gated) == self._folded_at:
+        if self._versions(gated) == self._folded_at and not stepped:
             return
         gate = gate_value(self.alpha, self.epsilon)
         live = self.live & (gate != 0)
@@ -391,28 +428,42 @@ class GateBank(nn.Module):
         elif self._folded_at[0] != _version(self.alpha):
             self.alpha.masked_fill_(~live, 0.0)
         factor = self._spread(ratio, 1.0)
-        dead = self._dead()
-        for place, dim, weight in gated:
-            if place in scaled:
-                scale_columns(weight, dim, self._on_side(factor, place))
-            if len(dead[place]):
-                weight.index_fill_(dim, dead[place].to(weight.device), 0)
+        stand_ins = self._stand_ins()
+        dead = [*self._dead(gated), *self._columns(~self.live, stand_ins)]
+        for side, columns in zip([*gated, *stand_ins], dead, strict=True):
+            weight = local(side.weight)
+            if side.place in scaled:
+                scale_columns(weight, side.dim, self._on_side(factor, side))
+            if len(columns):
+                weight.index_fill_(side.dim, columns.to(weight.device), 0)
         self._folded_at = self._versions(gated)
         if not self.follows:
             self._keep(gated)
 
     def _keep(self, gated: list[_Gated]) -> None:
         """Remembers the kernels as they are, for the next step to know them by."""
-        self._kept = {id(weight): weight.detach().clone() for _, _, weight in gated}
+        weights = {id(side.weight): side for side in reversed(gated)}
+        self._kept = {side.place: local(side.weight).detach().clone() for side in weights.values()}
+
+    def _kernels(self, gated: list[_Gated], kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """By place, the kernels as they are here, or as they were kept."""
+        first = {id(side.weight): side.place for side in reversed(gated)}
+        kernels = {}
+        for side in gated:
+            weight = local(side.weight)
+            kernel = kept.get(first[id(side.weight)], weight)
+            # Of a model that was sharded since it was kept whole.
+            kernels[side.place] = kernel if kernel.shape == weight.shape else part_like(kernel, side.weight)
+        return kernels
 
     def _versions(self, gated: list[_Gated]) -> tuple[Any, ...]:
         """Changes whenever a tensor that folding depends on has been written to or replaced."""
         buffers = (self.alpha, self.live, self.folded, self.epsilon)
-        return (*map(_version, buffers), *((id(weight), _version(weight)) for _, _, weight in gated))
+        return (*map(_version, buffers), *((id(side.weight), _version(side.weight)) for side in gated))
 
     def _tolerance(self, gated: list[_Gated]) -> float:
         """Half-precision kernels would round smaller changes than twice their resolution away."""
-        types = {weight.dtype for _, _, weight in gated}
+        types = {side.weight.dtype for side in gated}
         return max([FOLD_TOLERANCE, *(2 * torch.finfo(dtype).eps for dtype in types)])
 
     def _where_to_scale(self, moved: Tensor, live: Tensor) -> tuple[set[int], bool]:
@@ -431,26 +482,40 @@ class GateBank(nn.Module):
             )
         return {place for place, count in enumerate(columns) if count}, bool(some_died)
 
-    def _dead(self) -> list[Tensor]:
-        """Indices of the dead columns of each gated side."""
-        version = _version(self.live), id(self.live)
+    def _dead(self, gated: list[_Gated]) -> list[Tensor]:
+        """Indices of the dead columns of each gated side, among those that lie here."""
+        version = _version(self.live), id(self.live), *(id(side.weight) for side in gated)
         if self._dead_columns is None or self._dead_columns[0] != version:
-            closed = self._spread(~self.live, False).cpu()
-            columns = [
-                torch.nonzero(self._on_side(closed, place)).flatten().to(self.live.device)
-                for place in range(len(self._sides))
-            ]
+            columns = [index.to(self.live.device) for index in self._columns(~self.live, gated)]
             self._dead_columns = (version, columns)
         return self._dead_columns[1]
+
+    def _columns(self, chosen: Tensor, sides: list[_Gated]) -> list[Tensor]:
+        """Indices of the columns of each side that the chosen classes have here, on the CPU."""
+        if not sides:
+            return []
+        flat = self._spread(chosen, False).cpu()
+        return [torch.nonzero(self._on_side(flat, side)).flatten() for side in sides]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             self._fold_if_real()
 
     def _fold_if_real(self) -> None:
+        gated = self._gated()
         # functional_call and its kin run the model on tensors that stand in for its parameters.
-        if all(isinstance(weight, nn.Parameter) for _, _, weight in self._gated()):
+        if self._versions(gated) == self._folded_at or not all(isinstance(side.weight, nn.Parameter) for side in gated):
+            return
+        if self._may_stand_in(gated):
+            if not self.follows:
+                self._keep(gated)
+        else:
             self.fold()
+
+    def _may_stand_in(self, gated: list[_Gated]) -> bool:
+        """Whether one may be FSDP2's gathered copy of a sharded kernel that was never seen: the first forward's."""
+        model = self._model()
+        return model is not None and any(not is_sharded(side.weight) for side in gated) and has_shards(model)
 
     @torch.no_grad()
     def measure(self, *, scale: Tensor | float | None = None, later: bool = False) -> None:
@@ -464,16 +529,23 @@ class GateBank(nn.Module):
 
         Args:
             scale: what the gradients are still multiplied by (a GradScaler's scale), if anything.
-            later: the gradients come to be within the optimizer's step (of a closure): `step` reads them.
+            later: the gradients come to be within the optimizer's step, of a closure: call `read` after it.
         """
         self._pending = None
         kept = self._kept
         self._take_note()
         if self._memory().steps < self.schedule.steps:
             gated = self._gated()
-            kernels = {place: kept.get(id(weight), weight) for place, _, weight in gated}
+            kernels = self._kernels(gated, kept)
             gradient = None if later else self._gradient(gated, kernels, scale)
             self._pending = _Measurement(gradient, self._hold_back(gated, kernels))
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Reads the gates' gradients when a closure has made them, before the optimizer goes on to use them."""
+        if self._pending is not None:
+            gated = self._gated()
+            self._pending = replace(self._pending, gradient=self._gradient(gated, self._kernels(gated, {})))
 
     def discard(self) -> None:
         """Drops what `measure` read: the optimizer is going to skip its step."""
@@ -500,10 +572,10 @@ class GateBank(nn.Module):
             gradient = measured.gradient
             if gradient is None:
                 gated = self._gated()
-                gradient = self._gradient(gated, {place: weight for place, _, weight in gated})
+                gradient = self._gradient(gated, self._kernels(gated, {}))
             if torch.isfinite(gradient).all():
                 self._learn(gradient, lr)
-        self.fold()
+        self.fold(stepped=True)
 
     def _gradient(
         self, gated: list[_Gated], kernels: Mapping[int, Tensor], scale: Tensor | float | None = None
@@ -512,18 +584,23 @@ class GateBank(nn.Module):
 
         `kernels` are, by place, what the gradients were taken at.
         """
-        counted = {
-            place: column_products(weight.grad, kernels[place], dim).to(self.alpha)
-            for place, dim, weight in gated
-            if weight.grad is not None
-        }
         none = self.alpha.new_zeros(max(map(len, self.channel_map.classes.values()), default=0))
-        sums = [counted.get(place, none[:length]) for place, length in enumerate(self._lengths)]
-        total = segment_sum(torch.cat([none[:0], *sums]), self._labels, self.channel_map.size + 1)
+        # Kernels of one layout are summed together, so that their processes speak once a step.
+        products: dict[Any, list[Tensor]] = {}
+        for side in gated:
+            sums = products.setdefault(layout(side.weight), [none[:length] for length in self._lengths])
+            if (grad := side.weight.grad) is not None:
+                counted = column_products(local(grad), kernels[side.place], side.dim).to(self.alpha)
+                if side.here is not None:
+                    counted = sums[side.place].index_copy(0, side.here.to(counted.device), counted)
+                sums[side.place] = counted
+        whole = self.alpha.new_zeros(self.channel_map.size + 1)
+        for where, sums in products.items():
+            whole = whole + total(segment_sum(torch.cat([none[:0], *sums]), self._labels, len(whole)), where)
         if scale is not None:
-            total = total / scale
-        gradient = torch.where(self.live, total[:-1] / self.folded, 0.0)
-        return torch.where(torch.isfinite(total).all(), gradient, torch.nan)
+            whole = whole / scale
+        gradient = torch.where(self.live, whole[:-1] / self.folded, 0.0)
+        return torch.where(torch.isfinite(whole).all(), gradient, torch.nan)
 
     def _learn(self, gradient: Tensor, lr: float) -> None:
         memory = self._memory()
@@ -549,20 +626,19 @@ class GateBank(nn.Module):
         closing = self.live & (self.folded < NEARLY_CLOSED)
         if not closing.any():
             return ()
-        flat = self._spread(closing, False).cpu()
         part = self._spread((self.folded / NEARLY_CLOSED) ** 2, 1.0)
         held = []
-        for place, dim, weight in gated:
-            index = torch.nonzero(self._on_side(flat, place)).flatten()
+        for side, index in zip(gated, self._columns(closing, gated), strict=True):
             if len(index):
-                through = self._on_side(part, place)[index.to(part.device)].to(weight)
-                index = index.to(weight.device)
-                held.append(_HeldBack(weight, dim, index, kernels[place].index_select(dim, index), through))
+                before = kernels[side.place]
+                through = self._on_side(part, side)[index.to(part.device)].to(before)
+                index = index.to(before.device)
+                held.append(_HeldBack(side.weight, side.dim, index, before.index_select(side.dim, index), through))
         return tuple(held)
 
     def _release(self, held: tuple[_HeldBack, ...]) -> None:
         for columns in held:
-            weight = columns.weight
+            weight = local(columns.weight)
             after = weight.index_select(columns.dim, columns.index)
             part = along(columns.part, columns.dim, weight.ndim)
             weight.index_copy_(columns.dim, columns.index, torch.lerp(columns.before, after, part))

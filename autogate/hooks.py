@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,21 @@ def _hold(optimizer: Optimizer, bank: GateBank) -> _Hold:
     return _Hold(total, lr)
 
 
-def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+class _Reading:
+    """An optimizer's closure, after which a bank reads the gradients that it has left."""
+
+    def __init__(self, closure: Callable[[], Any], bank: GateBank) -> None:
+        self._closure, self.bank = closure, bank
+
+    def __call__(self) -> Any:
+        loss = self._closure()
+        self.bank.read()
+        return loss
+
+
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for bank, turn in list(_turns.items()):
         hold = _hold(optimizer, bank)
         # A step within a step (of a subclass's super(), of a wrapped optimizer) comes here again: the
@@ -119,6 +134,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             # A fused optimizer unscales within its step: GradScaler lends it this attribute for the time.
             bank.measure(scale=getattr(optimizer, "grad_scale", None), later=closure is not None)
+            if closure is not None and not (isinstance(closure, _Reading) and closure.bank is bank):
+                reading = _Reading(closure, bank)
+                if len(args) > 1:
+                    args = (args[0], reading, *args[2:])
+                else:
+                    kwargs = {**kwargs, "closure": reading}
+    return args, kwargs
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,7 +153,7 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
             else:
                 bank.step(_hold(optimizer, bank).lr)
         elif _hold(optimizer, bank).count:
-            bank.fold()
+            bank.fold(stepped=True)
 
 
 def _skipped(optimizer: Optimizer) -> bool:

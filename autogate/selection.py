@@ -17,7 +17,6 @@ from autogate.schedule import PATIENCE, Schedule
 from autogate.targets import ROUNDING, Targets
 from rewriters.channel_map import ALWAYS, ChannelMap
 
-
 WIDTH_RESOLUTION = 0.005
 """How closely the width is sought that all layers would have alike."""
 

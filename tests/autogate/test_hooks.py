@@ -130,18 +130,28 @@ def test_a_wrapping_optimizer_steps_once():
     assert bank.step_count == 3
 
 
-@pytest.mark.parametrize("keyword", [False, True])
-def test_a_closures_gradients_are_read_after_the_step(keyword):
-    net, bank = gated_net(1.0)
-    optimizer = torch.optim.SGD(net.parameters(), 1e-4)
+@pytest.mark.parametrize("how", ["positional", "keyword", "subclass"])
+def test_a_closure_leads_to_the_same_gates_as_a_backward_before_the_step(how):
+    class Passing(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
 
-    def closure():
-        backward(net, scale=100.0)
-        return torch.tensor(0.0)
+    plain, bank = gated_net(0.5, steps=30)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
+    train(plain, optimizer, 30)
+    net, theirs = gated_net(0.5, steps=30)
+    kind = Passing if how == "subclass" else torch.optim.SGD
+    optimizer = kind(net.parameters(), 0.1, momentum=0.9)
+    for step in range(30):
 
-    before = bank.alpha.clone()
-    optimizer.step(closure=closure) if keyword else optimizer.step(closure)
-    assert bank.step_count == 1 and not torch.equal(bank.alpha, before)
+        def closure(step=step):
+            backward(net, seed=step)
+            return torch.tensor(0.0)
+
+        optimizer.step(closure=closure) if how == "keyword" else optimizer.step(closure)
+    assert theirs.step_count == 30 and (~bank.live).any()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
 
 
 def test_a_step_that_raises_does_not_block_the_next():
@@ -210,6 +220,55 @@ def test_alpha_goes_with_the_learning_rate_of_most_gated_kernels():
     assert ways[0].abs().max() > 0 and torch.equal(*ways)
 
 
+def test_alpha_goes_with_the_learning_rate_of_the_leading_optimizer():
+    ways = []
+    for rate_of_few in (0.01, 5.0):
+        net, bank = gated_net(1.0)
+        few = torch.optim.SGD(net.fc.parameters(), rate_of_few)
+        most = torch.optim.SGD([*net.conv2.parameters(), *net.conv3.parameters()], 0.01)
+        before = bank.alpha.clone()
+        backward(net)
+        most.step()
+        few.step()
+        ways.append(bank.alpha - before)
+    assert ways[0].abs().max() > 0 and torch.equal(*ways)
+
+
+def test_each_of_several_optimizers_has_a_schedule():
+    net, bank = gated_net(0.5, steps=80)
+    body = [parameter for name, parameter in net.named_parameters() if not name.startswith("fc")]
+    optimizers = [torch.optim.SGD(body, 0.1, momentum=0.9), torch.optim.AdamW(net.fc.parameters(), 1e-3)]
+    schedules = [torch.optim.lr_scheduler.OneCycleLR(optimizers[0], 0.1, 80),
+                 torch.optim.lr_scheduler.StepLR(optimizers[1], 10, 0.5)]  # fmt: skip
+    for step in range(80):
+        backward(net, step)
+        for each in (*optimizers, *schedules):
+            each.step()
+    end = bank.progress()
+    assert end.step == 80 and end.settled and abs(end.shares["FLOPs"] - 0.5) <= 0.01
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_warm_up_from_nothing_is_no_hindrance(as_tensor):
+    """The first learning rate is zero, a float or (as a captured or compiled step has it) a tensor."""
+    net, bank = gated_net(0.5, steps=80)
+    optimizer = torch.optim.AdamW(net.parameters(), torch.tensor(1e-2) if as_tensor else 1e-2, foreach=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    for step in range(80):
+        backward(net, step)
+        optimizer.step()
+        if step == 0:
+            assert optimizer.param_groups[0]["lr"] == 0 and bank.step_count == 1
+            assert bank.live.all() and torch.isfinite(bank.alpha).all() and bank.balance == 0
+            ratio = (bank.folded / before["autogate.folded"])[:16].view(1, -1, 1, 1)
+            torch.testing.assert_close(net.conv2.weight.detach(), before["conv2.weight"] * ratio)
+        schedule.step()
+    end = bank.progress()
+    assert end.step == 80 and end.settled and abs(end.shares["FLOPs"] - 0.5) <= 0.01
+    assert torch.isfinite(bank.alpha).all()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "lr", "target", "steps"),
     [
@@ -240,6 +299,23 @@ def test_training_on_after_the_last_step_is_plain_fine_tuning():
     assert bank.step_count == 40 and torch.equal(bank.alpha, alpha) and torch.equal(bank.live, live)
     dead = torch.nonzero(~live[:16]).flatten()
     assert len(dead) and net.conv2.weight[:, dead].abs().max() == 0
+
+
+def test_dead_columns_stay_zero_where_a_step_leaves_no_trace():
+    """Many an optimizer writes by `.data`, as the replay of a CUDA graph does: no version tells of it."""
+
+    class ByData(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.sub_(group["lr"] * torch.ones_like(parameter))
+
+    net, bank = gated_net(0.5, steps=10)
+    optimizer = ByData(net.parameters(), 1e-3)
+    train(net, optimizer, 14)
+    dead = torch.nonzero(~bank.live[:16]).flatten()
+    assert bank.step_count == 10 and len(dead)
+    assert net.conv2.weight[:, dead].abs().max() == 0 and net.conv2.weight.abs().max() > 0
 
 
 def test_nothing_dies_for_the_whole_of_the_flops():

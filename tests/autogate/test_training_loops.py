@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import autogate
@@ -257,8 +258,28 @@ def _train_share(rank: int, world: int, port: int, folder: str) -> None:
     gated = output(model, torch.ones(2, 3, 8, 8))
     slim = autogate.finalize(wrapped)
     torch.testing.assert_close(output(slim, torch.ones(2, 3, 8, 8)), gated, rtol=1e-5, atol=1e-6)
+    if world == 2:
+        _train_until_the_last_runs_out(rank, folder)
     if world > 1:
         torch.distributed.destroy_process_group()
+
+
+def _train_until_the_last_runs_out(rank: int, folder: str) -> None:
+    """Two epochs in which the second process has more batches than the first, within `Join`."""
+    torch.manual_seed(0)
+    model = autogate.prepare(Plain(), torch.randn(2, 3, 8, 8), flops=0.5, steps=STEPS)
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for epoch in range(2):
+        with Join([wrapped]):
+            for step in range(STEPS // 2 - 3 * (1 - rank)):
+                optimizer.zero_grad()
+                loss = loss_of(wrapped, 1000 * epoch + 10 * step + rank, size=4)
+                loss.backward()
+                optimizer.step()
+    assert autogate.gates(model).progress().step == STEPS and autogate.gates(model).progress().settled
+    torch.save(model.state_dict(), f"{folder}/join_{rank}.pt")
+    assert_exact(model, torch.ones(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -268,8 +289,11 @@ def test_every_process_of_a_distributed_run_has_the_same_gates(world, tmp_path):
     alone = torch.load(tmp_path / "1_0.pt")
     states = [torch.load(tmp_path / f"{world}_{rank}.pt") for rank in range(world)]
     assert (~alone["autogate.live"]).any()
-    for state in states:
-        for key, value in state.items():
-            assert torch.equal(value, states[0][key]), f"{key} differs between processes"
+    joined = [torch.load(path) for path in sorted(tmp_path.glob("join_*.pt"))]
+    assert len(joined) == (2 if world == 2 else 0)
+    for first, *others in filter(None, (states, joined)):
+        for state in others:
+            for key, value in state.items():
+                assert torch.equal(value, first[key]), f"{key} differs between processes"
     assert torch.equal(states[0]["autogate.live"], alone["autogate.live"])
     torch.testing.assert_close(states[0]["autogate.alpha"], alone["autogate.alpha"], rtol=1e-3, atol=1e-4)

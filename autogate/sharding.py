@@ -1,0 +1,86 @@
+"""Kernels of which each process holds a part: the DTensors of FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+Scaling and zeroing columns needs only the part that lies here; sums over columns add up over the processes. A plain
+tensor is the case of all columns lying here and nothing to add.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+else:  # a PyTorch without distributed training: nothing is ever sharded
+
+    class DTensor:  # type: ignore[no-redef]
+        pass
+
+    class FSDPModule:  # type: ignore[no-redef]
+        pass
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process may hold a part of the tensor only."""
+    return isinstance(tensor, DTensor)
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether FSDP2 manages a part of the model, be its parameters gathered at the moment or not."""
+    # The attribute is for modules within one that was sharded: FSDP leaves it there for Dynamo to see.
+    managed = (isinstance(m, FSDPModule) or getattr(m, "_is_fsdp_managed_module", False) for m in model.modules())
+    return any(managed) or any(map(is_sharded, model.parameters()))
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """The part of the tensor that lies here, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def layout(tensor: Tensor) -> Any:
+    """Where the tensor's parts lie, None if all is here: tensors of one layout can be summed together."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
+
+
+def columns_here(tensor: Tensor, dim: int) -> Tensor | None:
+    """The indices along `dim` that lie here, int64 on the CPU; None for all of them."""
+    if not isinstance(tensor, DTensor) or all(_shards_dim(placement) != dim for placement in tensor.placements):
+        return None
+    shape = [1] * tensor.ndim
+    shape[dim] = -1
+    index = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type).view(shape)
+    others_whole = [p if _shards_dim(p) == dim else Replicate() for p in tensor.placements]
+    return _part(index, tensor.device_mesh, others_whole).flatten().cpu()
+
+
+def part_like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """The part of `whole`, a plain tensor of the shape of all of `tensor`, that goes with the part of it here."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    return _part(whole, tensor.device_mesh, tensor.placements)
+
+
+def total(values: Tensor, where: Any) -> Tensor:
+    """The sum, the same on every process, of what each found on its part of tensors of layout `where`.
+
+    It is a collective: every process that holds a part has to call it.
+    """
+    if where is None:
+        return values
+    mesh, placements = where
+    apart = [Replicate() if _shards_dim(placement) is None else Partial() for placement in placements]
+    return DTensor.from_local(values, mesh, apart, run_check=False).full_tensor()
+
+
+def _part(whole: Tensor, mesh: Any, placements: Any) -> Tensor:
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=placements).to_local()
+
+
+def _shards_dim(placement: Any) -> int | None:
+    """The dimension that a placement shards, None if it doesn't."""
+    return getattr(placement, "dim", None)
