@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import timm
@@ -30,18 +30,17 @@ from autogate.schedule import Schedule
 from autogate.selection import groups_of
 
 ARCHITECTURES = {
-    "resnet18": {},
+    "resnet10t": {},
     "repvgg_a0": {},
     "mobilenetv2_035": {},
     "efficientnet_lite0": {},
-    "regnety_002": {},
+    "regnetx_002": {},
     "ghostnet_050": {},
     "densenet121": {},
     "dla46_c": {},
-    "hrnet_w18_small": {},
-    "cspresnet50": {},
+    "ese_vovnet19b_slim_dw": {},
+    "convnext_atto": {},
     "vit_tiny_patch16_224": {"img_size": digits.SIZE, "patch_size": 4},
-    "vgg11_bn": {},
 }
 TARGETS = (0.7, 0.5, 0.3, 0.15)
 OPTIMIZERS = {
@@ -49,7 +48,7 @@ OPTIMIZERS = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, 1e-3),
 }
 LENGTHS = (300, 3000, 30_000)
-BATCH = 16
+BATCH = 8
 
 
 def prepared(name: str, target: float, steps: int) -> nn.Module:
@@ -109,9 +108,9 @@ def simulated(name: str, target: float, strength: float, steps: int) -> dict:
     return measures(bank, gates.live, gate_value(gates.alpha, gates.epsilon), met_at)
 
 
-def runs(kind: str) -> Iterator[tuple]:
-    """Names of the runs: architecture, target, optimizer or strength, steps."""
-    for name in ARCHITECTURES:
+def runs(kind: str, names: Iterable[str]) -> Iterator[tuple]:
+    """What is run: architecture, target, optimizer or strength, steps."""
+    for name in names:
         for target in TARGETS:
             if kind == "trained":
                 yield from ((name, target, optimizer, 300) for optimizer in OPTIMIZERS)
@@ -153,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["trained", "simulated", "table"])
     parser.add_argument("--out", type=Path, default=Path("runs/controller"))
+    parser.add_argument("--models", nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -160,7 +160,7 @@ def main() -> None:
         return table(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.kind}.jsonl"
-    for run in runs(args.kind):
+    for run in runs(args.kind, args.models):
         if run in done(path):
             continue
         started = time.time()
