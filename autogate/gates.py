@@ -14,24 +14,22 @@ Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiabl
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from autogate import hooks
-from autogate.columns import along, column_products, scale_columns, segment_sum
+from autogate.kernels import GatedKernels, GatedSide, HeldBack
 from autogate.learning import Gates, Learner, Standing
 from autogate.polarization import gate_value
 from autogate.schedule import Pressure, Schedule
 from autogate.selection import groups_of
-from autogate.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
+from autogate.sharding import local
 from autogate.targets import Targets
-from rewriters.channel_map import ALWAYS, ChannelMap, Side
+from rewriters.channel_map import ChannelMap, Side
 from rewriters.errors import AutogateError
 
 NEARLY_CLOSED = 0.5
@@ -71,22 +69,11 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _HeldBack:
-    """Columns behind nearly closed gates as they were before a step, and the part of it that gets through."""
-
-    weight: nn.Parameter
-    dim: int
-    index: Tensor
-    before: Tensor
-    part: Tensor
-
-
-@dataclass(frozen=True)
 class _Measurement:
     """What was read before the optimizer's step: dL/dg (None if it isn't there yet), columns to hold back."""
 
     gradient: Tensor | None
-    held: tuple[_HeldBack, ...]
+    held: tuple[HeldBack, ...]
 
 
 class _Memory(NamedTuple):
@@ -96,15 +83,6 @@ class _Memory(NamedTuple):
     integral: float
     settled: bool
     peak: float
-
-
-class _Gated(NamedTuple):
-    """A gated side: its place among the bank's sides, its dimension, the kernel, its columns here (None: all)."""
-
-    place: int
-    dim: int
-    weight: nn.Parameter
-    here: Tensor | None
 
 
 class GateBank(nn.Module):
@@ -193,50 +171,32 @@ class GateBank(nn.Module):
         self.register_buffer("settled", torch.tensor(False))
         self.register_buffer("peak", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("layout", torch.tensor(channel_map.checksum()))
-        self._lay_out(channel_map)
-        # Weak, for a cycle would keep a deleted model's memory until the garbage collector comes by.
-        self._model = weakref.ref(model)
+        self._kernels = GatedKernels(model, channel_map)
         self._forget()
         self.to(next(iter(self.kernels()), self.alpha).device)
         self.hook = model.register_forward_pre_hook(self._before_forward)
         if follows:
             hooks.register(self)
         else:
-            self._keep(self._gated())
-
-    def _lay_out(self, channel_map: ChannelMap) -> None:
-        """The classes along all gated sides, end to end; class number `size` stands for the pinned ones."""
-        self._sides = tuple(side for side in channel_map.gated if side in channel_map.classes)
-        classes = [channel_map.classes[side].cpu() for side in self._sides]
-        self._lengths = tuple(len(labels) for labels in classes)
-        self._begins = tuple(accumulate(self._lengths, initial=0))
-        flat = torch.cat([torch.zeros(0, dtype=torch.int64), *classes])
-        self._labels = torch.where(flat == ALWAYS, channel_map.size, flat)
-        self._side_of = torch.repeat_interleave(torch.tensor(self._lengths, dtype=torch.int64))
+            self._kernels.keep(self._gated())
 
     def _forget(self) -> None:
         """Drops all that was worked out from buffers and kernels."""
-        self._homes: list[tuple[dict[str, Any], str]] | None = None
+        self._kernels.forget()
         self._folded_at: tuple[Any, ...] | None = None
         self._pending: _Measurement | None = None
         self._standing: tuple[Any, Standing] | None = None
         self._read: tuple[Any, _Memory] | None = None
         self._dead_columns: tuple[Any, list[Tensor]] | None = None
-        self._kept: dict[int, Tensor] = {}
-        self._sharded: dict[int, _Gated] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_homes", "_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
+        for derived in ("_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
             state[derived] = None
-        state["_kept"], state["_sharded"] = {}, {}
-        state["_model"] = self._model()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        model = state.pop("_model")
         super().__setstate__(state)
-        self._model = weakref.ref(model)
         if self.follows:
             hooks.register(self)
 
@@ -262,8 +222,6 @@ class GateBank(nn.Module):
         for name, buffer in self.named_buffers():
             if buffer.dtype != before[name].dtype:
                 setattr(self, name, before[name].to(buffer.device))
-        self._labels = self._labels.to(self.alpha.device)
-        self._side_of = self._side_of.to(self.alpha.device)
         self._forget()
         return self
 
@@ -326,75 +284,13 @@ class GateBank(nn.Module):
 
     def added_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Name and kernel of the layers that were not in the user's model and that learn."""
-        model = self._model()
+        model = self._kernels.model()
         named = [] if model is None else [(name, model.get_parameter(name)) for name in sorted(self.added)]
         return [(name, weight) for name, weight in named if weight.requires_grad]
 
-    def _gated(self) -> list[_Gated]:
-        """The gated sides; of a kernel that goes by several names only the first."""
-        model = self._model()
-        if model is None:
-            return []
-        if self._homes is None:
-            self._homes = self._locate(model)
-        if self._labels.device != self.alpha.device:  # moved by `tensor.data = ...`, as fully_shard does
-            self._labels, self._side_of = self._labels.to(self.alpha.device), self._side_of.to(self.alpha.device)
-        found: dict[tuple[int, int], _Gated] = {}
-        for place, ((home, name), side) in enumerate(zip(self._homes, self._sides, strict=True)):
-            gated = _Gated(place, side.dim, home[name], None)
-            if self._sharded or is_sharded(gated.weight):
-                gated = self._at_rest(gated)
-            found.setdefault((id(gated.weight), side.dim), gated)
-        return list(found.values())
-
-    def _at_rest(self, gated: _Gated) -> _Gated:
-        """A gated side with the parameter that optimizers step, in the place of what its module has now.
-
-        From forward to backward FSDP2 puts gathered copies (or shards over fewer processes) there.
-        """
-        known = self._sharded.get(gated.place)
-        if known is not None and (gated.weight is known.weight or layout(gated.weight) != layout(known.weight)):
-            return known
-        if is_sharded(gated.weight):
-            gated = self._sharded[gated.place] = gated._replace(here=columns_here(gated.weight, gated.dim))
-        return gated
-
-    def _stand_ins(self) -> list[_Gated]:
-        """Gated sides of the copies that stand in for sharded parameters at this moment."""
-        found: dict[tuple[int, int], _Gated] = {}
-        for place, (home, name) in enumerate(self._homes or ()):
-            known = self._sharded.get(place)
-            if known is not None and (weight := home[name]) is not known.weight:
-                found.setdefault(
-                    (id(weight), known.dim), known._replace(weight=weight, here=columns_here(weight, known.dim))
-                )
-        return list(found.values())
-
-    def _locate(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-        """Each gated side's kernel, by the dictionary that its module keeps it in and its name there.
-
-        That is found once and not at every forward; the parameter itself may be replaced, its module not.
-        """
-        homes = []
-        for side in self._sides:
-            path, _, name = side.tensor.rpartition(".")
-            try:
-                home = model.get_submodule(path)._parameters
-            except AttributeError:
-                home = {}
-            if home.get(name) is None:
-                raise AutogateError("this gated kernel is not a parameter of the model.", where=side.tensor)
-            homes.append((home, name))
-        return homes
-
-    def _spread(self, values: Tensor, pinned: float | bool) -> Tensor:
-        """A value per class, laid out along all gated sides; `pinned` where no class is."""
-        return torch.cat([values, values.new_full((1,), pinned)])[self._labels]
-
-    def _on_side(self, flat: Tensor, side: _Gated) -> Tensor:
-        """The values of the side's columns, as far as these lie here."""
-        values = flat[self._begins[side.place] : self._begins[side.place + 1]]
-        return values if side.here is None else values[side.here.to(values.device)]
+    def _gated(self) -> list[GatedSide]:
+        self._kernels.to(self.alpha.device)  # which fully_shard moves by `tensor.data = ...`
+        return self._kernels.sides()
 
     @torch.no_grad()
     def fold(self, stepped: bool = False) -> None:
@@ -427,49 +323,30 @@ class GateBank(nn.Module):
             self.folded.copy_(torch.where(moved, gate, self.folded).masked_fill_(~live, 0.0))
         elif self._folded_at[0] != _version(self.alpha):
             self.alpha.masked_fill_(~live, 0.0)
-        factor = self._spread(ratio, 1.0)
-        stand_ins = self._stand_ins()
-        dead = [*self._dead(gated), *self._columns(~self.live, stand_ins)]
+        factor = self._kernels.spread(ratio, 1.0)
+        stand_ins = self._kernels.stand_ins()
+        dead = [*self._dead(gated), *self._kernels.columns(~self.live, stand_ins)]
         for side, columns in zip([*gated, *stand_ins], dead, strict=True):
-            weight = local(side.weight)
             if side.place in scaled:
-                scale_columns(weight, side.dim, self._on_side(factor, side))
-            if len(columns):
-                weight.index_fill_(side.dim, columns.to(weight.device), 0)
+                self._kernels.scale(factor, side)
+            self._kernels.zero(columns, side)
         self._folded_at = self._versions(gated)
         if not self.follows:
-            self._keep(gated)
+            self._kernels.keep(gated)
 
-    def _keep(self, gated: list[_Gated]) -> None:
-        """Remembers the kernels as they are, for the next step to know them by."""
-        weights = {id(side.weight): side for side in reversed(gated)}
-        self._kept = {side.place: local(side.weight).detach().clone() for side in weights.values()}
-
-    def _kernels(self, gated: list[_Gated], kept: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """By place, the kernels as they are here, or as they were kept."""
-        first = {id(side.weight): side.place for side in reversed(gated)}
-        kernels = {}
-        for side in gated:
-            weight = local(side.weight)
-            kernel = kept.get(first[id(side.weight)], weight)
-            # Of a model that was sharded since it was kept whole.
-            kernels[side.place] = kernel if kernel.shape == weight.shape else part_like(kernel, side.weight)
-        return kernels
-
-    def _versions(self, gated: list[_Gated]) -> tuple[Any, ...]:
+    def _versions(self, gated: list[GatedSide]) -> tuple[Any, ...]:
         """Changes whenever a tensor that folding depends on has been written to or replaced."""
         buffers = (self.alpha, self.live, self.folded, self.epsilon)
         return (*map(_version, buffers), *((id(side.weight), _version(side.weight)) for side in gated))
 
-    def _tolerance(self, gated: list[_Gated]) -> float:
+    def _tolerance(self, gated: list[GatedSide]) -> float:
         """Half-precision kernels would round smaller changes than twice their resolution away."""
         types = {side.weight.dtype for side in gated}
         return max([FOLD_TOLERANCE, *(2 * torch.finfo(dtype).eps for dtype in types)])
 
     def _where_to_scale(self, moved: Tensor, live: Tensor) -> tuple[set[int], bool]:
         """Sides with a column whose gate moved, and whether a class died: all that the host must know."""
-        counts = self.alpha.new_zeros(len(self._sides))
-        counts.index_add_(0, self._side_of, self._spread(moved, False).to(counts.dtype))
+        counts = self._kernels.count(moved)
         died = (self.live & ~live).any()
         broken = (self.live & ~torch.isfinite(self.alpha)).any()
         *columns, some_died, some_broke = torch.cat([counts, torch.stack([died, broken]).to(counts)]).tolist()
@@ -482,20 +359,13 @@ class GateBank(nn.Module):
             )
         return {place for place, count in enumerate(columns) if count}, bool(some_died)
 
-    def _dead(self, gated: list[_Gated]) -> list[Tensor]:
+    def _dead(self, gated: list[GatedSide]) -> list[Tensor]:
         """Indices of the dead columns of each gated side, among those that lie here."""
         version = _version(self.live), id(self.live), *(id(side.weight) for side in gated)
         if self._dead_columns is None or self._dead_columns[0] != version:
-            columns = [index.to(self.live.device) for index in self._columns(~self.live, gated)]
+            columns = [index.to(self.live.device) for index in self._kernels.columns(~self.live, gated)]
             self._dead_columns = (version, columns)
         return self._dead_columns[1]
-
-    def _columns(self, chosen: Tensor, sides: list[_Gated]) -> list[Tensor]:
-        """Indices of the columns of each side that the chosen classes have here, on the CPU."""
-        if not sides:
-            return []
-        flat = self._spread(chosen, False).cpu()
-        return [torch.nonzero(self._on_side(flat, side)).flatten() for side in sides]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -506,16 +376,11 @@ class GateBank(nn.Module):
         # functional_call and its kin run the model on tensors that stand in for its parameters.
         if self._versions(gated) == self._folded_at or not all(isinstance(side.weight, nn.Parameter) for side in gated):
             return
-        if self._may_stand_in(gated):
+        if self._kernels.may_stand_in(gated):
             if not self.follows:
-                self._keep(gated)
+                self._kernels.keep(gated)
         else:
             self.fold()
-
-    def _may_stand_in(self, gated: list[_Gated]) -> bool:
-        """Whether one may be FSDP2's gathered copy of a sharded kernel that was never seen: the first forward's."""
-        model = self._model()
-        return model is not None and any(not is_sharded(side.weight) for side in gated) and has_shards(model)
 
     @torch.no_grad()
     def measure(self, *, scale: Tensor | float | None = None, later: bool = False) -> None:
@@ -532,20 +397,20 @@ class GateBank(nn.Module):
             later: the gradients come to be within the optimizer's step, of a closure: call `read` after it.
         """
         self._pending = None
-        kept = self._kept
+        kernels = self._kernels.as_kept(self._gated())
         self._take_note()
         if self._memory().steps < self.schedule.steps:
             gated = self._gated()
-            kernels = self._kernels(gated, kept)
             gradient = None if later else self._gradient(gated, kernels, scale)
-            self._pending = _Measurement(gradient, self._hold_back(gated, kernels))
+            closing = self.live & (self.folded < NEARLY_CLOSED)
+            part = (self.folded / NEARLY_CLOSED) ** 2
+            self._pending = _Measurement(gradient, self._kernels.hold_back(closing, part, gated, kernels))
 
     @torch.no_grad()
     def read(self) -> None:
         """Reads the gates' gradients when a closure has made them, before the optimizer goes on to use them."""
         if self._pending is not None:
-            gated = self._gated()
-            self._pending = replace(self._pending, gradient=self._gradient(gated, self._kernels(gated, {})))
+            self._pending = replace(self._pending, gradient=self._gradient_now())
 
     def discard(self) -> None:
         """Drops what `measure` read: the optimizer is going to skip its step."""
@@ -568,39 +433,29 @@ class GateBank(nn.Module):
             self.measure()
         measured, self._pending = self._pending, None
         if measured is not None:
-            self._release(measured.held)
-            gradient = measured.gradient
-            if gradient is None:
-                gated = self._gated()
-                gradient = self._gradient(gated, self._kernels(gated, {}))
+            self._kernels.release(measured.held)
+            gradient = self._gradient_now() if measured.gradient is None else measured.gradient
             if torch.isfinite(gradient).all():
                 self._learn(gradient, lr)
         self.fold(stepped=True)
 
     def _gradient(
-        self, gated: list[_Gated], kernels: Mapping[int, Tensor], scale: Tensor | float | None = None
+        self, gated: list[GatedSide], kernels: dict[int, Tensor], scale: Tensor | float | None = None
     ) -> Tensor:
         """dL/dg of every class, float32, shape (classes,); NaN throughout if any kernel's is not finite.
 
         `kernels` are, by place, what the gradients were taken at.
         """
-        none = self.alpha.new_zeros(max(map(len, self.channel_map.classes.values()), default=0))
-        # Kernels of one layout are summed together, so that their processes speak once a step.
-        products: dict[Any, list[Tensor]] = {}
-        for side in gated:
-            sums = products.setdefault(layout(side.weight), [none[:length] for length in self._lengths])
-            if (grad := side.weight.grad) is not None:
-                counted = column_products(local(grad), kernels[side.place], side.dim).to(self.alpha)
-                if side.here is not None:
-                    counted = sums[side.place].index_copy(0, side.here.to(counted.device), counted)
-                sums[side.place] = counted
-        whole = self.alpha.new_zeros(self.channel_map.size + 1)
-        for where, sums in products.items():
-            whole = whole + total(segment_sum(torch.cat([none[:0], *sums]), self._labels, len(whole)), where)
+        total = self._kernels.products(gated, kernels, self.alpha.dtype)
         if scale is not None:
-            whole = whole / scale
-        gradient = torch.where(self.live, whole[:-1] / self.folded, 0.0)
-        return torch.where(torch.isfinite(whole).all(), gradient, torch.nan)
+            total = total / scale
+        gradient = torch.where(self.live, total[:-1] / self.folded, 0.0)
+        return torch.where(torch.isfinite(total).all(), gradient, torch.nan)
+
+    def _gradient_now(self) -> Tensor:
+        """dL/dg where the gradients were taken at the kernels as they are."""
+        gated = self._gated()
+        return self._gradient(gated, {side.place: local(side.weight) for side in gated})
 
     def _learn(self, gradient: Tensor, lr: float) -> None:
         memory = self._memory()
@@ -621,27 +476,6 @@ class GateBank(nn.Module):
         """Sees to alphas set by hand before they enter the mathematics."""
         if self._folded_at is None or self._folded_at[0] != _version(self.alpha):
             self.fold()
-
-    def _hold_back(self, gated: list[_Gated], kernels: Mapping[int, Tensor]) -> tuple[_HeldBack, ...]:
-        closing = self.live & (self.folded < NEARLY_CLOSED)
-        if not closing.any():
-            return ()
-        part = self._spread((self.folded / NEARLY_CLOSED) ** 2, 1.0)
-        held = []
-        for side, index in zip(gated, self._columns(closing, gated), strict=True):
-            if len(index):
-                before = kernels[side.place]
-                through = self._on_side(part, side)[index.to(part.device)].to(before)
-                index = index.to(before.device)
-                held.append(_HeldBack(side.weight, side.dim, index, before.index_select(side.dim, index), through))
-        return tuple(held)
-
-    def _release(self, held: tuple[_HeldBack, ...]) -> None:
-        for columns in held:
-            weight = local(columns.weight)
-            after = weight.index_select(columns.dim, columns.index)
-            part = along(columns.part, columns.dim, weight.ndim)
-            weight.index_copy_(columns.dim, columns.index, torch.lerp(columns.before, after, part))
 
     def _stand(self) -> Standing:
         """Where the classes that live now stand."""
