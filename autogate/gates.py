@@ -31,6 +31,7 @@ from autogate.proximal import shrinkage, soft_threshold
 from autogate.resources import Flops
 from rewriters.channel_map import ALWAYS, ChannelMap, Side
 from rewriters.errors import AutogateError
+from rewriters.statistics import write_live
 
 ALPHA_RATE = 0.1
 """Alpha's learning rate as a part of the kernels' (section 4.1)."""
@@ -209,6 +210,7 @@ class GateBank(nn.Module):
     def _forget(self) -> None:
         """Drops all that was worked out from buffers and kernels."""
         self._homes: list[tuple[dict[str, Any], str]] | None = None
+        self._written_at: tuple[Any, ...] | None = None
         self._folded_at: tuple[Any, ...] | None = None
         self._pending: _Measurement | None = None
         self._standing: tuple[Any, float, Tensor] | None = None
@@ -218,7 +220,7 @@ class GateBank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_homes", "_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
+        for derived in ("_homes", "_written_at", "_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
             state[derived] = None
         state["_kept"] = {}
         state["_model"] = self._model()
@@ -245,6 +247,7 @@ class GateBank(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._write_live()
 
     def _apply(self, fn: Any, recurse: bool = True) -> GateBank:
         # half() and bfloat16() are for the model's numbers: epsilon ends at 5e-8, below what half can hold.
@@ -396,8 +399,16 @@ class GateBank(nn.Module):
             if len(dead[place]):
                 weight.index_fill_(dim, dead[place].to(weight.device), 0)
         self._folded_at = self._versions(gated)
+        self._write_live()
         if not self.follows:
             self._keep(gated)
+
+    def _write_live(self) -> None:
+        """Lets norms across channels look at the live ones, where a class has died since the last time."""
+        model, version = self._model(), (_version(self.live), id(self.live))
+        if model is not None and self.channel_map.statistics and self._written_at != version:
+            write_live(model, self.channel_map, self.live)
+            self._written_at = version
 
     def _keep(self, gated: list[_Gated]) -> None:
         """Remembers the kernels as they are, for the next step to know them by."""
