@@ -211,13 +211,16 @@ def _site(
 
 
 def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[int, list[Traced]]) -> None:
-    """Trace the modules in which a call that may hold a size meets labels that may die."""
+    """Trace the modules in which a call that may hold a size meets labels that may die.
+
+    A norm may be composed of ops that hold none: what was traced for its statistics is looked through too.
+    """
     for captured in analysis.captures:
         known = analysis.labelling.by_tensor()
         for call in captured.calls():
             module = model.get_submodule(call.path)
             holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module)]
-            if not holders or _knows_its_sizes(module):
+            if not (holders or id(call) in traces) or _knows_its_sizes(module):
                 continue
             try:
                 traced = traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known)

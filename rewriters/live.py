@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -64,7 +63,8 @@ class LiveStatistic(nn.Module):
     def share(self) -> float | Tensor:
         """n / C, of at least one channel."""
         if torch.compiler.is_compiling():
-            return self.live.sum(dtype=torch.float32).clamp(min=1) / len(self.live)
+            count = self.live.sum(dtype=torch.promote_types(self.live.dtype, torch.float32))
+            return count.clamp(min=1) / len(self.live)
         return max(self.count, 1) / len(self.live)
 
     def along(self, x: Tensor) -> Tensor:
@@ -73,12 +73,20 @@ class LiveStatistic(nn.Module):
 
     def mean(self, x: Tensor, dims: Sequence[int]) -> Tensor:
         """The mean over `dims`, these kept with size 1."""
-        total = prod(x.shape[dim] for dim in dims)
+        total = _count(x, dims)
         return (x * (self.along(x) / (self.share() * total))).sum(tuple(dims), keepdim=True)
 
     def filled(self, x: Tensor, dims: Sequence[int]) -> Tensor:
         """x with the live mean over `dims` in the dead places."""
         return torch.lerp(x, self.mean(x, dims), 1 - self.along(x))
+
+
+def _count(x: Tensor, dims: Sequence[int]) -> int:
+    """Elements along `dims`."""
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    return count
 
 
 def _scaled(
@@ -103,8 +111,9 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _narrowed(y: Tensor, x: Tensor) -> Tensor:
-    """A norm's result in the type that the plain norm of x would have had."""
-    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+    """A norm's result in the type that the plain norm of x would have had: off the CPU autocast widens it."""
+    widens = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+    return y if widens else y.to(x.dtype)
 
 
 class LiveLayerNorm(LiveStatistic):
@@ -171,7 +180,7 @@ class LiveVariance(LiveStatistic):
             return getattr(torch, self.name)(input, *args, **kwargs)
         dims, correction, keepdim = _variance_arguments(input, *args, **kwargs)
         x = self.filled(input, dims)
-        total = prod(x.shape[dim] for dim in dims)
+        total = _count(x, dims)
         variance, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
         variance = variance * (total / (total * self.share() - correction))
         return {"var": variance, "std": variance.sqrt(), "var_mean": (variance, mean)}[self.name]
