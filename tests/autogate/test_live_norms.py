@@ -74,7 +74,7 @@ def stream(model: nn.Module) -> torch.Tensor:
 
 def test_embeddings_shrink_in_training_and_norms_are_plain_again():
     model = prepared()
-    names = [name for name in net().state_dict()]
+    names = list(net().state_dict())
     assert torch.equal(output(model), output(net()))
     assert len(statistics(model)) == 3
     assert [name for name in model.state_dict() if not name.startswith("autogate.")] == names
