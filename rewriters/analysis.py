@@ -74,8 +74,9 @@ class Analysis:
 
     def settle(self, samples: int) -> None:
         """Read the channel map off the labels, for a forward that was recorded on so many samples."""
-        looking = statistics(self.sites, self.labelling.numbering())
-        self.channel_map = replace(self.labelling.channel_map(samples), statistics=looking)
+        channel_map = self.labelling.channel_map(samples)
+        looking = statistics(self.sites, self.labelling.numbering()) if self.sites else ()
+        self.channel_map = replace(channel_map, statistics=looking)
 
     def place_statistics(self, model: nn.Module, journal: Journal) -> None:
         """Let statistics along channels be taken over the live ones: over all, for now."""
@@ -176,12 +177,16 @@ def _trace_statistics(model: nn.Module, analysis: Analysis) -> dict[int, list[Tr
     """
     labelling = analysis.labelling
     looks = {id(call): _looks_in(labelling, call) for captured in analysis.captures for call in captured.calls()}
-    paths = {look.module for found in looks.values() for look in found if not labelling.pinned(look.labels).all()}
+    every = [look for found in looks.values() for look in found]
+    if not every:
+        return {}
+    number, known = labelling.numbering(), labelling.by_tensor()
+    paths = {look.module for look in every if (number[look.labels.numpy()] != ALWAYS).any()}
     traces: dict[int, list[Traced]] = {}
     for path in sorted(paths):
         calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
         try:
-            analysis.sites.append(_site(model, calls, looks, labelling, traces))
+            analysis.sites.append(_site(model, calls, looks, labelling, known, traces))
         except TraceError as error:
             for look in (look for _, call in calls for look in looks[id(call)]):
                 labelling.space.pin(look.labels, path, look.op, f"{look.reason}; {error.cause}")
@@ -194,13 +199,13 @@ def _looks_in(labelling: Labelling, call: ModuleCall) -> list[Look]:
 
 def _site(
     model: nn.Module, calls: list[tuple[Capture, ModuleCall]], looks: Mapping[int, list[Look]], labelling: Labelling,
-    traces: dict[int, list[Traced]],
+    known: Mapping[int, Labelled], traces: dict[int, list[Traced]],
 ) -> Site:  # fmt: skip
     """What a module looks at in its calls, which have to be alike: their channels go alike (raises `TraceError`)."""
     module, path = model.get_submodule(calls[0][1].path), calls[0][1].path
     found: list[Site] = []
     for captured, call in calls:
-        traced = traces[id(call)] = trace_modes(module, call, captured, labelling, labelling.by_tensor())
+        traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known)
         found.append(site(module, path, {one.training: one.graph for one in traced}, len(looks[id(call)])))
     for other in found[1:]:
         if any(str(other.graphs[training]) != str(found[0].graphs[training]) for training in (False, True)):
