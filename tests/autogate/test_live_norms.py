@@ -149,6 +149,29 @@ def test_what_norms_look_at_follows_a_checkpoint():
     assert_exact(fresh)
 
 
+def test_an_earlier_checkpoint_brings_what_norms_look_at_back():
+    model = prepared()
+    early = copy.deepcopy(model.state_dict())
+    train(model, 40)
+    assert min(statistic.count for statistic in statistics(model)) < 16
+    model.load_state_dict(early)
+    assert {statistic.count for statistic in statistics(model)} == {16}
+    assert torch.equal(output(model), output(net()))
+
+
+def test_finalize_that_fails_leaves_the_live_statistics(monkeypatch):
+    model = prepared()
+    with torch.no_grad():
+        autogate.gates(model).alpha[stream(model)[:5]] = 0
+    gated = output(model)
+    with monkeypatch.context() as patch, pytest.raises(autogate.VerificationError):
+        patch.setattr(autogate.api, "TOLERANCE", {})
+        autogate.finalize(model, warn=False)
+    assert [statistic.count for statistic in statistics(model)] == [11, 11, 11]
+    assert torch.equal(output(model), gated)
+    assert_exact(model)
+
+
 def test_a_checkpoint_of_the_plain_model_loads():
     model, plain = prepared(), net()
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
