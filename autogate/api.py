@@ -55,6 +55,7 @@ class Origin:
     inputs: Inputs
     ignored: dict[str, str]
     shortcuts: tuple[Shortcut, ...] = ()
+    embed: bool = True
 
 
 def prepare(
@@ -71,6 +72,7 @@ def prepare(
     ignore: Iterable[str] = (),
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
+    embed: bool = True,
 ) -> M:
     """Give `model` gates that learn, in any training loop, which channels it can do without.
 
@@ -107,6 +109,9 @@ def prepare(
             build the optimizer after prepare.
         hooks: gates move with every step of the optimizer that trains the kernels, through PyTorch's global
             step hooks. If False, call `autogate.step(model, lr=...)` after each.
+        embed: whether channels that a norm across channels looks at (LayerNorm, GroupNorm, RMSNorm, GRN: the
+            embedding of a transformer, the residual stream of a ConvNeXt) may die. While gates train such a
+            norm then takes its statistics over the live channels. If False, these channels stay.
 
     Raises:
         AutogateError: the model can't be analysed, nothing in it can go, a share is out of reach, or an
@@ -119,8 +124,8 @@ def prepare(
     inputs = as_call(example_inputs, model)
     journal = Journal()
     try:
-        replaced = _replace_shortcuts(model, inputs, shortcuts, ignored, journal)
-        analysis = _analyse(model, inputs, ignored)
+        replaced = _replace_shortcuts(model, inputs, shortcuts, ignored, embed, journal)
+        analysis = _analyse(model, inputs, ignored, embed)
         if analysis.channel_map.size == 0:
             raise AutogateError(
                 f"no channel of it can go. {analysis.channel_map.why_pinned()}",
@@ -130,7 +135,8 @@ def prepare(
             )
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, inputs, added)
-        origin = Origin(inputs, ignored, replaced)
+        origin = Origin(inputs, ignored, replaced, embed)
+        analysis.place_statistics(model, journal)
         bank = GateBank(model, analysis.channel_map, targets, schedule, origin, added, hooks)
     except BaseException:
         journal.undo()
@@ -241,7 +247,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         wanted = run_eval(model, *inputs)
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
-        _slim(model, bank, _on_device(origin.inputs, model), origin.ignored, journal)
+        _slim(model, bank, _on_device(origin.inputs, model), journal)
         _verify(model, inputs, wanted, "the slim model")
     except BaseException:
         journal.undo()
@@ -261,8 +267,8 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     return model
 
 
-def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, ignored: dict[str, str], journal: Journal) -> None:
-    analysis = _analyse(model, inputs, ignored)
+def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, journal: Journal) -> None:
+    analysis = _analyse(model, inputs, bank.origin.ignored, bank.origin.embed)
     changed = bank.channel_map.difference(analysis.channel_map)
     if changed is not None:
         raise AutogateError(
@@ -276,14 +282,15 @@ def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, ignored: dict[str, s
     bookkeeping.update(model, follow, journal)
 
 
-def _analyse(model: nn.Module, inputs: Inputs, ignored: dict[str, str]) -> Analysis:
+def _analyse(model: nn.Module, inputs: Inputs, ignored: dict[str, str], embed: bool) -> Analysis:
     args, kwargs = inputs
-    return rehearse(model, analyse(model, args, kwargs, ignored), args, kwargs)
+    return rehearse(model, analyse(model, args, kwargs, ignored, embed), args, kwargs)
 
 
 def _replace_shortcuts(
-    model: nn.Module, inputs: Inputs, shortcuts: str | Iterable[str], ignored: dict[str, str], journal: Journal
-) -> tuple[Shortcut, ...]:
+    model: nn.Module, inputs: Inputs, shortcuts: str | Iterable[str], ignored: dict[str, str], embed: bool,
+    journal: Journal,
+) -> tuple[Shortcut, ...]:  # fmt: skip
     if shortcuts == "shared":
         return ()
     within = None
@@ -299,7 +306,7 @@ def _replace_shortcuts(
                     remedy=_did_you_mean(path, ["shared", "conv", *paths]),
                 )
     wanted = run_eval(model, *inputs)
-    replaced = replace_shortcuts(model, *inputs, journal, within, ignored)
+    replaced = replace_shortcuts(model, *inputs, journal, within, ignored, embed)
     if not replaced:
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "

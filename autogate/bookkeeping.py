@@ -6,7 +6,7 @@ from torch import nn
 
 from rewriters import Journal
 
-_FIELDS = ("num_features", "head_hidden_size", "in_features")
+_FIELDS = ("num_features", "head_hidden_size", "in_features", "embed_dim")
 
 
 def widths(model: nn.Module) -> int | None:

@@ -31,6 +31,7 @@ from autogate.sharding import local
 from autogate.targets import Targets
 from rewriters.channel_map import ChannelMap, Side
 from rewriters.errors import AutogateError
+from rewriters.statistics import write_live
 
 NEARLY_CLOSED = 0.5
 """Below this gate a column follows the optimizer only in part: see `GateBank.measure`."""
@@ -183,6 +184,7 @@ class GateBank(nn.Module):
     def _forget(self) -> None:
         """Drops all that was worked out from buffers and kernels."""
         self._kernels.forget()
+        self._written_at: tuple[Any, ...] | None = None
         self._folded_at: tuple[Any, ...] | None = None
         self._pending: _Measurement | None = None
         self._standing: tuple[Any, Standing] | None = None
@@ -191,7 +193,7 @@ class GateBank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
+        for derived in ("_written_at", "_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
             state[derived] = None
         return state
 
@@ -214,6 +216,7 @@ class GateBank(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._write_live()
 
     def _apply(self, fn: Any, recurse: bool = True) -> GateBank:
         # half() and bfloat16() are for the model's numbers: epsilon ends at 5e-8, below what half can hold.
@@ -331,8 +334,16 @@ class GateBank(nn.Module):
                 self._kernels.scale(factor, side)
             self._kernels.zero(columns, side)
         self._folded_at = self._versions(gated)
+        self._write_live()
         if not self.follows:
             self._kernels.keep(gated)
+
+    def _write_live(self) -> None:
+        """Lets norms across channels look at the live ones, where a class has died since the last time."""
+        model, version = self._kernels.model(), (_version(self.live), id(self.live))
+        if model is not None and self.channel_map.statistics and self._written_at != version:
+            write_live(model, self.channel_map, self.live)
+            self._written_at = version
 
     def _versions(self, gated: list[GatedSide]) -> tuple[Any, ...]:
         """Changes whenever a tensor that folding depends on has been written to or replaced."""

@@ -9,13 +9,14 @@ Nothing here knows how a gate is learned.
 """
 
 from rewriters.analysis import Analysis, analyse, samples_in
-from rewriters.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side
+from rewriters.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.journal import Journal
 from rewriters.rehearsal import rehearse
 from rewriters.restoring import restore
 from rewriters.shortcuts import Shortcut, replace_shortcuts
 from rewriters.slimming import SlimPlan, apply, fields_after, plan
+from rewriters.statistics import write_live
 from rewriters.verify import relative_error, run_eval
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Shortcut",
     "Side",
     "SlimPlan",
+    "Statistic",
     "SurgeryError",
     "VerificationError",
     "analyse",
@@ -43,4 +45,5 @@ __all__ = [
     "restore",
     "run_eval",
     "samples_in",
+    "write_live",
 ]

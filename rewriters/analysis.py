@@ -7,8 +7,9 @@ trained, and not found out at the end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,19 @@ from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ALWAYS, ChannelMap
+from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Resizer, Unwritable
-from rewriters.rules import creation, find_rule, movement
+from rewriters.rules import Findings, Look, creation, find_rule, mixing, movement
 from rewriters.rules.kernels import convolution
+from rewriters.statistics import Site, place, plain_statistics, site, statistics, take_off, write_live
 from rewriters.tracing import TraceError, trace
 
+_RULES_WITH_SIZES = (
+    creation.create, mixing.group_norm, mixing.layer_norm, movement.channel_shuffle, movement.expand, movement.move,
+    movement.reshape,
+)  # fmt: skip
 _TORCH_MODULES_WITH_SIZES = (nn.Unflatten, nn.ChannelShuffle, nn.modules.padding._ConstantPadNd)
 
 
@@ -52,16 +59,40 @@ class Analysis:
         captures: recorded forwards, in eval mode and, where some layers run in train mode only, in that.
         labelling: labels of every tensor in them.
         traced: modules whose own forward may hold a size, traced.
+        sites: modules whose own forward takes statistics along channels.
         channel_map: the partition.
     """
 
     captures: list[Capture]
     labelling: Labelling
     traced: list[Traced] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
     channel_map: ChannelMap = field(init=False)
 
     def cut(self, live: Tensor) -> Cut:
         return Cut(self.labelling.stays(live))
+
+    def settle(self, samples: int) -> None:
+        """Read the channel map off the labels, for a forward that was recorded on so many samples."""
+        channel_map = self.labelling.channel_map(samples)
+        looking = statistics(self.sites, self.labelling.numbering()) if self.sites else ()
+        self.channel_map = replace(channel_map, statistics=looking)
+
+    def place_statistics(self, model: nn.Module, journal: Journal) -> None:
+        """Let statistics along channels be taken over the live ones: over all, for now."""
+        place(model, self.sites, self.labelling.numbering(), journal)
+
+    @contextlib.contextmanager
+    def live_statistics(self, model: nn.Module, live: Tensor) -> Iterator[None]:
+        """Inside, statistics are taken over the classes in `live` (bool, shape (classes,))."""
+        journal = Journal()
+        take_off(model, journal)
+        self.place_statistics(model, journal)
+        write_live(model, self.channel_map, live)
+        try:
+            yield
+        finally:
+            journal.undo()
 
 
 def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:
@@ -74,31 +105,42 @@ def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[
 
 def analyse(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
-    ignore: Mapping[str, str] | None = None,
+    ignore: Mapping[str, str] | None = None, embed: bool = True,
 ) -> Analysis:  # fmt: skip
     """Find the classes of coupled channels of `model`.
 
     Args:
-        model: any module; nothing in it changes.
+        model: any module; nothing in it changes. Where its statistics are taken over live channels, it is
+            analysed as if they were not.
         args, kwargs: example inputs.
         ignore: names of parameters and buffers to keep whole, with the reason.
+        embed: whether channels that a norm across channels looks at may die.
 
     Raises:
         CaptureError: the forward's control flow depends on the values of tensors.
     """
+    with plain_statistics(model):
+        return _analyse(model, args, kwargs, ignore, embed)
+
+
+def _analyse(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, ignore: Mapping[str, str] | None,
+    embed: bool,
+) -> Analysis:  # fmt: skip
     captures = _capture_modes(model, args, kwargs)
-    labelling = Labelling()
+    labelling = Labelling(findings=Findings(live=embed))
     for captured in captures:
         labelling.run(captured, counted=captured is captures[0])
     for name, reason in (ignore or {}).items():
         labelling.pin_tensors([name], reason)
     labelling.settle_grids()
     analysis = Analysis(captures, labelling)
-    _trace_size_holders(model, analysis)
+    looking = _trace_statistics(model, analysis)
+    _trace_size_holders(model, analysis, looking)
     _settle_repeated_calls(analysis)
     labelling.settle_grids()
     _pin_unwritable(analysis)
-    analysis.channel_map = labelling.channel_map(samples_in(args, kwargs))
+    analysis.settle(samples_in(args, kwargs))
     return analysis
 
 
@@ -128,17 +170,66 @@ def _has_unseen_parameters(model: nn.Module, captured: Capture) -> bool:
     )
 
 
-def _trace_size_holders(model: nn.Module, analysis: Analysis) -> None:
-    """Trace the modules in which a call that may hold a size meets labels that may die."""
+def _trace_statistics(model: nn.Module, analysis: Analysis) -> dict[int, list[Traced]]:
+    """Trace the modules that take statistics along labels that may die; returns the traces by the call's id.
+
+    Where one can't be rewritten to take them over live channels, all that it looks at stays.
+    """
+    labelling = analysis.labelling
+    looks = {id(call): _looks_in(labelling, call) for captured in analysis.captures for call in captured.calls()}
+    every = [look for found in looks.values() for look in found]
+    if not every:
+        return {}
+    number, known = labelling.numbering(), labelling.by_tensor()
+    paths = {look.module for look in every if (number[look.labels.numpy()] != ALWAYS).any()}
+    traces: dict[int, list[Traced]] = {}
+    for path in sorted(paths):
+        calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
+        try:
+            analysis.sites.append(_site(model, calls, looks, labelling, known, traces))
+        except TraceError as error:
+            for look in (look for _, call in calls for look in looks[id(call)]):
+                labelling.space.pin(look.labels, path, look.op, f"{look.reason}; {error.cause}")
+    return traces
+
+
+def _looks_in(labelling: Labelling, call: ModuleCall) -> list[Look]:
+    return [look for node in call.nodes for look in labelling.looks.get(node, ())]
+
+
+def _site(
+    model: nn.Module, calls: list[tuple[Capture, ModuleCall]], looks: Mapping[int, list[Look]], labelling: Labelling,
+    known: Mapping[int, Labelled], traces: dict[int, list[Traced]],
+) -> Site:  # fmt: skip
+    """What a module looks at in its calls, which have to be alike: their channels go alike (raises `TraceError`)."""
+    module, path = model.get_submodule(calls[0][1].path), calls[0][1].path
+    found: list[Site] = []
+    for captured, call in calls:
+        traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known)
+        found.append(site(module, path, {one.training: one.graph for one in traced}, len(looks[id(call)])))
+    for other in found[1:]:
+        if any(str(other.graphs[training]) != str(found[0].graphs[training]) for training in (False, True)):
+            raise TraceError("called in several ways that would need different code", where=path)
+        for mine, theirs in zip(found[0].looks, other.looks, strict=True):
+            labelling.space.merge(mine.labels, theirs.labels)
+    return found[0]
+
+
+def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[int, list[Traced]]) -> None:
+    """Trace the modules in which a call that may hold a size meets labels that may die.
+
+    A norm may be composed of ops that hold none: what was traced for its statistics is looked through too.
+    """
     for captured in analysis.captures:
         known = analysis.labelling.by_tensor()
         for call in captured.calls():
             module = model.get_submodule(call.path)
             holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module)]
-            if not holders or _knows_its_sizes(module):
+            if not (holders or id(call) in traces) or _knows_its_sizes(module):
                 continue
             try:
-                analysis.traced.extend(trace_modes(module, call, captured, analysis.labelling, known))
+                traced = traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known)
+                analysis.traced.extend(traced)
             except TraceError as error:
                 for node in holders:
                     _pin_values(analysis.labelling, _tensors_at(node), known, call.path, str(node.target), error.cause)
@@ -188,8 +279,17 @@ def trace_modes(
 
 def _knows_its_sizes(module: nn.Module) -> bool:
     """Whether a module takes every size from its fields, which slimming keeps up to date."""
+    if isinstance(module, nn.GroupNorm) or hasattr(module, "normalized_shape"):
+        return _follows_weight(module)
     own_size = isinstance(module, _TORCH_MODULES_WITH_SIZES)
     return type(module).__module__.startswith("torch.nn.modules") and not own_size
+
+
+def _follows_weight(module: nn.Module) -> bool:
+    """Whether the fields of a norm across channels say what shape its weight has, and so can follow it."""
+    weight = getattr(module, "weight", None)
+    shape = (module.num_channels,) if isinstance(module, nn.GroupNorm) else getattr(module, "normalized_shape", None)
+    return isinstance(weight, Tensor) and isinstance(shape, (tuple, list)) and tuple(shape) == tuple(weight.shape)
 
 
 def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module) -> bool:
@@ -202,7 +302,7 @@ def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module) -> bo
         layers = labelling.values[node.args[0]].layers
         holds = any(padded & set(varying(layer)) for layer in layers)
     else:
-        holds = found in (movement.move, movement.reshape, movement.channel_shuffle, creation.create)
+        holds = found in _RULES_WITH_SIZES
     return holds and any(
         not labelling.pinned(layer).all() for value in _labels_at(labelling, node) for layer in value.layers
     )

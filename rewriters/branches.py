@@ -132,13 +132,17 @@ def _prune(
         return
     if not labelling.extends(analysis.labelling):
         return  # traced, it couples channels that are free in the model as it was recorded
+    if call.path in {one.path for one in analysis.sites}:
+        return  # the values in its traced forward are those of statistics over all channels
     cut = Cut(labelling.stays(live))
     constant_values = {id(node.meta["val"]) for node in constant}
     frontiers = [_frontier(one.graph, constant_values) for one in traced]
     values: list[Tensor | None] = []
     if len({len(frontier) for frontier in frontiers}) == 1 and frontiers[0]:
         names = [node.name for node in frontiers[0]]
-        values = [_uniform(value) for value in _probe(model, call.path, traced[0].graph, names, args, kwargs)]
+        with analysis.live_statistics(model, live):
+            found = _probe(model, call.path, traced[0].graph, names, args, kwargs)
+        values = [_uniform(value) for value in found]
     forwards = [_with_constants(one, frontier, values) for one, frontier in zip(traced, frontiers, strict=True)]
     try:
         graphs = {one.training: one.resize(cut).graph for one in forwards}

@@ -8,8 +8,8 @@ out of every tensor that carries it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import networkx as nx
@@ -72,6 +72,19 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class Statistic:
+    """A mean, variance or norm along channels, taken over the live ones of them while gates train.
+
+    Attributes:
+        path: of the module that stands in for the call then (see `rewriters.live`).
+        classes: class of each channel, int64 of shape (channels,); `ALWAYS` where it is pinned.
+    """
+
+    path: str
+    classes: Tensor
+
+
+@dataclass(frozen=True)
 class Group:
     """Classes that lie on the same sides: the channels of a layer, or of a whole residual stage."""
 
@@ -91,6 +104,7 @@ class ChannelMap:
         kernels: convolutions and linear layers, in the order they run.
         gated: input sides where classes are merged into sums: a gate stands on each of them.
         pins: why the other channels stay.
+        statistics: what looks at channels that may die.
     """
 
     size: int
@@ -99,11 +113,35 @@ class ChannelMap:
     kernels: tuple[Kernel, ...]
     gated: tuple[Side, ...]
     pins: tuple[Pin, ...]
+    statistics: tuple[Statistic, ...] = ()
 
     def kept(self, side: Side, live: Tensor) -> Tensor:
         """Indices along `side` that stay when the classes in `live` (bool, shape (size,)) do."""
         classes = self.classes[side]
         return torch.nonzero(torch.cat([live, live.new_ones(1)])[classes]).flatten()
+
+    def survivors(self, live: Tensor, gone: Set[str] = frozenset()) -> Tensor:
+        """Live classes and, on each side that would be left with nothing, its first class.
+
+        A layer that still runs needs a channel; the one kept has a zero kernel behind it, so that outputs
+        don't change. Tensors in `gone` are left out of account; statistics never are, so that what they look
+        at doesn't hang on it.
+        """
+        sides = [classes for side, classes in self.classes.items() if side.tensor not in gone]
+        kept = live.clone()
+        for classes in (*sides, *(statistic.classes for statistic in self.statistics)):
+            if not (classes == ALWAYS).any() and not live[classes].any():
+                kept[classes[0]] = True
+        return kept
+
+    def looked_at(self, live: Tensor) -> Tensor:
+        """Live classes and those that statistics look at though they are dead: `survivors` of their sides."""
+        if not self.statistics:
+            return live
+        seen = torch.zeros_like(live)
+        for statistic in self.statistics:
+            seen[statistic.classes[statistic.classes != ALWAYS]] = True
+        return live | (self.survivors(live) & seen)
 
     def members(self) -> list[list[tuple[Side, int]]]:
         """For each class, where it lies: the (side, index) pairs it takes out when it dies."""
@@ -175,4 +213,4 @@ class ChannelMap:
     def to(self, device: torch.device | str) -> ChannelMap:
         """The same map with its index tensors on `device`."""
         classes = {side: labels.to(device) for side, labels in self.classes.items()}
-        return ChannelMap(self.size, classes, self.sizes, self.kernels, self.gated, self.pins)
+        return replace(self, classes=classes)

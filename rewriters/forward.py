@@ -82,13 +82,14 @@ class RewrittenForward:
         return self._functions[self.owner.training](self.owner, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "_functions"}
         # Modules (torch, math) don't pickle and go by name.
         names = {
             training: {key: _ModuleName(value.__name__) if isinstance(value, types.ModuleType) else value
                        for key, value in scope.items()}
             for training, scope in self.globals.items()
         }  # fmt: skip
-        return {"owner": self.owner, "sources": self.sources, "globals": names}
+        return {**state, "globals": names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -102,9 +103,29 @@ class RewrittenForward:
         self._compile()
 
 
+class LiveForward(RewrittenForward):
+    """A forward whose statistics are taken over live channels, for as long as gates train.
+
+    Args:
+        owner, graphs: as for a `RewrittenForward`.
+        names: the owner's children that stand in for its calls (see `rewriters.live`).
+    """
+
+    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], names: tuple[str, ...]):
+        super().__init__(owner, graphs)
+        self.names = names
+        self.plain = owner.__dict__.get("forward")
+        """What shadowed the class's forward before, if anything did."""
+
+
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The function a module runs, taking the module as its first argument."""
+    """The function a module runs, taking the module as its first argument.
+
+    Of a module whose statistics are taken over live channels that is the one which takes them over all.
+    """
     forward = module.__dict__.get("forward")
+    if isinstance(forward, LiveForward):
+        forward = forward.plain
     if isinstance(forward, RewrittenForward):
         return forward.function(module.training)
     if isinstance(forward, types.MethodType) and forward.__self__ is module:

@@ -27,11 +27,13 @@ class Labelled:
             they don't vary in. An element goes when its label in any of the layers goes. No two layers
             vary in the same dimension: an activation has one (its channels), a kernel one a dimension.
         source: name of the parameter whose elements these are, moved about but not computed with.
+        uniform: dimensions along which one number was expanded: any index can go with what it meets.
     """
 
     shape: tuple[int, ...]
     layers: tuple[Tensor, ...] = ()
     source: str | None = None
+    uniform: tuple[int, ...] = ()
 
     @property
     def ndim(self) -> int:

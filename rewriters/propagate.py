@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
 from rewriters.labels import Labelled, LabelSpace
-from rewriters.rules import Findings, OpCall, find_rule
+from rewriters.rules import Findings, Look, OpCall, find_rule
 from rewriters.rules.kernels import PRODUCTS
 
 
@@ -26,11 +26,13 @@ class Labelling:
         space: the labels.
         findings: kernels, gates and grids that the rules noted.
         values: labels of each node's result (a list where it has several).
+        looks: statistics that a node takes along channels.
     """
 
     space: LabelSpace = field(default_factory=LabelSpace)
     findings: Findings = field(default_factory=Findings)
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    looks: dict[fx.Node, list[Look]] = field(default_factory=dict)
 
     def run(self, captured: Capture, counted: bool = True) -> None:
         """Label every node of a captured model, whose outputs keep all their channels.
@@ -55,7 +57,10 @@ class Labelling:
     def _tensor(self, node: fx.Node, captured: Capture) -> Labelled:
         value = node.meta["val"]
         owned = node.target in captured.tensors and value.is_floating_point()
-        return self.space.own(node.target, value.shape) if owned else Labelled(tuple(value.shape))
+        if not owned:
+            return Labelled(tuple(value.shape))
+        labels = self.space.own(node.target, value.shape)
+        return labels if isinstance(value, nn.Parameter) else replace(labels, source=None)  # no gate in a buffer
 
     def _pin_outputs(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
@@ -70,7 +75,11 @@ class Labelling:
         args, kwargs = tree_map_only(fx.Node, self.values.__getitem__, (node.args, node.kwargs))
         owner = node.meta["call"]
         path = owner.path if owner is not None else ""
-        return self.apply(node.target, args, kwargs, node.meta["val"], path, self.findings)
+        before = len(self.findings.looks)
+        result = self.apply(node.target, args, kwargs, node.meta["val"], path, self.findings)
+        if len(self.findings.looks) > before:
+            self.looks[node] = self.findings.looks[before:]
+        return result
 
     def apply(self, op: Any, args: Any, kwargs: Any, value: Any, path: str, findings: Findings) -> Any:
         """Labels of `value`, the result of `op` on arguments whose tensors are given as `Labelled`."""
@@ -96,8 +105,7 @@ class Labelling:
 
     def fork(self) -> Labelling:
         """The same labels, to be carried on without a trace in this labelling."""
-        findings = Findings(list(self.findings.kernels), set(self.findings.gated), list(self.findings.grids))
-        return Labelling(self.space.fork(), findings, dict(self.values))
+        return Labelling(self.space.fork(), self.findings.copy(), dict(self.values), dict(self.looks))
 
     def extends(self, other: Labelling) -> bool:
         """Whether all labels of `other`, which this was forked from, are in the classes they were in."""

@@ -17,7 +17,7 @@ from rewriters.analysis import Analysis, pin_call, samples_in, set_modes, trial_
 from rewriters.capture import capture
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.journal import Journal
-from rewriters.slimming import apply, plan, with_survivors
+from rewriters.slimming import apply, plan
 
 _SEED = 2
 
@@ -42,7 +42,7 @@ def rehearse(
             raise SurgeryError(f"cannot run with fewer channels ({error})", where=path) from error
         pinned.add(path)
         pin_call(analysis, path, f"its forward refuses fewer channels ({error})")
-        analysis.channel_map = analysis.labelling.channel_map(samples_in(args, kwargs))
+        analysis.settle(samples_in(args, kwargs))
     return analysis
 
 
@@ -54,7 +54,7 @@ def _refusal(
     modes = set_modes(model, False)
     try:
         channel_map = analysis.channel_map
-        live = with_survivors(channel_map, trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
+        live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
         slim = plan(model, analysis, live, args, kwargs)
         apply(model, slim, journal)
         recorded = capture(model, args, kwargs)

@@ -19,8 +19,8 @@ from torch import fx
 from rewriters.capture import Capture, ModuleCall, is_getitem
 from rewriters.labels import Labelled, varying
 from rewriters.propagate import Labelling
-from rewriters.rules import find_rule
-from rewriters.rules.movement import move
+from rewriters.rules import Findings, find_rule
+from rewriters.rules.movement import expand, move
 
 ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
@@ -96,7 +96,7 @@ def _origin(node: fx.Node, labelling: Labelling) -> fx.Node:
 
 def _moves(node: fx.Node) -> bool:
     """Whether a value may be a view of another one."""
-    return is_getitem(node) or (node.op == "call_function" and find_rule(node.target) is move)
+    return is_getitem(node) or (node.op == "call_function" and find_rule(node.target) in (move, expand))
 
 
 def _same_channels(before: Labelled | list[Labelled], after: Labelled | list[Labelled]) -> bool:
@@ -125,7 +125,9 @@ def _reaches(origin: fx.Node, node: fx.Node, labelling: Labelling, order: Mappin
     return False
 
 
-def coupling(captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, str]) -> list[ResidualAdd]:
+def coupling(
+    captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, str], embed: bool = True
+) -> list[ResidualAdd]:
     """Those of the adds that alone couple the channels of their shortcut with those of their other operand.
 
     The label pass runs once more with a tensor of its own channels in each shortcut's place. Where they come
@@ -135,9 +137,10 @@ def coupling(captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, st
     Args:
         captured: the recorded forward that the adds are from.
         ignore: names of parameters and buffers whose channels stay, with the reason.
+        embed: whether channels that a norm across channels looks at may die.
     """
     while adds:
-        labelling, freed = _label_freed(captured, adds, ignore)
+        labelling, freed = _label_freed(captured, adds, ignore, embed)
         number = labelling.numbering()
         needed = []
         for add, nodes in zip(adds, freed, strict=True):
@@ -151,7 +154,7 @@ def coupling(captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, st
 
 
 def _label_freed(
-    captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, str]
+    captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, str], embed: bool
 ) -> tuple[Labelling, list[tuple[fx.Node, fx.Node]]]:
     """Labels of the recorded forward with free shortcuts, and each shortcut's node with the one in its place."""
     graph = fx.Graph()
@@ -169,7 +172,7 @@ def _label_freed(
         fresh.meta.update(val=tensors[name], call=None)
         node.update_arg(add.operand, fresh)
         freed.append((copies[add.shortcut], fresh))
-    labelling = Labelling()
+    labelling = Labelling(findings=Findings(live=embed))
     labelling.run(replace(captured, graph=graph, tensors=tensors))
     labelling.pin_tensors(ignore, "the caller asked for it")
     labelling.settle_grids()

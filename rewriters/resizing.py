@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,12 +26,11 @@ from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import run_call
 
 _CONCATENATIONS = {torch.cat, torch.concat}
-_MOVES = {
-    op
-    for op, rule in RULES.items()
-    if rule in (movement.move, movement.reshape, movement.channel_shuffle, movement.cat, movement.stack)
-} | elementwise.COPIES
+_MOVES = {op for op, rule in RULES.items() if rule in movement.RULES_THAT_MOVE} | elementwise.COPIES
 
+
+_GROUPED = {F.group_norm}
+"""Calls whose result has the right shape with another number of groups too: they are always written anew."""
 
 _RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
 
@@ -120,7 +120,7 @@ class Resizer:
                 self._copy(node)
             else:
                 self.changed = True  # it spoke of a size that is no more
-        elif self._agrees(node, node.target, node.args, node.kwargs):
+        elif node.target not in _GROUPED and self._agrees(node, node.target, node.args, node.kwargs):
             self._copy(node)
         else:
             self._rewrite(node)
@@ -134,16 +134,20 @@ class Resizer:
         if family is None:
             raise Unwritable(node, self._where, f"{node.format_node()} holds a size that slimming changes.")
         full = [leaf for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
-        resize = Resize(node, [tuple(t.shape) for t in full], [self._shape(t) for t in full], self._kept)
+        slim = [self._shape(t) for t in full]
+        resize = Resize(node, [tuple(t.shape) for t in full], slim, self._kept, self._left)
         target, args, kwargs = family(resize)
         if not self._agrees(node, target, args, kwargs):
             raise Unwritable(node, self._where, f"{node.format_node()} has no form for the channels that are left.")
+        self.changed |= (target, args, kwargs) != (node.target, node.args, node.kwargs)
         args, kwargs = fx.node.map_arg((args, kwargs), self._copies.__getitem__)
         self._copies[node] = self.graph.create_node(node.op, target, args, kwargs)
-        self.changed = True
 
     def _labels(self, tensor: Tensor) -> Labelled:
         return self._known.get(id(tensor)) or Labelled(tuple(tensor.shape))
+
+    def _left(self, arg: Any) -> Any:
+        return fx.node.map_arg(arg, self._slim.__getitem__)
 
     def _kept(self, tensor: Tensor, dim: int) -> Tensor:
         return self._cut.kept(self._labels(tensor), dim)

@@ -57,7 +57,7 @@ class Shortcut:
 
 def replace_shortcuts(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal,
-    within: Collection[str] | None = None, ignore: Mapping[str, str] | None = None,
+    within: Collection[str] | None = None, ignore: Mapping[str, str] | None = None, embed: bool = True,
 ) -> tuple[Shortcut, ...]:  # fmt: skip
     """Put 1x1 convolutions, started as the identity, in the place of identity shortcuts.
 
@@ -70,6 +70,7 @@ def replace_shortcuts(
         within: paths of modules all of whose identity shortcuts are replaced; None for every shortcut that
             alone couples the channels it leads to with those it leads from.
         ignore: names of parameters and buffers whose channels stay, with the reason.
+        embed: whether channels that a norm across channels looks at may die.
 
     Raises:
         AutogateError: a path in `within` holds no identity shortcut, or one that has to be left as it is.
@@ -82,7 +83,7 @@ def replace_shortcuts(
     labelling = Labelling()
     labelling.run(captured)
     adds = residual_adds(captured, labelling)
-    adds = coupling(captured, adds, ignore or {}) if within is None else _named(adds, within)
+    adds = coupling(captured, adds, ignore or {}, embed) if within is None else _named(adds, within)
     times = Counter(call.path for call in captured.calls())
     placed: list[Shortcut] = []
     for path, own in _by_module(adds).items():

@@ -28,12 +28,14 @@ class Resize:
         full: full shapes of the results (tensors among them, in order).
         slim: their shapes after slimming.
         kept: (value, dim) -> which indices of a full tensor stay along a dimension, bool of shape (size,).
+        left: the value that an argument has after slimming, as the call stands.
     """
 
     node: fx.Node
     full: list[tuple[int, ...]]
     slim: list[tuple[int, ...]]
     kept: Callable[[Tensor, int], Tensor]
+    left: Callable[[Any], Any]
 
     def argument(self, index: int, *names: str, default: Any = None) -> Any:
         """An argument by its position or by one of the names it goes by."""
@@ -51,9 +53,12 @@ class Resize:
         return fx.node.map_arg(arg, lambda node: node.meta["val"])
 
     def sizes(self, given: Any, offset: int = 0) -> list[Any]:
-        """Sizes as they were given, those that changed replaced by what is left."""
+        """Sizes as they were given, those replaced by what is left that changed or come to something else now."""
         pairs = zip(self.full[0][offset:], self.slim[0][offset:], strict=False)
-        return [new if old != new else size for size, (old, new) in zip(given, pairs, strict=False)]
+        return [
+            size if old == new and self.left(size) in (new, -1) else new
+            for size, (old, new) in zip(given, pairs, strict=False)
+        ]
 
     def with_args(self, *args: Any, **kwargs: Any) -> Call:
         """The call with other positional arguments, or with keyword arguments changed."""
@@ -184,6 +189,28 @@ def convolve(resize: Resize) -> Call:
     return resize.with_args(groups=groups)
 
 
+def layer_norm(resize: Resize) -> Call:
+    """F.layer_norm(x, sizes, ...), F.rms_norm(x, sizes, ...)."""
+    given = resize.argument(1, "normalized_shape")
+    if isinstance(given, fx.Node):  # a size that was read off a tensor, of which there is no other form
+        return resize.with_args()
+    sizes = resize.sizes(given, len(resize.full[0]) - len(given))
+    if len(resize.node.args) > 1:
+        return resize.with_args(resize.x, sizes, *resize.node.args[2:])
+    return resize.with_args(*resize.node.args, normalized_shape=sizes)
+
+
+def group_norm(resize: Resize) -> Call:
+    """F.group_norm(x, groups, ...): as many groups as are left, where whole ones went."""
+    groups = resize.argument(1, "num_groups")
+    left = int(resize.kept(resize.value(resize.x), 1).view(resize.value(groups), -1).any(1).sum())
+    if left == resize.value(groups):
+        left = groups
+    if len(resize.node.args) > 1:
+        return resize.with_args(resize.x, left, *resize.node.args[2:])
+    return resize.with_args(*resize.node.args, num_groups=left)
+
+
 _CONVOLUTIONS = [
     F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, F.conv_transpose1d, F.conv_transpose2d,
     F.conv_transpose3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
@@ -202,5 +229,7 @@ FAMILIES: dict[Any, Callable[[Resize], Call]] = {
     **dict.fromkeys(["roll", torch.roll], roll),
     **dict.fromkeys([F.channel_shuffle, torch.channel_shuffle], channel_shuffle),
     **dict.fromkeys(_CONVOLUTIONS, convolve),
+    **dict.fromkeys([F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm], layer_norm),
+    F.group_norm: group_norm,
 }
 """The family of a traced call, by its function or its method's name."""

@@ -11,10 +11,12 @@ from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis
 from rewriters.branches import Pruned, is_under, prune_branches
-from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
+from rewriters.channel_map import ChannelMap, Kernel, Side
 from rewriters.errors import SurgeryError
 from rewriters.forward import RewrittenForward
 from rewriters.journal import Journal
+from rewriters.rules.mixing import normalises_whole_groups
+from rewriters.statistics import take_off
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,12 @@ def plan(
         SurgeryError: a forward cannot be rewritten for this pattern.
     """
     channel_map = analysis.channel_map
-    live = live.cpu()
+    live = channel_map.looked_at(live.cpu())
     while True:
         pruned = prune_branches(model, analysis, live, args, kwargs or {})
         removed = frozenset[str]().union(*(one.removed for one in pruned))
         gone = _tensors_under(model, removed)
-        survivors = with_survivors(channel_map, live, gone)
+        survivors = channel_map.survivors(live, gone)
         if torch.equal(survivors, live):
             break
         live = survivors  # a channel more somewhere may be a branch less that can go
@@ -81,19 +83,6 @@ def plan(
     forwards = _rewrite(analysis, live, pruned)
     constants = {f"{one.path}.{name}".lstrip("."): value for one in pruned for name, value in one.constants.items()}
     return SlimPlan(live, kept, forwards, constants, removed, kernels)
-
-
-def with_survivors(channel_map: ChannelMap, live: Tensor, gone: Set[str] = frozenset()) -> Tensor:
-    """Live classes and, on each side that would be left with nothing, its first class.
-
-    A layer that still runs needs a channel; the one kept has a zero kernel behind it, so that outputs
-    don't change. Tensors in `gone` are left out of account.
-    """
-    live = live.clone()
-    for side, classes in channel_map.classes.items():
-        if side.tensor not in gone and not (classes == ALWAYS).any() and not live[classes].any():
-            live[classes[0]] = True
-    return live
 
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
@@ -139,7 +128,8 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 
 
 def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
-    """Carry out a plan on the live model, every change noted in `journal`."""
+    """Carry out a plan on the live model, every change noted in `journal`; statistics are plain again."""
+    take_off(model, journal)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))
@@ -205,3 +195,9 @@ def fields_after(
         yield "num_features", new[0]
     elif isinstance(module, nn.PReLU):
         yield "num_parameters", new[0]
+    elif isinstance(module, nn.GroupNorm) and name == "weight":
+        if normalises_whole_groups(module.num_groups, old[0]):
+            yield "num_groups", module.num_groups * new[0] // old[0]
+        yield "num_channels", new[0]
+    elif name == "weight" and tuple(getattr(module, "normalized_shape", ())) == tuple(old):
+        yield "normalized_shape", tuple(new)

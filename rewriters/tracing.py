@@ -242,19 +242,21 @@ class _Tracer(fx.Tracer):
         with torch.no_grad(), self._captured.mode, log:
             node.meta["val"] = self._evaluate(node)
         node.meta["ops"] = [op for op, *_ in log.calls]
+        findings = Findings(live=self._labelling.findings.live)
         for call in log.calls:
-            self._label(*call)
+            self._label(*call, findings)
+        node.meta["looks"] = findings.looks
         if node.op == "call_module":
             given = fx.node.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
             self.link(given, (self._entered.args, self._entered.kwargs))
 
-    def _label(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings) -> None:
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not tensors:
             return
         self._alive.append(out)
         args, kwargs = tree_map_only(Tensor, self._labels_of, (args, kwargs))
-        labels = self._labelling.apply(op, args, kwargs, out, self._call.path, Findings())
+        labels = self._labelling.apply(op, args, kwargs, out, self._call.path, findings)
         found = [label for label in (labels if isinstance(labels, list) else [labels]) if label is not None]
         self.known.update({id(tensor): label for tensor, label in zip(tensors, found, strict=True)})
 
@@ -305,8 +307,8 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """Trace `module`'s forward as it ran in `call`.
 
     Returns:
-        The graph (each node's meta has `val`, its value, and `ops`, the ATen ops it ran) and the labels
-        of all tensors in it by id.
+        The graph (each node's meta has `val`, its value, `ops`, the ATen ops it ran, and `looks`, the
+        statistics that these take along channels) and the labels of all tensors in it by id.
 
     Raises:
         TraceError: torch.fx cannot follow the forward; the message says why.

@@ -188,3 +188,57 @@ def test_float64_is_exact_to_its_own_rounding():
     kill(model, 0.4)
     gated = outputs(model, example)
     assert difference(outputs(autogate.finalize(model, warn=False), example), gated) <= 1e-12
+
+
+NORMED = {
+    "test_convnext": {}, "test_vit": {}, "test_mambaout": {},
+    "convnextv2_atto": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "img_size": 64},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "conv_mlp": True, "img_size": 64},
+    "deit_tiny_distilled_patch16_224": {"depth": 2, "img_size": 64},
+    "vit_tiny_patch16_224": {"depth": 2, "norm_layer": "rmsnorm", "img_size": 64},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 2), "num_heads": (2, 4), "embed_dim": 32, "img_size": 56},
+    "resnet26": {"norm_layer": "groupnorm", "layers": (1, 1, 1, 1), "img_size": 64},
+}  # fmt: skip
+"""Small models whose norms look across channels, with the options that make them small."""
+
+
+def build_normed(name: str, img_size: int = 64, **options) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    takes_size = name.startswith(("vit", "deit", "swin"))
+    size = {"img_size": img_size} if takes_size else {}
+    model = timm.create_model(name, num_classes=10, **size, **options)
+    randomise_norms(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.rand_like(parameter) / 2)
+    side = model.pretrained_cfg["input_size"][-1] if name.startswith("test_") else img_size
+    return model, torch.randn(2, 3, side, side)
+
+
+@pytest.mark.parametrize(("index", "name"), enumerate(NORMED))
+def test_embeddings_shrink_exactly(index, name):
+    model, example = build_normed(name, **NORMED[name])
+    wanted = outputs(model, example)
+    model = autogate.prepare(model, example, flops=0.9)
+    assert torch.equal(outputs(model, example), wanted)
+    assert autogate.summary(model).reach >= 0.9
+    assert autogate.gates(model).channel_map.statistics
+    kill(model, (0.3, 0.5, 0.7)[index % 3], index)
+    gated = outputs(model, example)
+    slim = autogate.finalize(model, warn=False)
+    assert difference(outputs(slim, example), gated) <= 1e-5
+    norms = [module for module in slim.modules() if "Norm" in type(module).__name__]
+    assert norms and all("forward" not in module.__dict__ for module in norms)
+    slim.train()(example)
+
+
+def test_a_convnext_with_embeddings_that_stay():
+    model, example = build_normed("test_convnext")
+    model = autogate.prepare(model, example, embed=False, flops=0.9)
+    assert not autogate.gates(model).channel_map.statistics
+    kill(model, 0.5)
+    gated, width = outputs(model, example), model.num_features
+    slim = autogate.finalize(model, warn=False)
+    assert difference(outputs(slim, example), gated) <= 1e-5
+    assert slim.num_features == slim.get_classifier().in_features == width

@@ -1,11 +1,12 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
 from rewriters.rules import creation, elementwise, kernels, mixing, movement
-from rewriters.rules.registry import RULES, Findings, OpCall, find_rule, rule
+from rewriters.rules.registry import RULES, Findings, Look, OpCall, find_rule, rule
 
 __all__ = [
     "RULES",
     "Findings",
+    "Look",
     "OpCall",
     "creation",
     "elementwise",

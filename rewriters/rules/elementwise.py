@@ -51,7 +51,8 @@ def meet(call: OpCall, operands: list[Labelled]) -> tuple[Tensor, ...]:
             merged = _join(call, merged, aligned)
     for operand in operands:
         for dim, size in enumerate(operand.shape, start=ndim - operand.ndim):
-            if size > 1 and operand.layer(dim - ndim + operand.ndim) is None:
+            own_dim = dim - ndim + operand.ndim
+            if size > 1 and own_dim not in operand.uniform and operand.layer(own_dim) is None:
                 for layer in [layer for layer in merged if layer.shape[dim] > 1]:
                     merged = _drop_dim(call, merged, layer, dim)
     return tuple(merged)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from rewriters.labels import Labelled
+from rewriters.labels import Labelled, varying
 from rewriters.rules.elementwise import meet
 from rewriters.rules.registry import OpCall, Result, rule
 
@@ -20,7 +21,10 @@ def reduce(call: OpCall) -> Result:
     names = [argument.name for argument in call.op._schema.arguments]
     dims = call.arg(names.index("dim"), "dim") if "dim" in names else None
     dims = [dims] if isinstance(dims, int) else list(dims or range(value.ndim))
-    layers = call.mix(value, dims, "reduced over its channels")
+    if _is_statistic(call):
+        layers, _ = call.look(value, dims, "reduced over its channels")
+    else:
+        layers = call.mix(value, dims, "reduced over its channels")
     kept = [dim for dim in range(value.ndim) if dim not in {d % value.ndim for d in dims}] if value.ndim else []
     outs = []
     for shape in call.shapes:
@@ -29,6 +33,19 @@ def reduce(call: OpCall) -> Result:
         else:
             outs.append(Labelled(shape, layers))
     return outs if len(outs) > 1 else outs[0]
+
+
+_MOMENTS = {torch.ops.aten.mean, torch.ops.aten.var, torch.ops.aten.std, torch.ops.aten.var_mean}
+
+
+def _is_statistic(call: OpCall) -> bool:
+    """Whether a slim model takes this reduction over the channels that are left as over all it ever had.
+
+    So it does a mean, and a norm to which zeros add nothing. A sum may be divided by the number there was.
+    """
+    if call.op.overloadpacket is torch.ops.aten.linalg_vector_norm:
+        return call.arg(1, "ord", 2) > 0
+    return call.op.overloadpacket in _MOMENTS
 
 
 @rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax.int", "aten.cumsum", "aten.sort",
@@ -97,24 +114,51 @@ def _along(vector: Labelled, shape: list[int]) -> Labelled:
 
 @rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm")
 def layer_norm(call: OpCall) -> Result:
-    """Mixes over the trailing dimensions."""
+    """Normalised over the trailing dimensions; of channels among these the live ones count."""
     value = call.args[0]
     dims = range(-len(call.args[1]), 0)
-    layers = _pin_vectors(call, call.mix(value, dims, "normalised over its channels"))
-    return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
+    layers, along = call.look(value, dims, "normalised over its channels")
+    vectors = [arg for arg in call.args[1:] if isinstance(arg, Labelled)]
+    return _normalised(call, layers, along, vectors)
 
 
 @rule("aten.native_group_norm")
 def group_norm(call: OpCall) -> Result:
-    """Mixes over the channels of a group and everything behind them."""
-    value = call.args[0]
-    layers = _pin_vectors(call, call.mix(value, range(1, value.ndim), "normalised over its channels"))
+    """Normalised over the channels of a group and everything behind them.
+
+    As in a grouped convolution, whole groups die where there are at least as many of them as channels in one,
+    the same places of every group otherwise; then the live places count.
+    """
+    value, groups = call.args[0], call.args[6]
+    reason = "normalised over its channels"
+    vectors = [arg for arg in call.args[1:3] if isinstance(arg, Labelled)]
+    channels = value.layer(1)
+    if not call.findings.live or channels is None or len(varying(channels)) > 1:
+        return _normalised(call, call.mix(value, range(1, value.ndim), reason), (), vectors)
+    width = value.shape[1] // groups
+    by_group = channels.view(groups, width)
+    if normalises_whole_groups(groups, value.shape[1]):
+        call.space.merge_along(by_group, [1])
+    else:
+        call.note(call.space.merge_along(by_group, [0]).flatten(), 1 - value.ndim, reason)
+    rest = tuple(layer for layer in value.layers if layer is not channels)
+    layers = call.mix(Labelled(value.shape, rest), range(1, value.ndim), reason)
+    shape = [value.shape[1], *[1] * (value.ndim - 2)]
+    return _normalised(call, layers, (channels,), [_along(vector, shape) for vector in vectors])
+
+
+def normalises_whole_groups(groups: int, channels: int) -> bool:
+    """Whether a group norm's groups die whole."""
+    return groups * groups >= channels
+
+
+def _normalised(
+    call: OpCall, layers: tuple[Tensor, ...], along: tuple[Tensor, ...], vectors: list[Labelled]
+) -> list[Labelled]:
+    """A norm's results: its vectors ride along with the channels, or stay where these do."""
+    if along:
+        layers = meet(call, [Labelled(call.shape, (*layers, *along)), *vectors])
+    else:
+        for layer in (layer for vector in vectors for layer in vector.layers):
+            call.pin(layer, "normalised over its channels")
     return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
-
-
-def _pin_vectors(call: OpCall, layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    for vector in call.args[1:]:
-        if isinstance(vector, Labelled):
-            for layer in vector.layers:
-                call.pin(layer, "normalised over its channels")
-    return layers

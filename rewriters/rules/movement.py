@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -40,7 +41,7 @@ def _as_list(value: Any) -> list[Tensor]:
 @rule(
     "aten.permute", "aten.transpose", "aten.transpose_", "aten.t", "aten.slice.Tensor", "aten.select.int",
     "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int", "aten.squeeze", "aten.unsqueeze",
-    "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.roll", "aten.expand", "aten.narrow",
+    "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.roll", "aten.narrow",
     "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk", "aten.movedim", "aten.permute_copy",
     "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle",
 )  # fmt: skip
@@ -49,6 +50,15 @@ def move(call: OpCall) -> Result:
     value, rest = call.args[0], call.args[1:]
     results = [_as_list(call.op(layer.expand(value.shape), *rest, **call.kwargs)) for layer in value.layers]
     return _moved(call, value, results)
+
+
+@rule("aten.expand")
+def expand(call: OpCall) -> Labelled:
+    """As `move`; where a number was repeated, any of its places can go."""
+    moved = move(call)
+    assert isinstance(moved, Labelled)
+    before = (1,) * (moved.ndim - call.args[0].ndim) + call.args[0].shape
+    return replace(moved, uniform=tuple(dim for dim, size in enumerate(moved.shape) if before[dim] == 1 < size))
 
 
 @rule("aten.channel_shuffle", "aten.native_channel_shuffle")
@@ -145,3 +155,7 @@ def _pad_layer(call: OpCall, layer: Tensor, dim: int, before: int, after: int) -
         return call.space.fresh(prod(shape)).view(shape)
 
     return torch.cat([border(before), inner, border(after)], dim)
+
+
+RULES_THAT_MOVE = (move, expand, reshape, channel_shuffle, cat, stack)
+"""Rules of ops that put elements elsewhere and compute nothing."""

@@ -23,13 +23,41 @@ Rule = Callable[["OpCall"], Result]
 RULES: dict[Any, Rule] = {}
 
 
+@dataclass(frozen=True)
+class Look:
+    """A statistic along labelled channels: exact for what is left if it is taken over the live ones only.
+
+    Attributes:
+        labels: of the channels it is taken over, shape (channels,).
+        dim: the dimension they lie along, counted from the last (-1).
+        module: path of the module it is taken in.
+        op: the op that takes it.
+        reason: why they have to stay where it can't be taken over the live ones.
+    """
+
+    labels: Tensor
+    dim: int
+    module: str
+    op: str
+    reason: str
+
+
 @dataclass
 class Findings:
-    """What rules note down beside labels: the kernels met, where gates may stand, what was split in two."""
+    """What rules note down beside labels: the kernels met, where gates may stand, what was split in two.
+
+    `looks` are the statistics taken along channels, `live` says whether they may be taken over live ones only.
+    """
 
     kernels: list[Kernel] = field(default_factory=list)
     gated: set[Side] = field(default_factory=set)
     grids: list[Tensor] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    live: bool = True
+
+    def copy(self) -> Findings:
+        """The same, to be carried on apart."""
+        return Findings(list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live)
 
 
 @dataclass(frozen=True)
@@ -87,6 +115,25 @@ class OpCall:
             else:
                 self.pin(layer, reason)
         return tuple(survivors)
+
+    def look(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """As `mix`, for a statistic that can be taken over live channels only: these needn't stay.
+
+        Returns:
+            Layers that outlive the mixing, and those along which the statistic is taken (one or none).
+        """
+        dims = {dim % value.ndim for dim in dims} if value.ndim else set()
+        along = tuple(layer for layer in value.layers if varying(layer) and set(varying(layer)) <= dims)
+        if not self.findings.live or len(along) != 1 or len(varying(along[0])) != 1:
+            return self.mix(value, dims, reason), ()
+        (dim,) = varying(along[0])
+        self.note(along[0].flatten(), dim - value.ndim, reason)
+        rest = tuple(layer for layer in value.layers if layer is not along[0])
+        return self.mix(Labelled(value.shape, rest), dims, reason), along
+
+    def note(self, labels: Tensor, dim: int, reason: str) -> None:
+        """Note that a statistic is taken along these labels."""
+        self.findings.looks.append(Look(labels, dim, self.module, str(self.op), reason))
 
 
 def overload(name: str) -> Any:

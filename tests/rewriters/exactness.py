@@ -16,6 +16,7 @@ from rewriters.analysis import Analysis, analyse
 from rewriters.channel_map import ChannelMap
 from rewriters.journal import Journal
 from rewriters.slimming import SlimPlan, apply, plan
+from rewriters.statistics import write_live
 from rewriters.verify import relative_error, run_eval
 
 TOLERANCE = 1e-9
@@ -24,12 +25,13 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Slimmed:
-    """A model that was slimmed, with all that led there."""
+    """A model that was slimmed, with all that led there; `placed` is what let its statistics be live ones."""
 
     model: nn.Module
     analysis: Analysis
     plan: SlimPlan
     journal: Journal
+    placed: Journal
     wanted: list[Tensor]
     got: list[Tensor]
 
@@ -52,6 +54,14 @@ def zero_kernels(model: nn.Module, channel_map: ChannelMap, live: Tensor) -> Non
             parameters[side.tensor].index_fill_(side.dim, dead.nonzero().flatten(), 0.0)
 
 
+def place_statistics(model: nn.Module, analysis: Analysis, live: Tensor) -> Journal:
+    """Let norms look at the live channels only, as they do while gates train; returns how to take that back."""
+    journal = Journal()
+    analysis.place_statistics(model, journal)
+    write_live(model, analysis.channel_map, live)
+    return journal
+
+
 def slim(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -66,10 +76,11 @@ def slim(
     analysis = analysis or analyse(model, args, kwargs)
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(model, analysis.channel_map, live)
+    placed = place_statistics(model, analysis, live)
     wanted = run_eval(model, args, kwargs)
     slim_plan, journal = plan(model, analysis, live, args, kwargs), Journal()
     apply(model, slim_plan, journal)
-    return Slimmed(model, analysis, slim_plan, journal, wanted, run_eval(model, args, kwargs))
+    return Slimmed(model, analysis, slim_plan, journal, placed, wanted, run_eval(model, args, kwargs))
 
 
 def prunable_share(model: nn.Module, channel_map: ChannelMap) -> float:

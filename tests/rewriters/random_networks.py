@@ -299,6 +299,8 @@ def _randomise_statistics(model: nn.Module) -> None:
             if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and module.affine:
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(std=0.2)
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.elementwise_affine:
+                module.weight.uniform_(0.5, 1.5)
 
 
 def random_recipe(seed: int) -> Recipe:

@@ -25,6 +25,7 @@ from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import (
     TOLERANCE,
     copies_agree,
+    place_statistics,
     prunable_share,
     random_live,
     share_for,
@@ -54,7 +55,9 @@ def check(recipe: Recipe, share: float, seed: int) -> float:
     assert slimmed.error <= TOLERANCE, f"{slimmed.error:.1e} off"
     assert copies_agree(slimmed, network.args, network.kwargs)
     gated = build(recipe).model
-    zero_kernels(gated, analysis.channel_map, random_live(analysis.channel_map.size, share, seed))
+    live = random_live(analysis.channel_map.size, share, seed)
+    zero_kernels(gated, analysis.channel_map, live)
+    place_statistics(gated, analysis, live)
     for batch, more in ((3, 0), (1, 0), (2, 4)):
         if more and recipe.head == "views":
             continue  # a reshape to literal sizes makes of a larger image a larger batch
@@ -64,6 +67,7 @@ def check(recipe: Recipe, share: float, seed: int) -> float:
     slimmed.journal.undo()
     restored = run_eval(network.model, network.args, network.kwargs)
     assert all(torch.equal(a, b) for a, b in zip(restored, slimmed.wanted, strict=True))
+    slimmed.placed.undo()
     assert attribute_names(network.model) == attributes
     return prunable_share(network.model, analysis.channel_map)
 
@@ -131,6 +135,7 @@ def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
     analysis = analyse(model, args, kwargs)
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(model, analysis.channel_map, live)
+    placed = place_statistics(model, analysis, live)
     wanted = run_eval(model, args, kwargs)
     slimmed = Journal()
     apply(model, restore(model, analysis, plan(model, analysis, live, args, kwargs), shortcuts), slimmed)
@@ -139,6 +144,7 @@ def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
     copy.deepcopy(model).train()(*args, **kwargs)
     slimmed.undo()
     assert all(torch.equal(a, b) for a, b in zip(run_eval(model, args, kwargs), wanted, strict=True))
+    placed.undo()
     inserted.undo()
     assert attribute_names(model) == attributes
     return len(shortcuts)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rewriters.analysis import analyse
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, mapped, reasons
 
@@ -18,10 +19,10 @@ def between(op, **members):
     "op",
     [
         lambda x: x.softmax(1) * x, lambda x: F.log_softmax(x, 1), lambda x: x.cumsum(1), lambda x: x.sort(1)[0],
-        lambda x: F.normalize(x, dim=1), lambda x: x - x.mean(1, keepdim=True), lambda x: x - x.amax(1, keepdim=True),
-        lambda x: x * x.max(1, keepdim=True)[0], lambda x: x / x.norm(dim=1, keepdim=True), lambda x: x - x.mean(),
-        lambda x: x * x.std(1, keepdim=True), lambda x: x.argsort(1).float() + x, lambda x: F.local_response_norm(x, 3),
+        lambda x: x - x.amax(1, keepdim=True), lambda x: x * x.max(1, keepdim=True)[0],
+        lambda x: x.argsort(1).float() + x, lambda x: F.local_response_norm(x, 3),
         lambda x: x / x.sum((1, 2, 3), keepdim=True), lambda x: x * x.logsumexp(1, keepdim=True),
+        lambda x: x / torch.linalg.vector_norm(x, -1, dim=1, keepdim=True),
     ],
 )  # fmt: skip
 def test_mixing_along_channels_pins(op):
@@ -74,11 +75,54 @@ def test_instance_norm_rides_along():
     assert classes(found, "norm.weight", 0) == classes(found, "a.weight", 0) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.GroupNorm(1, 4), nn.LayerNorm([4, 4, 4])])
-def test_norms_across_channels_pin(norm):
-    found = between(lambda m, y: m.norm(y), norm=norm)
+STATISTICS = [
+    lambda x: F.normalize(x, dim=1), lambda x: x - x.mean(1, keepdim=True), lambda x: x - x.mean(),
+    lambda x: x / x.norm(dim=1, keepdim=True), lambda x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True),
+    lambda x: x * x.std(1, keepdim=True), lambda x: x / torch.var(x, (1, 2), keepdim=True),
+    lambda x: x - torch.var_mean(x, 1, keepdim=True)[1], lambda x: F.layer_norm(x, x.shape[1:]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", STATISTICS)
+def test_statistics_along_channels_let_them_die(op):
+    found = between(lambda m, y: op(y))
+    assert classes(found, "a.weight", 0) == classes(found, "b.weight", 1) == [0, 1, 2, 3]
+    assert [statistic.classes.tolist() for statistic in found.statistics] == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("op", STATISTICS)
+def test_statistics_along_channels_pin_where_embeddings_stay(op):
+    model = Net(lambda m, x: m.b(op(m.a(x))), a=conv(3, 4), b=conv(4, 2))
+    found = analyse(model.eval(), (image(),), embed=False).channel_map
     assert is_pinned(found, "a.weight", 0)
-    assert any("normalised over its channels" in reason for reason in reasons(found, "a.weight", 0))
+    assert reasons(found, "a.weight", 0)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(1, 4), nn.LayerNorm([4, 4, 4])])
+def test_norms_across_channels_ride_along(norm):
+    found = between(lambda m, y: m.norm(y), norm=norm)
+    assert classes(found, "a.weight", 0) == classes(found, "norm.weight", 0) == classes(found, "norm.bias", 0)
+    assert classes(found, "a.weight", 0) == found.statistics[0].classes.tolist() == [0, 1, 2, 3]
+    assert is_pinned(found, "norm.weight", 1)  # rows, columns: no layer owns them
+
+
+def test_group_norm_lets_whole_groups_die_or_the_same_places_of_each():
+    wide = mapped(lambda m, x: m.b(m.norm(m.a(x))), a=conv(3, 8), norm=nn.GroupNorm(2, 8), b=conv(8, 2))
+    assert classes(wide, "a.weight", 0) == classes(wide, "norm.weight", 0) == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert wide.statistics[0].classes.tolist() == [0, 1, 2, 3]
+    narrow = mapped(lambda m, x: m.b(m.norm(m.a(x))), a=conv(3, 8), norm=nn.GroupNorm(4, 8), b=conv(8, 2))
+    assert classes(narrow, "a.weight", 0) == classes(narrow, "norm.bias", 0) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert not narrow.statistics
+
+
+def test_a_statistic_along_channels_in_two_dimensions_pins_them():
+    def outer(m, x):
+        y = m.a(x).mean((2, 3))[:, :, None] @ m.c(x).mean((2, 3))[:, None]
+        return m.b((y / y.mean((1, 2), keepdim=True))[..., None])
+
+    found = mapped(outer, a=conv(3, 4), c=conv(3, 5), b=conv(4, 2))
+    assert is_pinned(found, "a.weight", 0)
+    assert is_pinned(found, "c.weight", 0)
 
 
 def test_maxout_lets_pairs_die():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriters.sizes import FAMILIES
-from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
+from tests.rewriters.exactness import TOLERANCE, assert_exact, place_statistics, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, conv, image
 
 from rewriters.verify import relative_error, run_eval  # isort: skip
@@ -60,6 +60,12 @@ def forwards():
     yield "grouped", lambda m, y: F.conv2d(y, m.grouped, None, 1, 1, 1, 4)
     yield "grouped by keyword", lambda m, y: F.conv2d(input=y, weight=m.grouped, groups=4, padding=1)
     yield "transposed", lambda m, y: F.conv_transpose2d(y, m.grouped, padding=1, groups=4)
+    yield "layer_norm", lambda m, y: F.layer_norm(y.movedim(1, -1), (8,), m.vector).movedim(-1, 1)
+    yield "layer_norm by keyword", lambda m, y: F.layer_norm(input=y, normalized_shape=[8, y.shape[2], y.shape[3]])
+    yield "rms_norm", lambda m, y: F.rms_norm(y.movedim(1, -1), [8], m.vector).movedim(-1, 1)
+    yield "group_norm", lambda m, y: F.group_norm(y, 4, m.vector)
+    yield "group_norm by keyword", lambda m, y: F.group_norm(y, num_groups=4, bias=m.vector)
+    yield "group_norm of places", lambda m, y: F.group_norm(y, 2, m.vector)
     yield "slice assigned", lambda m, y: _assigned(m, y)
     yield "slice added to", lambda m, y: _added_to(m, y)
 
@@ -83,12 +89,8 @@ FORWARDS = dict(forwards())
 def network(name: str) -> nn.Module:
     torch.manual_seed(0)
     held = FORWARDS[name]
-    grouped = nn.Parameter(torch.randn(8, 2, 3, 3))
-    return (
-        Net(lambda m, x: m.b(held(m, m.a(x))), a=conv(3, 8), three=conv(8, 3), grouped=grouped, b=conv(8, 2))
-        .double()
-        .eval()
-    )
+    more = {"grouped": nn.Parameter(torch.randn(8, 2, 3, 3)), "vector": nn.Parameter(torch.randn(8))}
+    return Net(lambda m, x: m.b(held(m, m.a(x))), a=conv(3, 8), three=conv(8, 3), b=conv(8, 2), **more).double().eval()
 
 
 @pytest.mark.parametrize("name", FORWARDS)
@@ -103,7 +105,9 @@ def test_rewritten_sizes_hold_for_other_batches_and_resolutions(name):
     example = image(batch=2).double()
     slimmed = slim(slim_model, (example,), share=0.6, seed=1)
     channel_map = slimmed.analysis.channel_map
-    zero_kernels(gated, channel_map, random_live(channel_map.size, 0.6, 1))
+    live = random_live(channel_map.size, 0.6, 1)
+    zero_kernels(gated, channel_map, live)
+    place_statistics(gated, slimmed.analysis, live)
     for other in (image(batch=3), image(batch=1), image(size=6)):
         wanted, got = (run_eval(model, (other.double(),)) for model in (gated, slim_model))
         assert relative_error(got, wanted) <= TOLERANCE
@@ -113,6 +117,7 @@ def test_every_family_has_a_test():
     families = {family.__name__ for family in FAMILIES.values()}
     assert families == {
         "reshape", "create", "unflatten", "split", "index", "narrow", "pad", "roll", "channel_shuffle", "convolve",
+        "layer_norm", "group_norm",
     }  # fmt: skip
 
 

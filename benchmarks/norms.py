@@ -1,0 +1,126 @@
+"""Models whose norms look across channels: what gates reach with embeddings that stay, and that may shrink.
+
+    python benchmarks/norms.py --out runs/norms.jsonl [MODEL ...]
+
+For `embed=False` and `embed=True`: the share of FLOPs with a gate on the input or output side, and the share
+left when a random half of the classes is dead (mean of three seeds). For `embed=True` also the largest
+relative difference between gated and slim outputs, with 30, 50 and 70 % dead under three seeds. Norms'
+statistics and vectors are random. Models that the output file has already are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import autogate
+import rewriters
+from benchmarks.exactness import randomise_norms
+
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "convnext_atto": ("convnext_atto", 64, {}),
+    "convnext_atto, 1x1 convolutions": ("convnext_atto", 64, {"conv_mlp": True}),
+    "convnextv2_atto": ("convnextv2_atto", 64, {}),
+    "vit_tiny": ("vit_tiny_patch16_224", 112, {"img_size": 112}),
+    "vit_tiny, RMSNorm": ("vit_tiny_patch16_224", 112, {"img_size": 112, "norm_layer": "rmsnorm"}),
+    "deit_tiny_distilled": ("deit_tiny_distilled_patch16_224", 112, {"img_size": 112}),
+    "swin_tiny, 5 blocks": ("swin_tiny_patch4_window7_224", 112, {"img_size": 112, "depths": (1, 1, 2, 1)}),
+    "resnet50_gn": ("resnet50_gn", 64, {}),
+    "edgenext_xx_small": ("edgenext_xx_small", 64, {}),
+    "mobilevit_xxs": ("mobilevit_xxs", 64, {}),
+    "poolformer_s12": ("poolformer_s12", 64, {}),
+    "mixer_s32": ("mixer_s32_224", 224, {}),
+    "coatnet_nano_rw": ("coatnet_nano_rw_224", 224, {}),
+    "maxvit_tiny, 4 blocks": ("maxvit_tiny_tf_224", 224, {"depths": (1, 1, 1, 1)}),
+    "levit_128s": ("levit_128s", 224, {}),
+    "resnetv2_50d_evos": ("resnetv2_50d_evos", 64, {}),
+    "resnetv2_50d_frn": ("resnetv2_50d_frn", 64, {}),
+}
+"""By the name in the table: the timm model, the side of its images and the options it is built with."""
+
+DOUBLE = {"resnetv2_50d_frn"}
+"""Computed in float64: with random weights float32's rounding alone comes to 1e-5."""
+
+
+@torch.no_grad()
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The model with random norms and a random classifier (a Mixer's is zero), and an example."""
+    torch.manual_seed(0)
+    timm_name, side, options = MODELS[name]
+    model, example = timm.create_model(timm_name, num_classes=10, **options), torch.randn(2, 3, side, side)
+    randomise_norms(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == 10:
+            module.weight.normal_(std=0.05)
+        elif not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for key, vector in module.named_parameters(recurse=False):
+                if vector.ndim == 1 and key == "weight":
+                    vector.uniform_(0.5, 1.5)
+                elif vector.ndim == 1 and key == "bias":
+                    vector.normal_(std=0.1)
+                elif vector.ndim == 1 and key == "gamma":
+                    vector.uniform_(0.2, 0.7)
+    return (model.double(), example.double()) if name in DOUBLE else (model, example)
+
+
+@torch.no_grad()
+def kill(model: nn.Module, share: float, seed: int) -> None:
+    alpha = autogate.gates(model).alpha
+    alpha[torch.rand(len(alpha), generator=torch.Generator().manual_seed(seed)) < share] = 0
+
+
+def reach(name: str, embed: bool) -> tuple[float, float]:
+    """(share of FLOPs that gates reach, share left with half of the classes dead)."""
+    model, example = build(name)
+    try:
+        model = autogate.prepare(model, example, flops=0.99, embed=embed)
+    except rewriters.AutogateError:  # nothing can go
+        return 0.0, 1.0
+    summary = autogate.summary(model)
+    left = []
+    for seed in range(3):
+        twin = copy.deepcopy(model)
+        kill(twin, 0.5, seed)
+        left.append(autogate.summary(twin).flops / summary.all_flops)
+    return summary.reach, sum(left) / len(left)
+
+
+def worst_difference(name: str) -> float:
+    """Largest relative difference between gated and slim outputs."""
+    model, example = build(name)
+    model = autogate.prepare(model, example, flops=0.99)
+    differences = []
+    for share, seed in [(share, seed) for share in (0.3, 0.5, 0.7) for seed in range(3)]:
+        twin = copy.deepcopy(model)
+        kill(twin, share, seed)
+        gated = rewriters.run_eval(twin, (example,))
+        slim = autogate.finalize(twin, warn=False)
+        differences.append(rewriters.relative_error(rewriters.run_eval(slim, (example,)), gated))
+    return max(differences)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--out", type=Path, default=Path("runs/norms.jsonl"))
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {json.loads(line)["model"] for line in args.out.read_text().splitlines()} if args.out.exists() else set()
+    for name in args.models:
+        if name not in done:
+            pinned, free = reach(name, embed=False), reach(name, embed=True)
+            result = {"model": name, "pinned": pinned, "free": free, "worst_difference": worst_difference(name)}
+            with args.out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(result, flush=True)
+
+
+if __name__ == "__main__":
+    main()

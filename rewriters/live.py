@@ -1,0 +1,222 @@
+"""Statistics over the live channels only: norms, means and variances as a slim model will take them.
+
+A layer norm over C channels n of which are alive is a layer norm over those n; the slim model's is, and a
+gated model's has to be the same. Here are the modules that stand in for such a call while gates train. Each
+holds which channels are alive. While all are, it is the plain call; so a model that was only prepared gives
+bit by bit what it gave.
+
+With m the live channels' mean, put into the dead places, the mean over all C is m and the variance is n / C
+of the live channels' variance v. As (x - m) / sqrt(v + eps) is sqrt(n / C) (x - m) / sqrt(n / C v + n / C eps),
+the plain fused norm with its eps scaled by n / C and its weight by sqrt(n / C) gives the live norm in every
+live place. For group norms the same holds group by group, for RMS norms with zeros in the dead places.
+
+What a dead place holds has to be finite, for it is multiplied by zero here as it is in every kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class LiveStatistic(nn.Module):
+    """A call that takes a statistic along channels, over the live ones of them.
+
+    A live channel counts as 1 and a dead one as 0 in `live`, which is no part of a state_dict: who knows the
+    live channels writes them (`write`). `count` says the same to Python; compiled code reads the tensor
+    alone, so that no channel's death makes it compile anew.
+
+    Args:
+        size: number of channels.
+        dim: the dimension they lie along, counted from the last (-1).
+        like: a tensor whose device and floating point type they take.
+    """
+
+    live: Tensor
+
+    def __init__(self, size: int, dim: int, like: Tensor):
+        super().__init__()
+        dtype = torch.float32 if like.dtype in _HALF else like.dtype
+        self.register_buffer("live", torch.ones(size, dtype=dtype, device=like.device), persistent=False)
+        self.dim, self.count = dim, size
+
+    def write(self, live: Tensor) -> None:
+        """Let the channels in `live` (bool, shape (size,)) be those alive."""
+        with torch.no_grad():
+            self.live.copy_(live)
+        self.count = int(live.sum())
+
+    def extra_repr(self) -> str:
+        return f"{self.count} of {len(self.live)} channels along dimension {self.dim}"
+
+    def plain(self) -> bool:
+        """Whether the call can be made as it stands."""
+        return not torch.compiler.is_compiling() and self.count == len(self.live)
+
+    def share(self) -> float | Tensor:
+        """n / C, of at least one channel."""
+        if torch.compiler.is_compiling():
+            count = self.live.sum(dtype=torch.promote_types(self.live.dtype, torch.float32))
+            return count.clamp(min=1) / len(self.live)
+        return max(self.count, 1) / len(self.live)
+
+    def along(self, x: Tensor) -> Tensor:
+        """`live` in the shape that meets x."""
+        return self.live.to(x.dtype).view(-1, *[1] * (-self.dim - 1))
+
+    def mean(self, x: Tensor, dims: Sequence[int]) -> Tensor:
+        """The mean over `dims`, these kept with size 1."""
+        total = _count(x, dims)
+        return (x * (self.along(x) / (self.share() * total))).sum(tuple(dims), keepdim=True)
+
+    def filled(self, x: Tensor, dims: Sequence[int]) -> Tensor:
+        """x with the live mean over `dims` in the dead places."""
+        return torch.lerp(x, self.mean(x, dims), 1 - self.along(x))
+
+
+def _count(x: Tensor, dims: Sequence[int]) -> int:
+    """Elements along `dims`."""
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    return count
+
+
+def _scaled(
+    norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor],
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, share: float | Tensor,
+) -> Tensor:  # fmt: skip
+    """The norm of x, whose dead places add nothing, as if they were not there."""
+    root = share**0.5
+    if isinstance(share, Tensor):  # eps is a number: let x be as large as it has to be for it
+        x = x / root
+    else:
+        eps = eps * share
+    if weight is None:
+        y = norm(x, None, None, eps) * root
+        return y if bias is None else y + bias.to(x.dtype)
+    return norm(x, weight.to(x.dtype) * root, None if bias is None else bias.to(x.dtype), eps)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Half precision as the single precision that the fused norms compute in."""
+    return x.float() if x.dtype in _HALF else x
+
+
+def _narrowed(y: Tensor, x: Tensor) -> Tensor:
+    """A norm's result in the type that the plain norm of x would have had: off the CPU autocast widens it."""
+    widens = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+    return y if widens else y.to(x.dtype)
+
+
+class LiveLayerNorm(LiveStatistic):
+    """`F.layer_norm` over the live channels."""
+
+    def forward(
+        self, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:  # fmt: skip
+        if self.plain():
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        x = self.filled(_widened(input), range(-len(normalized_shape), 0))
+        norm = lambda x, w, b, eps: F.layer_norm(x, normalized_shape, w, b, eps)  # noqa: E731
+        return _narrowed(_scaled(norm, x, weight, bias, eps, self.share()), input)
+
+
+class LiveRMSNorm(LiveStatistic):
+    """`F.rms_norm` over the live channels."""
+
+    def forward(
+        self, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        if self.plain():
+            return F.rms_norm(input, normalized_shape, weight, eps)
+        eps = torch.finfo(input.dtype).eps if eps is None else eps
+        x = _widened(input)
+        norm = lambda x, w, b, eps: F.rms_norm(x, normalized_shape, w, eps)  # noqa: E731
+        return _narrowed(_scaled(norm, x * self.along(x), weight, None, eps, self.share()), input)
+
+
+class LiveGroupNorm(LiveStatistic):
+    """`F.group_norm` where the same places of every group are alive; `live` has an entry a place."""
+
+    def forward(
+        self, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:  # fmt: skip
+        if self.plain():
+            return F.group_norm(input, num_groups, weight, bias, eps)
+        x = _widened(input)
+        x = self.filled(x.unflatten(1, (num_groups, -1)), range(self.dim, 0)).view_as(x)
+        norm = lambda x, w, b, eps: F.group_norm(x, num_groups, w, b, eps)  # noqa: E731
+        return _narrowed(_scaled(norm, x, weight, bias, eps, self.share()), input)
+
+
+class LiveMean(LiveStatistic):
+    """`torch.mean` over the live channels."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.plain():
+            return torch.mean(input, *args, **kwargs)
+        return torch.mean(input * self.along(input), *args, **kwargs) / self.share()
+
+
+class LiveVariance(LiveStatistic):
+    """`torch.var`, `torch.std` or `torch.var_mean` over the live channels."""
+
+    def __init__(self, size: int, dim: int, like: Tensor, name: str):
+        super().__init__(size, dim, like)
+        self.name = name
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.plain():
+            return getattr(torch, self.name)(input, *args, **kwargs)
+        dims, correction, keepdim = _variance_arguments(input, *args, **kwargs)
+        x = self.filled(input, dims)
+        total = _count(x, dims)
+        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
+        variance = variance * (total / (total * self.share() - correction))
+        return {"var": variance, "std": variance.sqrt(), "var_mean": (variance, mean)}[self.name]
+
+
+def _variance_arguments(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
+) -> tuple[tuple[int, ...], float, bool]:
+    """Dimensions, correction and keepdim of a call of `torch.var` and its kin."""
+    if isinstance(dim, bool):  # var(unbiased)
+        dim, unbiased = None, dim
+    dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    return tuple(dims), float(unbiased) if correction is None else correction, keepdim
+
+
+class LiveVectorNorm(LiveStatistic):
+    """`F.normalize`, `torch.linalg.vector_norm` or `torch.norm` over the live channels: dead ones add zeros."""
+
+    def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
+        super().__init__(size, dim, like)
+        self.function = function
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(input if self.plain() else input * self.along(input), *args, **kwargs)
+
+
+FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
+    F.layer_norm: LiveLayerNorm,
+    **dict.fromkeys([F.rms_norm, torch.rms_norm], LiveRMSNorm),
+    F.group_norm: LiveGroupNorm,
+    **dict.fromkeys([torch.mean, "mean"], LiveMean),
+    **dict.fromkeys([torch.var, "var"], partial(LiveVariance, name="var")),
+    **dict.fromkeys([torch.std, "std"], partial(LiveVariance, name="std")),
+    torch.var_mean: partial(LiveVariance, name="var_mean"),
+    F.normalize: partial(LiveVectorNorm, function=F.normalize),
+    torch.linalg.vector_norm: partial(LiveVectorNorm, function=torch.linalg.vector_norm),
+    **dict.fromkeys([torch.norm, "norm"], partial(LiveVectorNorm, function=torch.norm)),
+}
+"""What stands in for a traced call, by its function or its method's name."""
