@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from rewriters.analysis import Analysis
 from rewriters.branches import Pruned, is_under, prune_branches
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
+from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
 from rewriters.forward import RewrittenForward
 from rewriters.journal import Journal
@@ -30,6 +31,7 @@ class SlimPlan:
         kernels: the kernels that are left.
         restored: modules that run the forward again which they had before an earlier rewriting: that
             forward, or None for their class's own.
+        decisions: what was read off the weights.
     """
 
     live: Tensor
@@ -39,6 +41,7 @@ class SlimPlan:
     removed: frozenset[str]
     kernels: tuple[Kernel, ...]
     restored: Mapping[str, RewrittenForward | None] = field(default_factory=dict)
+    decisions: Decisions = field(default_factory=Decisions)
 
     def flops(self, channel_map: ChannelMap) -> float:
         """Multiply-adds of what is left, for one sample: the bilinear model at the classes that stay."""
@@ -52,12 +55,15 @@ def plan(
     live: Tensor,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    decided: Decisions | None = None,
 ) -> SlimPlan:
     """Plan the slimming to the classes in `live` (bool, shape (classes,)).
 
     Args:
         model: as it was analysed, the dead classes' kernels at zero.
         args, kwargs: inputs to run it on where a branch came to nothing and leaves a constant.
+        decided: what another plan for the same classes read off the weights. Nothing is run then, no weight is
+            looked at, and constants are zero.
 
     Raises:
         SurgeryError: a forward cannot be rewritten for this pattern.
@@ -65,7 +71,7 @@ def plan(
     channel_map = analysis.channel_map
     live = live.cpu()
     while True:
-        pruned = prune_branches(model, analysis, live, args, kwargs or {})
+        pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
         removed = frozenset[str]().union(*(one.removed for one in pruned))
         gone = _tensors_under(model, removed)
         survivors = with_survivors(channel_map, live, gone)
@@ -80,7 +86,8 @@ def plan(
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
     forwards = _rewrite(analysis, live, pruned)
     constants = {f"{one.path}.{name}".lstrip("."): value for one in pruned for name, value in one.constants.items()}
-    return SlimPlan(live, kept, forwards, constants, removed, kernels)
+    decisions = Decisions(branches={one.path: one.uniform for one in pruned})
+    return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions)
 
 
 def with_survivors(channel_map: ChannelMap, live: Tensor, gone: Set[str] = frozenset()) -> Tensor:
