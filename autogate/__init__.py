@@ -6,11 +6,11 @@ slim = autogate.finalize(model)                            # plain layers, half 
 """
 
 from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
+from autogate.files import load, save
 from autogate.gates import GateBank
 from autogate.summary import Summary
+from autogate.version import __version__
 from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AutogateError",
@@ -20,9 +20,12 @@ __all__ = [
     "Summary",
     "SurgeryError",
     "VerificationError",
+    "__version__",
     "finalize",
     "gates",
+    "load",
     "prepare",
+    "save",
     "step",
     "summary",
 ]

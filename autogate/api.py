@@ -12,24 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate import bookkeeping
 from autogate.budget import DEFAULT_STEPS, Budget
 from autogate.gates import GateBank
 from autogate.inputs import Inputs, as_call
+from autogate.slimming import Asked, analyse_whole, carry_out, put_shortcuts
 from autogate.summary import Summary, summarise
 from rewriters import (
-    Analysis,
     AutogateError,
     Journal,
     Shortcut,
     VerificationError,
-    analyse,
-    apply,
-    plan,
-    rehearse,
     relative_error,
-    replace_shortcuts,
-    restore,
     run_eval,
 )
 
@@ -50,9 +43,12 @@ class BudgetNotMetWarning(UserWarning):
 class Origin:
     """What prepare was called with, for finalize to read the same channels again."""
 
-    inputs: Inputs
-    ignored: dict[str, str]
+    asked: Asked
     shortcuts: tuple[Shortcut, ...] = ()
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.asked.inputs
 
 
 def prepare(
@@ -102,11 +98,13 @@ def prepare(
     _check_model(model)
     budget = Budget(flops=flops, steps=DEFAULT_STEPS if steps is None else steps)
     ignored = dict.fromkeys(_named_by(model, ignore), "the caller asked for it")
-    inputs = as_call(example_inputs, model)
+    asked = Asked(
+        as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts)
+    )
     journal = Journal()
     try:
-        replaced = _replace_shortcuts(model, inputs, shortcuts, ignored, journal)
-        analysis = _analyse(model, inputs, ignored)
+        replaced = _replace_shortcuts(model, asked, journal)
+        analysis = analyse_whole(model, asked)
         if analysis.channel_map.size == 0:
             raise AutogateError(
                 f"no channel of it can go. {analysis.channel_map.why_pinned()}",
@@ -115,7 +113,7 @@ def prepare(
                 "last.",
             )
         added = {shortcut.weight for shortcut in replaced}
-        bank = GateBank(model, analysis.channel_map, budget, Origin(inputs, ignored, replaced), added, hooks)
+        bank = GateBank(model, analysis.channel_map, budget, Origin(asked, replaced), added, hooks)
     except BaseException:
         journal.undo()
         raise
@@ -139,7 +137,7 @@ def gates(model: nn.Module) -> GateBank:
     Raises:
         AutogateError: the model was not prepared, or is finalized already.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
     if not isinstance(bank, GateBank):
         raise AutogateError(
@@ -176,7 +174,7 @@ def step(model: nn.Module, *, lr: float) -> None:
     if bank.follows:
         raise AutogateError(
             "its gates move with the optimizer's step by themselves.",
-            where=type(_unwrap(model)).__name__,
+            where=type(unwrap(model)).__name__,
             remedy="Leave autogate.step out, or call prepare(..., hooks=False).",
         )
     bank.step(lr)
@@ -188,7 +186,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         AutogateError: the model was not prepared.
     """
-    return summarise(_unwrap(model), gates(model))
+    return summarise(unwrap(model), gates(model))
 
 
 def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
@@ -209,7 +207,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         VerificationError: the outputs would differ by more than `TOLERANCE`.
         In every case the model is as it was, its gates still there.
     """
-    model, bank = _unwrap(model), gates(model)
+    model, bank = unwrap(model), gates(model)
     _check_finite(model)
     bank.fold()
     origin: Origin = bank.origin
@@ -220,7 +218,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     try:
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
-        _slim(model, bank, _on_device(origin.inputs, model), origin.ignored, journal)
+        _slim(model, bank, journal)
         _verify(model, inputs, wanted, "the slim model")
     except BaseException:
         journal.undo()
@@ -236,8 +234,10 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     return model
 
 
-def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, ignored: dict[str, str], journal: Journal) -> None:
-    analysis = _analyse(model, inputs, ignored)
+def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> None:
+    origin: Origin = bank.origin
+    asked = origin.asked._replace(inputs=_on_device(origin.inputs, model))
+    analysis = analyse_whole(model, asked)
     changed = bank.channel_map.difference(analysis.channel_map)
     if changed is not None:
         raise AutogateError(
@@ -245,27 +245,16 @@ def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, ignored: dict[str, s
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model anew.",
         )
-    slim = restore(model, analysis, plan(model, analysis, bank.live, *inputs), bank.origin.shortcuts)
-    follow = bookkeeping.widths(model)
-    apply(model, slim, journal)
-    bookkeeping.update(model, follow, journal)
+    carry_out(model, analysis, bank.live, asked, origin.shortcuts, journal)
 
 
-def _analyse(model: nn.Module, inputs: Inputs, ignored: dict[str, str]) -> Analysis:
-    args, kwargs = inputs
-    return rehearse(model, analyse(model, args, kwargs, ignored), args, kwargs)
-
-
-def _replace_shortcuts(
-    model: nn.Module, inputs: Inputs, shortcuts: str | Iterable[str], ignored: dict[str, str], journal: Journal
-) -> tuple[Shortcut, ...]:
+def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tuple[Shortcut, ...]:
+    shortcuts = asked.shortcuts
     if shortcuts == "shared":
         return ()
-    within = None
     if shortcuts != "conv":
-        within = (shortcuts,) if isinstance(shortcuts, str) else tuple(shortcuts)
         paths = [path for path, _ in model.named_modules() if path]
-        for path in within:
+        for path in (shortcuts,) if isinstance(shortcuts, str) else shortcuts:
             if path not in paths:
                 wrong = f"shortcuts is {path!r}" if isinstance(shortcuts, str) else f"shortcuts names {path!r}"
                 raise AutogateError(
@@ -273,8 +262,8 @@ def _replace_shortcuts(
                     where=type(model).__name__,
                     remedy=_did_you_mean(path, ["shared", "conv", *paths]),
                 )
-    wanted = run_eval(model, *inputs)
-    replaced = replace_shortcuts(model, *inputs, journal, within, ignored)
+    wanted = run_eval(model, *asked.inputs)
+    replaced = put_shortcuts(model, asked, journal)
     if not replaced:
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "
@@ -282,7 +271,7 @@ def _replace_shortcuts(
             stacklevel=3,
         )
         return ()
-    _verify(model, inputs, wanted, "the model with convolutions on its shortcuts")
+    _verify(model, asked.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
 
 
@@ -312,13 +301,13 @@ def _check_model(model: Any) -> None:
         raise AutogateError("it is prepared already.", where=where, remedy="Train it, or finalize it first.")
     if hasattr(model, BANK):
         raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename that.")
-    if _unwrap(model) is not model:
+    if unwrap(model) is not model:
         raise AutogateError(
             "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
         )
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """The model inside torch.compile's and the distributed wrappers."""
     while True:
         inner = model.__dict__.get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None

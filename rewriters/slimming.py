@@ -154,7 +154,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
     for name, dims in cuts.items():
         tensor = first_name[name]
-        sliced[id(tensor)] = _like(tensor, _slice(tensor, dims))
+        sliced[id(tensor)] = like(tensor, _slice(tensor, dims))
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
@@ -186,7 +186,8 @@ def _slice(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
     return sliced.contiguous(memory_format=torch.channels_last) if channels_last else sliced
 
 
-def _like(old: Tensor, sliced: Tensor) -> Tensor:
+def like(old: Tensor, sliced: Tensor) -> Tensor:
+    """What stands in the place of `old`: a parameter, trained or frozen, where that is one."""
     return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced
 
 
