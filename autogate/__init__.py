@@ -9,6 +9,7 @@ from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, su
 from autogate.files import load, save
 from autogate.gates import GateBank
 from autogate.summary import Summary
+from autogate.timm_text import to_timm_text
 from autogate.version import __version__
 from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
@@ -28,4 +29,5 @@ __all__ = [
     "save",
     "step",
     "summary",
+    "to_timm_text",
 ]
