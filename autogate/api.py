@@ -97,7 +97,7 @@ def prepare(
     """
     _check_model(model)
     budget = Budget(flops=flops, steps=DEFAULT_STEPS if steps is None else steps)
-    ignored = dict.fromkeys(_named_by(model, ignore), "the caller asked for it")
+    ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
     asked = Asked(
         as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts)
     )
@@ -318,7 +318,7 @@ def unwrap(model: Any) -> Any:
         model = inner
 
 
-def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
+def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
     """Names of the parameters and buffers that `ignore` speaks of."""
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]

@@ -134,7 +134,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
     )
     text = _JSON.dump_json(header).decode()
     metadata = {"format": "pt", _HEADER: text, _CHECKSUM: _digest(text.encode())}
-    with _in_place_of(Path(path)) as temporary:
+    with in_place_of(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
@@ -371,10 +371,10 @@ def _altered(path: Path, what: str) -> AutogateError:
 
 
 @contextlib.contextmanager
-def _in_place_of(path: Path) -> Iterator[Path]:
+def in_place_of(path: Path) -> Iterator[Path]:
     """A file to write to that takes the place of `path` when all of it is on the disk, and not before."""
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
         temporary.touch(exist_ok=False)
         mode = (path if path.exists() else temporary).stat().st_mode
