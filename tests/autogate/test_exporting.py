@@ -13,7 +13,7 @@ from autogate import exporting
 from autogate.cli import app
 from autogate.exporting import inputs_of, to_torch_export
 from rewriters import VerificationError
-from tests.rewriters.helpers import Net, conv, image
+from tests.rewriters.helpers import conv, image
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,19 @@ def test_onnx_for_batches_of_any_size(slim: Path, tmp_path: Path):
     assert torch.allclose(torch.from_numpy(got), autogate.load(slim)(batch), atol=1e-4)
 
 
-def halves(m: nn.Module, x: torch.Tensor, *, scale: float, more: torch.Tensor) -> torch.Tensor:
-    one, two = (m.stem(x) * scale + more).relu().chunk(2, 1)
-    return m.fc(torch.cat([one.square(), two], 1).mean((2, 3)))
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.fc = conv(3, 32, 3), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor, *, scale: float, more: torch.Tensor) -> torch.Tensor:
+        one, two = (self.stem(x) * scale + more).relu().chunk(2, 1)
+        return self.fc(torch.cat([one.square(), two], 1).mean((2, 3)))
 
 
 def test_rewritten_forwards_and_inputs_by_keyword(tmp_path: Path):
-    torch.manual_seed(0)
-    model = Net(halves, stem=conv(3, 32, 3), fc=nn.Linear(32, 4))
-    model = autogate.prepare(model, {"x": image(), "scale": 0.5, "more": torch.ones(2, 1, 1, 1)}, flops=1.0)
+    model = autogate.prepare(Halves(), {"x": image(), "scale": 0.5, "more": torch.ones(2, 1, 1, 1)}, flops=1.0)
     with torch.no_grad():
         autogate.gates(model).alpha[::3] = 0
     slim = autogate.finalize(model, warn=False)
