@@ -167,13 +167,7 @@ def load(
     """
     header, tensors = _read(Path(path))
     if model is None:
-        if header.build is None:
-            raise AutogateError(
-                f"it doesn't say how to build the dense {header.model}, for {header.why_not}.",
-                where=str(path),
-                remedy="Give it: autogate.load(path, model=...).",
-            )
-        model = build(header.build)
+        model = _built(header, path)
     elif history_of(model) is not None or BANK in model._modules:
         raise AutogateError(
             "it is prepared or slim already.", where=type(model).__name__, remedy="Give the dense model."
@@ -188,6 +182,26 @@ def load(
             raise _not_carried_out(error, header, model, path) from error
         raise
     return model
+
+
+def dense_model(path: str | os.PathLike[str]) -> nn.Module:
+    """The dense model that the slim model in a file comes from, as timm builds it, its weights random.
+
+    Raises:
+        AutogateError: as `load` does, where the file can't be read or doesn't say how to build it.
+    """
+    header, _ = _read(Path(path))
+    return _built(header, path)
+
+
+def _built(header: Header, path: str | os.PathLike[str]) -> nn.Module:
+    if header.build is None:
+        raise AutogateError(
+            f"it doesn't say how to build the dense {header.model}, for {header.why_not}.",
+            where=str(path),
+            remedy="Give it: autogate.load(path, model=...).",
+        )
+    return build(header.build)
 
 
 def _not_carried_out(error: Exception, header: Header, model: nn.Module, path: str | os.PathLike[str]) -> AutogateError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from autogate.cli.bench import bench
 from autogate.cli.demo import demo
 from autogate.cli.export import export
 from autogate.cli.inspect import inspect
@@ -21,6 +22,7 @@ def main() -> None:
 
 app.command()(demo)
 app.command()(inspect)
+app.command()(bench)
 app.command()(export)
 
 __all__ = ["app"]
