@@ -69,7 +69,7 @@ def test_random_networks_come_out_of_a_file_as_they_went_in(tmp_path: Path):
         done = history_of(loaded).slimmings
         return sum(len(one.branches) for one in done), sum(len(one.selections) for one in done)
 
-    found = over_seeds(check, DRAWS // 6)
+    found = over_seeds(check, max(20, DRAWS // 6))  # fewer have no branch to take out
     assert any(branches for branches, _ in found) and any(selections for _, selections in found)
 
 
