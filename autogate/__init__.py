@@ -6,13 +6,14 @@ slim = autogate.finalize(model)                            # plain layers, half 
 """
 
 from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
+from autogate.files import load, save
 from autogate.gates import GateBank
 from autogate.recalibration import recalibrate
 from autogate.resources import Resource, SideCounts
 from autogate.summary import Summary
+from autogate.timm_text import to_timm_text
+from autogate.version import __version__
 from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AutogateError",
@@ -24,10 +25,14 @@ __all__ = [
     "Summary",
     "SurgeryError",
     "VerificationError",
+    "__version__",
     "finalize",
     "gates",
+    "load",
     "prepare",
     "recalibrate",
+    "save",
     "step",
     "summary",
+    "to_timm_text",
 ]

@@ -12,26 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate import bookkeeping
 from autogate.gates import GateBank
 from autogate.inputs import Inputs, as_call
 from autogate.schedule import DEFAULT_STEPS, Schedule
 from autogate.sharding import has_shards
+from autogate.slimming import Asked, analyse_whole, carry_out, put_shortcuts
 from autogate.summary import Summary, summarise
 from autogate.targets import ResourceMaker, Shares
 from rewriters import (
-    Analysis,
     AutogateError,
     Journal,
     Shortcut,
     VerificationError,
-    analyse,
-    apply,
-    plan,
-    rehearse,
     relative_error,
-    replace_shortcuts,
-    restore,
     run_eval,
 )
 
@@ -52,10 +45,12 @@ class BudgetNotMetWarning(UserWarning):
 class Origin:
     """What prepare was called with, for finalize to read the same channels again."""
 
-    inputs: Inputs
-    ignored: dict[str, str]
+    asked: Asked
     shortcuts: tuple[Shortcut, ...] = ()
-    embed: bool = True
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.asked.inputs
 
 
 def prepare(
@@ -120,12 +115,14 @@ def prepare(
     _check_model(model)
     shares = Shares(flops, params, activations, latency, resources or {})
     schedule = Schedule(steps=DEFAULT_STEPS if steps is None else steps, round_to=round_to)
-    ignored = dict.fromkeys(_named_by(model, ignore), "the caller asked for it")
-    inputs = as_call(example_inputs, model)
+    ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
+    asked = Asked(
+        as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
+    )
     journal = Journal()
     try:
-        replaced = _replace_shortcuts(model, inputs, shortcuts, ignored, embed, journal)
-        analysis = _analyse(model, inputs, ignored, embed)
+        replaced = _replace_shortcuts(model, asked, journal)
+        analysis = analyse_whole(model, asked)
         if analysis.channel_map.size == 0:
             raise AutogateError(
                 f"no channel of it can go. {analysis.channel_map.why_pinned()}",
@@ -134,10 +131,9 @@ def prepare(
                 "last.",
             )
         added = {shortcut.weight for shortcut in replaced}
-        targets = shares.targets(model, analysis.channel_map, inputs, added)
-        origin = Origin(inputs, ignored, replaced, embed)
+        targets = shares.targets(model, analysis.channel_map, asked.inputs, added)
         analysis.place_statistics(model, journal)
-        bank = GateBank(model, analysis.channel_map, targets, schedule, origin, added, hooks)
+        bank = GateBank(model, analysis.channel_map, targets, schedule, Origin(asked, replaced), added, hooks)
     except BaseException:
         journal.undo()
         raise
@@ -161,7 +157,7 @@ def gates(model: nn.Module) -> GateBank:
     Raises:
         AutogateError: the model was not prepared, or is finalized already.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
     if not isinstance(bank, GateBank):
         within = _gated_within(model)
@@ -200,7 +196,7 @@ def step(model: nn.Module, *, lr: float) -> None:
     if bank.follows:
         raise AutogateError(
             "its gates move with the optimizer's step by themselves.",
-            where=type(_unwrap(model)).__name__,
+            where=type(unwrap(model)).__name__,
             remedy="Leave autogate.step out, or call prepare(..., hooks=False).",
         )
     bank.step(lr)
@@ -212,7 +208,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         AutogateError: the model was not prepared.
     """
-    return summarise(_unwrap(model), gates(model))
+    return summarise(unwrap(model), gates(model))
 
 
 def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
@@ -234,7 +230,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         VerificationError: the outputs would differ by more than `TOLERANCE`.
         In every case the model is as it was, its gates still there.
     """
-    model, bank = _unwrap(model), gates(model)
+    model, bank = unwrap(model), gates(model)
     _check_whole(model)
     _check_finite(model)
     bank.fold()
@@ -247,7 +243,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         wanted = run_eval(model, *inputs)
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
-        _slim(model, bank, _on_device(origin.inputs, model), journal)
+        _slim(model, bank, journal)
         _verify(model, inputs, wanted, "the slim model")
     except BaseException:
         journal.undo()
@@ -267,8 +263,10 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     return model
 
 
-def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, journal: Journal) -> None:
-    analysis = _analyse(model, inputs, bank.origin.ignored, bank.origin.embed)
+def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> None:
+    origin: Origin = bank.origin
+    asked = origin.asked._replace(inputs=_on_device(origin.inputs, model))
+    analysis = analyse_whole(model, asked)
     changed = bank.channel_map.difference(analysis.channel_map)
     if changed is not None:
         raise AutogateError(
@@ -276,28 +274,16 @@ def _slim(model: nn.Module, bank: GateBank, inputs: Inputs, journal: Journal) ->
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model anew.",
         )
-    slim = restore(model, analysis, plan(model, analysis, bank.live, *inputs), bank.origin.shortcuts)
-    follow = bookkeeping.widths(model)
-    apply(model, slim, journal)
-    bookkeeping.update(model, follow, journal)
+    carry_out(model, analysis, bank.live, asked, origin.shortcuts, journal)
 
 
-def _analyse(model: nn.Module, inputs: Inputs, ignored: dict[str, str], embed: bool) -> Analysis:
-    args, kwargs = inputs
-    return rehearse(model, analyse(model, args, kwargs, ignored, embed), args, kwargs)
-
-
-def _replace_shortcuts(
-    model: nn.Module, inputs: Inputs, shortcuts: str | Iterable[str], ignored: dict[str, str], embed: bool,
-    journal: Journal,
-) -> tuple[Shortcut, ...]:  # fmt: skip
+def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tuple[Shortcut, ...]:
+    shortcuts = asked.shortcuts
     if shortcuts == "shared":
         return ()
-    within = None
     if shortcuts != "conv":
-        within = (shortcuts,) if isinstance(shortcuts, str) else tuple(shortcuts)
         paths = [path for path, _ in model.named_modules() if path]
-        for path in within:
+        for path in (shortcuts,) if isinstance(shortcuts, str) else shortcuts:
             if path not in paths:
                 wrong = f"shortcuts is {path!r}" if isinstance(shortcuts, str) else f"shortcuts names {path!r}"
                 raise AutogateError(
@@ -305,8 +291,8 @@ def _replace_shortcuts(
                     where=type(model).__name__,
                     remedy=_did_you_mean(path, ["shared", "conv", *paths]),
                 )
-    wanted = run_eval(model, *inputs)
-    replaced = replace_shortcuts(model, *inputs, journal, within, ignored, embed)
+    wanted = run_eval(model, *asked.inputs)
+    replaced = put_shortcuts(model, asked, journal)
     if not replaced:
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "
@@ -314,7 +300,7 @@ def _replace_shortcuts(
             stacklevel=3,
         )
         return ()
-    _verify(model, inputs, wanted, "the model with convolutions on its shortcuts")
+    _verify(model, asked.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
 
 
@@ -348,13 +334,13 @@ def _check_model(model: Any) -> None:
         raise AutogateError(
             "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
         )
-    if _unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__:
+    if unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__:
         raise AutogateError(
             "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
         )
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """The model inside torch.compile's and the distributed wrappers."""
     while True:
         inner = model.__dict__.get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None
@@ -390,7 +376,7 @@ def _gated_within(model: Any) -> str | None:
     return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)
 
 
-def _named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
+def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
     """Names of the parameters and buffers that `ignore` speaks of."""
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]

@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from rewriters import Journal
 
 _FIELDS = ("num_features", "head_hidden_size", "in_features", "embed_dim")
 
+_HEADS = ("conv_head", "pre_logits", "head")
+"""Where layers stand that come between the features and the classifier, in the models that have such."""
 
-def widths(model: nn.Module) -> int | None:
-    """Input features of the classifier, None where the model has none to be asked for."""
+
+@dataclass(frozen=True)
+class Widths:
+    """Input features of the classifier and of the head as a whole, which may have other layers before that."""
+
+    classifier: int | None
+    head: int | None
+
+
+def widths(model: nn.Module) -> Widths:
+    """The widths as the layers have them, None where there is no such layer."""
     get_classifier = getattr(model, "get_classifier", None)
     classifier = get_classifier() if callable(get_classifier) else None
-    if isinstance(classifier, nn.Linear):
-        return classifier.in_features
-    if isinstance(classifier, nn.modules.conv._ConvNd):
-        return classifier.in_channels
+    heads = (getattr(model, name, None) for name in _HEADS)
+    layers = (layer for head in heads if isinstance(head, nn.Module) for layer in head.modules())
+    return Widths(_inputs(classifier), next((_inputs(layer) for layer in layers if _inputs(layer)), None))
+
+
+def _inputs(layer: object) -> int | None:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.in_channels
     return None
 
 
-def update(model: nn.Module, before: int | None, journal: Journal) -> None:
-    """Let the widths that named the classifier's inputs name what they are now."""
+def update(model: nn.Module, before: Widths, journal: Journal) -> None:
+    """Let the fields that named one of the widths name what it is now."""
     after = widths(model)
-    if before is None or after is None or before == after:
-        return
     keepers = [module for module in (model, getattr(model, "head", None)) if isinstance(module, nn.Module)]
     for module in keepers:
         for field in () if isinstance(module, nn.Linear) else _FIELDS:
-            if module.__dict__.get(field) == before:
-                journal.set_attribute(module, field, after)
+            named = module.__dict__.get(field)
+            for old, new in ((before.classifier, after.classifier), (before.head, after.head)):
+                if named is not None and named == old and new is not None:
+                    if new != old:
+                        journal.set_attribute(module, field, new)
+                    break

@@ -52,32 +52,47 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
     return groups
 
 
+def live_at(groups: Sequence[Group], part: float) -> Tensor:
+    """The first classes of each group, as many as are `part` of it: one at least, whole bundles; bool, (classes,)."""
+    live = torch.zeros(sum(len(group.classes) for group in groups), dtype=torch.bool)
+    for group, count in zip(groups, _counts_at(groups, part).tolist(), strict=True):
+        live[list(group.classes[:count])] = True
+    return live
+
+
+def _counts_at(groups: Sequence[Group], part: float) -> Tensor:
+    sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
+    paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
+    bundles = torch.ceil(part * sizes / paces).to(torch.int64).clamp(min=1)
+    return torch.minimum(bundles * paces, sizes)
+
+
+def part_alike(groups: Sequence[Group], targets: Targets) -> float | None:
+    """The part that each group may keep if all are narrowed alike until the targets are met.
+
+    None if they can't be met with every group alive.
+    """
+    if targets.distance(live_at(groups, 0.0)) > 0:
+        return None
+    if targets.distance(live_at(groups, 1.0)) <= 0:
+        return 1.0
+    alike, too_wide = 0.0, 1.0
+    while too_wide - alike > WIDTH_RESOLUTION:
+        middle = (alike + too_wide) / 2
+        alike, too_wide = (middle, too_wide) if targets.distance(live_at(groups, middle)) <= 0 else (alike, middle)
+    return alike
+
+
 def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -> Tensor:
     """How many classes of each group learning leaves alive, int64, shape (groups,).
 
     `schedule.keep` of those that are left when all groups are narrowed alike until the targets are met; one
     at least, and whole bundles. None at all if the targets can't be met with every group alive.
     """
-    sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
-    paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
-
-    def counts(part: float) -> Tensor:
-        bundles = torch.ceil(part * sizes / paces).to(torch.int64).clamp(min=1)
-        return torch.minimum(bundles * paces, sizes)
-
-    def meets(part: float) -> bool:
-        live = torch.zeros(targets.size, dtype=torch.bool)
-        for group, count in zip(groups, counts(part).tolist(), strict=True):
-            live[list(group.classes[:count])] = True
-        return targets.distance(live) <= 0
-
-    if not meets(0.0):
-        return torch.zeros_like(sizes)
-    alike, too_wide = 0.0, 1.0
-    while too_wide - alike > WIDTH_RESOLUTION:
-        middle = (alike + too_wide) / 2
-        alike, too_wide = (middle, too_wide) if meets(middle) else (alike, middle)
-    return counts(schedule.keep * alike)
+    alike = part_alike(groups, targets)
+    if alike is None:
+        return torch.zeros(len(groups), dtype=torch.int64)
+    return _counts_at(groups, schedule.keep * alike)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Nothing here knows how a gate is learned.
 
 from rewriters.analysis import Analysis, analyse, samples_in
 from rewriters.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
+from rewriters.decisions import Decisions
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.journal import Journal
 from rewriters.rehearsal import rehearse
@@ -25,6 +26,7 @@ __all__ = [
     "AutogateError",
     "CaptureError",
     "ChannelMap",
+    "Decisions",
     "Group",
     "Journal",
     "Kernel",

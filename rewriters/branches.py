@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis, Traced, trace_modes
 from rewriters.capture import ModuleCall
 from rewriters.channel_map import ALWAYS
+from rewriters.errors import SurgeryError
 from rewriters.forward import bind_placeholders, out_of_place
 from rewriters.labels import Labelled
 from rewriters.resizing import Cut, Unwritable, sweep
@@ -43,20 +44,24 @@ class Pruned:
             constants where the branches were.
         constants: per-channel values, shape (1, C, 1, ...), by their buffer's name.
         removed: modules that nothing calls any more, by their path from the model's root.
+        uniform: for each value at which a dead branch meets the rest, whether a constant stands for it.
     """
 
     path: str
     graphs: Mapping[bool, fx.Graph]
     constants: Mapping[str, Tensor]
     removed: frozenset[str]
+    uniform: tuple[bool, ...]
 
 
 def prune_branches(
-    model: nn.Module, analysis: Analysis, live: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Pruned]:
+    model: nn.Module, analysis: Analysis, live: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    decided: Mapping[str, tuple[bool, ...]] | None = None,
+) -> list[Pruned]:  # fmt: skip
     """Forwards without dead branches, for the classes in `live` (bool, shape (classes,)).
 
-    Where there is a branch to take out, the model is run on the example inputs to read its constants.
+    Where there is a branch to take out, the model is run on the example inputs to read its constants. Where
+    `decided` tells what was found in every module (`Pruned.uniform`), nothing is run and constants are zero.
     """
     cut = analysis.cut(live)
     constant = _constant_nodes(analysis, live)
@@ -64,8 +69,8 @@ def prune_branches(
     found = [
         pruned
         for call in _meeting_calls(analysis, constant, cut)
-        if times[call.path] == 1
-        for pruned in _prune(model, analysis, call, constant, live, args, kwargs)
+        if times[call.path] == 1 and (decided is None or call.path in decided)
+        for pruned in _prune(model, analysis, call, constant, live, args, kwargs, decided)
     ]
     gone = frozenset[str]().union(*(pruned.removed for pruned in found))
     return [replace(one, removed=_outermost(one.removed)) for one in found if not is_under(one.path, gone)]
@@ -122,7 +127,7 @@ def _is_dead(value: Any, cut: Cut) -> bool:
 
 def _prune(
     model: nn.Module, analysis: Analysis, call: ModuleCall, constant: set[fx.Node], live: Tensor,
-    args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], decided: Mapping[str, tuple[bool, ...]] | None,
 ) -> Iterator[Pruned]:  # fmt: skip
     captured, labelling = analysis.captures[0], analysis.labelling.fork()
     module = model.get_submodule(call.path)
@@ -139,10 +144,13 @@ def _prune(
     frontiers = [_frontier(one.graph, constant_values) for one in traced]
     values: list[Tensor | None] = []
     if len({len(frontier) for frontier in frontiers}) == 1 and frontiers[0]:
-        names = [node.name for node in frontiers[0]]
-        with analysis.live_statistics(model, live):
-            found = _probe(model, call.path, traced[0].graph, names, args, kwargs)
-        values = [_uniform(value) for value in found]
+        if decided is None:
+            names = [node.name for node in frontiers[0]]
+            with analysis.live_statistics(model, live):
+                probed = _probe(model, call.path, traced[0].graph, names, args, kwargs)
+            values = [_uniform(value) for value in probed]
+        else:
+            values = [_zero(node) if constant else None for node, constant in _as_decided(frontiers[0], decided, call)]
     forwards = [_with_constants(one, frontier, values) for one, frontier in zip(traced, frontiers, strict=True)]
     try:
         graphs = {one.training: one.resize(cut).graph for one in forwards}
@@ -156,7 +164,7 @@ def _prune(
             for node in forwards[0].graph.nodes
             if node.op == "get_attr" and node.target in named
         }
-        yield Pruned(call.path, graphs, constants, removed)
+        yield Pruned(call.path, graphs, constants, removed, tuple(value is not None for value in values))
 
 
 def _frontier(graph: fx.Graph, constant_values: set[int]) -> list[fx.Node]:
@@ -229,6 +237,25 @@ def _uniform(value: Tensor) -> Tensor | None:
         return None
     first = _one_position(value)
     return first.clone() if torch.equal(first.expand_as(value), value) else None
+
+
+def _as_decided(
+    frontier: list[fx.Node], decided: Mapping[str, tuple[bool, ...]], call: ModuleCall
+) -> Iterator[tuple[fx.Node, bool]]:
+    """The values at which dead branches of a module meet the rest, each with what was found of it."""
+    found = decided[call.path]
+    if len(found) != len(frontier):
+        raise SurgeryError(
+            f"dead branches meet the rest at {len(frontier)} values and not at the {len(found)} that were noted.",
+            where=call.path,
+        )
+    return zip(frontier, found, strict=True)
+
+
+def _zero(node: fx.Node) -> Tensor:
+    """A stand-in for the constant in the place of a node's value, shape (1, C, 1, ...)."""
+    value: Tensor = node.meta["val"]
+    return torch.zeros(_one_position(value).shape, dtype=value.dtype, device=value.device)
 
 
 def _constant_name(index: int) -> str:

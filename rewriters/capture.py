@@ -172,6 +172,21 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+def _everywhere(model: nn.Module, real: Mapping[str, Tensor], fakes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A fake for every place that a parameter or buffer stands in, each place once.
+
+    Left to tie them itself, functional_call exchanges the tensors of a module that has two names twice, and the
+    second time takes the fakes for what has to be put back.
+    """
+    fake = {id(tensor): fakes[name] for name, tensor in real.items()}
+    return {
+        f"{path}.{name}".lstrip("."): fake[id(tensor)]
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
 def user_line() -> str:
     """File, line and text of the user's code that the current exception passed through last."""
     frames = [
@@ -227,7 +242,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     paths = {module: path for path, module in model.named_modules()}
     try:
         with _without_fast_paths(), torch.no_grad(), mode, _module_calls(recorder, paths) as roots, recorder:
-            output = functional_call(model, fakes, fake_args, fake_kwargs)
+            output = functional_call(model, _everywhere(model, real, fakes), fake_args, fake_kwargs, tie_weights=False)
     except AutogateError:
         raise
     except Exception as error:

@@ -68,6 +68,8 @@ class RewrittenForward:
 
     def _compile(self) -> None:
         self._functions = {training: self.function(training) for training in self.sources}
+        signature = inspect.signature(next(iter(self._functions.values())))  # the same in both modes
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def function(self, training: bool) -> Callable[..., Any]:
         """The generated function, taking the module as its first argument."""
@@ -80,6 +82,11 @@ class RewrittenForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._functions[self.owner.training](self.owner, *args, **kwargs)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        # torch.export asks a model's forward for the file and line it is from.
+        return self._functions[self.owner.training].__code__
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_functions"}

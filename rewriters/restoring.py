@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis, trace_modes
 from rewriters.channel_map import Side
+from rewriters.decisions import Decisions
+from rewriters.errors import SurgeryError
 from rewriters.resizing import Cut, Unwritable
 from rewriters.shortcuts import Shortcut
 from rewriters.slimming import SlimPlan
@@ -57,7 +59,10 @@ class _Selection:
         return graph.call_function(torch.index_select, (value, -len(self.pad) // 2, index))
 
 
-def restore(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, shortcuts: Iterable[Shortcut]) -> SlimPlan:
+def restore(
+    model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, shortcuts: Iterable[Shortcut],
+    decided: Decisions | None = None,
+) -> SlimPlan:  # fmt: skip
     """The plan without those of the convolutions that are still the identity on the channels that stay.
 
     One whose kernel merely selects channels, or leaves some at zero, becomes that. A module all of whose
@@ -66,13 +71,14 @@ def restore(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, shortcuts
     Args:
         model: as it was analysed, not slimmed yet.
         shortcuts: the convolutions that `replace_shortcuts` put in.
+        decided: what another plan for the same classes found of their kernels, which aren't looked at then.
     """
     by_module: dict[str, list[Shortcut]] = {}
     for shortcut in shortcuts:
         by_module.setdefault(shortcut.module, []).append(shortcut)
     left = {kernel.weight for kernel in slim_plan.kernels}
     for path, own in by_module.items():
-        found = [_selection(model, slim_plan, one) for one in own if one.weight in left]
+        found = [_selection(model, slim_plan, one, decided) for one in own if one.weight in left]
         selections = [one for one in found if one is not None]
         if not selections:
             continue
@@ -83,11 +89,13 @@ def restore(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, shortcuts
             if graphs is None:
                 continue
             slim_plan = _with_selections(slim_plan, path, graphs, selections)
-        slim_plan = _without(slim_plan, {one.shortcut.path for one in selections})
+        slim_plan = _without(slim_plan, selections)
     return slim_plan
 
 
-def _selection(model: nn.Module, slim_plan: SlimPlan, shortcut: Shortcut) -> _Selection | None:
+def _selection(
+    model: nn.Module, slim_plan: SlimPlan, shortcut: Shortcut, decided: Decisions | None
+) -> _Selection | None:
     """What a convolution comes to on the channels that stay; None where it computes something."""
     weight = model.get_parameter(shortcut.weight).detach()
     kernel = weight.flatten(1)
@@ -95,12 +103,28 @@ def _selection(model: nn.Module, slim_plan: SlimPlan, shortcut: Shortcut) -> _Se
         kept = slim_plan.kept.get(Side(shortcut.weight, dim))
         if kept is not None:
             kernel = kernel.index_select(dim, kept.to(kernel.device))
-    taken = kernel != 0
-    if ((kernel != 1) & taken).any() or (taken.sum(1) > 1).any():
-        return None
     inputs = kernel.shape[1]
-    sources = torch.where(taken.any(1), taken.to(torch.int8).argmax(1), inputs)
+    if decided is not None:
+        sources = _as_decided(decided, shortcut, kernel)
+        if sources is None:
+            return None
+    else:
+        taken = kernel != 0
+        if ((kernel != 1) & taken).any() or (taken.sum(1) > 1).any():
+            return None
+        sources = torch.where(taken.any(1), taken.to(torch.int8).argmax(1), inputs)
     return _Selection(shortcut, sources, inputs, (0, 0) * (weight.ndim - 2) + (0, 1))
+
+
+def _as_decided(decided: Decisions, shortcut: Shortcut, kernel: Tensor) -> Tensor | None:
+    """The inputs that a slimmed kernel hands on, as they were noted; None where it was found to compute something."""
+    if shortcut.path not in decided.selections:
+        return None
+    sources = torch.tensor(decided.selections[shortcut.path], dtype=torch.int64, device=kernel.device)
+    outputs, inputs = kernel.shape
+    if len(sources) != outputs or not ((sources >= 0) & (sources <= inputs)).all():
+        raise SurgeryError(f"its {outputs} outputs are not the noted ones of its {inputs} inputs.", where=shortcut.path)
+    return sources
 
 
 def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: str) -> Mapping[bool, fx.Graph] | None:
@@ -131,11 +155,15 @@ def _with_selections(
     )
 
 
-def _without(slim_plan: SlimPlan, gone: Collection[str]) -> SlimPlan:
+def _without(slim_plan: SlimPlan, selections: Collection[_Selection]) -> SlimPlan:
     """The plan without these convolutions."""
+    gone = {one.shortcut.path for one in selections}
+    sources = {one.shortcut.path: tuple(one.sources.tolist()) for one in selections}
+    noted = slim_plan.decisions
     return replace(
         slim_plan,
-        removed=slim_plan.removed | set(gone),
+        decisions=replace(noted, selections={**noted.selections, **sources}),
+        removed=slim_plan.removed | gone,
         kept={side: kept for side, kept in slim_plan.kept.items() if side.tensor.rpartition(".")[0] not in gone},
         kernels=tuple(kernel for kernel in slim_plan.kernels if kernel.weight.rpartition(".")[0] not in gone),
     )

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from rewriters.analysis import Analysis
 from rewriters.branches import Pruned, is_under, prune_branches
 from rewriters.channel_map import ChannelMap, Kernel, Side
+from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
 from rewriters.forward import RewrittenForward
 from rewriters.journal import Journal
@@ -32,6 +33,7 @@ class SlimPlan:
         kernels: the kernels that are left.
         restored: modules that run the forward again which they had before an earlier rewriting: that
             forward, or None for their class's own.
+        decisions: what was read off the weights.
     """
 
     live: Tensor
@@ -41,6 +43,7 @@ class SlimPlan:
     removed: frozenset[str]
     kernels: tuple[Kernel, ...]
     restored: Mapping[str, RewrittenForward | None] = field(default_factory=dict)
+    decisions: Decisions = field(default_factory=Decisions)
 
     def flops(self, channel_map: ChannelMap) -> float:
         """Multiply-adds of what is left, for one sample: the bilinear model at the classes that stay."""
@@ -54,12 +57,15 @@ def plan(
     live: Tensor,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    decided: Decisions | None = None,
 ) -> SlimPlan:
     """Plan the slimming to the classes in `live` (bool, shape (classes,)).
 
     Args:
         model: as it was analysed, the dead classes' kernels at zero.
         args, kwargs: inputs to run it on where a branch came to nothing and leaves a constant.
+        decided: what another plan for the same classes read off the weights. Nothing is run then, no weight is
+            looked at, and constants are zero.
 
     Raises:
         SurgeryError: a forward cannot be rewritten for this pattern.
@@ -67,7 +73,7 @@ def plan(
     channel_map = analysis.channel_map
     live = channel_map.looked_at(live.cpu())
     while True:
-        pruned = prune_branches(model, analysis, live, args, kwargs or {})
+        pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
         removed = frozenset[str]().union(*(one.removed for one in pruned))
         gone = _tensors_under(model, removed)
         survivors = channel_map.survivors(live, gone)
@@ -82,7 +88,8 @@ def plan(
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
     forwards = _rewrite(analysis, live, pruned)
     constants = {f"{one.path}.{name}".lstrip("."): value for one in pruned for name, value in one.constants.items()}
-    return SlimPlan(live, kept, forwards, constants, removed, kernels)
+    decisions = Decisions(branches={one.path: one.uniform for one in pruned})
+    return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions)
 
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
@@ -137,7 +144,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
     for name, dims in cuts.items():
         tensor = first_name[name]
-        sliced[id(tensor)] = _like(tensor, _slice(tensor, dims))
+        sliced[id(tensor)] = like(tensor, _slice(tensor, dims))
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
@@ -169,7 +176,8 @@ def _slice(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
     return sliced.contiguous(memory_format=torch.channels_last) if channels_last else sliced
 
 
-def _like(old: Tensor, sliced: Tensor) -> Tensor:
+def like(old: Tensor, sliced: Tensor) -> Tensor:
+    """What stands in the place of `old`: a parameter, trained or frozen, where that is one."""
     return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced
 
 

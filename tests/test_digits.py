@@ -47,14 +47,14 @@ def test_gates_are_polarized_at_the_end_of_training():
 
 
 def test_demo_command_prints_the_table_and_saves_the_model(tmp_path):
-    path = tmp_path / "slim.pt"
+    path = tmp_path / "slim.safetensors"
     result = CliRunner().invoke(
         app, ["demo", "--dense-epochs", "1", "--gated-epochs", "2", "--flops", "0.8", "--out", str(path)]
     )
     assert result.exit_code == 0, result.output
-    for word in ("FLOPs", "parameters", "accuracy", "latency", "slim.pt"):
+    for word in ("FLOPs", "parameters", "accuracy", "latency", "slim.safetensors"):
         assert word in result.output
-    slim = torch.load(path, weights_only=False)
+    slim = autogate.load(path)
     assert slim(torch.randn(1, 1, digits.SIZE, digits.SIZE)).shape == (1, 10)
 
 

@@ -3,11 +3,16 @@
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 import autogate
 import rewriters
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 def modules() -> list[str]:
@@ -28,5 +33,20 @@ def test_an_example_runs(example):
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example).failed == 0
 
 
+def test_the_readmes_lines_on_files_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = autogate.prepare(timm.create_model("test_resnet", num_classes=10))
+    with torch.no_grad():
+        autogate.gates(model).alpha[::3] = 0
+    slim = autogate.finalize(model, warn=False).eval()
+    section = README.read_text().split("## Save and load")[1].split("\n## ")[0]
+    names = {"autogate": autogate, "slim": slim}
+    exec(section.split("```python")[1].split("```")[0], names)
+    example = torch.randn(2, 3, 64, 64)
+    assert names["slim"] is not slim
+    assert torch.equal(names["slim"](example), slim(example))
+
+
 def test_the_verbs_have_examples():
-    assert {f"autogate.api.{verb}" for verb in ("prepare", "gates", "step")} <= {test.name for test in EXAMPLES}
+    verbs = ("api.prepare", "api.gates", "api.step", "files.save", "timm_text.to_timm_text")
+    assert {f"autogate.{verb}" for verb in verbs} <= {test.name for test in EXAMPLES}

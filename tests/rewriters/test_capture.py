@@ -64,6 +64,16 @@ def test_nothing_in_the_model_changes():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
+def test_nothing_changes_in_a_module_with_two_names_or_in_tied_parameters():
+    model = Net(lambda m, x: m.second(m.again(x)), first=conv(3, 3), second=conv(3, 3))
+    model.again = model.first
+    model.second.weight = model.first.weight
+    tensors = {name: id(value) for name, value in model.state_dict(keep_vars=True).items()}
+    captured = capture(model, (image(),))
+    assert {name: id(value) for name, value in model.state_dict(keep_vars=True).items()} == tensors
+    assert [call.path for call in captured.root.children] == ["first", "second"]
+
+
 def test_every_module_keeps_its_own_mode():
     model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), conv(4, 2)).train()
     model[1].eval()

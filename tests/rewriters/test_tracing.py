@@ -80,6 +80,7 @@ def test_other_control_flow_than_the_traced_one_raises():
 def test_signature_defaults_and_keywords_survive():
     slim_model, gated = slim_and_gated(Split, image().double(), power=2.0)
     parameters = inspect.signature(next(iter(slim_model.forward._functions.values()))).parameters
+    assert list(inspect.signature(slim_model.forward).parameters) == list(parameters)[1:]
     assert list(parameters) == ["self", "x", "scale", "power"]
     assert parameters["scale"].default is None
     args = (image(batch=3).double(),)

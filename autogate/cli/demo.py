@@ -1,4 +1,4 @@
-"""The command line."""
+"""`autogate demo`: the whole way on a small network, in a minute."""
 
 from __future__ import annotations
 
@@ -7,29 +7,22 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from autogate import demo as digits_demo
-from rewriters import AutogateError
-
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
-console = Console()
+from autogate.cli.common import Debug, console, telling_errors
+from autogate.files import save
 
 
-@app.callback()
-def main() -> None:
-    """Learn which channels a PyTorch model can do without, then make it physically smaller."""
-
-
-@app.command()
+@telling_errors
 def demo(
     flops: Annotated[float, typer.Option(help="Share of the FLOPs to be left, in (0, 1].")] = 0.5,
     dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs before the gates go in.")] = 6,
     gated_epochs: Annotated[int, typer.Option(min=1, help="Epochs with gates.")] = 14,
     seed: Annotated[int, typer.Option(help="For weights and data order.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the slim model goes.")] = Path("autogate_demo_slim.pt"),
+    out: Annotated[Path, typer.Option(help="Where the slim model goes.")] = Path("autogate_demo_slim.safetensors"),
+    debug: Debug = False,
 ) -> None:
     """Train, slim and check a small timm network on scikit-learn's handwritten digits.
 
@@ -37,22 +30,18 @@ def demo(
     """
     torch.set_num_threads(1)  # the fastest for a network this small
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    try:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("training", total=digits_demo.total_steps(dense_epochs, gated_epochs))
-            outcome = digits_demo.run(
-                flops, dense_epochs, gated_epochs, seed, lambda word: progress.update(task, advance=1, description=word)
-            )
-    except AutogateError as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=digits_demo.total_steps(dense_epochs, gated_epochs))
+        outcome = digits_demo.run(
+            flops, dense_epochs, gated_epochs, seed, lambda word: progress.update(task, advance=1, description=word)
+        )
     console.print(_before_after(outcome))
     console.print(
         f"gated and slim network: {outcome.differing} of the test images told apart differently, "
         f"outputs equal to {outcome.error:.0e}"
     )
-    torch.save(outcome.model, out)
-    console.print(f"slim model saved to {out.resolve()} (torch.load(..., weights_only=False))", soft_wrap=True)
+    save(outcome.model, out)
+    console.print(f"slim model saved to {out.resolve()} (autogate.load gives it back)", soft_wrap=True)
 
 
 def _before_after(outcome: digits_demo.Outcome) -> Table:
@@ -70,7 +59,3 @@ def _before_after(outcome: digits_demo.Outcome) -> Table:
 
 def _thousands(*counts: int) -> list[str]:
     return [f"{count / 1e3:.1f}" for count in counts]
-
-
-if __name__ == "__main__":
-    app()

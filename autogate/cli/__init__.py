@@ -1,0 +1,28 @@
+"""The command line: `autogate --help`."""
+
+from __future__ import annotations
+
+import typer
+
+from autogate.cli.bench import bench
+from autogate.cli.demo import demo
+from autogate.cli.export import export
+from autogate.cli.inspect import inspect
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="rich")
+
+
+@app.callback()
+def main() -> None:
+    """Learn which channels a PyTorch model can do without, then make it physically smaller.
+
+    Exit codes: 0, all went well; 1, it could not be done; 2, the command was not understood.
+    """
+
+
+app.command()(demo)
+app.command()(inspect)
+app.command()(bench)
+app.command()(export)
+
+__all__ = ["app"]

@@ -1,0 +1,64 @@
+"""`autogate bench`: latency and throughput of a slim model beside the dense one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from autogate.cli.common import Debug, console, short, telling_errors, written_model
+from autogate.comparison import Comparison, Duration, compare
+from autogate.files import dense_model, load
+
+
+@telling_errors
+def bench(
+    slim: Annotated[Path, typer.Argument(help="A file that autogate.save wrote.")],
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Samples; can be repeated. 1 and 64.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, if not that of prepare.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda; can be repeated. All there are.")] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Leave torch.compile out.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.01, help="To measure each for.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU; torch's own number.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Latency and throughput of a slim model beside the dense one, with random weights: median and quartiles.
+
+    Example: autogate bench slim.safetensors --batch-size 1 --batch-size 64 --device cpu
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    table = Table(
+        "device", "batch", "dense (ms)", "slim (ms)", "slim / dense", "slim, samples/s", title="Median (quartiles)"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    models = dense_model(written_model(slim)), load(slim)
+    modes = (False,) if eager else (False, True)
+    with console.status("measuring"):
+        for found in compare(
+            *models, batches=batch_size or (1, 64), devices=device, compiled=modes, seconds=seconds, side=image_size
+        ):
+            table.add_row(*_row(found))
+    console.print(table)
+    console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
+
+
+def _row(found: Comparison) -> tuple[str, ...]:
+    place = f"{found.device}, {'compiled' if found.compiled else 'eager'}"
+    ratio = speed = "-"
+    if isinstance(found.slim, Duration):
+        speed = short(found.batch / found.slim.median)
+        if isinstance(found.dense, Duration):
+            ratio = f"{found.slim.median / found.dense.median:.2f}"
+    return place, str(found.batch), _time(found.dense), _time(found.slim), ratio, speed
+
+
+def _time(latency: Duration | str) -> str:
+    if isinstance(latency, str):
+        return latency
+    low, median, high = (f"{seconds * 1e3:.3g}" for seconds in (latency.low, latency.median, latency.high))
+    return f"{median} ({low} to {high})"
