@@ -67,7 +67,9 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
                     vector.normal_(std=0.1)
                 elif vector.ndim == 1 and key == "gamma":
                     vector.uniform_(0.2, 0.7)
-    return (model.double(), example.double()) if name in DOUBLE else (model, example)
+    model, example = (model.double(), example.double()) if name in DOUBLE else (model, example)
+    model.eval()(example)  # a LeViT keeps what it computes at the first time
+    return model, example
 
 
 @torch.no_grad()
