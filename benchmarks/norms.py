@@ -39,7 +39,6 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mixer_s32": ("mixer_s32_224", 224, {}),
     "coatnet_nano_rw": ("coatnet_nano_rw_224", 224, {}),
     "maxvit_tiny, 4 blocks": ("maxvit_tiny_tf_224", 224, {"depths": (1, 1, 1, 1)}),
-    "levit_128s": ("levit_128s", 224, {}),
     "resnetv2_50d_evos": ("resnetv2_50d_evos", 64, {}),
     "resnetv2_50d_frn": ("resnetv2_50d_frn", 64, {}),
 }

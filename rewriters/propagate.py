@@ -59,8 +59,9 @@ class Labelling:
         owned = node.target in captured.tensors and value.is_floating_point()
         if not owned:
             return Labelled(tuple(value.shape))
-        labels = self.space.own(node.target, value.shape)
-        return labels if isinstance(value, nn.Parameter) else replace(labels, source=None)  # no gate in a buffer
+        if not isinstance(value, nn.Parameter):
+            self.findings.buffers.add(node.target)
+        return self.space.own(node.target, value.shape)
 
     def _pin_outputs(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:

@@ -26,6 +26,7 @@ from rewriters.forward import RewrittenForward, out_of_place
 from rewriters.journal import Journal
 from rewriters.propagate import Labelling
 from rewriters.residual import ADDS, ResidualAdd, coupling, residual_adds
+from rewriters.rules import Findings
 from rewriters.tracing import TraceError
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -80,7 +81,7 @@ def replace_shortcuts(
         captured = capture(model, args, kwargs)
     finally:
         set_modes(model, modes)
-    labelling = Labelling()
+    labelling = Labelling(findings=Findings(live=embed))
     labelling.run(captured)
     adds = residual_adds(captured, labelling)
     adds = coupling(captured, adds, ignore or {}, embed) if within is None else _named(adds, within)

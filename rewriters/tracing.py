@@ -242,7 +242,7 @@ class _Tracer(fx.Tracer):
         with torch.no_grad(), self._captured.mode, log:
             node.meta["val"] = self._evaluate(node)
         node.meta["ops"] = [op for op, *_ in log.calls]
-        findings = Findings(live=self._labelling.findings.live)
+        findings = self._labelling.findings.apart()
         for call in log.calls:
             self._label(*call, findings)
         node.meta["looks"] = findings.looks

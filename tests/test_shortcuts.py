@@ -81,9 +81,26 @@ def test_convnext_blocks_can_be_named():
 
 
 def test_where_nothing_is_to_be_replaced_that_is_said():
-    model, example = build("convnext_atto")  # its norms pin the channels that its shortcuts lead along
+    model, example = build("convnext_atto")  # where embeddings stay, so do all channels that its shortcuts lead along
     with pytest.warns(UserWarning, match="ConvNeXt: shortcuts='conv' changed nothing"):
-        autogate.prepare(model, example, shortcuts="conv")
+        autogate.prepare(model, example, shortcuts="conv", embed=False, flops=0.9)
+
+
+def test_each_convnext_block_has_a_width_of_its_own():
+    model, example = build("test_convnext")
+    wanted = outputs(model, example)
+    model = autogate.prepare(model, example, shortcuts="conv")
+    paths = replaced(model)
+    assert paths and all(path.endswith("shortcut_conv") for path in paths)
+    assert torch.equal(outputs(model, example), wanted)
+    classes = autogate.gates(model).channel_map.classes
+    assert not set(classes[(f"{paths[0]}.weight", 0)].tolist()) & set(classes[(f"{paths[0]}.weight", 1)].tolist())
+    disturb(model, paths[::2])
+    kill(model, 0.5)
+    before = outputs(model, example)
+    slim = autogate.finalize(model, warn=False)
+    assert difference(outputs(slim, example), before) <= 1e-5
+    assert not any("live_statistic" in path for path, _ in slim.named_modules())
 
 
 def test_torchvisions_blocks():

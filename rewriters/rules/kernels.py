@@ -29,8 +29,10 @@ def _consume(call: OpCall, data: Tensor | None, kernel: Tensor | None, source: s
     """Labels `data` are summed against a kernel's labels `kernel`; returns whether a gate can stand there.
 
     A gate on the kernel's side is the gate on the data's side as long as the kernel is a parameter's own
-    elements. A kernel computed from its parameter in the forward pass would change with what is cut.
+    elements. A kernel computed from its parameter in the forward pass would change with what is cut, and one
+    in a buffer isn't trained.
     """
+    source = None if source in call.findings.buffers else source
     if data is not None and kernel is not None and source is not None:
         call.space.merge(data, kernel)
         return True
@@ -94,7 +96,8 @@ def _grouped(
     width = (per_group, kernel.shape[1])[not transposed]
     # `first` runs over all groups' channels, `second` over the places inside each group.
     ahead, inside = (channels, second) if not transposed else (channels, None)
-    if channels is None or first is None or kernel.source is None:
+    fixed = kernel.source is None or (kernel.source in call.findings.buffers and groups < width)
+    if channels is None or first is None or fixed:
         for labels in (channels, first, second):
             if labels is not None:
                 call.pin(labels, "a grouped convolution over channels that no layer owns")

@@ -47,6 +47,7 @@ class Findings:
     """What rules note down beside labels: the kernels met, where gates may stand, what was split in two.
 
     `looks` are the statistics taken along channels, `live` says whether they may be taken over live ones only.
+    In the kernels named in `buffers` no gate can stand.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
@@ -54,10 +55,17 @@ class Findings:
     grids: list[Tensor] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     live: bool = True
+    buffers: set[str] = field(default_factory=set)
 
     def copy(self) -> Findings:
         """The same, to be carried on apart."""
-        return Findings(list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live)
+        return Findings(
+            list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live, set(self.buffers)
+        )
+
+    def apart(self) -> Findings:
+        """None yet, for ops of the same model that were met before."""
+        return Findings(live=self.live, buffers=self.buffers)
 
 
 @dataclass(frozen=True)

@@ -141,3 +141,18 @@ def test_functional_convolutions(groups):
 
 def test_pinned_classes_are_minus_one():
     assert ALWAYS == -1
+
+
+def test_no_gate_stands_in_a_buffer():
+    found = mapped(
+        lambda m, x: m.b(F.conv2d(m.a(x), m.fixed)), a=conv(3, 4), fixed=torch.randn(5, 4, 1, 1), b=conv(5, 2)
+    )
+    assert is_pinned(found, "a.weight", 0)
+    assert "summed against a derived kernel" in reasons(found, "a.weight", 0)[0]
+    assert {side.tensor for side in found.gated} == {"b.weight"}
+
+
+def test_a_depthwise_blur_in_a_buffer_passes_channels():
+    blur = torch.ones(4, 1, 3, 3)
+    found = mapped(lambda m, x: m.b(F.conv2d(m.a(x), m.fixed, groups=4)), a=conv(3, 4), fixed=blur, b=conv(4, 2))
+    assert classes(found, "a.weight", 0) == classes(found, "fixed", 0) == classes(found, "b.weight", 1) == [0, 1, 2, 3]
