@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
+from rewriters.preserving import attributes_preserved
 
 _OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -241,7 +242,14 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
         recorder._own(recorder.graph.create_node("get_attr", name), fake)
     paths = {module: path for path, module in model.named_modules()}
     try:
-        with _without_fast_paths(), torch.no_grad(), mode, _module_calls(recorder, paths) as roots, recorder:
+        with (
+            attributes_preserved(paths),
+            _without_fast_paths(),
+            torch.no_grad(),
+            mode,
+            _module_calls(recorder, paths) as roots,
+            recorder,
+        ):
             output = functional_call(model, _everywhere(model, real, fakes), fake_args, fake_kwargs, tie_weights=False)
     except AutogateError:
         raise

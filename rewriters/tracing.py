@@ -26,6 +26,7 @@ from rewriters.capture import Capture, ModuleCall, only_restrides
 from rewriters.errors import AutogateError
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
+from rewriters.preserving import attributes_preserved
 from rewriters.propagate import Labelling
 from rewriters.rules import Findings, OpCall
 from rewriters.rules.elementwise import meet
@@ -315,7 +316,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, dict(known))
     try:
-        with tracer.functions(recorded=True):
+        with attributes_preserved([module]), tracer.functions(recorded=True):
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import autogate
 from rewriters.analysis import analyse
 from rewriters.capture import capture
 from rewriters.errors import CaptureError
@@ -180,3 +181,33 @@ def test_the_memory_format_makes_no_difference():
     last = analyse(model, (image().to(memory_format=torch.channels_last),)).channel_map
     assert plain.size == 4
     assert plain.difference(last) is None
+
+
+class Keeping(nn.Module):
+    """Keeps what it computes: in a dict, in a list, as an attribute, as a new one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.first = nn.Conv2d(3, 4, 1)
+        self.second = nn.Conv2d(4, 2, 1)
+        self.cache, self.seen, self.latest = {"kept": 1}, [], None
+
+    def forward(self, x):
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.scale.view(-1, 1, 1) * 2
+        self.seen.append(self.cache["scale"])
+        self.latest = self.added = x
+        return self.second(self.first(x) * self.cache["scale"])
+
+
+def test_what_a_forward_keeps_of_stand_ins_doesnt_stay():
+    model, x = nn.Sequential(Keeping(), nn.Flatten(), nn.Linear(2 * 16, 2)).eval(), torch.randn(2, 3, 4, 4)
+    cache = model[0].cache
+    autogate.prepare(model, x)
+    assert model[0].cache is cache == {"kept": 1} and model[0].seen == [] and model[0].latest is None
+    assert not hasattr(model[0], "added")
+    with torch.no_grad():
+        autogate.gates(model).alpha[:2] = 0
+        averaged = copy.deepcopy(model)
+        assert torch.equal(averaged(x), model(x))
