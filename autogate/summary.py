@@ -122,10 +122,11 @@ def _totals(summary: Summary) -> Table:
 
 
 def _share(left: float, whole: float) -> str:
-    return f"{_short(left)} of {_short(whole)} ({left / whole:.1%})" if whole else "0"
+    return f"{short(left)} of {short(whole)} ({left / whole:.1%})" if whole else "0"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """A number with a unit: 4.09 G."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
@@ -157,11 +158,11 @@ def _shortcuts(summary: Summary) -> Table:
             layer.module,
             f"{layer.inputs} / {layer.all_inputs}",
             f"{layer.outputs} / {layer.all_outputs}",
-            _short(layer.macs),
+            short(layer.macs),
             f"{layer.macs / summary.all_flops:.1%}",
         )
     cost = sum(layer.macs for layer in summary.shortcuts)
-    table.add_row("together", "", "", _short(cost), f"{cost / summary.all_flops:.1%}")
+    table.add_row("together", "", "", short(cost), f"{cost / summary.all_flops:.1%}")
     return table
 
 

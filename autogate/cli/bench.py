@@ -9,9 +9,10 @@ import torch
 import typer
 from rich.table import Table
 
-from autogate.cli.common import Debug, console, short, telling_errors, written_model
+from autogate.cli.common import Debug, console, telling_errors, written_model
 from autogate.comparison import Comparison, Duration, compare
 from autogate.files import dense_model, load
+from autogate.summary import short
 
 
 @telling_errors

@@ -67,11 +67,3 @@ def images(model: nn.Module, side: int | None) -> torch.Tensor | None:
         return None
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return torch.randn(2, first.in_channels if first is not None else 3, side, side)
-
-
-def short(number: float) -> str:
-    """A number with three digits and a unit: 4.09 G."""
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.3g}"

@@ -9,9 +9,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from autogate.cli.common import Debug, console, images, short, telling_errors, timm_model
+from autogate.cli.common import Debug, console, images, telling_errors, timm_model
 from autogate.coupling import Inspection, Stage, draw, inspect_model
 from autogate.files import load
+from autogate.summary import short
 
 
 @telling_errors
