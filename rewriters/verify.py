@@ -22,6 +22,7 @@ def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] 
         set_modes(model, before)
 
 
+@torch.no_grad()
 def relative_error(got: list[Tensor], wanted: list[Tensor]) -> float:
     """Largest over the outputs of max |got - wanted| / max |wanted|; infinite where shapes differ."""
     if [t.shape for t in got] != [t.shape for t in wanted]:
