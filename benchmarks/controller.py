@@ -85,6 +85,7 @@ def trained(name: str, target: float, optimizer_name: str, steps: int = 300) -> 
         loss = F.cross_entropy(model(train.images[index]), train.labels[index])
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # some of them diverge without, gated or not
         optimizer.step()
         schedule.step()
         met_at = met_at or (step + 1 if bank.settled or bank.targets.distance(bank.live) <= 0 else 0)
