@@ -210,7 +210,7 @@ class GateBank(nn.Module):
         if layout is not None and int(layout) != int(self.layout):
             error_msgs.append(
                 f"{prefix.rstrip('.')}: these gates belong to another model, or to this one prepared in another way "
-                "(other inputs, `ignore` or `shortcuts`). Prepare it as for the run that the checkpoint is from."
+                "(other inputs, `ignore`, `shortcuts` or `embed`). Prepare it as for the checkpoint's run."
             )
             return
         super()._load_from_state_dict(

@@ -45,15 +45,13 @@ class Latency(Resource):
         self, sides: SideCounts, widths: Tensor, seconds: Tensor, rest: float, rest_goes_with: Resource,
         original: Tensor,
     ):  # fmt: skip
-        super().__init__(sides.size, None)
+        seconds = seconds.cummax(1).values.cummax(2).values if len(seconds) else seconds
+        super().__init__(sides.size, whole=float(seconds[original, -1, -1].sum()) + rest)
         self._sides = sides
         self._widths = widths
-        self._seconds = seconds.cummax(1).values.cummax(2).values if len(seconds) else seconds
+        self._seconds = seconds
         self._rest = rest
         self._rest_goes_with = rest_goes_with
-        if not original.all():
-            full = self._seconds[:, -1, -1]
-            self._given_whole = float(full[original].sum()) + rest
 
     @classmethod
     def measure(cls, channel_map: ChannelMap, model: nn.Module, inputs: Inputs, added: Collection[str] = ()) -> Latency:

@@ -96,6 +96,11 @@ class SideCounts:
         constants: count of each end that no class changes.
         ends: for each end (a side, or what one likes to count), the class of every index along it; `ALWAYS`
             entries are not counted.
+
+    Attributes:
+        size: number of classes.
+        ends: number of ends.
+        profiles: for each profile, the (end, count) pairs that one of its classes lies on.
     """
 
     def __init__(self, size: int, constants: Sequence[float], ends: Sequence[Sequence[int]]):

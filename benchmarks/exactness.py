@@ -15,7 +15,9 @@ import copy
 import json
 import logging
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -90,7 +92,6 @@ def measure(name: str) -> dict:
     patterns = [(dead, seed) for dead in (0.1, 0.4, 0.8) for seed in range(3)]
     results = [trial(copy.deepcopy(model), analysis, example, dead, seed) for dead, seed in patterns]
     return {
-        "model": name,
         "classes": len(autogate.gates(model).alpha),
         "reach": summary.reach,
         "worst_difference": max(difference for difference, _ in results),
@@ -99,19 +100,24 @@ def measure(name: str) -> dict:
     }
 
 
+def measure_missing(out: Path, models: Iterable[str], measure: Callable[[str], dict[str, Any]]) -> None:
+    """A line of JSON for each model that has none in `out` yet."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    done = {json.loads(line)["model"] for line in out.read_text().splitlines()} if out.exists() else set()
+    for name in models:
+        if name not in done:
+            result = {"model": name, **measure(name)}
+            with out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(result, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--out", type=Path, default=Path("runs/exactness.jsonl"))
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["model"] for line in args.out.read_text().splitlines()} if args.out.exists() else set()
-    for name in args.models:
-        if name not in done:
-            result = measure(name)
-            with args.out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(result, flush=True)
+    measure_missing(args.out, args.models, measure)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 import autogate
 import rewriters
-from benchmarks.exactness import randomise_norms
+from benchmarks.exactness import measure_missing, randomise_norms
 
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "convnext_atto": ("convnext_atto", 64, {}),
@@ -105,20 +104,17 @@ def worst_difference(name: str) -> float:
     return max(differences)
 
 
+def measure(name: str) -> dict[str, Any]:
+    pinned, free = reach(name, embed=False), reach(name, embed=True)
+    return {"pinned": pinned, "free": free, "worst_difference": worst_difference(name)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path("runs/norms.jsonl"))
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["model"] for line in args.out.read_text().splitlines()} if args.out.exists() else set()
-    for name in args.models:
-        if name not in done:
-            pinned, free = reach(name, embed=False), reach(name, embed=True)
-            result = {"model": name, "pinned": pinned, "free": free, "worst_difference": worst_difference(name)}
-            with args.out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(result, flush=True)
+    measure_missing(args.out, args.models, measure)
 
 
 if __name__ == "__main__":

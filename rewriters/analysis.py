@@ -79,7 +79,7 @@ class Analysis:
         self.channel_map = replace(channel_map, statistics=looking)
 
     def place_statistics(self, model: nn.Module, journal: Journal) -> None:
-        """Let statistics along channels be taken over the live ones: over all, for now."""
+        """Let statistics along channels be taken over the live ones, which are all of them until `write_live`."""
         place(model, self.sites, self.labelling.numbering(), journal)
 
     @contextlib.contextmanager

@@ -89,7 +89,7 @@ def statistics(sites: Sequence[Site], number: np.ndarray) -> tuple[Statistic, ..
 
 
 def place(model: nn.Module, sites: Sequence[Site], number: np.ndarray, journal: Journal) -> None:
-    """Let statistics that look at channels that may die be taken over the live ones: all of them, for now.
+    """Let statistics that look at channels that may die be taken over the live ones: all until `write_live`.
 
     Args:
         model: changed in place, every change noted in `journal`.

@@ -14,17 +14,6 @@ from autogate.comparison import Duration, compare
 from autogate.files import dense_model
 
 
-@pytest.fixture(scope="module")
-def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = autogate.prepare(timm.create_model("test_resnet", num_classes=10), torch.randn(2, 3, 64, 64), flops=1.0)
-    with torch.no_grad():
-        autogate.gates(model).alpha[::3] = 0
-    path = tmp_path_factory.mktemp("bench") / "slim.safetensors"
-    autogate.save(autogate.finalize(model, warn=False), path)
-    return path
-
-
 def invoke(*words: object):
     return CliRunner().invoke(app, ["bench", *map(str, words)])
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -14,17 +13,6 @@ from autogate.cli import app
 from autogate.exporting import inputs_of, to_torch_export
 from rewriters import VerificationError
 from tests.rewriters.helpers import conv, image
-
-
-@pytest.fixture(scope="module")
-def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = autogate.prepare(timm.create_model("test_resnet", num_classes=10), torch.randn(2, 3, 64, 64), flops=1.0)
-    with torch.no_grad():
-        autogate.gates(model).alpha[::3] = 0
-    path = tmp_path_factory.mktemp("export") / "slim.safetensors"
-    autogate.save(autogate.finalize(model, warn=False).eval(), path)
-    return path
 
 
 def invoke(*words: object):

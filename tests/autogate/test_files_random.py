@@ -5,7 +5,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -71,11 +70,3 @@ def test_random_networks_come_out_of_a_file_as_they_went_in(tmp_path: Path):
 
     found = over_seeds(check, max(20, DRAWS // 6))  # fewer have no branch to take out
     assert any(branches for branches, _ in found) and any(selections for _, selections in found)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -103,6 +103,20 @@ def test_learning_spares_each_groups_last_classes_but_a_hand_may_not():
     assert not bank.live[16:40].any()
 
 
+def test_alphas_rate_is_the_share_of_the_largest_learning_rate_so_far():
+    """Whatever the scale of the kernels' rate: a quarter of the step at a quarter of the peak, none at none."""
+    _net, bank = gated_net(1.0, steps=10**6)
+    gradient = torch.full((64,), 100.0)
+    full = ALPHA_RATE * gradient * gate_slope(torch.ones(64), 0.1)
+    for scale in (1e-4, 0.1, 10.0):
+        gates = Gates.fresh(64)
+        for lr, part in ((0.0, 0.0), (scale, 1.0), (scale / 4, 0.25), (2 * scale, 1.0), (scale, 0.5)):
+            after = bank.learner.step(gates, gradient, lr)
+            torch.testing.assert_close(gates.alpha - after.alpha, part * full, rtol=0.03, atol=1e-7)
+            gates = after
+        assert gates.peak == 2 * scale
+
+
 def test_slope_enters_the_step_with_the_present_epsilon():
     _, bank = gated_net(1.0, steps=10)
     bank.epsilon.fill_(0.01)

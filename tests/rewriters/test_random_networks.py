@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -35,14 +34,6 @@ from tests.rewriters.exactness import (
 from tests.rewriters.random_networks import Network, Recipe, build, inputs, random_recipe, recipes
 
 DRAWS = int(os.environ.get("AUTOGATE_DRAWS", "120"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def check(recipe: Recipe, share: float, seed: int) -> float:
