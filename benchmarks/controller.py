@@ -36,7 +36,7 @@ ARCHITECTURES = {
     "efficientnet_lite0": {},
     "regnetx_002": {},
     "ghostnet_050": {},
-    "densenet121": {},
+    "densenet121": {"growth_rate": 12, "block_config": (3, 6, 12, 8)},
     "dla46_c": {},
     "ese_vovnet19b_slim_dw": {},
     "convnext_atto": {},

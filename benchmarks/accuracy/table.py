@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 PAGE = """# Accuracy at equal FLOPs and equal epochs
 
-CIFAR-10; every method starts from the same trained networks and spends the same epochs, images, augmentation, optimizer
-and seeds ({command}). Mean over seeds, and the standard error of that mean. "dense" is training on for as many epochs
-without slimming.
+    python -m benchmarks.accuracy run --data FOLDER --out runs/accuracy
+
+On CIFAR-10. Every method starts from the same trained networks and spends the same epochs, images, augmentation,
+optimizer and seeds. Means over seeds, with their standard errors. "dense" trains on for as many epochs, unslimmed.
 
 {tables}
 """
-
-COMMAND = "`python -m benchmarks.accuracy run --data FOLDER --out runs/accuracy`"
 
 
 class Row(NamedTuple):
@@ -118,4 +117,4 @@ def write(runs: Path, docs: Path) -> None:
         epochs = sorted({result["epochs"] for result in found if result["model"] == model})
         tables.append(table(f"{model}, {' and '.join(map(str, epochs))} epochs", of))
     tables.append("![Accuracy against FLOPs left](accuracy.svg)")
-    (docs / "accuracy.md").write_text(PAGE.format(command=COMMAND, tables="\n\n".join(tables)))
+    (docs / "accuracy.md").write_text(PAGE.format(tables="\n\n".join(tables)))
