@@ -217,6 +217,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     The slim model is the same object, of plain layers: every tensor is sliced, the sizes that modules hold
     follow, and no trace of gates is left. It is run on the example inputs before and after. Autocast that
     Accelerate has put around the model's forward is taken off: what comes back is the model that it was given.
+    Where it raises, the model is as it was, its gates still there.
 
     Args:
         model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
@@ -228,7 +229,6 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
             `prepare`, or a model sharded by FSDP2: the message tells how to gather it.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than `TOLERANCE`.
-        In every case the model is as it was, its gates still there.
     """
     model, bank = unwrap(model), gates(model)
     _check_whole(model)

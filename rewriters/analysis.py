@@ -112,7 +112,8 @@ def analyse(
     Args:
         model: any module; nothing in it changes. Where its statistics are taken over live channels, it is
             analysed as if they were not.
-        args, kwargs: example inputs.
+        args: example inputs by position.
+        kwargs: example inputs by name.
         ignore: names of parameters and buffers to keep whole, with the reason.
         embed: whether channels that a norm across channels looks at may die.
 

@@ -63,7 +63,10 @@ def plan(
 
     Args:
         model: as it was analysed, the dead classes' kernels at zero.
-        args, kwargs: inputs to run it on where a branch came to nothing and leaves a constant.
+        analysis: of that model.
+        live: which classes stay.
+        args: inputs to run it on where a branch came to nothing and leaves a constant, by position.
+        kwargs: those by name.
         decided: what another plan for the same classes read off the weights. Nothing is run then, no weight is
             looked at, and constants are zero.
 
