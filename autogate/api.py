@@ -154,6 +154,9 @@ def gates(model: nn.Module) -> GateBank:
         ...     bank.alpha[:100] = 0
         >>> slim = autogate.finalize(model, warn=False)
 
+    Args:
+        model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
+
     Raises:
         AutogateError: the model was not prepared, or is finalized already.
     """
@@ -204,6 +207,17 @@ def step(model: nn.Module, *, lr: float) -> None:
 
 def summary(model: nn.Module) -> Summary:
     """FLOPs, parameters and channels left of a prepared model, and what is pinned and why; print it.
+
+    Alphas that were set by hand count, whether or not the model has run since.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
+        >>> found = autogate.summary(model)
+        >>> found.all_flops, found.all_params, found.reach
+        (1814073344.0, 11689512, 1.0)
+
+    Args:
+        model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
 
     Raises:
         AutogateError: the model was not prepared.

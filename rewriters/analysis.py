@@ -70,6 +70,7 @@ class Analysis:
     channel_map: ChannelMap = field(init=False)
 
     def cut(self, live: Tensor) -> Cut:
+        """What stays of every tensor when the classes in `live` (bool, shape (classes,)) do."""
         return Cut(self.labelling.stays(live))
 
     def settle(self, samples: int) -> None:

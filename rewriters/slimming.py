@@ -138,7 +138,13 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 
 
 def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
-    """Carry out a plan on the live model, every change noted in `journal`; statistics are plain again."""
+    """Carry out a plan on the live model; statistics along channels are plain again.
+
+    Args:
+        model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
+        slim_plan: what stays, made for this model.
+        journal: notes every change, so that it can be undone.
+    """
     take_off(model, journal)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
