@@ -55,3 +55,9 @@ def test_the_version_is_a_semantic_one_and_stands_in_one_place():
 def test_changes_are_told_of_this_version():
     text = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(r"^## \[Unreleased\]$", text, flags=re.MULTILINE) and autogate.__version__ in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+def test_links_between_files_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    assert [target for target in targets if not (ROOT / target).exists()] == []
