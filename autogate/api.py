@@ -154,6 +154,9 @@ def gates(model: nn.Module) -> GateBank:
         ...     bank.alpha[:100] = 0
         >>> slim = autogate.finalize(model, warn=False)
 
+    Args:
+        model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
+
     Raises:
         AutogateError: the model was not prepared, or is finalized already.
     """
@@ -205,6 +208,17 @@ def step(model: nn.Module, *, lr: float) -> None:
 def summary(model: nn.Module) -> Summary:
     """FLOPs, parameters and channels left of a prepared model, and what is pinned and why; print it.
 
+    Alphas that were set by hand count, whether or not the model has run since.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
+        >>> found = autogate.summary(model)
+        >>> found.all_flops, found.all_params, found.reach
+        (1814073344.0, 11689512, 1.0)
+
+    Args:
+        model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
+
     Raises:
         AutogateError: the model was not prepared.
     """
@@ -217,6 +231,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     The slim model is the same object, of plain layers: every tensor is sliced, the sizes that modules hold
     follow, and no trace of gates is left. It is run on the example inputs before and after. Autocast that
     Accelerate has put around the model's forward is taken off: what comes back is the model that it was given.
+    Where it raises, the model is as it was, its gates still there.
 
     Args:
         model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
@@ -228,7 +243,6 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
             `prepare`, or a model sharded by FSDP2: the message tells how to gather it.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than `TOLERANCE`.
-        In every case the model is as it was, its gates still there.
     """
     model, bank = unwrap(model), gates(model)
     _check_whole(model)

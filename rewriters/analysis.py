@@ -70,6 +70,7 @@ class Analysis:
     channel_map: ChannelMap = field(init=False)
 
     def cut(self, live: Tensor) -> Cut:
+        """What stays of every tensor when the classes in `live` (bool, shape (classes,)) do."""
         return Cut(self.labelling.stays(live))
 
     def settle(self, samples: int) -> None:
@@ -112,7 +113,8 @@ def analyse(
     Args:
         model: any module; nothing in it changes. Where its statistics are taken over live channels, it is
             analysed as if they were not.
-        args, kwargs: example inputs.
+        args: example inputs by position.
+        kwargs: example inputs by name.
         ignore: names of parameters and buffers to keep whole, with the reason.
         embed: whether channels that a norm across channels looks at may die.
 

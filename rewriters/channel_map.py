@@ -54,10 +54,12 @@ class Kernel:
 
     @property
     def input_side(self) -> Side:
+        """Where channels are read."""
         return Side(self.weight, self.input_dim)
 
     @property
     def output_side(self) -> Side:
+        """Where channels are made."""
         return Side(self.weight, 1 - self.input_dim)
 
 

@@ -21,12 +21,12 @@ class AutogateError(RuntimeError):
 
 
 class CaptureError(AutogateError):
-    """The model's forward could not be recorded."""
+    """The model's forward could not be recorded: its control flow hangs on the values of tensors, for instance."""
 
 
 class SurgeryError(AutogateError):
-    """A module could not be rewritten for the channels that are left."""
+    """A module could not be rewritten for the channels that are left; `finalize` raises it."""
 
 
 class VerificationError(AutogateError):
-    """The slim model's outputs differ from the gated model's."""
+    """The slim model's outputs differ from the gated model's by more than they may (`autogate.api.TOLERANCE`)."""

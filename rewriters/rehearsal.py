@@ -27,6 +27,14 @@ def rehearse(
 ) -> Analysis:
     """`analysis` with everything pinned that would not survive a slimming; the model is as it was.
 
+    A random pattern of classes is taken out of the live model, which is run on fake tensors and then restored.
+
+    Args:
+        model: as it was analysed.
+        analysis: changed in place where something has to be pinned.
+        args: example inputs by position.
+        kwargs: example inputs by name.
+
     Raises:
         SurgeryError: a module refuses although all its channels stay.
     """

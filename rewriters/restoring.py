@@ -70,6 +70,8 @@ def restore(
 
     Args:
         model: as it was analysed, not slimmed yet.
+        analysis: of that model.
+        slim_plan: what `plan` made of them.
         shortcuts: the convolutions that `replace_shortcuts` put in.
         decided: what another plan for the same classes found of their kernels, which aren't looked at then.
     """

@@ -49,10 +49,12 @@ class Shortcut:
 
     @property
     def path(self) -> str:
+        """Of the convolution."""
         return f"{self.module}.{self.name}".lstrip(".")
 
     @property
     def weight(self) -> str:
+        """Name of its kernel."""
         return f"{self.path}.weight"
 
 
@@ -67,7 +69,9 @@ def replace_shortcuts(
 
     Args:
         model: changed in place, every change noted in `journal`.
-        args, kwargs: example inputs.
+        args: example inputs by position.
+        kwargs: example inputs by name.
+        journal: what is noted can be undone.
         within: paths of modules all of whose identity shortcuts are replaced; None for every shortcut that
             alone couples the channels it leads to with those it leads from.
         ignore: names of parameters and buffers whose channels stay, with the reason.

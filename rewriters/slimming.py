@@ -63,7 +63,10 @@ def plan(
 
     Args:
         model: as it was analysed, the dead classes' kernels at zero.
-        args, kwargs: inputs to run it on where a branch came to nothing and leaves a constant.
+        analysis: of that model.
+        live: which classes stay.
+        args: inputs to run it on where a branch came to nothing and leaves a constant, by position.
+        kwargs: those by name.
         decided: what another plan for the same classes read off the weights. Nothing is run then, no weight is
             looked at, and constants are zero.
 
@@ -135,7 +138,13 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 
 
 def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
-    """Carry out a plan on the live model, every change noted in `journal`; statistics are plain again."""
+    """Carry out a plan on the live model; statistics along channels are plain again.
+
+    Args:
+        model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
+        slim_plan: what stays, made for this model.
+        journal: notes every change, so that it can be undone.
+    """
     take_off(model, journal)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
