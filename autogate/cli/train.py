@@ -273,11 +273,12 @@ def _tell(result: Result | None, folder: Path, processes: int) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     dense = RunFolder(folder).metrics()[0].accuracy
+    slim = "-" if result.accuracy is None else f"{result.accuracy:.2f}"
     table.add_row("FLOPs", short(result.dense_flops), short(result.flops), f"{result.flops / result.dense_flops:.3f}")
     table.add_row(
         "parameters", short(result.dense_params), short(result.params), f"{result.params / result.dense_params:.3f}"
     )
-    table.add_row("accuracy (%), before and after", f"{dense:.2f}", f"{result.accuracy or 0:.2f}", "")
+    table.add_row("accuracy (%), before and after", f"{dense:.2f}", slim, "")
     console.print(table)
     console.print(f"slim model: {RunFolder(folder).slim_file.resolve()}", soft_wrap=True, highlight=False)
     console.print(f"report: autogate report {shlex.quote(str(folder))}", soft_wrap=True, highlight=False, markup=False)

@@ -199,8 +199,9 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def _seed_of_worker(worker: Any) -> int:
-    """A worker's seed; Ctrl-C is for the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker's seed. Signals to stop are for the process that trains, which ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     return worker.seed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autogate.files import save
@@ -52,5 +52,8 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> Finished:
     slim, result = finalized(model, found.position.step, info.steps)
     save(slim, out or folder.slim_file)
     if out is None and folder.info_file.is_file():
+        known = folder.result()
+        if known is not None and known.step == result.step:
+            result = replace(result, gated_accuracy=known.gated_accuracy, accuracy=known.accuracy)
         folder.finish(result)
     return Finished(out or folder.slim_file, result)

@@ -99,7 +99,7 @@ def resume(
     world, folder = world or World(), RunFolder(path)
     info = folder.info()
     result = folder.result()
-    if result is not None and result.step == info.steps and folder.slim_file.is_file():
+    if result is not None and result.complete and folder.slim_file.is_file():
         return result
     if world.size != info.processes:
         raise AutogateError(
@@ -192,7 +192,8 @@ class _Run:
         try:
             self.model.load_state_dict(found.model)
             self.stepper.optimizer.load_state_dict(dict(found.optimizer))
-            self.stepper.scaler.load_state_dict(dict(found.scaler or {})) if found.scaler else None
+            if found.scaler is not None:
+                self.stepper.scaler.load_state_dict(dict(found.scaler))
             if self.stepper.ema is not None and found.ema is not None:
                 self.stepper.ema.module.load_state_dict(found.ema)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -226,7 +227,7 @@ class _Run:
         """Train the rest of an epoch."""
         world, stepper, epoch, step, lr = self.world, self.stepper, position.epoch, position.step, position.lr
         began = time.monotonic() - position.seconds
-        total = torch.tensor(position.loss if world.main else 0.0, device=world.device)
+        total = torch.tensor(position.loss / world.size, device=world.device)
         done = position.batch
         wrapped.train()
 
@@ -250,7 +251,7 @@ class _Run:
             step += 1
             lr = stepper.step(self.model, step)
             if watchers and step % TELL_EVERY == 0:
-                self._tell(watchers, Position(epoch, done, step, float(total) * world.size, 0.0, lr))
+                self._tell(watchers, epoch, step, float(total) / done, lr)
             if world.any(stop()):
                 self._save(here())
                 raise _Stopped
@@ -277,11 +278,10 @@ class _Run:
         first = batch - batch % size
         return range(first, min(first + size, self.info.batches))
 
-    def _tell(self, watchers: Sequence[Watcher], position: Position) -> None:
-        self._check_finite(position.loss, position.step)
+    def _tell(self, watchers: Sequence[Watcher], epoch: int, step: int, loss: float, lr: float) -> None:
+        self._check_finite(loss, step)
         live = gates(self.model).live.cpu()
-        mean, flops = position.loss / position.batch / self.world.size, self.flops.share(live)
-        moment = Moment(position.epoch, position.step, mean, position.lr or 0.0, flops, int(live.sum()))
+        moment = Moment(epoch, step, loss, lr, self.flops.share(live), int(live.sum()))
         for watcher in watchers:
             watcher.stepped(moment)
 

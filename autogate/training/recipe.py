@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +15,9 @@ from rewriters.errors import AutogateError
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "constant", "none")
 """Those of timm's schedules that go by the number of steps."""
+
+WORKERS = min(4, os.cpu_count() or 1)
+"""Processes that load images, if nobody says: torch warns of more than there are cores."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Images:
     val_split: str = "validation"
     batch_size: int = 64
     validation_batch_size: int | None = None
-    workers: int = 4
+    workers: int = WORKERS
     scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = 0.5
     color_jitter: float = 0.4

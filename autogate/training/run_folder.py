@@ -149,6 +149,11 @@ class Result:
     gated_accuracy: float | None = None
     accuracy: float | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether all steps were taken and the slim model tried."""
+        return self.step == self.steps and self.accuracy is not None
+
 
 T = TypeVar("T")
 
@@ -247,9 +252,7 @@ class RunFolder:
 
     def rewind(self, epoch: int) -> None:
         """Forget what was written of `epoch` and later ones, which are going to be trained again."""
-        _, *rows = (line.split(",", 1) for line in self.metrics_file.read_text().splitlines())
-        whole = sum(int(number) < epoch for number, *_ in rows)
-        for file, keep in ((self.metrics_file, whole + 1), (self.gates_file, whole)):
+        for file, keep in ((self.metrics_file, epoch + 1), (self.gates_file, epoch)):  # a line an epoch, and the names
             self._write(file, "".join(file.read_text().splitlines(keepends=True)[:keep]))
 
     def finish(self, result: Result) -> None:

@@ -174,6 +174,25 @@ def test_a_finished_run_is_told_again(plain: tuple[RunFolder, Diary]):
     assert folder.slim_file.stat().st_mtime_ns == before
 
 
+def test_a_finished_run_keeps_its_accuracy(plain: tuple[RunFolder, Diary]):
+    folder, _ = plain
+    before = folder.result()
+    assert finalize_checkpoint(folder.path).result == before == folder.result()
+
+
+def test_a_row_that_was_cut_short_is_written_anew(plain: tuple[RunFolder, Diary], tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    folder.create(plain[0].info())
+    rows, gates = plain[0].metrics(), plain[0].gates()
+    for row, line in zip(rows, gates, strict=True):
+        folder.add(row, line)
+    for file in (folder.metrics_file, folder.gates_file):
+        file.write_text(file.read_text()[:-10])
+    folder.rewind(2)
+    folder.add(rows[2], gates[2])
+    assert (folder.metrics(), folder.gates()) == (rows, gates)
+
+
 def test_a_run_is_not_gone_on_with_on_other_data(pictures: Path, tmp_path: Path):
     stop = After(1)
     assert start(recipe(pictures), tmp_path / "run", watchers=[stop], stop=stop) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,24 +52,34 @@ def test_a_run_from_the_first_word_to_the_last(pictures: Path, tmp_path: Path, m
     assert torch.equal(autogate.load("slim.safetensors")(x), autogate.load(folder.slim_file)(x))
 
 
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(pictures: Path, tmp_path: Path):
-    folder = RunFolder(tmp_path / "run")
-    words = ["train", "test_resnet", "--data", str(pictures), *SMALL, "-j", "1", "--epochs", "500"]
+def stopped(words: list[str], folder: RunFolder, rows: int, number: int) -> tuple[int, str]:
+    """Exit code and words of a run that gets a signal when its folder has more than so many epochs."""
     run = subprocess.Popen(
-        [sys.executable, "-m", "autogate.cli", *words, "--out", str(folder.path)],
+        [sys.executable, "-m", "autogate.cli", *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True,
     )  # fmt: skip
-    while not (folder.gates_file.exists() and len(folder.gates()) > 1) and run.poll() is None:
+    while not (folder.gates_file.exists() and len(folder.gates()) > rows) and run.poll() is None:
         time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the processes that load images too
-    told, _ = run.communicate(timeout=120)
-    assert run.returncode == 130, told
-    assert f"go on with: autogate train --resume {folder.path}" in told and "Traceback" not in told
-    position = load_checkpoint(folder.checkpoint_file).position
-    assert position.step >= 4 and not folder.slim_file.exists()
+    os.killpg(run.pid, number)  # as a terminal or a batch system does: the processes that load images get it too
+    told, _ = run.communicate(timeout=200)
+    return run.returncode, told
+
+
+def test_signals_leave_a_checkpoint_to_go_on_from(pictures: Path, tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    words = ["train", "test_resnet", "--data", str(pictures), *SMALL, "-j", "1", "--epochs", "500"]
+    code, told = stopped([*words, "--out", str(folder.path)], folder, 1, signal.SIGINT)
+    assert code == 130 and "Traceback" not in told, told
+    first = load_checkpoint(folder.checkpoint_file).position
+    assert first.step >= 4 and not folder.slim_file.exists()
+    (command,) = (line.partition("go on with: autogate ")[2] for line in told.splitlines() if "go on with" in line)
+    code, told = stopped(shlex.split(command), folder, len(folder.gates()), signal.SIGTERM)
+    assert code == 143 and "Traceback" not in told, told
+    assert load_checkpoint(folder.checkpoint_file).position.step > first.step
+    assert [row.epoch for row in folder.metrics()] == list(range(len(folder.gates())))
     finalized = invoke("finalize", folder.path)
     assert finalized.exit_code == 0 and "warning: finalized at" in finalized.output
-    assert folder.slim_file.exists()
+    assert folder.slim_file.exists() and not folder.result().complete
 
 
 def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
