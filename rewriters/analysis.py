@@ -134,6 +134,7 @@ def _analyse(
     for name, reason in (ignore or {}).items():
         labelling.pin_tensors([name], reason)
     labelling.settle_grids()
+    labelling.settle_zeroed()
     analysis = Analysis(captures, labelling)
     looking = _trace_statistics(model, analysis)
     _trace_size_holders(model, analysis, looking)

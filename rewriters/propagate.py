@@ -145,6 +145,13 @@ class Labelling:
                 kept = max(free, key=lambda dim: roots.shape[dim])
                 self.space.merge_along(grid, [dim for dim in free if dim != kept])
 
+    def settle_zeroed(self) -> None:
+        """Keep the channels that a statistic of a kernel counts on to be zero where no gate sees to it."""
+        for zeroed in self.findings.zeroed:
+            side = self.space.side_of(zeroed.labels)
+            if side not in self.findings.gated:
+                self.space.pin(zeroed.labels, zeroed.module, zeroed.op, "normalised over its channels")
+
     def pin_tensors(self, names: Iterable[str], reason: str) -> None:
         """Keep every channel of these parameters and buffers."""
         names = set(names)
