@@ -15,11 +15,9 @@ import argparse
 import contextlib
 import fnmatch
 import json
-import os
+import multiprocessing
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -54,6 +52,9 @@ DEAD = 0.5
 
 SEEDS = (0, 1, 2)
 """FLOPs left are the mean of so many patterns; exactness is tried on the first."""
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["benchmarks.coverage"])  # to import it all takes as long as a small model
 
 SINGLE, DOUBLE = 1e-5, 1e-10
 """Differences of the outputs that float32 and float64 may have: float64 is tried where float32 has more."""
@@ -216,26 +217,28 @@ def measure_here(one: Listed, peer: bool, out: Path) -> None:
 
 
 def measure_apart(one: Listed, peer: bool, memory_gib: float, timeout_s: float) -> dict[str, Any]:
-    """Measure in a process of its own, which may take so much memory (data, without files) and time."""
+    """Measure in a process of its own, which may take so much memory (data, without files) and processor time."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "benchmarks.coverage", "--here", str(out), "--models", one.name]
-        command += ["--size", str(one.side)] + ["--peer"] * peer + ["--memory", str(memory_gib), "--timeout", str(timeout_s)]
-        done = subprocess.run(command, capture_output=True, text=True, env=_one_thread())
-        ended = ""
-        if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-            ended = f"more than {timeout_s:.0f} s of processor time, or the machine out of memory"
-        elif done.returncode:
-            ended = f"ended with {done.returncode}: {done.stderr[-300:]}"
+        process = PROCESSES.Process(target=_measure_limited, args=(one, peer, out, memory_gib, int(timeout_s)))
+        process.start()
+        process.join()
         result = json.loads(out.read_text()) if out.exists() else asdict(Result(one.name, one.family, step="build"))
-        if ended:
-            kind = "time" if ended.startswith("more") else "crash"
-            result.update(error=f"{kind} in {result['step'] or 'peer'}: {ended}", step=kind)
+        if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+            result["error"] = f"in {result['step']}: {timeout_s:.0f} s of processor time are over, or all memory taken"
+            result["step"] = "time"
+        elif process.exitcode:
+            result["error"], result["step"] = f"in {result['step']}: ended with {process.exitcode}", "crash"
         return result
 
 
-def _one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+def _measure_limited(one: Listed, peer: bool, out: Path, memory_gib: float, timeout_s: int) -> None:
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (timeout_s, timeout_s + 5))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    measure_here(one, peer, out)
 
 
 def main() -> None:
@@ -248,19 +251,9 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=20.0, help="GiB a model may take")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds of processor time a model may take")
     parser.add_argument("--peer", action="store_true", help="the same with torch-pruning")
-    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     every = listed(args.size)
     models = list(dict.fromkeys(one for p in args.models for one in every if fnmatch.fnmatchcase(one.name, p)))
-    if args.here:
-        limit = int(args.memory * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        seconds = int(args.timeout)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        measure_here(models[0], args.peer, args.here)
-        return
     if args.sample == "one-per-file":
         models = smallest_of_each_file(models, args.out.parent / "parameters.json")
     done = {line["model"] for line in lines(args.out)}

@@ -207,6 +207,19 @@ class LiveVectorNorm(LiveStatistic):
         return self.function(input if self.plain() else input * self.along(input), *args, **kwargs)
 
 
+class LiveExtreme(LiveStatistic):
+    """`torch.amax` or `torch.amin` over the live channels."""
+
+    def __init__(self, size: int, dim: int, like: Tensor, name: str):
+        super().__init__(size, dim, like)
+        self.name, self.beyond = name, float("-inf") if name == "amax" else float("inf")
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.plain():
+            input = input.masked_fill(self.along(input) == 0, self.beyond)
+        return getattr(torch, self.name)(input, *args, **kwargs)
+
+
 class LiveStandardisation(LiveStatistic):
     """`F.batch_norm` of a kernel, of shape (1, out, in), by the mean and variance of each output's live inputs.
 
@@ -254,6 +267,7 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     **dict.fromkeys([torch.var, "var"], partial(LiveVariance, name="var")),
     **dict.fromkeys([torch.std, "std"], partial(LiveVariance, name="std")),
     torch.var_mean: partial(LiveVariance, name="var_mean"),
+    **{form: partial(LiveExtreme, name=name) for name in ("amax", "amin") for form in (name, getattr(torch, name))},
     F.normalize: partial(LiveVectorNorm, function=F.normalize),
     torch.linalg.vector_norm: partial(LiveVectorNorm, function=torch.linalg.vector_norm),
     **dict.fromkeys([torch.norm, "norm"], partial(LiveVectorNorm, function=torch.norm)),

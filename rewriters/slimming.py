@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,6 +154,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
             journal.set_tensor(module, own_name, sliced[id(tensor)])
             for field, value in fields_after(owner, its_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
                 journal.set_attribute(owner, field, value)
+    follow_tensors(model, journal)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         journal.set_attribute(module, "forward", RewrittenForward(module, graphs))
@@ -178,6 +180,16 @@ def _owner(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tup
             layer, _, attribute = name.rpartition(".")[0].rpartition(".parametrizations.")
             return model.get_submodule(layer), attribute
     return module, own_name
+
+
+def follow_tensors(model: nn.Module, journal: Journal) -> None:
+    """Let recurrent modules' own lists of their tensors hold those that they have now."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            tensors = [getattr(module, name, None) for name in module._flat_weights_names]
+            journal.set_attribute(module, "_flat_weights", tensors)
+            references = [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
+            journal.set_attribute(module, "_flat_weight_refs", references)
 
 
 def _slice(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
@@ -213,6 +225,10 @@ def fields_after(
         yield "in_features", new[1]
     elif isinstance(module, nn.modules.batchnorm._NormBase) and name in ("weight", "running_mean"):
         yield "num_features", new[0]
+    elif isinstance(module, nn.RNNBase) and name == "weight_ih_l0":
+        yield "input_size", new[1]
+    elif isinstance(module, nn.RNNBase) and name == "weight_hh_l0":
+        yield "hidden_size", new[1]
     elif isinstance(module, nn.PReLU):
         yield "num_parameters", new[0]
     elif isinstance(module, nn.GroupNorm) and name == "weight":

@@ -28,23 +28,27 @@ def reduce(call: OpCall) -> Result:
     kept = [dim for dim in range(value.ndim) if dim not in {d % value.ndim for d in dims}] if value.ndim else []
     outs = []
     for shape in call.shapes:
-        if len(shape) != value.ndim:  # keepdim is off
-            layers = tuple(layer.reshape([layer.shape[d] for d in kept]) for layer in layers)
-        outs.append(Labelled(shape, layers, value.source, derived=True))
+        flat = len(shape) != value.ndim  # keepdim is off
+        own = tuple(layer.reshape([layer.shape[d] for d in kept]) for layer in layers) if flat else layers
+        outs.append(Labelled(shape, own, value.source, derived=True))
     return outs if len(outs) > 1 else outs[0]
 
 
-_MOMENTS = {torch.ops.aten.mean, torch.ops.aten.var, torch.ops.aten.std, torch.ops.aten.var_mean}
+_STATISTICS = {
+    torch.ops.aten.mean, torch.ops.aten.var, torch.ops.aten.std, torch.ops.aten.var_mean, torch.ops.aten.amax,
+    torch.ops.aten.amin,
+}  # fmt: skip
 
 
 def _is_statistic(call: OpCall) -> bool:
     """Whether a slim model takes this reduction over the channels that are left as over all it ever had.
 
-    So it does a mean, and a norm to which zeros add nothing. A sum may be divided by the number there was.
+    So it does a mean, an extreme, and a norm to which zeros add nothing. A sum may be divided by the number there
+    was.
     """
     if call.op.overloadpacket is torch.ops.aten.linalg_vector_norm:
         return call.arg(1, "ord", 2) > 0
-    return call.op.overloadpacket in _MOMENTS
+    return call.op.overloadpacket in _STATISTICS
 
 
 @rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax.int", "aten.cumsum", "aten.sort",

@@ -43,7 +43,8 @@ def _as_list(value: Any) -> list[Tensor]:
     "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int", "aten.squeeze", "aten.unsqueeze",
     "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.roll", "aten.narrow",
     "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk", "aten.movedim", "aten.permute_copy",
-    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle",
+    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.unsafe_split.Tensor",
+    "aten.unsafe_split_with_sizes",
 )  # fmt: skip
 def move(call: OpCall) -> Result:
     """The op itself, run on label tensors."""
