@@ -135,7 +135,9 @@ def _analyse(
         labelling.run(captured, counted=captured is captures[0])
     for name, reason in (ignore or {}).items():
         labelling.pin_tensors([name], reason)
+    labelling.settle_recurrent(model)
     labelling.settle_grids()
+    labelling.settle_zeroed()
     analysis = Analysis(captures, labelling)
     looking = _trace_statistics(model, analysis)
     _trace_size_holders(model, analysis, looking)

@@ -145,13 +145,34 @@ class Labelling:
                 kept = max(free, key=lambda dim: roots.shape[dim])
                 self.space.merge_along(grid, [dim for dim in free if dim != kept])
 
+    def settle_recurrent(self, model: nn.Module) -> None:
+        """Let the layers and directions of one recurrent module lose the same hidden units: it has one width."""
+        for path, module in model.named_modules():
+            if isinstance(module, nn.RNNBase):
+                names = [f"{path}.{name}".lstrip(".") for name in module._flat_weights_names]
+                sides = [Side(name, 1) for name in names if "weight_hh" in name and Side(name, 1) in self.space.blocks]
+                for side in sides[1:]:
+                    self.space.merge(self._labels_of(sides[0]), self._labels_of(side))
+                if module.proj_size:
+                    self.pin_tensors(names, "its hidden units are projected")
+
+    def _labels_of(self, side: Side) -> Tensor:
+        start, size = self.space.blocks[side]
+        return torch.arange(start, start + size)
+
+    def settle_zeroed(self) -> None:
+        """Keep the channels that a statistic of a kernel counts on to be zero where no gate sees to it."""
+        for zeroed in self.findings.zeroed:
+            side = self.space.side_of(zeroed.labels)
+            if side not in self.findings.gated:
+                self.space.pin(zeroed.labels, zeroed.module, zeroed.op, "normalised over its channels")
+
     def pin_tensors(self, names: Iterable[str], reason: str) -> None:
         """Keep every channel of these parameters and buffers."""
         names = set(names)
-        for side, (start, size) in self.space.blocks.items():
+        for side in self.space.blocks:
             if side.tensor in names:
-                labels = torch.arange(start, start + size)
-                self.space.pin(labels, side.tensor.rpartition(".")[0], "", reason)
+                self.space.pin(self._labels_of(side), side.tensor.rpartition(".")[0], "", reason)
 
     def pinned(self, labels: Tensor) -> np.ndarray:
         """Which labels always stay, bool of the labels' shape."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,33 @@ from rewriters.rules.registry import RULES, OpCall, rule
 def elementwise(call: OpCall) -> Labelled | list[Labelled]:
     """y[i] depends on x[i] alone (add, relu, sigmoid, mul, dropout, copies ...)."""
     operands = list(call.tensors())
-    moved_only = len(operands) == 1 and call.op in COPIES
-    out = Labelled(call.shape, meet(call, operands), operands[0].source if moved_only else None)
+    kernel = _kernel_among(call, operands)
+    if kernel is None:
+        out = Labelled(call.shape, meet(call, operands))
+    else:
+        rest = [operand for operand in operands if operand is not kernel]
+        kept_zeros = call.op in COPIES or call.op in _SCALINGS and (call.op is not _DIVISION or call.args[0] is kernel)
+        layers = meet(call, [*rest, kernel])  # of labels that meet the last stand for both: its own
+        out = Labelled(call.shape, layers, kernel.source, derived=kernel.derived or not kept_zeros)
     return [out for _ in call.shapes] if len(call.shapes) > 1 else out
 
 
 RULES[torch.Tag.pointwise] = elementwise
+
+
+def _kernel_among(call: OpCall, operands: list[Labelled]) -> Labelled | None:
+    """The parameter's elements that a call computes a kernel from, with nothing but other parameters and numbers."""
+    full = [operand for operand in operands if operand.source is not None and operand.shape == call.shape]
+    others = (operand for operand in operands if operand.source is None)
+    if not full or any(prod(operand.shape) > 1 for operand in others):
+        return None
+    return min(full, key=lambda operand: operand.source in call.findings.buffers)
+
+
+_DIVISION = torch.ops.aten.div.Tensor
+
+_SCALINGS = {torch.ops.aten.mul.Tensor, _DIVISION, torch.ops.aten.neg.default}
+"""Zeros stay zeros."""
 
 COPIES = {
     torch.ops.aten._to_copy.default,

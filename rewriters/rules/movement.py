@@ -26,7 +26,7 @@ def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result
             elif varying(before):
                 call.pin(layer, "a single channel is picked")
         call.findings.grids.extend(layer for layer in layers if len(varying(layer)) > 1)
-        outs.append(Labelled(shape, tuple(layers), value.source))
+        outs.append(Labelled(shape, tuple(layers), value.source, derived=value.derived))
     return outs if len(outs) > 1 or _returns_list(call.op) else outs[0]
 
 
@@ -43,7 +43,8 @@ def _as_list(value: Any) -> list[Tensor]:
     "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int", "aten.squeeze", "aten.unsqueeze",
     "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.roll", "aten.narrow",
     "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk", "aten.movedim", "aten.permute_copy",
-    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle",
+    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.unsafe_split.Tensor",
+    "aten.unsafe_split_with_sizes",
 )  # fmt: skip
 def move(call: OpCall) -> Result:
     """The op itself, run on label tensors."""
@@ -76,18 +77,32 @@ def reshape(call: OpCall) -> Result:
     """As `move`; labels, unlike data, may need a copy to be reshaped."""
     value = call.args[0]
     results = [[layer.expand(value.shape).reshape(call.shape)] for layer in value.layers]
-    return _apart(call, _moved(call, value, results))
+    moved = _one(_moved(call, value, results))
+    if value.source is not None and any(len(_along(moved, dim)) > 1 for dim in range(moved.ndim)):
+        value = call.without_positions(value)
+        results = [[layer.expand(value.shape).reshape(call.shape)] for layer in value.layers]
+        moved = _one(_moved(call, value, results))
+    return _apart(call, moved)
+
+
+def _one(result: Result) -> Labelled:
+    assert isinstance(result, Labelled)
+    return result
+
+
+def _along(value: Labelled, dim: int) -> list[Tensor]:
+    return [layer for layer in value.layers if layer.shape[dim] > 1]
 
 
 def _apart(call: OpCall, value: Labelled) -> Labelled:
     """Two labelled dimensions flattened into one can't be told apart by one index: pin both."""
     for dim in range(value.ndim):
-        layers = [layer for layer in value.layers if layer.shape[dim] > 1]
+        layers = _along(value, dim)
         if len(layers) > 1:
             for layer in layers:
                 call.pin(layer, "two labelled dimensions are flattened into one")
             rest = tuple(layer for layer in value.layers if layer.shape[dim] == 1)
-            return _apart(call, Labelled(value.shape, rest, value.source))
+            return _apart(call, replace(value, layers=rest))
     return value
 
 
