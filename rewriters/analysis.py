@@ -21,6 +21,7 @@ from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ALWAYS, ChannelMap
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
+from rewriters.preserving import without_caches
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Resizer, Unwritable
 from rewriters.rules import Findings, Look, creation, find_rule, mixing, movement
@@ -119,7 +120,7 @@ def analyse(
     Raises:
         CaptureError: the forward's control flow depends on the values of tensors.
     """
-    with plain_statistics(model):
+    with plain_statistics(model), without_caches(model):
         return _analyse(model, args, kwargs, ignore, embed)
 
 
@@ -360,6 +361,16 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
     return live
 
 
+def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
+    """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
+    kept = live.clone()
+    for start, length in labelling.space.blocks.values():
+        classes = number[start : start + length]
+        if not (classes == ALWAYS).any() and not live[torch.from_numpy(classes)].any():
+            kept[classes[0]] = True
+    return kept
+
+
 def _pin_unwritable(analysis: Analysis) -> None:
     """Rewrite every traced forward for trial patterns; what has no form for them is pinned."""
     labelling = analysis.labelling
@@ -369,7 +380,7 @@ def _pin_unwritable(analysis: Analysis) -> None:
         number = labelling.numbering()
         size = int(number.max(initial=-1)) + 1
         for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
-            cut = analysis.cut(live)
+            cut = analysis.cut(_nowhere_empty(labelling, number, live))
             for traced in analysis.traced:
                 try:
                     traced.resize(cut)

@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from rewriters.journal import Journal
 
 _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
 
@@ -53,3 +55,30 @@ def _restore(container: Any, content: Any) -> None:
 
 def _entries(container: Any) -> Iterable[Any]:
     return (part for item in container.items() for part in item) if isinstance(container, dict) else container
+
+
+def drop_caches(modules: Iterable[nn.Module], journal: Journal) -> None:
+    """Empty what forwards have kept of earlier calls, every change noted in `journal`.
+
+    Such a cache (a bias looked up once in eval mode) hides what it was computed from, and holds sizes as they
+    were. It is a plain attribute, a dict of tensors none of which is a parameter.
+    """
+    for module in modules:
+        for name, value in list(_plain(module)):
+            if type(value) is dict and value and all(_is_computed(item) for item in value.values()):
+                journal.set_attribute(module, name, {})
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards have kept nothing of earlier calls."""
+    journal = Journal()
+    drop_caches(model.modules(), journal)
+    try:
+        yield
+    finally:
+        journal.undo()

@@ -1,6 +1,6 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
-from rewriters.rules import creation, elementwise, kernels, mixing, movement
+from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking
 from rewriters.rules.registry import RULES, Findings, Look, OpCall, find_rule, rule
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "kernels",
     "mixing",
     "movement",
+    "picking",
     "rule",
 ]
