@@ -225,7 +225,8 @@ def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[in
         known = analysis.labelling.by_tensor()
         for call in captured.calls():
             module = model.get_submodule(call.path)
-            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module)]
+            reads = _may_read_size(analysis.labelling, call, known)
+            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module, reads)]
             if not (holders or id(call) in traces) or _knows_its_sizes(module):
                 continue
             try:
@@ -293,9 +294,21 @@ def _follows_weight(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and isinstance(shape, (tuple, list)) and tuple(shape) == tuple(weight.shape)
 
 
-def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module) -> bool:
-    """Whether a call may hold a number that slimming changes (a field that follows doesn't count)."""
+def _may_read_size(labelling: Labelling, call: ModuleCall, known: Mapping[int, Labelled]) -> bool:
+    """Whether a module is given anything that slimming makes narrower: it may read sizes off it."""
+    given = [known[id(leaf)] for leaf in tree_leaves((call.args, call.kwargs)) if id(leaf) in known]
+    return any(not labelling.pinned(layer).all() for value in given for layer in value.layers)
+
+
+def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module, reads: bool) -> bool:
+    """Whether a call may hold a number that slimming changes (a field that follows doesn't count).
+
+    Args:
+        reads: whether a size that changes may be read elsewhere in the forward, though all stays here.
+    """
     found = find_rule(node.target)
+    if reads and found in (creation.create, movement.expand, movement.reshape):
+        return True
     if found is convolution:
         holds = node.args[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
     elif found is movement.pad:
