@@ -164,10 +164,13 @@ def _capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
 
 
 def _has_unseen_parameters(model: nn.Module, captured: Capture) -> bool:
+    """Whether a module with parameters wasn't called, nor any of these used by another."""
     seen = {call.path for call in captured.calls()}
+    used = {node.target for node in captured.graph.nodes if node.op == "get_attr" and node.users}
     return any(
-        path not in seen and next(module.parameters(recurse=False), None) is not None
+        path not in seen and own and used.isdisjoint(own)
         for path, module in model.named_modules()
+        for own in [{f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}]
     )
 
 

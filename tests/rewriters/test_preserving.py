@@ -1,5 +1,7 @@
 """What forwards keep of earlier calls doesn't hide what it was computed from, and doesn't outlive it."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -43,3 +45,42 @@ def test_a_slim_model_has_no_cache_of_the_sizes_that_were():
     run_eval(model, (x,))
     slimmed = assert_exact(model, (x,))
     assert slimmed.got[0].shape == (2, 2, 4, 4)
+
+
+def remembering(function):
+    kept = functools.lru_cache(function)
+    return lambda *args: kept(*args)
+
+
+class Remembering(nn.Module):
+    """Keeps what it looked up in an lru_cache, and registers a hook when it first runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.table = conv(3, 4), conv(4, 2), torch.randn(3, 4)
+        self.seen, self.hooked = [], False
+        self.look_up = functools.lru_cache(lambda size: torch.arange(size).view(1, 1, 1, -1) * 1.0)
+
+    def forward(self, x):
+        if not self.hooked:
+            self.a.register_forward_hook(lambda module, args, output: self.seen.append(output.shape))
+            self.hooked = True
+        return self.b(self.a(x) * self.look_up(x.shape[-1]) + self.count(x.shape[-1]))
+
+    @staticmethod
+    @remembering
+    def count(size):
+        return torch.arange(size).view(1, 1, 1, -1) * 1.0
+
+
+def test_what_a_forward_leaves_elsewhere_is_gone_after_the_analysis():
+    model, x = Remembering().eval(), image()
+    analyse(model, (x,))
+    assert not model.a._forward_hooks and not model.hooked
+    wanted = run_eval(model, (x,))
+    assert model.look_up.cache_info().currsize == 1
+    analyse(model, (image(size=8),))
+    analyse(model, (x,))
+    assert len(model.a._forward_hooks) == 1
+    assert type(run_eval(model, (x,))[0]) is type(wanted[0]) is torch.Tensor
+    assert torch.equal(run_eval(model, (x,))[0], wanted[0])
