@@ -18,6 +18,7 @@ from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
 from rewriters.forward import RewrittenForward
 from rewriters.journal import Journal
+from rewriters.preserving import drop_caches, without_caches
 from rewriters.rules.mixing import normalises_whole_groups
 from rewriters.statistics import take_off
 
@@ -78,7 +79,8 @@ def plan(
     channel_map = analysis.channel_map
     live = channel_map.looked_at(live.cpu())
     while True:
-        pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
+        with without_caches(model):
+            pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
         removed = frozenset[str]().union(*(one.removed for one in pruned))
         gone = _tensors_under(model, removed)
         survivors = channel_map.survivors(live, gone)
@@ -142,12 +144,15 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     """Carry out a plan on the live model; statistics along channels are plain again.
 
+    What forwards have kept of earlier calls is dropped: it is of the sizes that were.
+
     Args:
         model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
         slim_plan: what stays, made for this model.
         journal: notes every change, so that it can be undone.
     """
     take_off(model, journal)
+    drop_caches(model.modules(), journal)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))

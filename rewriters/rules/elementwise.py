@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriters.labels import Labelled, varying
-from rewriters.rules.registry import RULES, OpCall, rule
+from rewriters.rules.registry import RULES, Crossing, OpCall, rule
 
 
 @rule(
@@ -25,7 +25,7 @@ def elementwise(call: OpCall) -> Labelled | list[Labelled]:
     operands = list(call.tensors())
     kernel = _kernel_among(call, operands)
     if kernel is None:
-        out = Labelled(call.shape, meet(call, operands))
+        out = Labelled(call.shape, meet(call, operands, crossing=True))
     else:
         rest = [operand for operand in operands if operand is not kernel]
         kept_zeros = call.op in COPIES or call.op in _SCALINGS and (call.op is not _DIVISION or call.args[0] is kernel)
@@ -61,17 +61,18 @@ COPIES = {
 """Copies: what comes out is what went in."""
 
 
-def meet(call: OpCall, operands: list[Labelled]) -> tuple[Tensor, ...]:
+def meet(call: OpCall, operands: list[Labelled], crossing: bool = False) -> tuple[Tensor, ...]:
     """Layers of a broadcast combination of `operands`, with labels that meet merged.
 
-    A label that meets something of the same extent that nobody owns (an input, a constant) is pinned.
+    A label that meets something of the same extent that nobody owns (an input, a constant) is pinned. Where one
+    varies along more dimensions than the other it goes with it, or with `crossing` is left to be settled later.
     """
     ndim = len(call.shape)
     merged: list[Tensor] = []
     for operand in operands:
         for layer in operand.layers:
             aligned = layer.reshape((1,) * (ndim - operand.ndim) + tuple(layer.shape))
-            merged = _join(call, merged, aligned)
+            merged = join(call, merged, aligned, crossing)
     for operand in operands:
         for dim, size in enumerate(operand.shape, start=ndim - operand.ndim):
             own_dim = dim - ndim + operand.ndim
@@ -81,8 +82,11 @@ def meet(call: OpCall, operands: list[Labelled]) -> tuple[Tensor, ...]:
     return tuple(merged)
 
 
-def _join(call: OpCall, layers: list[Tensor], new: Tensor) -> list[Tensor]:
-    """Add a layer; where it varies along the dimensions of others, they are merged into one."""
+def join(call: OpCall, layers: list[Tensor], new: Tensor, crossing: bool) -> list[Tensor]:
+    """Add a layer; where it varies along the dimensions of others, they are merged into one.
+
+    With `crossing` one that varies along all of another's dimensions and more is left as it is, to be settled later.
+    """
     apart = []
     for layer in layers:
         shared = set(varying(layer)) & set(varying(new))
@@ -91,6 +95,11 @@ def _join(call: OpCall, layers: list[Tensor], new: Tensor) -> list[Tensor]:
             continue
         if layer.shape == new.shape:
             call.space.merge(layer, new)
+            continue
+        wide, narrow = (layer, new) if len(varying(layer)) > len(varying(new)) else (new, layer)
+        if crossing and shared == set(varying(narrow)):
+            call.findings.crossings.append(Crossing(wide, narrow, call.module, str(call.op)))
+            new = wide
             continue
         # One varies along more dimensions than the other: merged, they vary along the shared ones only.
         first = call.space.merge_along(layer, set(varying(layer)) - shared)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rewriters.labels import Labelled, compress, varying
-from rewriters.rules.elementwise import meet
+from rewriters.rules.elementwise import join, meet
 from rewriters.rules.registry import OpCall, Result, rule
 
 
@@ -112,18 +112,18 @@ def cat(call: OpCall) -> Labelled:
     # torch lets an empty tensor of shape (0,) stand among the operands
     values = [value for value in call.args[0] if value.shape != (0,)]
     dim = call.arg(1, "dim", 0) % len(call.shape)
-    along, across = [], []
+    across = []
     for value in values:
-        layer = value.layer(dim)
-        if layer is not None:
-            layer = call.space.merge_along(layer, set(varying(layer)) - {dim})
-        along.append((value.shape[dim], layer))
         rest = tuple(other for other in value.layers if other.shape[dim] == 1)
         across.append(Labelled(tuple(1 if d == dim else s for d, s in enumerate(value.shape)), rest))
-    layers = meet(call, across)
+    along = [(value.shape[dim], value.layer(dim)) for value in values]
+    layers = list(meet(call, across))
     if any(layer is not None for _, layer in along):
-        layers = (*layers, _concatenate(call, along, dim))
-    return Labelled(call.shape, layers)
+        joined = _concatenate(call, along, dim)
+        if len(varying(joined)) > 1:
+            call.findings.grids.append(joined)
+        layers = join(call, layers, joined, crossing=True)
+    return Labelled(call.shape, tuple(layers))
 
 
 def _concatenate(call: OpCall, along: list[tuple[int, Tensor | None]], dim: int) -> Tensor:
@@ -133,7 +133,10 @@ def _concatenate(call: OpCall, along: list[tuple[int, Tensor | None]], dim: int)
             layer = call.space.fresh(size).view([size if d == dim else 1 for d in range(len(call.shape))])
             call.pin(layer, "concatenated channels that no layer owns")
         parts.append(layer)
-    return torch.cat(parts, dim)
+    # Where they vary along other dimensions too (the heads of what is rotated by halves) they go on doing so.
+    others = [max(part.shape[d] for part in parts) for d in range(len(call.shape))]
+    wide = [part.expand([part.shape[d] if d == dim else size for d, size in enumerate(others)]) for part in parts]
+    return torch.cat(wide, dim)
 
 
 @rule("aten.stack")

@@ -52,13 +52,31 @@ class Zeroed:
     op: str
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """Labels that vary along several dimensions and met others that vary along some of these only.
+
+    Attributes:
+        wide: the former: heads x places in a head, say.
+        narrow: the latter, of size 1 along the other dimensions: one for each place.
+        module: path of the module they met in.
+        op: the op in which they met.
+    """
+
+    wide: Tensor
+    narrow: Tensor
+    module: str
+    op: str
+
+
 @dataclass
 class Findings:
     """What rules note down beside labels: the kernels met, where gates may stand, what was split in two.
 
     `looks` are the statistics taken along channels, `live` says whether those of activations may be taken over
     live ones only.
-    In the kernels named in `buffers` no gate can stand; on the sides in `zeroed` one has to.
+    In the kernels named in `buffers` no gate can stand; on the sides in `zeroed` one has to. `crossings` are settled
+    when all labels have met.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
@@ -68,17 +86,18 @@ class Findings:
     live: bool = True
     buffers: set[str] = field(default_factory=set)
     zeroed: list[Zeroed] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
 
     def copy(self) -> Findings:
         """The same, to be carried on apart."""
         return Findings(
             list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live, set(self.buffers),
-            list(self.zeroed),
-        )
+            list(self.zeroed), list(self.crossings),
+        )  # fmt: skip
 
     def apart(self) -> Findings:
         """None yet, for ops of the same model that were met before."""
-        return Findings(live=self.live, buffers=self.buffers)
+        return Findings(live=self.live, buffers=self.buffers, crossings=self.crossings)
 
 
 @dataclass(frozen=True)
