@@ -56,7 +56,7 @@ def gate_histogram(gates: Sequence[GateRow]) -> Figure:
     mesh = axes.pcolormesh(steps, edges, shown, cmap="YlGnBu", norm=LogNorm(1, max(counts.max(), 2)))
     axes.axhline(0, color="white", linewidth=2)
     axes.set_yticks([-0.05, 0.5, 1.0], ["closed", "0.5", "1"])
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     axes.set_ylabel("gate")
     figure.colorbar(mesh, ax=axes, label="gates", pad=0.02)
@@ -85,7 +85,7 @@ def course(info: RunInfo, rows: Sequence[EpochRow], result: Result | None) -> Fi
     right.set_ylabel("accuracy (%)")
     right.set_xlabel("epoch")
     right.legend(frameon=False, fontsize=8)
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 

@@ -148,7 +148,8 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path
                 raise KeyboardInterrupt
 
     images = Images(str(pictures), batch_size=8, workers=workers)
-    asks = recipe(pictures, **({"images": images} if workers else everything(images)))
+    half = {"images": images, "learning": Learning(epochs=2, amp=True, amp_dtype="float16")}
+    asks = recipe(pictures, **(half if workers else everything(images)))
     whole, parts, stop = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts"), After(steps)
     assert start(asks, whole.path) is not None
     assert start(asks, parts.path, watchers=[stop], stop=stop) is None
@@ -160,6 +161,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path
     assert result == whole.result() and result.step == result.steps
     first, second = (load_checkpoint(folder.checkpoint_file) for folder in (whole, parts))
     slim = load_file(whole.slim_file), load_file(parts.slim_file)
+    assert first.scaler == second.scaler and (first.scaler is None) == (workers == 0)
     for one, other in ((first.model, second.model), (first.ema or {}, second.ema or {}), slim):
         assert all(torch.equal(one[name], other[name]) for name in one) and len(one) == len(other)
     assert whole.gates_file.read_text() == parts.gates_file.read_text()
