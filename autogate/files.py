@@ -43,7 +43,7 @@ from autogate.version import __version__
 from rewriters.errors import AutogateError
 from rewriters.forward import RewrittenForward
 from rewriters.journal import Journal
-from rewriters.slimming import like, tensor_slots
+from rewriters.slimming import follow_tensors, like, tensor_slots
 
 _HEADER, _CHECKSUM = "autogate", "autogate_checksum"
 """Entries of the file's metadata: the header as JSON, and a checksum of that text."""
@@ -258,6 +258,7 @@ def _fill(
             new = tensors[names[id(tensor)]].clone() if id(tensor) in names else tensor.detach()
             filled[id(tensor)] = like(tensor, new.to(tensor.device if device is None else device))
         journal.set_tensor(module, own_name, filled[id(tensor)])
+    follow_tensors(model, journal)
     frozen, training = set(header.frozen), set(header.training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

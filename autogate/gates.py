@@ -51,7 +51,7 @@ class Progress:
         targets: the part of it that shall be left.
         step: optimizer steps taken.
         steps: optimizer steps that the run takes.
-        balance: lambda of equation 7 in the latest step, with prices relative to the mean price.
+        balance: lambda of equation 7 in the latest step, with prices relative to their mean.
         epsilon: the gates' smoothing constant.
         classes: number of gates.
         dead: number of closed ones.
@@ -117,6 +117,7 @@ class GateBank(nn.Module):
         folded: float32, shape (classes,): the gates that the kernels hold at this moment.
         live: bool, shape (classes,).
         epsilon: 0-dim float64.
+        sensitivity: float64, shape (classes,): how much the loss depends on each gate.
         step_count: 0-dim int64, steps taken.
         balance: 0-dim float64, lambda of the latest step.
         integral: 0-dim float64, the controller's memory.
@@ -134,6 +135,7 @@ class GateBank(nn.Module):
     folded: Tensor
     live: Tensor
     epsilon: Tensor
+    sensitivity: Tensor
     step_count: Tensor
     balance: Tensor
     integral: Tensor
@@ -164,6 +166,7 @@ class GateBank(nn.Module):
         start = Gates.fresh(size)
         self.register_buffer("alpha", start.alpha)
         self.register_buffer("epsilon", start.epsilon)
+        self.register_buffer("sensitivity", start.sensitivity)
         self.register_buffer("folded", gate_value(start.alpha, start.epsilon))
         self.register_buffer("live", start.live)
         self.register_buffer("step_count", torch.tensor(0))
@@ -471,10 +474,13 @@ class GateBank(nn.Module):
     def _learn(self, gradient: Tensor, lr: float) -> None:
         memory = self._memory()
         pressure = Pressure(0.0, memory.integral, memory.settled)
-        now = Gates(self.alpha, self.live, self.epsilon, memory.steps, pressure, memory.peak)
+        now = Gates(
+            self.alpha, self.live, self.epsilon, self.sensitivity, memory.steps, pressure, memory.peak
+        )  # fmt: skip
         after = self.learner.step(now, gradient, lr, self._stand())
         self.alpha.copy_(after.alpha)  # folding sees to `live`
         self.epsilon.copy_(after.epsilon)
+        self.sensitivity.copy_(after.sensitivity)
         self.step_count.fill_(after.count)
         self.balance.fill_(after.balance)
         self.integral.fill_(after.pressure.integral)
@@ -492,7 +498,7 @@ class GateBank(nn.Module):
         """Where the classes that live now stand."""
         version = _version(self.live), id(self.live)
         if self._standing is None or self._standing[0] != version:
-            self._standing = (version, self.learner.stand(Gates(self.alpha, self.live, self.epsilon)))
+            self._standing = (version, self.learner.stand(self.live))
         return self._standing[1]
 
     def _memory_version(self) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from autogate.polarization import EPSILON_START, epsilon_at, gate_slope
 from autogate.proximal import shrinkage, soft_threshold
 from autogate.schedule import Pressure, Schedule, steer
 from autogate.selection import Group, Selection
+from autogate.sensitivity import observed, price_per_sensitivity
 from autogate.targets import Targets
 
 ALPHA_RATE = 1e-4
@@ -41,12 +42,14 @@ class Gates:
         count: steps taken.
         pressure: the controller's memory.
         peak: the largest learning rate of the kernels so far.
-        balance: lambda of equation 7 in the latest step, with prices relative to the mean price.
+        sensitivity: float64, shape (classes,): how much the loss depends on each gate, see `autogate.sensitivity`.
+        balance: lambda of equation 7 in the latest step, with prices relative to their mean.
     """
 
     alpha: Tensor
     live: Tensor
     epsilon: Tensor
+    sensitivity: Tensor
     count: int = 0
     pressure: Pressure = field(default_factory=Pressure)
     peak: float = 0.0
@@ -56,7 +59,12 @@ class Gates:
     def fresh(cls, size: int) -> Gates:
         """All of them open."""
         epsilon = torch.tensor(EPSILON_START, dtype=torch.float64)
-        return cls(torch.ones(size), torch.ones(size, dtype=torch.bool), epsilon)
+        return cls(
+            alpha=torch.ones(size),
+            live=torch.ones(size, dtype=torch.bool),
+            epsilon=epsilon,
+            sensitivity=torch.zeros(size, dtype=torch.float64),
+        )
 
 
 class Standing(NamedTuple):
@@ -80,10 +88,10 @@ class Learner:
         self.schedule = schedule
         self._selection = Selection(targets, schedule, groups)
 
-    def stand(self, gates: Gates) -> Standing:
-        """Where the live classes stand; it changes only when some die."""
-        live = gates.live.cpu()
-        return Standing(self.targets.distance(live), self.targets.price(live).to(gates.alpha))
+    def stand(self, live: Tensor) -> Standing:
+        """Where these live classes (bool, shape (classes,)) stand."""
+        on_host = live.cpu()
+        return Standing(self.targets.distance(on_host), self.targets.price(on_host).to(live.device, torch.float32))
 
     def step(self, gates: Gates, gradient: Tensor, lr: float, standing: Standing | None = None) -> Gates:
         """The gates after one step.
@@ -92,15 +100,17 @@ class Learner:
             gates: as they are before it.
             gradient: dL/dg of every class, float32, shape (classes,).
             lr: the kernels' learning rate.
-            standing: what `stand` tells of `gates`, if it is known.
+            standing: what `stand` tells of its live classes, if it is known.
         """
-        distance, price = self.stand(gates) if standing is None else standing
+        distance, price = self.stand(gates.live) if standing is None else standing
         count = gates.count + 1
         pressure = steer(self.schedule, gates.pressure, distance, count)
+        sensitivity = observed(gates.sensitivity, gradient)
         peak = max(gates.peak, lr)
         rate = ALPHA_RATE * lr / peak if peak else 0.0
         target = self.descend(gates, gradient, rate)
         if pressure.movement > 0:
+            price = price_per_sensitivity(price, sensitivity, gates.live)
             alpha, deaths_settle = self.threshold(gates.live, target, price, pressure.movement, count)
             pressure = replace(pressure, settled=deaths_settle)
         else:
@@ -110,6 +120,7 @@ class Learner:
             alpha=alpha,
             live=alpha != 0,
             epsilon=torch.full_like(gates.epsilon, epsilon_at(count, self.schedule.steps)),
+            sensitivity=sensitivity,
             count=count,
             pressure=pressure,
             peak=peak,

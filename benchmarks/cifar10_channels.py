@@ -1,8 +1,8 @@
 """Draws the channels that each layer keeps, with shared shortcuts and with 1x1 convolutions, one panel a budget.
 
-    python benchmarks/cifar10_channels.py --runs runs/cifar10 --out docs/figures/shortcuts.svg
+    python -m benchmarks.cifar10_channels --runs runs/cifar10 --out docs/figures/shortcuts.svg
 
-Reads what `benchmarks/cifar10.py` left in a folder. Yang et al., "Non-uniform DNN Structured Subnets Sampling for
+Reads what `benchmarks.cifar10` left in a folder. Yang et al., "Non-uniform DNN Structured Subnets Sampling for
 Dynamic Inference", figure 6. Needs matplotlib (`pip install -e ".[benchmarks]"`).
 """
 

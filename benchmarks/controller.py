@@ -36,7 +36,7 @@ ARCHITECTURES = {
     "efficientnet_lite0": {},
     "regnetx_002": {},
     "ghostnet_050": {},
-    "densenet121": {},
+    "densenet121": {"growth_rate": 12, "block_config": (3, 6, 12, 8)},
     "dla46_c": {},
     "ese_vovnet19b_slim_dw": {},
     "convnext_atto": {},
@@ -99,14 +99,14 @@ def simulated(name: str, target: float, strength: float, steps: int) -> dict:
     learner = Learner(bank.targets, Schedule(steps), groups_of(bank.channel_map, 1))
     gates = Gates.fresh(learner.targets.size)
     strengths = strength * torch.exp(torch.randn(len(gates.alpha), generator=generator))
-    standing, met_at = learner.stand(gates), 0
+    standing, met_at = learner.stand(gates.live), 0
     for step in range(steps):
         noise = torch.randn(len(strengths), generator=generator)
         gradient = strengths * (gate_value(gates.alpha, gates.epsilon) - 1 + noise) * gates.live
         live = gates.live
         gates = learner.step(gates, gradient, 0.05 * (1 + math.cos(math.pi * step / steps)), standing)
         if not torch.equal(live, gates.live):
-            standing = learner.stand(gates)
+            standing = learner.stand(gates.live)
         met_at = met_at or (gates.count if gates.pressure.settled or standing.distance <= 0 else 0)
     return measures(bank, gates.live, gate_value(gates.alpha, gates.epsilon), met_at)
 

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 
 import autogate
 import rewriters
+from benchmarks.parts import kill, measure_missing, randomise_norms
 
 MODELS = [
     "resnet18", "resnet50", "resnext50_32x4d", "seresnet50", "resnest14d", "skresnet18", "vgg16_bn",
@@ -37,19 +35,6 @@ MODELS = [
 ]  # fmt: skip
 
 SMALLER_INPUT = {"nasnetalarge": 96}
-
-
-@torch.no_grad()
-def randomise_norms(model: nn.Module, seed: int = 0) -> None:
-    """Statistics and affine parameters of batch norms as no initialisation leaves them."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            shape = module.running_mean.shape
-            module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.1)
-            module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
-            module.weight.copy_(torch.rand(shape, generator=generator) + 0.5)
-            module.bias.copy_(torch.randn(shape, generator=generator) * 0.1)
 
 
 def fvcore_flops(model: nn.Module, example: Tensor) -> float:
@@ -66,10 +51,8 @@ def trial(
     model: nn.Module, analysis: rewriters.Analysis, example: Tensor, dead: float, seed: int
 ) -> tuple[float, float]:
     """(relative difference of the outputs, bilinear FLOPs over fvcore's) for one random pattern; spends the model."""
+    kill(model, dead, seed)
     bank = autogate.gates(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        bank.alpha[torch.rand(len(bank.alpha), generator=generator) < dead] = 0
     wanted = rewriters.run_eval(model, (example,))
     plan = rewriters.plan(model, analysis, bank.live, (example,))
     bank.detach()
@@ -98,18 +81,6 @@ def measure(name: str) -> dict:
         "bilinear_over_fvcore_dense": summary.all_flops / dense,
         "bilinear_over_fvcore_slim": [min(ratio for _, ratio in results), max(ratio for _, ratio in results)],
     }
-
-
-def measure_missing(out: Path, models: Iterable[str], measure: Callable[[str], dict[str, Any]]) -> None:
-    """A line of JSON for each model that has none in `out` yet."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["model"] for line in out.read_text().splitlines()} if out.exists() else set()
-    for name in models:
-        if name not in done:
-            result = {"model": name, **measure(name)}
-            with out.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-            print(result, flush=True)
 
 
 def main() -> None:

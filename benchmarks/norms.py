@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import autogate
 import rewriters
-from benchmarks.exactness import measure_missing, randomise_norms
+from benchmarks.parts import finalize_compared, kill, measure_missing, randomise_norms, randomise_vectors
 
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "convnext_atto": ("convnext_atto", 64, {}),
@@ -54,24 +54,11 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     timm_name, side, options = MODELS[name]
     model, example = timm.create_model(timm_name, num_classes=10, **options), torch.randn(2, 3, side, side)
     randomise_norms(model)
+    randomise_vectors(model)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features == 10:
             module.weight.normal_(std=0.05)
-        elif not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            for key, vector in module.named_parameters(recurse=False):
-                if vector.ndim == 1 and key == "weight":
-                    vector.uniform_(0.5, 1.5)
-                elif vector.ndim == 1 and key == "bias":
-                    vector.normal_(std=0.1)
-                elif vector.ndim == 1 and key == "gamma":
-                    vector.uniform_(0.2, 0.7)
     return (model.double(), example.double()) if name in DOUBLE else (model, example)
-
-
-@torch.no_grad()
-def kill(model: nn.Module, share: float, seed: int) -> None:
-    alpha = autogate.gates(model).alpha
-    alpha[torch.rand(len(alpha), generator=torch.Generator().manual_seed(seed)) < share] = 0
 
 
 def reach(name: str, embed: bool) -> tuple[float, float]:
@@ -98,9 +85,7 @@ def worst_difference(name: str) -> float:
     for share, seed in [(share, seed) for share in (0.3, 0.5, 0.7) for seed in range(3)]:
         twin = copy.deepcopy(model)
         kill(twin, share, seed)
-        gated = rewriters.run_eval(twin, (example,))
-        slim = autogate.finalize(twin, warn=False)
-        differences.append(rewriters.relative_error(rewriters.run_eval(slim, (example,)), gated))
+        differences.append(finalize_compared(twin, ((example,), {})))
     return max(differences)
 
 

@@ -21,6 +21,7 @@ from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ALWAYS, ChannelMap
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
+from rewriters.preserving import without_caches
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Resizer, Unwritable
 from rewriters.rules import Findings, Look, creation, find_rule, mixing, movement
@@ -121,7 +122,7 @@ def analyse(
     Raises:
         CaptureError: the forward's control flow depends on the values of tensors.
     """
-    with plain_statistics(model):
+    with plain_statistics(model), without_caches(model):
         return _analyse(model, args, kwargs, ignore, embed)
 
 
@@ -135,7 +136,9 @@ def _analyse(
         labelling.run(captured, counted=captured is captures[0])
     for name, reason in (ignore or {}).items():
         labelling.pin_tensors([name], reason)
+    labelling.settle_recurrent(model)
     labelling.settle_grids()
+    labelling.settle_zeroed()
     analysis = Analysis(captures, labelling)
     looking = _trace_statistics(model, analysis)
     _trace_size_holders(model, analysis, looking)
@@ -165,10 +168,13 @@ def _capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
 
 
 def _has_unseen_parameters(model: nn.Module, captured: Capture) -> bool:
+    """Whether a module with parameters wasn't called, nor any of these used by another."""
     seen = {call.path for call in captured.calls()}
+    used = {node.target for node in captured.graph.nodes if node.op == "get_attr" and node.users}
     return any(
-        path not in seen and next(module.parameters(recurse=False), None) is not None
+        path not in seen and own and used.isdisjoint(own)
         for path, module in model.named_modules()
+        for own in [{f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}]
     )
 
 
@@ -226,7 +232,8 @@ def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[in
         known = analysis.labelling.by_tensor()
         for call in captured.calls():
             module = model.get_submodule(call.path)
-            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module)]
+            reads = _may_read_size(analysis.labelling, call, known)
+            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module, reads)]
             if not (holders or id(call) in traces) or _knows_its_sizes(module):
                 continue
             try:
@@ -294,9 +301,21 @@ def _follows_weight(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and isinstance(shape, (tuple, list)) and tuple(shape) == tuple(weight.shape)
 
 
-def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module) -> bool:
-    """Whether a call may hold a number that slimming changes (a field that follows doesn't count)."""
+def _may_read_size(labelling: Labelling, call: ModuleCall, known: Mapping[int, Labelled]) -> bool:
+    """Whether a module is given anything that slimming makes narrower: it may read sizes off it."""
+    given = [known[id(leaf)] for leaf in tree_leaves((call.args, call.kwargs)) if id(leaf) in known]
+    return any(not labelling.pinned(layer).all() for value in given for layer in value.layers)
+
+
+def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module, reads: bool) -> bool:
+    """Whether a call may hold a number that slimming changes (a field that follows doesn't count).
+
+    Args:
+        reads: whether a size that changes may be read elsewhere in the forward, though all stays here.
+    """
     found = find_rule(node.target)
+    if reads and found in (creation.create, movement.expand, movement.reshape):
+        return True
     if found is convolution:
         holds = node.args[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
     elif found is movement.pad:
@@ -362,6 +381,16 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
     return live
 
 
+def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
+    """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
+    kept = live.clone()
+    for start, length in labelling.space.blocks.values():
+        classes = number[start : start + length]
+        if not (classes == ALWAYS).any() and not live[torch.from_numpy(classes)].any():
+            kept[classes[0]] = True
+    return kept
+
+
 def _pin_unwritable(analysis: Analysis) -> None:
     """Rewrite every traced forward for trial patterns; what has no form for them is pinned."""
     labelling = analysis.labelling
@@ -371,7 +400,7 @@ def _pin_unwritable(analysis: Analysis) -> None:
         number = labelling.numbering()
         size = int(number.max(initial=-1)) + 1
         for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
-            cut = analysis.cut(live)
+            cut = analysis.cut(_nowhere_empty(labelling, number, live))
             for traced in analysis.traced:
                 try:
                     traced.resize(cut)

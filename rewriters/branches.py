@@ -25,7 +25,7 @@ from rewriters.analysis import Analysis, Traced, trace_modes
 from rewriters.capture import ModuleCall
 from rewriters.channel_map import ALWAYS
 from rewriters.errors import SurgeryError
-from rewriters.forward import bind_placeholders, out_of_place
+from rewriters.forward import bind_arguments, out_of_place
 from rewriters.labels import Labelled
 from rewriters.resizing import Cut, Unwritable, sweep
 from rewriters.rules import find_rule
@@ -195,7 +195,11 @@ class _Values(fx.Interpreter):
     def __init__(self, module: nn.Module, graph: fx.Graph, names: list[str]):
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.found: dict[str, Tensor] = {}
+        self.given: dict[str, Any] = {}
         self._names = set(names)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.given[target.lstrip("*")]  # fx itself would take **kwargs for *args
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -212,8 +216,8 @@ def _probe(
     values = _Values(module, graph, names)
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = bind_placeholders(module, graph, args, kwargs)
-        values.run(*tree_map_only(Tensor, torch.clone, inputs))
+        values.given = tree_map_only(Tensor, torch.clone, bind_arguments(module, args, kwargs))
+        values.run()
 
     handle = module.register_forward_pre_hook(run, with_kwargs=True)
     try:

@@ -142,14 +142,8 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     return type(module).forward
 
 
-def bind_placeholders(
-    module: nn.Module, graph: fx.Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """A call's arguments in the order of a traced graph's placeholders."""
+def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names of the parameters of a module's forward, defaults included."""
     bound = inspect.signature(own_forward(module)).bind(module, *args, **kwargs)
     bound.apply_defaults()
-    values: list[Any] = []
-    for target in (node.target for node in graph.nodes if node.op == "placeholder"):
-        value = bound.arguments[target.lstrip("*")]
-        values.extend(value if target.startswith("*") and not target.startswith("**") else [value])
-    return values
+    return dict(bound.arguments)

@@ -26,7 +26,10 @@ class Labelled:
         layers: int64 label tensors with the tensor's number of dimensions, of size 1 along each dimension
             they don't vary in. An element goes when its label in any of the layers goes. No two layers
             vary in the same dimension: an activation has one (its channels), a kernel one a dimension.
-        source: name of the parameter whose elements these are, moved about but not computed with.
+        source: name of the parameter whose elements these are, moved about or multiplied: where its columns
+            are zero, so are these.
+        derived: they are computed from the parameter `source` in another way, each of its columns from that
+            column but for statistics: where its columns are zero, these are something else.
         uniform: dimensions along which one number was expanded: any index can go with what it meets.
     """
 
@@ -34,6 +37,7 @@ class Labelled:
     layers: tuple[Tensor, ...] = ()
     source: str | None = None
     uniform: tuple[int, ...] = ()
+    derived: bool = False
 
     @property
     def ndim(self) -> int:
@@ -117,6 +121,13 @@ class LabelSpace:
             if flat[0] == start and flat.numel() == size:
                 return side if torch.equal(flat, torch.arange(start, start + size)) else None
         return None
+
+    def sides_holding(self, labels: Tensor, tensor: str) -> list[Side]:
+        """The sides of a tensor that any of these labels lie on."""
+        low, high = int(labels.min()), int(labels.max())
+        sides = (Side(tensor, dim) for dim in range(8))
+        blocks = [(side, self.blocks[side]) for side in sides if side in self.blocks]
+        return [side for side, (start, size) in blocks if start <= high and low < start + size]
 
     def merge(self, first: Tensor, second: Tensor) -> None:
         """Let labels that meet live or die together; the tensors are broadcast against each other."""

@@ -207,14 +207,67 @@ class LiveVectorNorm(LiveStatistic):
         return self.function(input if self.plain() else input * self.along(input), *args, **kwargs)
 
 
+class LiveExtreme(LiveStatistic):
+    """`torch.amax` or `torch.amin` over the live channels."""
+
+    def __init__(self, size: int, dim: int, like: Tensor, name: str):
+        super().__init__(size, dim, like)
+        self.name, self.beyond = name, float("-inf") if name == "amax" else float("inf")
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.plain():
+            input = input.masked_fill(self.along(input) == 0, self.beyond)
+        return getattr(torch, self.name)(input, *args, **kwargs)
+
+
+class LiveStandardisation(LiveStatistic):
+    """`F.batch_norm` of a kernel, of shape (1, out, in), by the mean and variance of each output's live inputs.
+
+    Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", section 3.
+    """
+
+    def forward(
+        self, input: Tensor, running_mean: None, running_var: None, weight: Tensor | None = None,
+        bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    ) -> Tensor:  # fmt: skip
+        def norm(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
+            return F.batch_norm(x, running_mean, running_var, w, b, training, momentum, eps)
+
+        if self.plain():
+            return norm(input, weight, bias, eps)
+        x = _widened(input)
+        x = self.filled(x, [dim for dim in range(-x.ndim, 0) if dim != 1 - x.ndim])
+        return _narrowed(_scaled(norm, x, weight, bias, eps, self.share()), input)
+
+
+class LiveKernel(LiveStatistic):
+    """A convolution or product with a derived kernel, whose dead columns are left out."""
+
+    def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
+        super().__init__(size, -1 if function is F.linear else dim, like)  # in a product the kernel lies transposed
+        self.function = function
+
+    def forward(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.plain():
+            weight = weight * self.along(weight)
+        return self.function(input, weight, *args, **kwargs)
+
+
+_WITH_KERNELS = (
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+)  # fmt: skip
+
 FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     F.layer_norm: LiveLayerNorm,
     **dict.fromkeys([F.rms_norm, torch.rms_norm], LiveRMSNorm),
     F.group_norm: LiveGroupNorm,
+    F.batch_norm: LiveStandardisation,
+    **{function: partial(LiveKernel, function=function) for function in _WITH_KERNELS},
     **dict.fromkeys([torch.mean, "mean"], LiveMean),
     **dict.fromkeys([torch.var, "var"], partial(LiveVariance, name="var")),
     **dict.fromkeys([torch.std, "std"], partial(LiveVariance, name="std")),
     torch.var_mean: partial(LiveVariance, name="var_mean"),
+    **{form: partial(LiveExtreme, name=name) for name in ("amax", "amin") for form in (name, getattr(torch, name))},
     F.normalize: partial(LiveVectorNorm, function=F.normalize),
     torch.linalg.vector_norm: partial(LiveVectorNorm, function=torch.linalg.vector_norm),
     **dict.fromkeys([torch.norm, "norm"], partial(LiveVectorNorm, function=torch.norm)),

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from rewriters.journal import Journal
 
 _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
+_HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict))
 
 
 @contextlib.contextmanager
 def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, forwards run on fake tensors or proxies; afterwards the modules' plain attributes are as before.
 
-    That goes for what an attribute is and, where it is a dict, a list or a set, for what it holds. Parameters,
-    buffers, children and hooks are not looked at.
+    That goes for what an attribute is and, where it is a dict, a list or a set, for what it holds. What
+    `functools.lru_cache` keeps is dropped. Hooks that forwards have registered are gone; parameters, buffers and
+    children are not looked at.
     """
+    modules = list(modules)
     before = [(module.__dict__, dict(_plain(module))) for module in modules]
     held = [(value, type(value)(value)) for _, plain in before for value in plain.values() if _holds(value)]
+    held += [(hooks, type(hooks)(hooks)) for hooks in (module.__dict__[name] for module in modules for name in _HOOKS)]
     try:
         yield
     finally:
+        _clear_functions(modules)
         for attributes, plain in before:
             added = [name for name in attributes if name not in _OWN_TO_TORCH and name not in plain]
             for name in added:
@@ -34,6 +44,40 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in module.__dict__.items() if name not in _OWN_TO_TORCH)
+
+
+def _clear_functions(modules: Iterable[nn.Module]) -> None:
+    """Empty the `functools.lru_cache` of functions on modules, on their classes and beside these."""
+    for _, value in (item for module in modules for item in _plain(module)):
+        for function in _cached_in(value):
+            function.cache_clear()
+    for cls in {cls for module in modules for cls in type(module).__mro__}:
+        for function in _cached_beside(cls):
+            function.cache_clear()
+
+
+@functools.cache
+def _cached_beside(cls: type) -> tuple[Any, ...]:
+    if cls.__module__.partition(".")[0] in ("torch", "builtins"):
+        return ()
+    values = (*vars(cls).values(), *vars(sys.modules.get(cls.__module__, cls)).values())
+    return tuple({id(function): function for value in values for function in _cached_in(value)}.values())
+
+
+def _cached_in(value: Any) -> Iterator[Any]:
+    """The function itself, or the one it wraps, if that keeps what it gave."""
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod, types.MethodType)) else value
+    cells = getattr(function, "__closure__", None) or () if isinstance(function, types.FunctionType) else ()
+    for found in (function, *(cell.cell_contents for cell in cells if _is_filled(cell))):
+        if isinstance(found, functools._lru_cache_wrapper):
+            yield found
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # what it is for isn't defined yet
+        return False
 
 
 def _holds(value: Any) -> bool:
@@ -53,3 +97,33 @@ def _restore(container: Any, content: Any) -> None:
 
 def _entries(container: Any) -> Iterable[Any]:
     return (part for item in container.items() for part in item) if isinstance(container, dict) else container
+
+
+def drop_caches(modules: Iterable[nn.Module], journal: Journal) -> None:
+    """Empty what forwards have kept of earlier calls, every change noted in `journal`.
+
+    Such a cache (a bias looked up once in eval mode) hides what it was computed from, and holds sizes as they
+    were. It is a plain attribute, a dict of tensors none of which is a parameter. Entries of a
+    `functools.lru_cache` are dropped too, and not given back.
+    """
+    modules = list(modules)
+    _clear_functions(modules)
+    for module in modules:
+        for name, value in list(_plain(module)):
+            if type(value) is dict and value and all(_is_computed(item) for item in value.values()):
+                journal.set_attribute(module, name, {})
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards have kept nothing of earlier calls."""
+    journal = Journal()
+    drop_caches(model.modules(), journal)
+    try:
+        yield
+    finally:
+        journal.undo()

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
 from rewriters.labels import Labelled, LabelSpace
-from rewriters.rules import Findings, Look, OpCall, find_rule
+from rewriters.rules import Crossing, Findings, Look, OpCall, find_rule
 from rewriters.rules.kernels import PRODUCTS
 
 
@@ -127,12 +127,35 @@ class Labelling:
             for layer in (layer for value in known for layer in value.layers):
                 self.space.pin(layer, path, "forward", "called in several ways")
 
+    def _settle_crossings(self) -> None:
+        """Let labels that vary along more dimensions than those they met go with these, one for one.
+
+        Where they are alike along the shared dimensions by now (the places in a head, for whole heads go), none
+        of them could: what they met stays instead, a table of positions, say.
+        """
+        unlike = []
+        for crossing in self.findings.crossings:
+            if self._alike(crossing):
+                reason = "one for each place in a head, and whole heads die"
+                self.space.pin(crossing.narrow, crossing.module, crossing.op, reason)
+            else:
+                unlike.append(crossing)
+        for crossing in unlike:
+            self.space.merge(crossing.wide, crossing.narrow)
+
+    def _alike(self, crossing: Crossing) -> bool:
+        """Whether the wide labels vary along none of the narrow ones' dimensions, and along others."""
+        roots, narrow = self.space.roots()[crossing.wide.numpy()], crossing.narrow.shape
+        first = roots[tuple(slice(0, 1 if size > 1 else None) for size in narrow)]
+        return bool((roots == first).all() and (first != first.flat[0]).any())
+
     def settle_grids(self) -> None:
         """Where labels vary along several dimensions of one tensor, let whole rows or columns die.
 
         A tensor can only lose whole slices: of the dimensions in which its labels still vary, the longest
         keeps its freedom (the first of equals: heads before what is in them).
         """
+        self._settle_crossings()
         seen: set[bytes] = set()
         for grid in self.findings.grids:
             roots = self.space.roots()[grid.numpy()]
@@ -145,13 +168,34 @@ class Labelling:
                 kept = max(free, key=lambda dim: roots.shape[dim])
                 self.space.merge_along(grid, [dim for dim in free if dim != kept])
 
+    def settle_recurrent(self, model: nn.Module) -> None:
+        """Let the layers and directions of one recurrent module lose the same hidden units: it has one width."""
+        for path, module in model.named_modules():
+            if isinstance(module, nn.RNNBase):
+                names = [f"{path}.{name}".lstrip(".") for name in module._flat_weights_names]
+                sides = [Side(name, 1) for name in names if "weight_hh" in name and Side(name, 1) in self.space.blocks]
+                for side in sides[1:]:
+                    self.space.merge(self._labels_of(sides[0]), self._labels_of(side))
+                if module.proj_size:
+                    self.pin_tensors(names, "its hidden units are projected")
+
+    def _labels_of(self, side: Side) -> Tensor:
+        start, size = self.space.blocks[side]
+        return torch.arange(start, start + size)
+
+    def settle_zeroed(self) -> None:
+        """Keep the channels that a statistic of a kernel counts on to be zero where no gate sees to it."""
+        for zeroed in self.findings.zeroed:
+            side = self.space.side_of(zeroed.labels)
+            if side not in self.findings.gated:
+                self.space.pin(zeroed.labels, zeroed.module, zeroed.op, "normalised over its channels")
+
     def pin_tensors(self, names: Iterable[str], reason: str) -> None:
         """Keep every channel of these parameters and buffers."""
         names = set(names)
-        for side, (start, size) in self.space.blocks.items():
+        for side in self.space.blocks:
             if side.tensor in names:
-                labels = torch.arange(start, start + size)
-                self.space.pin(labels, side.tensor.rpartition(".")[0], "", reason)
+                self.space.pin(self._labels_of(side), side.tensor.rpartition(".")[0], "", reason)
 
     def pinned(self, labels: Tensor) -> np.ndarray:
         """Which labels always stay, bool of the labels' shape."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from rewriters.analysis import Analysis
 from rewriters.branches import Pruned, is_under, prune_branches
@@ -16,6 +18,7 @@ from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
 from rewriters.forward import RewrittenForward
 from rewriters.journal import Journal
+from rewriters.preserving import drop_caches, without_caches
 from rewriters.rules.mixing import normalises_whole_groups
 from rewriters.statistics import take_off
 
@@ -76,7 +79,8 @@ def plan(
     channel_map = analysis.channel_map
     live = channel_map.looked_at(live.cpu())
     while True:
-        pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
+        with without_caches(model):
+            pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
         removed = frozenset[str]().union(*(one.removed for one in pruned))
         gone = _tensors_under(model, removed)
         survivors = channel_map.survivors(live, gone)
@@ -140,12 +144,15 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     """Carry out a plan on the live model; statistics along channels are plain again.
 
+    What forwards have kept of earlier calls is dropped: it is of the sizes that were.
+
     Args:
         model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
         slim_plan: what stays, made for this model.
         journal: notes every change, so that it can be undone.
     """
     take_off(model, journal)
+    drop_caches(model.modules(), journal)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))
@@ -157,9 +164,11 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
+            owner, its_name = _owner(model, name, module, own_name)
             journal.set_tensor(module, own_name, sliced[id(tensor)])
-            for field, value in fields_after(module, own_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
-                journal.set_attribute(module, field, value)
+            for field, value in fields_after(owner, its_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
+                journal.set_attribute(owner, field, value)
+    follow_tensors(model, journal)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         journal.set_attribute(module, "forward", RewrittenForward(module, graphs))
@@ -175,6 +184,26 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
         journal.remove(model.get_submodule(parent)._modules, own_name)
+
+
+def _owner(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tuple[nn.Module, str]:
+    """The module, and the name in it, that a tensor's shape tells of: of a parametrized kernel the layer."""
+    if isinstance(module, ParametrizationList):
+        originals = [tensor for key, tensor in module._parameters.items() if key.startswith("original")]
+        if getattr(module, own_name).shape == max((one.shape for one in originals), key=torch.Size.numel):
+            layer, _, attribute = name.rpartition(".")[0].rpartition(".parametrizations.")
+            return model.get_submodule(layer), attribute
+    return module, own_name
+
+
+def follow_tensors(model: nn.Module, journal: Journal) -> None:
+    """Let recurrent modules' own lists of their tensors hold those that they have now."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            tensors = [getattr(module, name, None) for name in module._flat_weights_names]
+            journal.set_attribute(module, "_flat_weights", tensors)
+            references = [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
+            journal.set_attribute(module, "_flat_weight_refs", references)
 
 
 def _slice(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
@@ -210,6 +239,10 @@ def fields_after(
         yield "in_features", new[1]
     elif isinstance(module, nn.modules.batchnorm._NormBase) and name in ("weight", "running_mean"):
         yield "num_features", new[0]
+    elif isinstance(module, nn.RNNBase) and name == "weight_ih_l0":
+        yield "input_size", new[1]
+    elif isinstance(module, nn.RNNBase) and name == "weight_hh_l0":
+        yield "hidden_size", new[1]
     elif isinstance(module, nn.PReLU):
         yield "num_parameters", new[0]
     elif isinstance(module, nn.GroupNorm) and name == "weight":

@@ -49,14 +49,14 @@ def simulate(learner: Learner, steps: int, strength: float, seed: int = 0) -> tu
     generator = torch.Generator().manual_seed(seed)
     gates = middle = Gates.fresh(learner.targets.size)
     strengths = strength * torch.exp(torch.randn(learner.targets.size, generator=generator))
-    standing = learner.stand(gates)
+    standing = learner.stand(gates.live)
     for step in range(steps):
         noise = torch.randn(len(strengths), generator=generator)
         gradient = strengths * (gate_value(gates.alpha, gates.epsilon) - 1 + noise) * gates.live
         rate = 0.05 * (1 + math.cos(math.pi * step / steps))
         live, gates = gates.live, learner.step(gates, gradient, rate, standing)
         if not torch.equal(live, gates.live):
-            standing = learner.stand(gates)
+            standing = learner.stand(gates.live)
         if step == steps // 2:
             middle = gates
     return middle, gates

@@ -10,7 +10,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import autogate
-from benchmarks.exactness import fvcore_flops, randomise_norms
+from benchmarks.exactness import fvcore_flops
+from benchmarks.parts import randomise_norms
 from tests.rewriters.test_shortcuts import IMAGE, Residual, Stage
 from tests.test_timm_models import difference, kill, outputs
 

@@ -12,7 +12,8 @@ from torchvision.models import googlenet
 import autogate
 import rewriters
 from autogate.history import ATTRIBUTE
-from benchmarks.exactness import fvcore_flops, randomise_norms
+from benchmarks.exactness import fvcore_flops
+from benchmarks.parts import randomise_norms
 
 QUICK = {
     "resnet18": 64, "resnext50_32x4d": 64, "seresnet50": 64, "resnest14d": 64, "skresnet18": 64, "mobilenetv1_100": 64,

@@ -7,7 +7,10 @@ import typer
 from autogate.cli.bench import bench
 from autogate.cli.demo import demo
 from autogate.cli.export import export
+from autogate.cli.finalize import finalize
 from autogate.cli.inspect import inspect
+from autogate.cli.report import report
+from autogate.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode="rich")
 
@@ -16,12 +19,16 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, ric
 def main() -> None:
     """Learn which channels a PyTorch model can do without, then make it physically smaller.
 
-    Exit codes: 0, all went well; 1, it could not be done; 2, the command was not understood.
+    Exit codes: 0, all went well; 1, it could not be done; 2, the command was not understood; 130 or 143, a run was
+    stopped by Ctrl-C or SIGTERM and can be gone on with.
     """
 
 
 app.command()(demo)
 app.command()(inspect)
+app.command()(train)
+app.command()(finalize)
+app.command()(report)
 app.command()(bench)
 app.command()(export)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -47,11 +49,16 @@ def telling_errors(command: F) -> F:
 
 def timm_model(name: str, classes: int | None = None) -> nn.Module:
     """The timm model of that name, its weights random; a name that timm doesn't know is wrong usage."""
+    return build(Build(timm_name(name), {} if classes is None else {"num_classes": classes}))
+
+
+def timm_name(name: str) -> str:
+    """A name that timm has a model of; another is wrong usage."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() has their names."
         raise typer.BadParameter(f"timm has no model {name!r}. {hint}", param_hint="MODEL")
-    return build(Build(name, {} if classes is None else {"num_classes": classes}))
+    return name
 
 
 def written_model(path: Path) -> Path:
@@ -59,6 +66,19 @@ def written_model(path: Path) -> Path:
     if not path.is_file():
         raise typer.BadParameter(f"there is no file {path}.", param_hint="SLIM")
     return path
+
+
+@contextlib.contextmanager
+def telling_warnings() -> Iterator[None]:
+    """Warnings of what is done within are told in a line each."""
+
+    def tell(message: Warning | str, *_: Any) -> None:
+        errors.print("[yellow]warning:[/]", end=" ")
+        errors.print(str(message), markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell  # type: ignore[assignment]
+        yield
 
 
 def images(model: nn.Module, side: int | None) -> torch.Tensor | None:

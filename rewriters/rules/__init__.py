@@ -1,10 +1,11 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
-from rewriters.rules import creation, elementwise, kernels, mixing, movement
-from rewriters.rules.registry import RULES, Findings, Look, OpCall, find_rule, rule
+from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent
+from rewriters.rules.registry import RULES, Crossing, Findings, Look, OpCall, find_rule, rule
 
 __all__ = [
     "RULES",
+    "Crossing",
     "Findings",
     "Look",
     "OpCall",
@@ -14,5 +15,7 @@ __all__ = [
     "kernels",
     "mixing",
     "movement",
+    "picking",
+    "recurrent",
     "rule",
 ]

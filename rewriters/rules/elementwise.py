@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from rewriters.labels import Labelled, varying
-from rewriters.rules.registry import RULES, OpCall, rule
+from rewriters.rules.registry import RULES, Crossing, OpCall, rule
 
 
 @rule(
@@ -21,12 +23,33 @@ from rewriters.rules.registry import RULES, OpCall, rule
 def elementwise(call: OpCall) -> Labelled | list[Labelled]:
     """y[i] depends on x[i] alone (add, relu, sigmoid, mul, dropout, copies ...)."""
     operands = list(call.tensors())
-    moved_only = len(operands) == 1 and call.op in COPIES
-    out = Labelled(call.shape, meet(call, operands), operands[0].source if moved_only else None)
+    kernel = _kernel_among(call, operands)
+    if kernel is None:
+        out = Labelled(call.shape, meet(call, operands, crossing=True))
+    else:
+        rest = [operand for operand in operands if operand is not kernel]
+        kept_zeros = call.op in COPIES or call.op in _SCALINGS and (call.op is not _DIVISION or call.args[0] is kernel)
+        layers = meet(call, [*rest, kernel])  # of labels that meet the last stand for both: its own
+        out = Labelled(call.shape, layers, kernel.source, derived=kernel.derived or not kept_zeros)
     return [out for _ in call.shapes] if len(call.shapes) > 1 else out
 
 
 RULES[torch.Tag.pointwise] = elementwise
+
+
+def _kernel_among(call: OpCall, operands: list[Labelled]) -> Labelled | None:
+    """The parameter's elements that a call computes a kernel from, with nothing but other parameters and numbers."""
+    full = [operand for operand in operands if operand.source is not None and operand.shape == call.shape]
+    others = (operand for operand in operands if operand.source is None)
+    if not full or any(prod(operand.shape) > 1 for operand in others):
+        return None
+    return min(full, key=lambda operand: operand.source in call.findings.buffers)
+
+
+_DIVISION = torch.ops.aten.div.Tensor
+
+_SCALINGS = {torch.ops.aten.mul.Tensor, _DIVISION, torch.ops.aten.neg.default}
+"""Zeros stay zeros."""
 
 COPIES = {
     torch.ops.aten._to_copy.default,
@@ -38,17 +61,18 @@ COPIES = {
 """Copies: what comes out is what went in."""
 
 
-def meet(call: OpCall, operands: list[Labelled]) -> tuple[Tensor, ...]:
+def meet(call: OpCall, operands: list[Labelled], crossing: bool = False) -> tuple[Tensor, ...]:
     """Layers of a broadcast combination of `operands`, with labels that meet merged.
 
-    A label that meets something of the same extent that nobody owns (an input, a constant) is pinned.
+    A label that meets something of the same extent that nobody owns (an input, a constant) is pinned. Where one
+    varies along more dimensions than the other it goes with it, or with `crossing` is left to be settled later.
     """
     ndim = len(call.shape)
     merged: list[Tensor] = []
     for operand in operands:
         for layer in operand.layers:
             aligned = layer.reshape((1,) * (ndim - operand.ndim) + tuple(layer.shape))
-            merged = _join(call, merged, aligned)
+            merged = join(call, merged, aligned, crossing)
     for operand in operands:
         for dim, size in enumerate(operand.shape, start=ndim - operand.ndim):
             own_dim = dim - ndim + operand.ndim
@@ -58,8 +82,11 @@ def meet(call: OpCall, operands: list[Labelled]) -> tuple[Tensor, ...]:
     return tuple(merged)
 
 
-def _join(call: OpCall, layers: list[Tensor], new: Tensor) -> list[Tensor]:
-    """Add a layer; where it varies along the dimensions of others, they are merged into one."""
+def join(call: OpCall, layers: list[Tensor], new: Tensor, crossing: bool) -> list[Tensor]:
+    """Add a layer; where it varies along the dimensions of others, they are merged into one.
+
+    With `crossing` one that varies along all of another's dimensions and more is left as it is, to be settled later.
+    """
     apart = []
     for layer in layers:
         shared = set(varying(layer)) & set(varying(new))
@@ -68,6 +95,11 @@ def _join(call: OpCall, layers: list[Tensor], new: Tensor) -> list[Tensor]:
             continue
         if layer.shape == new.shape:
             call.space.merge(layer, new)
+            continue
+        wide, narrow = (layer, new) if len(varying(layer)) > len(varying(new)) else (new, layer)
+        if crossing and shared == set(varying(narrow)):
+            call.findings.crossings.append(Crossing(wide, narrow, call.module, str(call.op)))
+            new = wide
             continue
         # One varies along more dimensions than the other: merged, they vary along the shared ones only.
         first = call.space.merge_along(layer, set(varying(layer)) - shared)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from torch import Tensor
 
-from rewriters.channel_map import Kernel
+from rewriters.channel_map import Kernel, Side
 from rewriters.labels import Labelled, varying
 from rewriters.rules.elementwise import meet
 from rewriters.rules.registry import OpCall, Result, rule, unknown
@@ -25,22 +26,37 @@ def _rest(value: Labelled, dim: int) -> tuple[Tensor, ...]:
     return tuple(layer for layer in value.layers if layer.shape[dim] == 1)
 
 
-def _consume(call: OpCall, data: Tensor | None, kernel: Tensor | None, source: str | None) -> bool:
-    """Labels `data` are summed against a kernel's labels `kernel`; returns whether a gate can stand there.
+def _consume(call: OpCall, data: Tensor | None, kernel: Labelled, dim: int) -> bool:
+    """Labels `data` are summed against a kernel's dimension `dim`; returns whether a gate can stand there.
 
     A gate on the kernel's side is the gate on the data's side as long as the kernel is a parameter's own
-    elements. A kernel computed from its parameter in the forward pass would change with what is cut, and one
-    in a buffer isn't trained.
+    elements. A kernel that is derived from its parameter may have something else where that has zeros: while
+    gates train its dead columns are left out where it is used, as dead channels are left out of statistics. A
+    kernel in a buffer isn't trained.
     """
-    source = None if source in call.findings.buffers else source
-    if data is not None and kernel is not None and source is not None:
-        call.space.merge(data, kernel)
+    against = _vector(call, kernel, dim)
+    source = None if kernel.source in call.findings.buffers else kernel.source
+    if data is not None and against is not None and source is not None:
+        call.space.merge(data, against)
+        call.findings.gated.update(call.space.sides_holding(against, source))
+        if kernel.derived:
+            call.note(against, dim % kernel.ndim - kernel.ndim, "summed against a derived kernel")
         return True
-    for labels in (data, kernel):
+    for labels in (data, against):
         if labels is not None:
             reason = "summed against channels that no layer owns" if source else "summed against a derived kernel"
             call.pin(labels, reason)
     return False
+
+
+def _owned(call: OpCall, kernel: Labelled) -> Labelled:
+    """The kernel; one that isn't laid out as the parameter it is derived from is taken for nobody's."""
+    if kernel.derived:
+        for dim in (0, 1):
+            layer = kernel.layer(dim)
+            if layer is not None and call.space.side_of(layer) != Side(str(kernel.source), dim):
+                return replace(kernel, source=None)
+    return kernel
 
 
 @rule("aten.convolution", "aten.convolution_overrideable")
@@ -49,15 +65,15 @@ def convolution(call: OpCall) -> Labelled:
 
     x is (N, C, ...), the kernel (O, C / groups, ...), transposed (C, O / groups, ...).
     """
-    x, kernel, bias = call.args[:3]
+    x, kernel, bias = call.args[0], _owned(call, call.args[1]), call.args[2]
     transposed, groups = call.args[6], call.args[8]
     data = Labelled(x.shape, call.mix(x, range(2, x.ndim), "convolved along its channels"), x.source)
     channels = _vector(call, data, 1)
     first, second = _vector(call, kernel, 0), _vector(call, kernel, 1)
     positions = prod((x.shape if transposed else call.shape)[2:]) * prod(kernel.shape[2:]) * x.shape[0]
     if groups == 1:
-        into, out = (first, second) if transposed else (second, first)
-        gate = _consume(call, channels, into, kernel.source)
+        out = second if transposed else first
+        gate = _consume(call, channels, kernel, 0 if transposed else 1)
         _note_conv(call, kernel, positions, mixes=gate)
     else:
         out = _grouped(call, channels, first, second, kernel, groups, positions)
@@ -97,6 +113,7 @@ def _grouped(
     # `first` runs over all groups' channels, `second` over the places inside each group.
     ahead, inside = (channels, second) if not transposed else (channels, None)
     fixed = kernel.source is None or (kernel.source in call.findings.buffers and groups < width)
+    fixed |= kernel.derived and transposed
     if channels is None or first is None or fixed:
         for labels in (channels, first, second):
             if labels is not None:
@@ -113,6 +130,8 @@ def _grouped(
         call.space.merge(channels.view(groups, per_group), places)
     elif second is not None:
         call.space.merge(ahead.view(groups, -1), inside.view(1, -1))
+        if kernel.derived:
+            call.note(second, 1 - kernel.ndim, "summed against a derived kernel")
     gate = transposed or second is not None
     _note_conv(call, kernel, positions, mixes=gate)
     if not transposed:
@@ -154,7 +173,7 @@ def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
     contracted = (-2, -1) if flipped else (-1, -2)  # of data, of weight
     out_dim = (-1, -2) if flipped else (-2, -1)  # rows kept from data, from weight
     against = _vector(call, weight, contracted[1])
-    gate = _consume(call, _vector(call, data, contracted[0]), against, weight.source)
+    gate = _consume(call, _vector(call, data, contracted[0]), weight, contracted[1])
     macs = data.shape[out_dim[0]] * prod(call.shape[:-2])
     _note_matrix(call, weight, against, _vector(call, weight, out_dim[1]), macs, gate)
     return _outer(call, left, _rest(left, -1), right, _rest(right, -2))

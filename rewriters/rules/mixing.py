@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rewriters.labels import Labelled, varying
 from rewriters.rules.elementwise import meet
-from rewriters.rules.registry import OpCall, Result, rule
+from rewriters.rules.registry import OpCall, Result, Zeroed, rule
 
 
 @rule(
@@ -28,24 +28,27 @@ def reduce(call: OpCall) -> Result:
     kept = [dim for dim in range(value.ndim) if dim not in {d % value.ndim for d in dims}] if value.ndim else []
     outs = []
     for shape in call.shapes:
-        if len(shape) != value.ndim:  # keepdim is off
-            outs.append(Labelled(shape, tuple(layer.reshape([layer.shape[d] for d in kept]) for layer in layers)))
-        else:
-            outs.append(Labelled(shape, layers))
+        flat = len(shape) != value.ndim  # keepdim is off
+        own = tuple(layer.reshape([layer.shape[d] for d in kept]) for layer in layers) if flat else layers
+        outs.append(Labelled(shape, own, value.source, derived=True))
     return outs if len(outs) > 1 else outs[0]
 
 
-_MOMENTS = {torch.ops.aten.mean, torch.ops.aten.var, torch.ops.aten.std, torch.ops.aten.var_mean}
+_STATISTICS = {
+    torch.ops.aten.mean, torch.ops.aten.var, torch.ops.aten.std, torch.ops.aten.var_mean, torch.ops.aten.amax,
+    torch.ops.aten.amin,
+}  # fmt: skip
 
 
 def _is_statistic(call: OpCall) -> bool:
     """Whether a slim model takes this reduction over the channels that are left as over all it ever had.
 
-    So it does a mean, and a norm to which zeros add nothing. A sum may be divided by the number there was.
+    So it does a mean, an extreme, and a norm to which zeros add nothing. A sum may be divided by the number there
+    was.
     """
     if call.op.overloadpacket is torch.ops.aten.linalg_vector_norm:
         return call.arg(1, "ord", 2) > 0
-    return call.op.overloadpacket in _MOMENTS
+    return call.op.overloadpacket in _STATISTICS
 
 
 @rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax.int", "aten.cumsum", "aten.sort",
@@ -99,6 +102,8 @@ def _spatial(call: OpCall, spatial_dims: int) -> Result:
 def batch_norm(call: OpCall) -> Result:
     """Statistics of each channel alone; the norm's own vectors ride along."""
     value = call.args[0]
+    if value.source is not None:
+        return _standardised(call)
     vectors = [arg for arg in call.args[1:5] if isinstance(arg, Labelled)]
     along = [1, value.shape[1], *[1] * (value.ndim - 2)]
     across = [dim for dim in range(value.ndim) if dim != 1]
@@ -106,6 +111,44 @@ def batch_norm(call: OpCall) -> Result:
     riders = [_along(vector, along) for vector in vectors]
     layers = meet(call, [Labelled((1, *value.shape[1:]), layers), *riders]) if value.shape[1] > 1 else layers
     return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
+
+
+def _standardised(call: OpCall) -> Result:
+    """A kernel of shape (1, O, -1) whose output channels are normalised by their own mean and variance.
+
+    Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", section 3.
+    """
+    value = call.args[0]
+    vectors = [arg for arg in call.args[1:5] if isinstance(arg, Labelled)]
+    riders = [_along(vector, [1, value.shape[1], *[1] * (value.ndim - 2)]) for vector in vectors]
+    across = [dim for dim in range(value.ndim) if dim != 1]
+    layers, along = call.look(value, across, "normalised over its channels")
+    for layer in along:
+        if len(layer.unique()) == layer.numel():  # torch refuses to standardise what is one number
+            call.pin(layer.flatten()[:2], "a standardised kernel needs two inputs")
+    layers = meet(call, [*riders, Labelled(call.shape, (*layers, *along))])
+    return [
+        Labelled(shape, layers if index == 0 else (), value.source if index == 0 else None, derived=index == 0)
+        for index, shape in enumerate(call.shapes)
+    ]
+
+
+@rule("aten._weight_norm_interface")
+def weight_norm(call: OpCall) -> Result:
+    """v * g / norm(v), the norm over all dimensions but one; columns of zeros add nothing to it.
+
+    Salimans and Kingma, "Weight Normalization", section 2.
+    """
+    v, g = call.args[:2]
+    keep = call.arg(2, "dim", 0) % v.ndim
+    for layer in v.layers:
+        if varying(layer) != (keep,):
+            call.findings.zeroed.append(Zeroed(layer.flatten(), call.module, str(call.op)))
+            call.pin(layer.flatten()[:1], "a kernel of zeros has no norm to be divided by")
+    return [
+        Labelled(v.shape, meet(call, [g, v]), v.source, derived=v.derived),
+        *[Labelled(shape) for shape in call.shapes[1:]],
+    ]
 
 
 def _along(vector: Labelled, shape: list[int]) -> Labelled:

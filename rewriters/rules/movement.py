@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rewriters.labels import Labelled, compress, varying
-from rewriters.rules.elementwise import meet
+from rewriters.rules.elementwise import join, meet
 from rewriters.rules.registry import OpCall, Result, rule
 
 
@@ -26,7 +26,7 @@ def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result
             elif varying(before):
                 call.pin(layer, "a single channel is picked")
         call.findings.grids.extend(layer for layer in layers if len(varying(layer)) > 1)
-        outs.append(Labelled(shape, tuple(layers), value.source))
+        outs.append(Labelled(shape, tuple(layers), value.source, derived=value.derived))
     return outs if len(outs) > 1 or _returns_list(call.op) else outs[0]
 
 
@@ -43,7 +43,8 @@ def _as_list(value: Any) -> list[Tensor]:
     "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int", "aten.squeeze", "aten.unsqueeze",
     "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.roll", "aten.narrow",
     "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk", "aten.movedim", "aten.permute_copy",
-    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle",
+    "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.unsafe_split.Tensor",
+    "aten.unsafe_split_with_sizes",
 )  # fmt: skip
 def move(call: OpCall) -> Result:
     """The op itself, run on label tensors."""
@@ -76,18 +77,32 @@ def reshape(call: OpCall) -> Result:
     """As `move`; labels, unlike data, may need a copy to be reshaped."""
     value = call.args[0]
     results = [[layer.expand(value.shape).reshape(call.shape)] for layer in value.layers]
-    return _apart(call, _moved(call, value, results))
+    moved = _one(_moved(call, value, results))
+    if value.source is not None and any(len(_along(moved, dim)) > 1 for dim in range(moved.ndim)):
+        value = call.without_positions(value)
+        results = [[layer.expand(value.shape).reshape(call.shape)] for layer in value.layers]
+        moved = _one(_moved(call, value, results))
+    return _apart(call, moved)
+
+
+def _one(result: Result) -> Labelled:
+    assert isinstance(result, Labelled)
+    return result
+
+
+def _along(value: Labelled, dim: int) -> list[Tensor]:
+    return [layer for layer in value.layers if layer.shape[dim] > 1]
 
 
 def _apart(call: OpCall, value: Labelled) -> Labelled:
     """Two labelled dimensions flattened into one can't be told apart by one index: pin both."""
     for dim in range(value.ndim):
-        layers = [layer for layer in value.layers if layer.shape[dim] > 1]
+        layers = _along(value, dim)
         if len(layers) > 1:
             for layer in layers:
                 call.pin(layer, "two labelled dimensions are flattened into one")
             rest = tuple(layer for layer in value.layers if layer.shape[dim] == 1)
-            return _apart(call, Labelled(value.shape, rest, value.source))
+            return _apart(call, replace(value, layers=rest))
     return value
 
 
@@ -97,18 +112,18 @@ def cat(call: OpCall) -> Labelled:
     # torch lets an empty tensor of shape (0,) stand among the operands
     values = [value for value in call.args[0] if value.shape != (0,)]
     dim = call.arg(1, "dim", 0) % len(call.shape)
-    along, across = [], []
+    across = []
     for value in values:
-        layer = value.layer(dim)
-        if layer is not None:
-            layer = call.space.merge_along(layer, set(varying(layer)) - {dim})
-        along.append((value.shape[dim], layer))
         rest = tuple(other for other in value.layers if other.shape[dim] == 1)
         across.append(Labelled(tuple(1 if d == dim else s for d, s in enumerate(value.shape)), rest))
-    layers = meet(call, across)
+    along = [(value.shape[dim], value.layer(dim)) for value in values]
+    layers = list(meet(call, across))
     if any(layer is not None for _, layer in along):
-        layers = (*layers, _concatenate(call, along, dim))
-    return Labelled(call.shape, layers)
+        joined = _concatenate(call, along, dim)
+        if len(varying(joined)) > 1:
+            call.findings.grids.append(joined)
+        layers = join(call, layers, joined, crossing=True)
+    return Labelled(call.shape, tuple(layers))
 
 
 def _concatenate(call: OpCall, along: list[tuple[int, Tensor | None]], dim: int) -> Tensor:
@@ -118,7 +133,10 @@ def _concatenate(call: OpCall, along: list[tuple[int, Tensor | None]], dim: int)
             layer = call.space.fresh(size).view([size if d == dim else 1 for d in range(len(call.shape))])
             call.pin(layer, "concatenated channels that no layer owns")
         parts.append(layer)
-    return torch.cat(parts, dim)
+    # Where they vary along other dimensions too (the heads of what is rotated by halves) they go on doing so.
+    others = [max(part.shape[d] for part in parts) for d in range(len(call.shape))]
+    wide = [part.expand([part.shape[d] if d == dim else size for d, size in enumerate(others)]) for part in parts]
+    return torch.cat(wide, dim)
 
 
 @rule("aten.stack")

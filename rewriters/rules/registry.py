@@ -8,7 +8,8 @@ doesn't have are passed over, so that one list serves every version.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -42,12 +43,40 @@ class Look:
     reason: str
 
 
+@dataclass(frozen=True)
+class Zeroed:
+    """Channels that a statistic of a kernel passes over as long as a gate keeps those that are dead at zero."""
+
+    labels: Tensor
+    module: str
+    op: str
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Labels that vary along several dimensions and met others that vary along some of these only.
+
+    Attributes:
+        wide: the former: heads x places in a head, say.
+        narrow: the latter, of size 1 along the other dimensions: one for each place.
+        module: path of the module they met in.
+        op: the op in which they met.
+    """
+
+    wide: Tensor
+    narrow: Tensor
+    module: str
+    op: str
+
+
 @dataclass
 class Findings:
     """What rules note down beside labels: the kernels met, where gates may stand, what was split in two.
 
-    `looks` are the statistics taken along channels, `live` says whether they may be taken over live ones only.
-    In the kernels named in `buffers` no gate can stand.
+    `looks` are the statistics taken along channels, `live` says whether those of activations may be taken over
+    live ones only.
+    In the kernels named in `buffers` no gate can stand; on the sides in `zeroed` one has to. `crossings` are settled
+    when all labels have met.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
@@ -56,16 +85,19 @@ class Findings:
     looks: list[Look] = field(default_factory=list)
     live: bool = True
     buffers: set[str] = field(default_factory=set)
+    zeroed: list[Zeroed] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
 
     def copy(self) -> Findings:
         """The same, to be carried on apart."""
         return Findings(
-            list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live, set(self.buffers)
-        )
+            list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live, set(self.buffers),
+            list(self.zeroed), list(self.crossings),
+        )  # fmt: skip
 
     def apart(self) -> Findings:
         """None yet, for ops of the same model that were met before."""
-        return Findings(live=self.live, buffers=self.buffers)
+        return Findings(live=self.live, buffers=self.buffers, crossings=self.crossings)
 
 
 @dataclass(frozen=True)
@@ -131,13 +163,26 @@ class OpCall:
             Layers that outlive the mixing, and those along which the statistic is taken (one or none).
         """
         dims = {dim % value.ndim for dim in dims} if value.ndim else set()
+        value = self.without_positions(value)
         along = tuple(layer for layer in value.layers if varying(layer) and set(varying(layer)) <= dims)
-        if not self.findings.live or len(along) != 1 or len(varying(along[0])) != 1:
+        live = self.findings.live or value.source is not None
+        if not live or len(along) != 1 or len(varying(along[0])) != 1:
             return self.mix(value, dims, reason), ()
         (dim,) = varying(along[0])
         self.note(along[0].flatten(), dim - value.ndim, reason)
         rest = tuple(layer for layer in value.layers if layer is not along[0])
         return self.mix(Labelled(value.shape, rest), dims, reason), along
+
+    def without_positions(self, value: Labelled) -> Labelled:
+        """A kernel whose positions stay: computed with along its channels, these needn't stay for them."""
+        if value.source is None or value.ndim < 3:
+            return value
+        sides = [self.space.side_of(layer) for layer in value.layers]
+        positions = [side is not None and side.dim > 1 for side in sides]
+        for layer in compress(value.layers, positions):
+            self.pin(layer, "the positions of a kernel")
+        rest = [layer for layer, position in zip(value.layers, positions, strict=True) if not position]
+        return replace(value, layers=tuple(rest))
 
     def note(self, labels: Tensor, dim: int, reason: str) -> None:
         """Note that a statistic is taken along these labels."""

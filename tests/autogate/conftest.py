@@ -1,10 +1,12 @@
-"""Fixtures of the tests of files."""
+"""Fixtures of the tests of files and of training runs."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import autogate
 
@@ -19,3 +21,25 @@ def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("slim") / "slim.safetensors"
     autogate.save(autogate.finalize(model, warn=False).eval(), path)
     return path
+
+
+CLASSES = ("blue", "green", "red")
+
+
+def paint(folder: Path, counts: dict[str, int]) -> Path:
+    """A folder of noisy images of 32 pixels, `counts` of each class under each of its parts."""
+    draw = np.random.default_rng(0)
+    for split, count in counts.items():
+        for channel, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = draw.integers(0, 200, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 50
+                Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images to train on and 15 to evaluate on, of three classes."""
+    return paint(tmp_path_factory.mktemp("pictures"), {"train": 8, "validation": 5})

@@ -102,7 +102,9 @@ def test_what_is_wrong_is_told_without_a_traceback(words: list[str], code: int, 
         assert isinstance(invoke(*words, "--debug").exception, (autogate.AutogateError, OSError))
 
 
-@pytest.mark.parametrize("command", [[], ["inspect"], ["export"], ["bench"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in ("inspect", "export", "bench", "demo", "train", "finalize", "report"))]
+)
 def test_help_has_an_example(command: list[str]):
     result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0

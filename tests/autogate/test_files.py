@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import autogate
 from autogate import AutogateError, files
 from autogate.history import history_of
-from benchmarks.exactness import randomise_norms
+from benchmarks.parts import randomise_norms
 from tests.rewriters.helpers import Net, conv, image
 
 PIXELS = 64

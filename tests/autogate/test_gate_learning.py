@@ -1,5 +1,7 @@
 """How alpha moves: towards the budget, within its bounds, and never across zero."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,7 +57,7 @@ def test_a_gradient_brings_alpha_no_nearer_to_zero_than_an_open_gate_needs():
     start = bank.alpha.clone()
     bank.alpha[::2] *= -1
     for _step in range(10):
-        gates = Gates(bank.alpha, bank.live, bank.epsilon)
+        gates = replace(Gates.fresh(64), alpha=bank.alpha)
         bank.alpha.copy_(bank.learner.descend(gates, torch.full((64,), 1e6), rate=1.0))
     assert torch.equal(bank.alpha.abs(), start.clamp(max=1e-3)) and (bank.alpha[::2] < 0).all()
 

@@ -211,3 +211,23 @@ def test_what_a_forward_keeps_of_stand_ins_doesnt_stay():
         autogate.gates(model).alpha[:2] = 0
         averaged = copy.deepcopy(model)
         assert torch.equal(averaged(x), model(x))
+
+
+class Queries(nn.Module):
+    """Uses an embedding's weight without calling it, and looks at values in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.a, self.b = nn.Embedding(4, 3), nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        y = self.a(x + self.embedding.weight)
+        if self.training and not torch.isfinite(y).all():
+            y = y.clamp(-1, 1)
+        return self.b(y)
+
+
+def test_parameters_that_are_used_without_a_call_need_no_recording_in_train_mode():
+    analysis = analyse(Queries(), (torch.randn(2, 4, 3),))
+    assert len(analysis.captures) == 1
+    assert analysis.channel_map.size == 5

@@ -267,3 +267,22 @@ def test_the_constant_of_a_dead_branch_comes_from_live_statistics():
     assert slim_plan.constants
     apply(model, slim_plan, Journal())
     assert relative_error(run_eval(model, args), wanted) <= TOLERANCE
+
+
+class SpatialAttention(nn.Module):
+    """Woo et al., "CBAM: Convolutional Block Attention Module", section 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(2, 1, 3)
+
+    def forward(self, x):
+        seen = torch.cat([x.mean(1, keepdim=True), x.amax(dim=1, keepdim=True) - torch.amin(x, 1, keepdim=True)], 1)
+        return x * self.conv(seen).sigmoid()
+
+
+def test_extremes_over_channels_are_slimmed_exactly():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8, 3), SpatialAttention(), conv(8, 4)).double().eval()
+    slimmed = assert_exact(model, (image().double(),))
+    assert Side("0.weight", 0) in slimmed.analysis.channel_map.classes

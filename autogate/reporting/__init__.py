@@ -1,0 +1,5 @@
+"""A page that shows a training run: what `autogate report` writes."""
+
+from autogate.reporting.page import Report, read_report, write_report
+
+__all__ = ["Report", "read_report", "write_report"]

@@ -1,0 +1,196 @@
+"""One page about a run, with nothing to be loaded from anywhere, and its figures as PNG files."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from autogate.comparison import Comparison, Duration, compare
+from autogate.coupling import draw, inspect_model
+from autogate.files import dense_model, in_place_of, load
+from autogate.summary import short
+from autogate.training import EpochRow, GateRow, Result, RunFolder, RunInfo
+from autogate.training.network import build_network
+from rewriters.channel_map import ChannelMap
+from rewriters.errors import AutogateError
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page tells.
+
+    Attributes:
+        name: of the run's folder.
+        info, rows, gates, result: as the folder has them.
+        channel_map: the dense model's channels.
+        latency: the slim model's beside the dense one's; empty where it was not measured.
+        threads: on the CPU, while that was measured.
+    """
+
+    name: str
+    info: RunInfo
+    rows: tuple[EpochRow, ...]
+    gates: tuple[GateRow, ...]
+    result: Result | None
+    channel_map: ChannelMap
+    latency: tuple[Comparison, ...] = ()
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A figure of the page: the name of its file, a title, a line about it, the drawing, its class in the style."""
+
+    name: str
+    title: str
+    words: str
+    svg: Markup
+    shape: str = ""
+
+
+def read_report(run: Path, latency: bool = False, batches: Sequence[int] = (1, 64)) -> Report:
+    """Read a run's folder.
+
+    Args:
+        run: the folder; the run need not be finished.
+        latency: time the slim model beside the dense one, in eager mode, which takes some seconds for each row.
+        batches: to time them for.
+
+    Raises:
+        AutogateError: there is no run, or no epoch of it is over yet, or no slim model to be timed.
+    """
+    folder = RunFolder(run)
+    info, rows = folder.info(), folder.metrics()
+    if not rows:
+        raise AutogateError("there is nothing to tell yet: the dense model is being evaluated.", where=str(run))
+    network, budget = info.recipe.network, info.recipe.budget
+    model = build_network(network, info.num_classes, weights=False)
+    example = torch.randn(2, *info.input_size)
+    found = inspect_model(model, example, ignore=budget.ignore, shortcuts=budget.shortcuts)
+    timed: tuple[Comparison, ...] = ()
+    if latency:
+        if not folder.slim_file.is_file():
+            raise AutogateError(
+                "there is no slim model to be timed yet.", where=str(run), remedy=f"autogate finalize {run} makes one."
+            )
+        models = dense_model(folder.slim_file), load(folder.slim_file)
+        timed = tuple(compare(*models, batches=batches, compiled=(False,)))
+    return Report(
+        run.resolve().name, info, rows, folder.gates(), folder.result(), found.channel_map, timed,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def write_report(report: Report, out: Path) -> Path:
+    """Write the page, index.html, and a PNG file for each of its figures.
+
+    Args:
+        report: what to tell.
+        out: a folder, which need not be there yet.
+
+    Returns:
+        The page.
+
+    Raises:
+        AutogateError: matplotlib is not installed, or the files can't be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise AutogateError("a report needs matplotlib.", remedy="pip install 'autogate[report]'")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AutogateError(f"it can't be made: {error}.", where=str(out)) from error
+    environment = Environment(
+        loader=PackageLoader("autogate.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template("page.html").render(
+        report=report,
+        pictures=_pictures(report, out),
+        numbers=_numbers(report),
+        latency=[_timing(row) for row in report.latency],
+        options=_options(report.info),
+        last=report.rows[-1],
+    )
+    with in_place_of(out / "index.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return out / "index.html"
+
+
+def _pictures(report: Report, out: Path) -> list[_Picture]:
+    from autogate.reporting import plots
+
+    last = report.gates[-1]
+    with plots.styled():
+        figures = {
+            "course": plots.course(report.info, report.rows, report.result),
+            "gates": plots.gate_histogram(report.gates),
+            "widths": plots.widths(report.info, last),
+        }
+    drawn = {name: Markup(plots.as_svg(figure, name)) for name, figure in figures.items()}
+    for name, figure in figures.items():
+        plots.as_png(figure, out / f"{name}.png")
+    with plots.styled(), tempfile.TemporaryDirectory() as folder:
+        draw(report.channel_map, out / "groups.png")
+        draw(report.channel_map, Path(folder) / "groups.svg")
+        drawn["groups"] = Markup(plots.only_svg((Path(folder) / "groups.svg").read_text(encoding="utf-8")))
+    return [
+        _Picture("course", "What is left, and the accuracy", "Epoch 0 is the dense model.", drawn["course"]),
+        _Picture("widths", "Channels of each layer", f"After epoch {last.epoch}.", drawn["widths"], "tall"),
+        _Picture("gates", "Gates", "How many have which value after each epoch.", drawn["gates"]),
+        _Picture(
+            "groups", "Coupled channels",
+            "Kernels on the left, in the order they run; on the right groups of channels that live or die together.",
+            drawn["groups"], "wide",
+        ),
+    ]  # fmt: skip
+
+
+def _numbers(report: Report) -> list[tuple[str, str, str, str]]:
+    """The table of what the run came to: a name, dense, now, and their ratio."""
+    info, last, result = report.info, report.rows[-1], report.result
+    flops, params = (last.flops * info.flops, last.params * info.params)
+    accuracy = last.accuracy if last.ema_accuracy is None else last.ema_accuracy
+    if result is not None:
+        flops, params = result.flops, result.params
+        accuracy = accuracy if result.accuracy is None else result.accuracy
+    dense = report.rows[0].accuracy
+    return [
+        ("FLOPs", short(info.flops), short(flops), f"{flops / info.flops:.1%}"),
+        ("Parameters", short(info.params), short(params), f"{params / info.params:.1%}"),
+        ("Accuracy", f"{dense:.2f} %", f"{accuracy:.2f} %", f"{accuracy - dense:+.2f}"),
+        ("Gates", str(last.gates), str(last.live), f"{last.live / last.gates:.1%}"),
+    ]
+
+
+def _timing(row: Comparison) -> tuple[str, ...]:
+    ratio = "-"
+    if isinstance(row.dense, Duration) and isinstance(row.slim, Duration):
+        ratio = f"{row.slim.median / row.dense.median:.2f}"
+    return row.device, str(row.batch), *(_milliseconds(time) for time in (row.dense, row.slim)), ratio
+
+
+def _milliseconds(time: Duration | str) -> str:
+    if isinstance(time, str):
+        return time
+    return f"{time.median * 1e3:.3g} ({time.low * 1e3:.3g} to {time.high * 1e3:.3g})"
+
+
+def _options(info: RunInfo) -> list[tuple[str, Any]]:
+    """What was asked for, but for what was left out."""
+    found: list[tuple[str, Any]] = []
+    for name, value in asdict(info.recipe).items():
+        parts = value.items() if isinstance(value, dict) else [(name, value)]
+        words = {"name": "model"} | ({"weight": "distill weight"} if name == "distillation" else {})
+        found += [
+            (words.get(part, part).replace("_", " "), shown) for part, shown in parts if shown not in (None, False, ())
+        ]
+    return found

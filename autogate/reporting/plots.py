@@ -1,0 +1,127 @@
+"""Pictures of a run, drawn with matplotlib from what stands in its folder."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from autogate.training import EpochRow, GateRow, Result, RunInfo
+from autogate.training.run_folder import BINS
+
+WIDTH = 4.6
+"""Inches: at this width the labels can be read on a phone, where a figure is as wide as the screen."""
+
+DENSE, SLIM, OTHER = "#c9d3df", "#2f6db5", "#c8553d"
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",  # text stays text
+}
+
+
+def widths(info: RunInfo, last: GateRow) -> Figure:
+    """Output channels of each layer, in the dense model and now."""
+    names = [layer.module for layer in info.layers]
+    places = np.arange(len(names))
+    figure, axes = _figure(0.9 + 0.17 * len(names))
+    axes.barh(places, [layer.outputs for layer in info.layers], height=0.8, color=DENSE, label="dense")
+    axes.barh(places, last.outputs, height=0.8, color=SLIM, label="left")
+    axes.set_yticks(places, [_shortened(name) for name in names], fontsize=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel("output channels")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def gate_histogram(gates: Sequence[GateRow]) -> Figure:
+    """How many gates have which value, epoch by epoch; the lowest row are those that are closed for good."""
+    counts = np.array([(line.dead, *line.histogram) for line in gates], dtype=float).T
+    epochs = [line.epoch for line in gates]
+    figure, axes = _figure(2.9)
+    edges = np.array([-0.1, *np.linspace(0, 1, BINS + 1)])
+    steps = np.array([*epochs, epochs[-1] + 1]) - 0.5
+    shown = np.ma.masked_equal(counts, 0)
+    mesh = axes.pcolormesh(steps, edges, shown, cmap="YlGnBu", norm=LogNorm(1, max(counts.max(), 2)))
+    axes.axhline(0, color="white", linewidth=2)
+    axes.set_yticks([-0.05, 0.5, 1.0], ["closed", "0.5", "1"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("gate")
+    figure.colorbar(mesh, ax=axes, label="gates", pad=0.02)
+    return figure
+
+
+def course(info: RunInfo, rows: Sequence[EpochRow], result: Result | None) -> Figure:
+    """What is left and the accuracy, epoch by epoch."""
+    epochs = [row.epoch for row in rows]
+    figure, (left, right) = _figure(4.2, rows=2)
+    left.plot(epochs, [100 * row.flops for row in rows], "o-", color=SLIM, markersize=3, label="FLOPs")
+    left.plot(epochs, [100 * row.params for row in rows], "o-", color=OTHER, markersize=3, label="parameters")
+    colours = {"FLOPs": SLIM, "parameters": OTHER}
+    for name, share in info.targets.items():
+        left.axhline(100 * share, color=colours.get(name, "0.5"), linestyle=":", linewidth=1, label=f"target, {name}")
+    left.set_ylim(0, 105)
+    left.set_ylabel("left (%)")
+    left.legend(frameon=False, fontsize=8, ncols=2)
+    right.plot(epochs, [row.accuracy for row in rows], "o-", color=SLIM, markersize=3, label="with gates")
+    averaged = [(row.epoch, row.ema_accuracy) for row in rows if row.ema_accuracy is not None]
+    if averaged:
+        right.plot(*zip(*averaged, strict=True), "o-", color=OTHER, markersize=3, label="averaged weights")
+    right.axhline(rows[0].accuracy, color="0.5", linestyle="--", linewidth=1, label="dense, at the start")
+    if result is not None and result.accuracy is not None:
+        right.plot([epochs[-1]], [result.accuracy], "D", color="k", markersize=5, label="slim", zorder=3)
+    right.set_ylabel("accuracy (%)")
+    right.set_xlabel("epoch")
+    right.legend(frameon=False, fontsize=8)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def styled() -> Any:
+    """The look of the figures; a context to draw and to save in."""
+    return rc_context(_STYLE)
+
+
+def as_svg(figure: Figure, name: str) -> str:
+    """A figure as an svg element, the same each time."""
+    text = io.StringIO()
+    with rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return only_svg(text.getvalue())
+
+
+def only_svg(document: str) -> str:
+    """The svg element of a document."""
+    return document[document.index("<svg") :]
+
+
+def as_png(figure: Figure, path: Path) -> None:
+    """Write a figure to a file."""
+    with styled():
+        figure.savefig(path, dpi=160)
+
+
+def _figure(height: float, rows: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, sharex=rows > 1)
+
+
+def _shortened(name: str, most: int = 26) -> str:
+    """
+    >>> _shortened("layer1.0.conv1"), _shortened("stages.2.blocks.11.attention.projection")
+    ('layer1.0.conv1', '…ks.11.attention.projection')
+    """
+    return name if len(name) <= most else "…" + name[-most:]

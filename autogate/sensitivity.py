@@ -1,0 +1,57 @@
+"""How much the loss depends on each gate, and prices that count by it.
+
+The proximal step of Guo et al., "GDP" (section 3.4, equation 9), takes all classes of one price towards zero alike
+and leaves it to their gradients to hold those that are needed. In the paper's 350 epochs they do; in the few that
+people spend, the gradient of an open gate is noise around zero, and what closes is decided by prices alone.
+
+What the noise has is a size. To second order, closing gate i costs h_i g_i^2 / 2, and the mean of the squared gradients
+stands for the curvature h_i (the empirical Fisher information; Molchanov et al., "Importance Estimation for Neural
+Network Pruning", equation 8, rank channels by it). So the proximal step is taken in the metric that h gives,
+
+    argmin over x of h (x - alpha)^2 / 2 + eta lambda c |x|,
+
+which is equation 9 with c / h in the place of the price c. Under a steady lambda alphas come to zero in the order of
+h / c: those first whose death costs the least loss for what it saves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DECAY = 0.99
+"""Of the running mean of squared gradients in a step: it looks back a hundred steps."""
+
+DAMPING = 0.05
+"""Added to curvatures, which are relative to their mean: none counts as smaller than this part of it."""
+
+
+def observed(sensitivity: Tensor, gradient: Tensor) -> Tensor:
+    """The running mean of squared gradients after one step more.
+
+    It starts at zero and isn't corrected for that: only the classes' shares in it are ever used.
+
+    Args:
+        sensitivity: float64, shape (classes,).
+        gradient: dL/dg of each class, shape (classes,).
+    """
+    return torch.lerp(gradient.to(sensitivity).square(), sensitivity, DECAY)
+
+
+def price_per_sensitivity(price: Tensor, sensitivity: Tensor, live: Tensor) -> Tensor:
+    """What a class costs for what the loss depends on it, relative to the mean of live classes.
+
+    Args:
+        price: nonnegative, shape (classes,).
+        sensitivity: running means of squared gradients, in any unit, shape (classes,). Where they are all zero
+            the price alone counts.
+        live: bool, shape (classes,).
+
+    Returns:
+        Of the price's type, shape (classes,).
+    """
+    count = live.sum().clamp(min=1)
+    curvature = torch.where(live, sensitivity, 0.0)
+    curvature = curvature / (curvature.sum() / count).clamp(min=torch.finfo(curvature.dtype).tiny)
+    weighed = torch.where(live, price / (curvature + DAMPING), 0.0)
+    return (weighed / (weighed.sum() / count).clamp(min=torch.finfo(curvature.dtype).tiny)).to(price.dtype)

@@ -1,0 +1,211 @@
+"""Images for a run: timm's data sets, transforms and loaders."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset, create_loader
+from torch.utils.data import IterableDataset
+
+from autogate.training.distributed import World
+from autogate.training.recipe import Images
+from rewriters.errors import AutogateError
+
+KINDS = ("torch", "tfds", "hfds", "hfids", "wds")
+"""Beginnings of the names that `timm.data.create_dataset` knows."""
+
+SHORT_NAMES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """Both parts of a data set, and how many classes it has (None where it doesn't tell)."""
+
+    train: Any
+    val: Any
+    num_classes: int | None
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of images (N, C, H, W), float32 and normalised, and labels (N,).
+
+    Attributes:
+        train: shuffled, the last incomplete batch left out.
+        val: every image once; a process of several may see a few at its end a second time.
+        val_share: how many of its validation images a process counts; None counts all.
+    """
+
+    train: Any
+    val: Any
+    val_share: int | None
+
+
+def find_data(images: Images) -> DataSets:
+    """The data set that was asked for.
+
+    Raises:
+        AutogateError: there is none, or it has no images, or not two parts, or parts of different classes.
+    """
+    if not (images.batch_size >= 1 and images.workers >= 0):
+        raise AutogateError("batch_size must be at least 1 and workers at least 0.", where="images")
+    name = SHORT_NAMES.get(images.data, images.data)
+    if os.path.isdir(images.data):
+        return _from_folder(images)
+    if name.partition("/")[0].lower() not in KINDS:
+        raise AutogateError(
+            "there is no such folder.",
+            where=f"--data {images.data}",
+            remedy="Give a folder with train/ and validation/, or a name: cifar10, cifar100, torch/..., tfds/..., "
+            "hfds/..., wds/....",
+        )
+    train, val = (_named(name, images, split, split == images.train_split) for split in _splits(images))
+    return DataSets(train, val, _classes_of(train))
+
+
+def _splits(images: Images) -> tuple[str, str]:
+    if images.train_split == images.val_split:
+        raise AutogateError(f"both parts are {images.val_split!r}.", where=f"--data {images.data}")
+    return images.train_split, images.val_split
+
+
+def _from_folder(images: Images) -> DataSets:
+    train, val = (_folder(images, split) for split in _splits(images))
+    names: Mapping[str, int] = train.reader.class_to_idx
+    if len(names) < 2:
+        raise AutogateError(
+            f"all training images are of one class, {next(iter(names))!r}.",
+            where=f"--data {images.data}",
+            remedy="Images lie in one folder for each class.",
+        )
+    unknown = sorted(set(val.reader.class_to_idx) - set(names))
+    if unknown:
+        raise AutogateError(
+            f"class {unknown[0]!r} has validation images and no training images.", where=f"--data {images.data}"
+        )
+    # timm numbers the classes of each part by itself: one that has no validation images would shift the others.
+    val = create_dataset("", root=val.reader.root, split=images.val_split, search_split=False, class_map=dict(names))
+    return DataSets(train, val, len(names))
+
+
+def _folder(images: Images, split: str) -> Any:
+    where = f"--data {images.data}"
+    try:
+        found = create_dataset("", root=images.data, split=split)
+    except RuntimeError as error:  # timm's own words have the folder and the endings that it looks for
+        raise AutogateError(f"{error}.", where=where, remedy="Images lie in one folder for each class.") from error
+    root = getattr(found.reader, "root", None)
+    if root is not None and Path(root).resolve() == Path(images.data).resolve():
+        there = ", ".join(sorted(entry.name for entry in Path(images.data).iterdir() if entry.is_dir())[:6])
+        raise AutogateError(
+            f"it has no folder {split!r} (it has {there}).",
+            where=where,
+            remedy="Put the images under train/CLASS/ and validation/CLASS/, or name the folders with --train-split "
+            "and --val-split.",
+        )
+    return found
+
+
+def _named(name: str, images: Images, split: str, training: bool) -> Any:
+    where = f"--data {images.data}"
+    root = images.data_dir
+    if root is None and name.startswith("torch/"):
+        raise AutogateError("where does it lie?", where=where, remedy="Name its folder with --data-dir.")
+    try:
+        return create_dataset(
+            name, root=root, split=split, is_training=training, download=images.download, batch_size=images.batch_size
+        )
+    except (RuntimeError, AssertionError, ImportError, NameError, ValueError, FileNotFoundError) as error:
+        remedy = "" if images.download else "--data-download fetches a data set that is not there yet."
+        raise AutogateError(f"{str(error).strip() or type(error).__name__}.", where=where, remedy=remedy) from error
+
+
+def _classes_of(dataset: Any) -> int | None:
+    for holder, attribute in ((dataset, "classes"), (getattr(dataset, "reader", None), "class_to_idx")):
+        found = getattr(holder, attribute, None)
+        if found:
+            return len(found)
+    return None
+
+
+def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Loaders:
+    """Loaders with timm's transforms.
+
+    Args:
+        data: as `find_data` found it.
+        images: what shall be done to them.
+        config: "input_size", "mean", "std", "interpolation" and "crop_pct", as `timm.data.resolve_data_config` has it.
+        world: the processes that share the images.
+
+    Raises:
+        AutogateError: there are fewer images than go into a batch.
+    """
+    shared: dict[str, Any] = {
+        "input_size": config["input_size"],
+        "mean": config["mean"],
+        "std": config["std"],
+        "num_workers": images.workers,
+        "distributed": world.size > 1,
+        "pin_memory": world.device.type == "cuda",
+        "device": world.device,
+        # Without processes that load, images are transformed in this one: not a batch ahead, so that all that is
+        # random about a batch is drawn after the one before it was trained.
+        "use_prefetcher": world.device.type == "cuda" and images.workers > 0,
+        "persistent_workers": False,  # they would go on from their own random numbers, which no checkpoint knows
+        "worker_seeding": _seed_of_worker,
+    }
+    train = create_loader(
+        data.train,
+        batch_size=images.batch_size,
+        is_training=True,
+        scale=images.scale,
+        hflip=images.hflip,
+        color_jitter=images.color_jitter,
+        auto_augment=images.aa,
+        interpolation=config["interpolation"],
+        **shared,
+    )
+    val = create_loader(
+        data.val,
+        batch_size=images.validation_batch_size or images.batch_size,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        **shared,
+    )
+    if len(train) == 0:
+        raise AutogateError(
+            f"{len(data.train)} training images for {world.size} process(es) don't fill a batch of "
+            f"{images.batch_size}.",
+            where=f"--data {images.data}",
+            remedy="Take a smaller --batch-size.",
+        )
+    share = None
+    if world.size > 1 and not isinstance(data.val, IterableDataset):
+        share = len(range(world.rank, len(data.val), world.size))
+    return Loaders(train, val, share)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell whoever shuffles the images which epoch it is."""
+    for holder in (loader.sampler, loader.dataset):
+        if hasattr(holder, "set_epoch"):
+            holder.set_epoch(epoch)
+
+
+def _seed_of_worker(worker: Any) -> int:
+    """A worker's seed. Signals to stop are for the process that trains, which ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return worker.seed
+
+
+def on_device(loader: Iterable[Any], device: torch.device) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of a loader, where the model is."""
+    for images, labels, *_ in loader:
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

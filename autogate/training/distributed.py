@@ -1,0 +1,95 @@
+"""The processes of a run, as torchrun starts them; one alone is a world of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rewriters.errors import AutogateError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that train one model.
+
+    Attributes:
+        rank: its number.
+        size: how many there are.
+        device: what it trains on.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def main(self) -> bool:
+        """Whether it is the one that writes and talks."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process has the flag up. All of them have to ask."""
+        return bool(self.total(torch.tensor(int(flag))))  # on the CPU: no GPU has to be waited for
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over all processes."""
+        if self.size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+
+@contextlib.contextmanager
+def joined(device: str | None = None) -> Iterator[World]:
+    """The world that torchrun's environment tells of.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1"; a GPU where there is one, if None.
+
+    Raises:
+        AutogateError: there is no such device.
+    """
+    size, rank, local = (int(os.environ.get(name, default)) for name, default in _ENVIRONMENT)
+    at = _device(device, local if size > 1 else None)
+    if size == 1:
+        yield World(device=at)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if at.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, at)
+    finally:
+        dist.destroy_process_group()
+
+
+_ENVIRONMENT = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+
+
+def _device(name: str | None, local: int | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and local is not None:
+            device = torch.device("cuda", local)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AutogateError(f"{name} can't be used: {str(error).splitlines()[0]}", where="device") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

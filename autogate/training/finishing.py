@@ -1,0 +1,59 @@
+"""A slim model from a checkpoint, without the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autogate.files import save
+from autogate.training.checkpoint import load_checkpoint
+from autogate.training.loop import finalized
+from autogate.training.network import build_network, with_gates
+from autogate.training.run_folder import Result, RunFolder
+from rewriters.errors import AutogateError
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A slim model's file, and what it came to."""
+
+    file: Path
+    result: Result
+
+
+def finalize_checkpoint(path: Path, out: Path | None = None) -> Finished:
+    """Take the closed channels out of a run's model as its checkpoint has it.
+
+    Where the run averages its weights the average is taken. The run can be gone on with afterwards.
+
+    Args:
+        path: of a checkpoint or of a run's folder.
+        out: where the slim model goes; slim.safetensors beside the checkpoint, if None.
+
+    Raises:
+        AutogateError: there is no checkpoint, or it is damaged.
+        FileNotFoundError: there is no such file.
+
+    Warns:
+        BudgetNotMetWarning: the targets have not been met.
+    """
+    folder = RunFolder(path if path.is_dir() else path.parent)
+    if path.is_dir():
+        folder.info()  # raises where there is no run
+        path = folder.checkpoint_file
+    found = load_checkpoint(path)
+    info, recipe = found.info, found.info.recipe
+    model = build_network(recipe.network, info.num_classes, weights=False)
+    model = with_gates(model, recipe.budget, info.input_size, info.steps)
+    try:
+        model.load_state_dict(found.model if found.ema is None else found.ema)
+    except RuntimeError as error:
+        raise AutogateError(f"it doesn't fit its model: {error}", where=str(path)) from error
+    slim, result = finalized(model, found.position.step, info.steps)
+    save(slim, out or folder.slim_file)
+    if out is None and folder.info_file.is_file():
+        known = folder.result()
+        if known is not None and known.step == result.step:
+            result = replace(result, gated_accuracy=known.gated_accuracy, accuracy=known.accuracy)
+        folder.finish(result)
+    return Finished(out or folder.slim_file, result)

@@ -1,0 +1,162 @@
+"""What is stepped in a run: optimizer, schedule, scaler, averaged weights, the loss."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from autogate.training.recipe import Distillation, Learning, Recipe
+
+
+def seed_at(*place: int) -> None:
+    """Make all that is random a function of a place in the run, so that a run that goes on needs no other memory.
+
+    Args:
+        place: the run's seed, process, epoch, batch.
+    """
+    seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Stepper:
+    """Optimizer, schedule, gradient scaler and averaged weights of a model.
+
+    Args:
+        model: with gates, on its device.
+        learning: what was asked for.
+        steps_per_epoch: optimizer steps.
+    """
+
+    def __init__(self, model: nn.Module, learning: Learning, steps_per_epoch: int):
+        self.learning = learning
+        self.device = next(model.parameters()).device
+        self.optimizer = create_optimizer_v2(
+            model, learning.opt, lr=learning.lr, weight_decay=learning.weight_decay, momentum=learning.momentum
+        )
+        self._schedule, _ = create_scheduler_v2(
+            self.optimizer,
+            learning.sched,
+            num_epochs=learning.epochs,
+            decay_epochs=learning.decay_epochs,
+            decay_rate=learning.decay_rate,
+            warmup_epochs=learning.warmup_epochs,
+            warmup_lr=learning.warmup_lr,
+            min_lr=learning.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+        )
+        scales = learning.amp and learning.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scales)
+        self.ema = ModelEmaV3(model, decay=learning.model_ema_decay, use_warmup=True) if learning.model_ema else None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision, where it was asked for."""
+        dtype = getattr(torch, self.learning.amp_dtype)
+        return torch.autocast(self.device.type, dtype, enabled=self.learning.amp)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, model: nn.Module, step: int) -> float:
+        """Take step number `step` (the first is 1); gates move with the optimizer's. Returns its learning rate."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        if self.learning.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(model.parameters(), self.learning.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(model, step)
+        self.schedule_to(step)
+        return lr
+
+    def schedule_to(self, step: int) -> None:
+        """Set the learning rate for the step that follows `step` steps."""
+        if self._schedule is not None and step:
+            self._schedule.step_update(step)
+
+
+@dataclass
+class Loss:
+    """The loss of a batch.
+
+    Attributes:
+        smoothing: label smoothing.
+        mixup: mixes images and labels, None doesn't.
+        distillation: how much the teacher counts, None where there is none.
+        teacher: the dense model, frozen.
+    """
+
+    smoothing: float
+    mixup: Mixup | None
+    distillation: Distillation | None = None
+    teacher: nn.Module | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_classes: int, teacher: nn.Module | None) -> Loss:
+        """The one that a recipe asks for."""
+        images, smoothing = recipe.images, recipe.learning.smoothing
+        mixup = Mixup(images.mixup, images.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+        return cls(smoothing, mixup if images.mixes else None, recipe.distillation, teacher)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of images (N, C, H, W) with labels (N,); the images may be mixed in place."""
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.0 if self.mixup is not None else self.smoothing)
+        if self.distillation is None or self.teacher is None:
+            return loss
+        with torch.no_grad():
+            wanted = self.teacher(images)
+        weight = self.distillation.weight
+        return (1 - weight) * loss + weight * distance(logits, wanted, self.distillation.temperature)
+
+
+def distance(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """The teacher's part of the loss: KL divergence at a temperature, times its square (Hinton et al., section 2).
+
+    >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> float(distance(logits, logits, 2.0))
+    0.0
+    """
+    student, teacher = ((x.float() / temperature).log_softmax(-1) for x in (logits, wanted))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Any, most: int | None = None, stop: Any = None) -> tuple[int, int]:
+    """Images that a model in eval mode tells right at first guess, and how many it saw.
+
+    Args:
+        model: its mode is as before afterwards.
+        batches: of images and labels, on its device.
+        most: images that count.
+        stop: called before each batch.
+    """
+    training, right, seen = model.training, 0, 0
+    model.eval()
+    for images, labels in batches:
+        if stop is not None:
+            stop()
+        hits = (model(images).argmax(-1) == labels)[: None if most is None else most - seen]
+        right, seen = right + int(hits.sum()), seen + len(hits)
+    model.train(training)
+    return right, seen

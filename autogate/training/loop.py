@@ -1,0 +1,393 @@
+"""The training loop: from a recipe to a run folder with a slim model in it, in one go or in several."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from autogate.api import finalize, gates, summary
+from autogate.files import save
+from autogate.resources import Flops
+from autogate.summary import Summary
+from autogate.training.checkpoint import (
+    Checkpoint,
+    Position,
+    load_checkpoint,
+    read_tensors,
+    save_checkpoint,
+    write_tensors,
+)
+from autogate.training.data import DataSets, Loaders, find_data, loaders, on_device, set_epoch
+from autogate.training.distributed import World
+from autogate.training.learning import Loss, Stepper, accuracy, seed_at
+from autogate.training.network import build_network, data_config, with_gates
+from autogate.training.recipe import Recipe
+from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
+from autogate.training.watching import Moment, Watcher
+from autogate.version import __version__
+from rewriters.errors import AutogateError
+
+TELL_EVERY = 10
+"""Steps between two words to the watchers: reading the loss has the host wait for a GPU."""
+
+Stop = Callable[[], bool]
+"""Whether a run shall leave a checkpoint and end; asked after every step."""
+
+
+class _Stopped(Exception):
+    """The run was told to stop, and has left its checkpoint."""
+
+
+def start(
+    recipe: Recipe, path: Path, world: World | None = None, watchers: Sequence[Watcher] = (),
+    stop: Stop = lambda: False,
+) -> Result | None:  # fmt: skip
+    """Train a model with gates and finalize it.
+
+    Args:
+        recipe: what to do.
+        path: of the run's folder, which must be new or empty.
+        world: the processes that train; all of them call this. One on the CPU, if None.
+        watchers: are told how it goes.
+        stop: see there.
+
+    Returns:
+        What the slim model came to; None if the run was stopped.
+
+    Raises:
+        AutogateError: the data, the model, the budget or the folder can't be had so; the loss is not finite.
+    """
+    world, folder = world or World(), RunFolder(path)
+    if world.main:
+        folder.check_free()
+    seed_at(recipe.seed)
+    data = find_data(recipe.images)
+    model = build_network(recipe.network, recipe.network.num_classes or data.num_classes).to(world.device)
+    teacher = copy.deepcopy(model) if recipe.distillation is not None else None
+    run = _Run.on(recipe, data, model, teacher, folder, world)
+    if world.main:
+        folder.create(run.info)
+        if teacher is not None:
+            write_tensors(teacher.state_dict(), folder.teacher_file)
+    return run.go_on(Position(), watchers, stop)
+
+
+def resume(
+    path: Path, world: World | None = None, watchers: Sequence[Watcher] = (), stop: Stop = lambda: False,
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+) -> Result | None:  # fmt: skip
+    """Go on with a run where its checkpoint is: on a CPU with the same weights, bit for bit, as if it had not stopped.
+
+    Args:
+        path, world, watchers, stop: as for `start`.
+        change: what is different from now on: where the images lie, the number of workers, the device. With other
+            workers, other random crops are drawn.
+
+    Raises:
+        AutogateError: as `start`; there is no run or no checkpoint, or it doesn't fit the data or the number of
+            processes.
+    """
+    world, folder = world or World(), RunFolder(path)
+    info = folder.info()
+    result = folder.result()
+    if result is not None and result.complete and folder.slim_file.is_file():
+        return result
+    if world.size != info.processes:
+        raise AutogateError(
+            f"there are {world.size} processes, and were {info.processes} when the run began.", where=str(path)
+        )
+    if not folder.checkpoint_file.is_file():
+        raise AutogateError(
+            "the run has no checkpoint yet.", where=str(path), remedy="Delete the folder and start anew."
+        )
+    found, recipe = load_checkpoint(folder.checkpoint_file), change(info.recipe)
+    seed_at(recipe.seed)
+    data = find_data(recipe.images)
+    model = build_network(recipe.network, info.num_classes, weights=False).to(world.device)
+    teacher = None
+    if recipe.distillation is not None:
+        teacher = copy.deepcopy(model)
+        teacher.load_state_dict(read_tensors(folder.teacher_file))
+    run = _Run.on(recipe, data, model, teacher, folder, world)
+    for name in ("num_classes", "train_images", "val_images", "batches", "steps", "gates"):
+        now, then = getattr(run.info, name), getattr(info, name)
+        if now != then:
+            raise AutogateError(
+                f"{name.replace('_', ' ')}: there are {now} and were {then} when the run began.", where=str(path)
+            )
+    run.load(found)
+    if world.main:
+        folder.rewind(found.position.epoch)
+    world.wait()
+    return run.go_on(found.position, watchers, stop)
+
+
+@dataclass
+class _Run:
+    """A run in memory."""
+
+    recipe: Recipe
+    info: RunInfo
+    folder: RunFolder
+    world: World
+    loaders: Loaders
+    model: nn.Module
+    stepper: Stepper
+    loss: Loss
+    flops: Flops
+
+    @classmethod
+    def on(
+        cls, recipe: Recipe, data: DataSets, model: nn.Module, teacher: nn.Module | None, folder: RunFolder,
+        world: World,
+    ) -> _Run:  # fmt: skip
+        """A run that has not begun."""
+        classes = int(getattr(model, "num_classes", 0))
+        if data.num_classes is not None and classes < data.num_classes:
+            raise AutogateError(
+                f"the model has {classes} outputs and the data {data.num_classes} classes.", where="num_classes"
+            )
+        config = data_config(model, recipe.network)
+        loading = loaders(data, recipe.images, config, world)
+        steps_per_epoch = math.ceil(len(loading.train) / recipe.learning.grad_accum_steps)
+        steps = recipe.learning.epochs * steps_per_epoch
+        model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps)
+        whole = summary(model)
+        info = RunInfo(
+            format=1,
+            versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
+            recipe=recipe,
+            num_classes=classes,
+            input_size=tuple(config["input_size"]),
+            train_images=len(data.train),
+            val_images=len(data.val),
+            processes=world.size,
+            batches=len(loading.train),
+            steps_per_epoch=steps_per_epoch,
+            steps=steps,
+            gates=whole.progress.classes,
+            targets=whole.progress.targets,
+            flops=whole.all_flops,
+            params=whole.all_params,
+            layers=tuple(
+                LayerSize(layer.module, layer.all_inputs, layer.all_outputs, layer.all_macs) for layer in whole.layers
+            ),
+        )
+        stepper = Stepper(model, recipe.learning, steps_per_epoch)
+        bank = gates(model)
+        flops = Flops(bank.channel_map, model, bank.added)
+        return cls(recipe, info, folder, world, loading, model, stepper, Loss.of(recipe, classes, teacher), flops)
+
+    def load(self, found: Checkpoint) -> None:
+        """Take the state of a checkpoint."""
+        try:
+            self.model.load_state_dict(found.model)
+            self.stepper.optimizer.load_state_dict(dict(found.optimizer))
+            if found.scaler is not None:
+                self.stepper.scaler.load_state_dict(dict(found.scaler))
+            if self.stepper.ema is not None and found.ema is not None:
+                self.stepper.ema.module.load_state_dict(found.ema)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise AutogateError(f"it doesn't fit the run: {error}", where=str(self.folder.checkpoint_file)) from error
+        self.stepper.schedule_to(found.position.step)
+
+    def go_on(self, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Result | None:
+        """Train the epochs that are left and finalize."""
+        watchers = watchers if self.world.main else ()
+        wrapped = self.world.wrap(self.model)
+        for watcher in watchers:
+            watcher.started(self.info, position.step)
+        try:
+            for epoch in range(position.epoch, self.recipe.learning.epochs + 1):
+                if epoch > position.epoch:
+                    position = Position(epoch, step=position.step)
+                if epoch and position.batch < self.info.batches:
+                    position = self._train(wrapped, position, watchers, stop)
+                self._save(position)
+                row = self._evaluate(position, stop)
+                for watcher in watchers:
+                    watcher.evaluated(row)
+            return self._finish(row)
+        except _Stopped:
+            return None
+        finally:
+            for watcher in watchers:
+                watcher.finished()
+
+    def _train(self, wrapped: nn.Module, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Position:
+        """Train the rest of an epoch."""
+        world, stepper, epoch, step, lr = self.world, self.stepper, position.epoch, position.step, position.lr
+        began = time.monotonic() - position.seconds
+        total = torch.tensor(position.loss / world.size, device=world.device)
+        done = position.batch
+        wrapped.train()
+
+        def here() -> Position:
+            loss = float(world.total(total))
+            self._check_finite(loss, step)
+            return Position(epoch, done, step, loss, time.monotonic() - began, lr)
+
+        for images, labels in self._batches(position):
+            group = self._group(done)
+            last = done + 1 == group.stop
+            alone = contextlib.nullcontext() if last or world.size == 1 else wrapped.no_sync()  # type: ignore[operator]
+            with alone, stepper.autocast():
+                loss = self.loss(wrapped, images, labels)
+            with alone:
+                stepper.backward(loss / len(group))
+            total += loss.detach()
+            done += 1
+            if not last:
+                continue
+            step += 1
+            lr = stepper.step(self.model, step)
+            if watchers and step % TELL_EVERY == 0:
+                self._tell(watchers, epoch, step, float(total) / done, lr)
+            if world.any(stop()):
+                self._save(here())
+                raise _Stopped
+        done = self.info.batches
+        return here()
+
+    def _batches(self, position: Position) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch that are still to come; those before are loaded too, to draw the same numbers."""
+        place = (self.recipe.seed, self.world.rank, position.epoch)
+        seed_at(*place, 0)
+        set_epoch(self.loaders.train, position.epoch)
+        batches = iter(on_device(self.loaders.train, self.world.device))
+        for index in range(self.info.batches):
+            seed_at(*place, index + 1)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if index >= position.batch:
+                yield batch
+
+    def _group(self, batch: int) -> range:
+        """The batches whose gradients make one step with those of `batch`."""
+        size = self.recipe.learning.grad_accum_steps
+        first = batch - batch % size
+        return range(first, min(first + size, self.info.batches))
+
+    def _tell(self, watchers: Sequence[Watcher], epoch: int, step: int, loss: float, lr: float) -> None:
+        self._check_finite(loss, step)
+        live = gates(self.model).live.cpu()
+        moment = Moment(epoch, step, loss, lr, self.flops.share(live), int(live.sum()))
+        for watcher in watchers:
+            watcher.stepped(moment)
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise AutogateError(
+                f"the loss is not finite any more at step {step}.",
+                where=str(self.folder.path),
+                remedy="Train with a smaller --lr, with --clip-grad or without --amp, in another folder.",
+            )
+
+    def _save(self, position: Position) -> None:
+        if not self.world.main:
+            return
+        stepper = self.stepper
+        scaler = stepper.scaler.state_dict() if stepper.scaler.is_enabled() else None
+        ema = stepper.ema.module.state_dict() if stepper.ema is not None else None
+        checkpoint = Checkpoint(
+            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema
+        )
+        save_checkpoint(checkpoint, self.folder.checkpoint_file)
+
+    def _evaluate(self, position: Position, stop: Stop) -> EpochRow:
+        """How the run stands; the main process writes it down."""
+        bank, whole = gates(self.model), summary(self.model)
+        now = whole.progress
+        ema = self.stepper.ema
+        batches = max(position.batch, 1) * self.world.size
+        row = EpochRow(
+            epoch=position.epoch,
+            step=position.step,
+            lr=position.lr,
+            train_loss=position.loss / batches if position.epoch else None,
+            seconds=round(position.seconds, 3) if position.epoch else None,
+            accuracy=self._accuracy(self.model, stop),
+            ema_accuracy=None if ema is None else self._accuracy(ema.module, stop),
+            flops=whole.flops / whole.all_flops,
+            params=whole.params / whole.all_params,
+            live=now.classes - now.dead,
+            gates=now.classes,
+            settled=now.settled,
+        )
+        if self.world.main:
+            self.folder.add(row, _gate_row(row, bank.gates()[bank.live], whole))
+        if self.world.any(stop()):
+            raise _Stopped
+        return row
+
+    def _accuracy(self, model: nn.Module, stop: Stop) -> float:
+        """Of the validation images, in percent."""
+
+        def check() -> None:
+            if self.world.size == 1 and stop():
+                raise _Stopped
+
+        with self.stepper.autocast():
+            batches = on_device(self.loaders.val, self.world.device)
+            counts = accuracy(model, batches, self.loaders.val_share, check)
+        right, seen = self.world.total(torch.tensor(counts)).tolist()
+        return 100 * right / max(seen, 1)
+
+    def _finish(self, row: EpochRow) -> Result:
+        """Finalize, and try the slim model."""
+        ema = self.stepper.ema
+        model = self.model if ema is None else ema.module
+        slim, result = finalized(model, row.step, self.info.steps, warn=self.world.main)
+        if self.world.main:
+            save(slim, self.folder.slim_file)
+        result = replace(
+            result,
+            gated_accuracy=row.accuracy if ema is None else row.ema_accuracy,
+            accuracy=self._accuracy(slim.to(self.world.device), lambda: False),
+        )
+        if self.world.main:
+            self.folder.finish(result)
+        self.world.wait()
+        return result
+
+
+def finalized(model: nn.Module, step: int, steps: int, warn: bool = True) -> tuple[nn.Module, Result]:
+    """The slim model, in eval mode on the CPU, and what it came to after `step` of `steps` steps.
+
+    Raises:
+        AutogateError: as `autogate.finalize` does.
+    """
+    model = model.cpu().eval()  # convolutions on a GPU may round more than finalize lets pass
+    whole = summary(model)
+    slim = finalize(model, warn=warn)
+    result = Result(
+        step=step,
+        steps=steps,
+        flops=whole.flops,
+        params=sum(parameter.numel() for parameter in slim.parameters()),
+        dense_flops=whole.all_flops,
+        dense_params=whole.all_params,
+        shares=whole.progress.shares,
+    )
+    return slim, result
+
+
+def _gate_row(row: EpochRow, live: Tensor, whole: Summary) -> GateRow:
+    return GateRow(
+        epoch=row.epoch,
+        step=row.step,
+        dead=row.gates - row.live,
+        histogram=tuple(int(count) for count in torch.histc(live.float().cpu(), BINS, 0, 1)),
+        inputs=tuple(layer.inputs for layer in whole.layers),
+        outputs=tuple(layer.outputs for layer in whole.layers),
+    )

@@ -1,0 +1,71 @@
+"""CIFAR-10 as two tensors, on the device that trains."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+HOLD_OUT = 5
+"""One image in so many of the training set is held out where settings are chosen."""
+
+
+class Data(NamedTuple):
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: str) -> Data:
+        return Data(*(tensor.to(device) for tensor in self))
+
+
+def load(folder: Path, split: str) -> Data:
+    """The split named "train" or "test": torchvision's CIFAR-10, or `train.npz` and `test.npz`.
+
+    The latter have arrays `images`, (N, 32, 32, 3) uint8, and `labels`, (N,).
+    """
+    packed = folder / f"{split}.npz"
+    if packed.exists():
+        with np.load(packed) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    else:
+        from torchvision.datasets import CIFAR10
+
+        try:
+            data = CIFAR10(str(folder), train=split == "train")
+        except RuntimeError as error:
+            sys.exit(f"{folder} holds neither {split}.npz nor torchvision's CIFAR-10: {error}")
+        images, labels = data.data, np.asarray(data.targets)
+    return Data(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long())
+
+
+def held_out(train: Data) -> tuple[Data, Data]:
+    """The training set without a fifth of it, and that fifth: always the same, drawn from all classes."""
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
+    cut = len(order) // HOLD_OUT
+    return tuple(Data(train.images[part], train.labels[part]) for part in (order[cut:], order[:cut]))
+
+
+def normalise(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (MEAN, STD))
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: Tensor) -> Tensor:
+    """Flips and shifts by up to 4 pixels, the whole batch at once."""
+    count, device = len(images), images.device
+    flip = torch.rand(count, device=device) < 0.5
+    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+    padded = F.pad(images, (4, 4, 4, 4))
+    rows = torch.randint(9, (count, 1), device=device) + torch.arange(32, device=device)
+    columns = torch.randint(9, (count, 1), device=device) + torch.arange(32, device=device)
+    at = torch.arange(count, device=device).view(-1, 1, 1, 1), torch.arange(3, device=device).view(1, -1, 1, 1)
+    return padded[at[0], at[1], rows.view(count, 1, 32, 1), columns.view(count, 1, 1, 32)]

@@ -1,0 +1,132 @@
+"""The methods that are compared: each takes a trained model and gives a slim one, for the same epochs.
+
+Those of Torch-Pruning are set as its own scripts for CIFAR set them (reproduce/main.py and readme.md of v1.6.1): steps
+of a 400th of the channels, ranked over all layers, until the FLOPs are met; sparse training without weight decay, at a
+regularization of 5e-4 for group sparsity and 1e-5 for batch norms' scales. Half of the epochs are for sparse training
+and half for fine-tuning, each with a schedule of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+
+import autogate
+
+
+class Fit(Protocol):
+    """Trains a model in place; `recipe.fit` with all but these bound."""
+
+    def __call__(
+        self, model: nn.Module, epochs: int, *, after_backward: Callable[[], None] = ..., weight_decay: float = ...
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is asked.
+
+    Attributes:
+        flops: share that shall be left.
+        epochs: training that it may spend.
+        steps: optimizer steps in these.
+        example: images (N, 3, 32, 32), normalised.
+        fit: trains for a number of epochs.
+    """
+
+    flops: float
+    epochs: int
+    steps: int
+    example: Tensor
+    fit: Fit
+
+
+Method = Callable[[nn.Module, Task], nn.Module]
+
+
+def count_flops(model: nn.Module, example: Tensor) -> float:
+    """Multiply-adds of convolutions and linear layers for one image, with one counter for all methods."""
+    counter = FlopCountAnalysis(model.eval(), example[:1]).unsupported_ops_warnings(False)
+    by_operator = counter.by_operator()
+    return float(by_operator["conv"] + by_operator["linear"])
+
+
+def dense(model: nn.Module, task: Task) -> nn.Module:
+    """Dense training for the same extra epochs: the line to hold."""
+    task.fit(model, task.epochs)
+    return model
+
+
+def autogate_gates(model: nn.Module, task: Task, **settings: Any) -> nn.Module:
+    """`autogate.prepare` with its defaults, training, `autogate.finalize`."""
+    model = autogate.prepare(model, task.example, flops=task.flops, steps=task.steps, **settings)
+    task.fit(model, task.epochs)
+    return autogate.finalize(model)
+
+
+def l1(model: nn.Module, task: Task) -> nn.Module:
+    """The smallest L1 norms go at once, ranked over all layers; then fine-tuning."""
+    import torch_pruning
+
+    importance = torch_pruning.importance.MagnitudeImportance(p=1)
+    _prune(_pruner(torch_pruning.pruner.MagnitudePruner, model, task, importance), model, task)
+    task.fit(model, task.epochs)
+    return model
+
+
+def bn_slimming(model: nn.Module, task: Task) -> nn.Module:
+    """Sparse training of the batch norms' scales (Liu et al., Network Slimming), then fine-tuning."""
+    import torch_pruning
+
+    importance = torch_pruning.importance.BNScaleImportance()
+    pruner = _pruner(torch_pruning.pruner.BNScalePruner, model, task, importance, reg=1e-5)
+    return _sparse_then_fine(pruner, model, task)
+
+
+def group_sparsity(model: nn.Module, task: Task) -> nn.Module:
+    """Sparse training of all kernels coupled in a class (Fang et al., DepGraph), then fine-tuning."""
+    import torch_pruning
+
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer="max")
+    pruner = _pruner(torch_pruning.pruner.GroupNormPruner, model, task, importance, reg=5e-4)
+    return _sparse_then_fine(pruner, model, task)
+
+
+def _pruner(kind: Any, model: nn.Module, task: Task, importance: Any, **settings: Any) -> Any:
+    return kind(
+        model, task.example, importance=importance, global_pruning=True, iterative_steps=400, pruning_ratio=1.0,
+        ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)], **settings,
+    )  # fmt: skip
+
+
+def _sparse_then_fine(pruner: Any, model: nn.Module, task: Task) -> nn.Module:
+    sparse = task.epochs // 2
+    task.fit(model, sparse, after_backward=lambda: pruner.regularize(model), weight_decay=0.0)
+    _prune(pruner, model, task)
+    task.fit(model, task.epochs - sparse)
+    return model
+
+
+def _prune(pruner: Any, model: nn.Module, task: Task) -> None:
+    """Steps of a 400th of the channels until the FLOPs are met."""
+    model.zero_grad(set_to_none=True)
+    whole = count_flops(model, task.example)
+    while count_flops(model, task.example) > task.flops * whole and pruner.current_step < pruner.iterative_steps:
+        pruner.step()
+    model.to(memory_format=torch.channels_last)
+
+
+METHODS: dict[str, Method] = {
+    "dense": dense,
+    "autogate": autogate_gates,
+    "autogate, conv shortcuts": partial(autogate_gates, shortcuts="conv"),
+    "l1": l1,
+    "bn slimming": bn_slimming,
+    "group sparsity": group_sparsity,
+}

@@ -1,0 +1,44 @@
+"""Runs that leave a file each, and the trained networks that they start from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.accuracy.data import Data
+from benchmarks.accuracy.models import MODELS
+from benchmarks.accuracy.recipe import Recipe, accuracy, fit, predict
+
+
+def once(path: Path, run: Callable[[], dict]) -> dict:
+    """The result in `path`, run now if it isn't there."""
+    if not path.exists():
+        started = time.time()
+        result = run()
+        path.write_text(json.dumps(result | {"seconds": round(time.time() - started)}, indent=1))
+    return json.loads(path.read_text())
+
+
+def dense_model(name: str, seed: int, train: Data, test: Data, recipe: Recipe, out: Path) -> nn.Module:
+    """The trained network that all methods start from, from its file or trained now."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().to(train.images.device, memory_format=torch.channels_last)
+    weights = out / f"{name}_dense_{seed}.pt"
+
+    def run() -> dict:
+        fit(
+            model, train, recipe, recipe.epochs, recipe.peak,
+            lambda epoch, loss: print(f"  {name}, dense, epoch {epoch}: loss {loss:.3f}", flush=True),
+        )  # fmt: skip
+        torch.save(model.state_dict(), weights)
+        return {"accuracy": accuracy(predict(model, test.images), test.labels)}
+
+    result = once(weights.with_suffix(".json"), run)
+    print(f"{name}, seed {seed}: {result['accuracy']:.2f} % dense")
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    return model

@@ -1,0 +1,120 @@
+"""The page and the figure of what runs have left."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+PAGE = """# Accuracy at equal FLOPs and equal epochs
+
+    python -m benchmarks.accuracy run --data FOLDER --out runs/accuracy
+
+On CIFAR-10. Every method starts from the same trained networks and spends the same epochs, images, augmentation,
+optimizer and seeds. Means over seeds, with their standard errors. "dense" trains on for as many epochs, unslimmed.
+
+{tables}
+"""
+
+
+class Row(NamedTuple):
+    """The runs of one method on one model at one target."""
+
+    method: str
+    flops_target: float
+    accuracies: tuple[float, ...]
+    flops_left: float
+    params_left: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.accuracies)
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean; None for a single seed."""
+        seeds = len(self.accuracies)
+        return statistics.stdev(self.accuracies) / seeds**0.5 if seeds > 1 else None
+
+
+def results(folder: Path) -> list[dict]:
+    """What stands in the folder's JSON files, but for the dense networks that all start from and trials of settings."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [result for result in found if "method" in result and not result["set"]]
+
+
+def rows(found: Iterable[dict]) -> list[Row]:
+    """By target, the largest first, and within it by accuracy, the best first."""
+    by_case: dict[tuple[str, float], list[dict]] = {}
+    for result in found:
+        by_case.setdefault((result["method"], result["flops_target"]), []).append(result)
+    made = [
+        Row(
+            method, target, tuple(result["accuracy"] for result in cases),
+            statistics.mean(result["flops_left"] for result in cases),
+            statistics.mean(result["params_left"] for result in cases),
+        )
+        for (method, target), cases in by_case.items()
+    ]  # fmt: skip
+    return sorted(made, key=lambda row: (-row.flops_target, -row.mean))
+
+
+def table(title: str, of: Iterable[Row]) -> str:
+    """In Markdown."""
+    lines = [f"## {title}\n", "| FLOPs asked | method | FLOPs left | parameters left | accuracy (%) | seeds |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in of:
+        error = "" if row.error is None else f" ± {row.error:.2f}"
+        lines.append(
+            f"| {row.flops_target:g} | {row.method} | {row.flops_left:.3f} | {row.params_left:.3f} "
+            f"| {row.mean:.2f}{error} | {len(row.accuracies)} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(by_model: dict[str, list[Row]], path: Path) -> None:
+    """Accuracy against the FLOPs left, a panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(by_model), figsize=(6 * len(by_model), 4.2), squeeze=False)
+    for axis, (model, of) in zip(axes[0], by_model.items(), strict=True):
+        for method in dict.fromkeys(row.method for row in of):
+            points = [row for row in of if row.method == method]
+            errors = [row.error or 0.0 for row in points]
+            if method == "dense":
+                axis.axhline(points[0].mean, color="grey", linestyle="--", label="dense, same epochs")
+                continue
+            lefts, means = [row.flops_left for row in points], [row.mean for row in points]
+            axis.errorbar(lefts, means, errors, marker="o", capsize=3, label=method)
+        axis.set_title(model)
+        axis.set_xlabel("FLOPs left")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0][0].set_ylabel("test accuracy (%)")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write(runs: Path, docs: Path) -> None:
+    """Writes accuracy.md and accuracy.svg into `docs`."""
+    found = results(runs)
+    if not found:
+        raise SystemExit(f"{runs} holds no results.")
+    by_model = {
+        model: rows(result for result in found if result["model"] == model)
+        for model in dict.fromkeys(result["model"] for result in found)
+    }
+    docs.mkdir(parents=True, exist_ok=True)
+    draw(by_model, docs / "accuracy.svg")
+    tables = []
+    for model, of in by_model.items():
+        epochs = sorted({result["epochs"] for result in found if result["model"] == model})
+        tables.append(table(f"{model}, {' and '.join(map(str, epochs))} epochs", of))
+    tables.append("![Accuracy against FLOPs left](accuracy.svg)")
+    (docs / "accuracy.md").write_text(PAGE.format(tables="\n\n".join(tables)))

@@ -1,0 +1,106 @@
+"""Attention in its forms: what gates reach, what half of the classes dead leaves, how exact slim outputs are.
+
+    python benchmarks/attention.py --out runs/attention.jsonl [MODEL ...]
+
+Measured as in `benchmarks/norms.py`, with embeddings that may shrink: the share of FLOPs with a gate on input or
+output side; the share left with a random half of the classes dead (mean of three seeds); the largest relative
+difference between gated and slim outputs with 30, 50 and 70 % dead. Models are timm's with fewer blocks, computed in
+float64. Models that the output file has already are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import autogate
+import rewriters
+from benchmarks.exactness import measure_missing, randomise_norms
+from benchmarks.norms import kill
+
+_SMALL: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 6}
+
+MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "vit": ("vit_tiny_patch16_224", 64, {"img_size": 64, "depth": 2}),
+    "vit, norms of q and k": ("vit_tiny_patch16_224", 64, {"img_size": 64, "depth": 2, "qk_norm": True}),
+    "deit, distilled": ("deit_tiny_distilled_patch16_224", 64, {"img_size": 64, "depth": 2}),
+    "vit, relative positions": ("vit_relpos_small_patch16_224", 64, _SMALL),
+    "vit, attention pooling": ("vit_so150m_patch16_reg4_map_256", 64, _SMALL),
+    "vit, rotary": ("vit_small_patch16_rope_224", 64, _SMALL),
+    "dinov3, rotary by halves": ("vit_small_patch16_dinov3", 64, _SMALL),
+    "eva02, rotary, SwiGLU": ("eva02_tiny_patch14_224", 56, {"img_size": 56, "depth": 2}),
+    "beit": ("beit_base_patch16_224", 64, _SMALL),
+    "cait, talking heads": ("cait_xxs24_224", 64, {"img_size": 64, "depth": 2}),
+    "xcit": ("xcit_nano_12_p16_224", 64, {"img_size": 64, "depth": 2}),
+    "naflex": ("naflexvit_base_patch16_gap", 64, {"depth": 2, "embed_dim": 96, "num_heads": 6}),
+    "swin": (
+        "swin_tiny_patch4_window7_224", 56, {"img_size": 56, "depths": (1, 2), "num_heads": (2, 4), "embed_dim": 32}
+    ),
+    "swinv2": (
+        "swinv2_tiny_window8_256", 64, {"img_size": 64, "depths": (1, 2), "num_heads": (2, 4), "embed_dim": 32}
+    ),
+    "maxvit": ("maxvit_pico_rw_256", 64, {"img_size": 64, "depths": (1, 1), "embed_dim": (32, 64)}),
+    "coatnet": ("coatnet_pico_rw_224", 64, {"img_size": 64, "depths": (1, 1, 1, 1)}),
+    "edgenext": ("edgenext_xx_small", 64, {}),
+    "levit": ("levit_128s", 224, {}),
+    "efficientformer": ("efficientformer_l1", 224, {"depths": (1, 1, 1, 2)}),
+    "efficientformerv2": ("efficientformerv2_s0", 224, {"depths": (1, 1, 2, 2)}),
+    "efficientvit, linear attention": ("efficientvit_b0", 64, {}),
+    "fastvit": ("fastvit_sa12", 64, {"layers": (1, 1, 1, 1)}),
+    "pvt": ("pvt_v2_b0", 64, {"depths": (1, 1, 1, 1)}),
+    "twins": ("twins_pcpvt_small", 224, {"img_size": 64, "depths": (1, 1, 1, 1)}),
+    "mobilevit": ("mobilevit_xxs", 64, {}),
+    "mobilevitv2, linear attention": ("mobilevitv2_050", 64, {}),
+    "mobilenetv4, shared keys": ("mobilenetv4_hybrid_medium", 64, {}),
+}  # fmt: skip
+"""By the name in the table: the timm model, the side of its images and the options it is built with."""
+
+
+@torch.no_grad()
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """The model with no vector and no classifier as it is initialised, and an example, in float64."""
+    torch.manual_seed(0)
+    timm_name, side, options = MODELS[name]
+    model, example = timm.create_model(timm_name, num_classes=10, **options), torch.randn(2, 3, side, side)
+    randomise_norms(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.rand_like(parameter) * 0.4)
+        elif len(parameter) == 10:
+            parameter.normal_(std=0.05)
+    return model.double(), example.double()
+
+
+def measure(name: str) -> dict[str, Any]:
+    model, example = build(name)
+    model = autogate.prepare(model, example, flops=0.99)
+    summary, left, differences = autogate.summary(model), [], []
+    for seed in range(3):
+        twin = copy.deepcopy(model)
+        kill(twin, 0.5, seed)
+        left.append(autogate.summary(twin).flops / summary.all_flops)
+    for seed, share in enumerate((0.3, 0.5, 0.7)):
+        twin = copy.deepcopy(model)
+        kill(twin, share, seed)
+        gated = rewriters.run_eval(twin, (example,))
+        slim = autogate.finalize(twin, warn=False)
+        differences.append(rewriters.relative_error(rewriters.run_eval(slim, (example,)), gated))
+    return {"reach": summary.reach, "left": sum(left) / len(left), "worst_difference": max(differences)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--out", type=Path, default=Path("runs/attention.jsonl"))
+    args = parser.parse_args()
+    measure_missing(args.out, args.models, measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Every model in timm: prepare, classes dead at random, finalize; what gates reach, what it takes, what fails.
+
+    python -m benchmarks.coverage --out runs/coverage.jsonl --jobs 2
+    python -m benchmarks.coverage --sample one-per-file --out runs/sample.jsonl
+    python -m benchmarks.coverage --models "vit_*" "torchvision:*" --peer --out runs/some.jsonl
+
+Each model is measured in a process of its own, under a limit of memory and of time, and gets a line of JSON.
+Models that the output file has already are passed over. Weights are random, norms' statistics too. The line's
+fields are those of `Result`; `python -m benchmarks.coverage_table` writes docs/coverage.md from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import multiprocessing
+import resource
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import autogate
+import rewriters
+from autogate.inputs import Inputs
+from benchmarks.model_lists import Listed, listed, smallest_of_each_file
+from benchmarks.parts import (
+    PRODUCTS_WITH_KERNELS,
+    append,
+    finalize_compared,
+    kill,
+    lines,
+    randomise_constants,
+    randomise_norms,
+    recorded_flops,
+)
+from benchmarks.peer import torch_pruning
+
+DEAD = 0.5
+"""Share of the classes that die."""
+
+SEEDS = (0, 1, 2)
+"""FLOPs left are the mean of so many patterns; exactness is tried on the first."""
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["benchmarks.coverage"])  # to import it all takes as long as a small model
+
+SINGLE, DOUBLE = 1e-5, 1e-10
+"""Differences of the outputs that float32 and float64 may have: float64 is tried where float32 has more."""
+
+
+@dataclass
+class Result:
+    """What is measured of a model.
+
+    Attributes:
+        model, family: its name and the file that it is from.
+        image: side of the images, or shape of the example.
+        params: number of parameters.
+        step: what it failed in ("build", "prepare", "kill", "finalize", "memory", "time"), empty if in nothing.
+        error: the failure's text.
+        difference: largest relative difference of gated and slim outputs, in float32.
+        double_difference: the same in float64, where float32's is larger than `SINGLE`.
+        reach: share of the FLOPs in layers with a gate on their input or output side.
+        left: share of the FLOPs with half of the classes dead, mean of three patterns.
+        classes: number of gates.
+        prepare_s, finalize_s: seconds of processor time, on one thread.
+        prepare_bytes: by how much prepare raised the process's peak of memory; model_bytes: of the parameters.
+        peak_bytes: the process's peak at the end.
+        pinned: FLOPs out of gates' reach, as a share, by the op and reason that pin a side of such a layer.
+        peer: what torch-pruning did with the same model (see `benchmarks.peer`).
+    """
+
+    model: str
+    family: str
+    image: str = ""
+    params: int = 0
+    step: str = ""
+    error: str = ""
+    difference: float | None = None
+    double_difference: float | None = None
+    reach: float | None = None
+    left: float | None = None
+    classes: int | None = None
+    prepare_s: float | None = None
+    finalize_s: float | None = None
+    prepare_bytes: int | None = None
+    model_bytes: int | None = None
+    peak_bytes: int | None = None
+    pinned: dict[str, float] = field(default_factory=dict)
+    peer: dict[str, Any] = field(default_factory=dict)
+
+
+def build(one: Listed, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Inputs]:
+    """The model with random norms, and a batch of two that it runs on."""
+    torch.manual_seed(0)
+    model = one.build()
+    randomise_norms(model)
+    randomise_constants(model)
+    inputs = one.inputs(model)
+    cast = lambda value: value.to(dtype) if value.is_floating_point() else value  # noqa: E731
+    return model.to(dtype), torch.utils._pytree.tree_map_only(torch.Tensor, cast, inputs)
+
+
+def measure(one: Listed, peer: bool) -> Iterator[Result]:
+    """The result as far as it is known, again after each step: the last one counts."""
+    result = Result(one.name, one.family, step="build")
+    yield result
+    model, inputs = build(one)
+    result.image = "x".join(str(size) for size in one.shape(inputs))
+    result.params = sum(parameter.numel() for parameter in model.parameters())
+    result.model_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    flops = recorded_flops(model, inputs, of=PRODUCTS_WITH_KERNELS)
+    yield result
+    result.step = "prepare"
+    before, start = _peak_bytes(), time.process_time()
+    model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
+    result.prepare_s, result.prepare_bytes = time.process_time() - start, _peak_bytes() - before
+    _read_summary(result, model, flops)
+    yield result
+    result.step = "kill"
+    kill(model, DEAD, SEEDS[0])
+    result.step = "finalize"
+    yield result
+    result.difference, result.finalize_s = _finalize(model, inputs)
+    if not result.difference <= SINGLE:
+        yield result
+        model, inputs = build(one, torch.float64)
+        model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
+        kill(model, DEAD, SEEDS[0])
+        result.double_difference, _ = _finalize(model, inputs)
+    result.step, result.peak_bytes = "", _peak_bytes()
+    yield result
+    if peer:
+        result.peer = torch_pruning(*build(one))
+        yield result
+
+
+def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
+    """(relative difference, seconds); the difference is told and not judged."""
+    tolerant = dict.fromkeys(autogate.api.TOLERANCE, float("inf"))
+    with mock.patch.dict(autogate.api.TOLERANCE, tolerant):
+        start = time.process_time()
+        return finalize_compared(model, inputs), time.process_time() - start
+
+
+def _read_summary(result: Result, model: nn.Module, flops: float) -> None:
+    summary, channel_map = autogate.summary(model), autogate.gates(model).channel_map
+    whole = max(summary.all_flops, flops)
+    result.classes = channel_map.size
+    result.reach = summary.reach * summary.all_flops / whole
+    unseen = whole - summary.all_flops
+    left = []
+    for seed in SEEDS:
+        live = torch.rand(channel_map.size, generator=torch.Generator().manual_seed(seed)) >= DEAD
+        left.append((_left(channel_map, live) + unseen) / whole)
+    result.left = sum(left) / len(left)
+    result.pinned = {place: macs / whole for place, macs in _out_of_reach(channel_map).items()}
+    if unseen > 0.001 * whole:
+        result.pinned["kernels that are no parameter"] = unseen / whole
+
+
+def _left(channel_map: rewriters.ChannelMap, live: torch.Tensor) -> float:
+    def count(side: rewriters.Side) -> int:
+        if side in channel_map.classes:
+            return len(channel_map.kept(side, live))
+        return channel_map.sizes[side]
+
+    live = channel_map.survivors(live)
+    return sum(kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels)
+
+
+def _out_of_reach(channel_map: rewriters.ChannelMap) -> dict[str, float]:
+    """Multiply-adds of layers without a gate on either side, by what pins one of their sides."""
+    places: dict[rewriters.Side, set[str]] = {}
+    for pin in channel_map.pins:
+        for side in pin.sides:
+            places.setdefault(side, set()).add(f"{pin.op.removeprefix('aten.')}: {pin.reason}")
+    found: dict[str, float] = {}
+    for kernel in channel_map.kernels:
+        sides = {kernel.input_side, kernel.output_side}
+        if not sides & set(channel_map.classes):
+            macs = kernel.macs * channel_map.sizes[kernel.input_side] * channel_map.sizes[kernel.output_side]
+            for place in set().union(*(places.get(side, set()) for side in sides)) or {"no pin"}:
+                found[place] = found.get(place, 0.0) + macs
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_here(one: Listed, peer: bool, out: Path) -> None:
+    """Measure in this process; `out` holds what is known at any moment, for a process may be ended."""
+    result = Result(one.name, one.family)
+    try:
+        for result in measure(one, peer):
+            out.write_text(json.dumps(asdict(result)))
+    except MemoryError as error:
+        result.step, result.error = "memory", str(error)
+    except Exception as error:
+        short_of_memory = "can't allocate memory" in str(error)
+        result.error = f"{type(error).__name__}: {error}"[:600]
+        result.step = "memory" if short_of_memory else result.step
+    out.write_text(json.dumps(asdict(result)))
+
+
+def measure_apart(one: Listed, peer: bool, memory_gib: float, timeout_s: float) -> dict[str, Any]:
+    """Measure in a process of its own, which may take so much memory (data, without files) and processor time."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        process = PROCESSES.Process(target=_measure_limited, args=(one, peer, out, memory_gib, int(timeout_s)))
+        process.start()
+        process.join()
+        result = json.loads(out.read_text()) if out.exists() else asdict(Result(one.name, one.family, step="build"))
+        if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+            result["error"] = f"in {result['step']}: {timeout_s:.0f} s of processor time are over, or all memory taken"
+            result["step"] = "time"
+        elif process.exitcode:
+            result["error"], result["step"] = f"in {result['step']}: ended with {process.exitcode}", "crash"
+        return result
+
+
+def _measure_limited(one: Listed, peer: bool, out: Path, memory_gib: float, timeout_s: int) -> None:
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (timeout_s, timeout_s + 5))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    measure_here(one, peer, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["*"], help="patterns of names, as fnmatch reads them")
+    parser.add_argument("--sample", choices=["all", "one-per-file"], default="all")
+    parser.add_argument("--size", type=int, default=0, help="side of the images, where a model takes any; 0: its own")
+    parser.add_argument("--out", type=Path, default=Path("runs/coverage.jsonl"))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--memory", type=float, default=20.0, help="GiB a model may take")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of processor time a model may take")
+    parser.add_argument("--peer", action="store_true", help="the same with torch-pruning")
+    args = parser.parse_args()
+    every = listed(args.size)
+    models = list(dict.fromkeys(one for p in args.models for one in every if fnmatch.fnmatchcase(one.name, p)))
+    if args.sample == "one-per-file":
+        models = smallest_of_each_file(models, args.out.parent / "parameters.json")
+    done = {line["model"] for line in lines(args.out)}
+    left = [one for one in models if one.name not in done]
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(args.jobs))
+        apart = lambda one: measure_apart(one, args.peer, args.memory, args.timeout)  # noqa: E731
+        for number, future in enumerate(as_completed([pool.submit(apart, one) for one in left]), start=1):
+            result = future.result()
+            append(args.out, result)
+            told = f"{result['step']} {result['error']}"[:150] if result["step"] else _told(result)
+            print(f"{number}/{len(left)} {result['model']}: {told}", flush=True)
+
+
+def _told(result: dict[str, Any]) -> str:
+    return f"reach {result['reach']:.1%}, {result['left']:.3f} left, difference {result['difference']:.1e}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""docs/coverage.md from the lines that `benchmarks/coverage.py` measured.
+
+    python -m benchmarks.coverage_table runs/coverage.jsonl --out docs/coverage.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.coverage import DOUBLE, SINGLE
+from benchmarks.parts import lines
+
+WANTED = 0.9
+"""Models whose gates reach less of the FLOPs are listed, with what keeps the rest."""
+
+Line = dict[str, Any]
+
+HEADER = """# Coverage
+
+Written by
+
+    python -m benchmarks.coverage --out runs/coverage.jsonl
+    python -m benchmarks.coverage_table runs/coverage.jsonl --out docs/coverage.md
+
+Every model is prepared, a random half of its classes is killed, and it is finalized, in a process of its own; weights
+and norms' statistics are random. *Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's
+rounding is larger than that, by 1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers
+with a gate on their input or output side, the smallest of the family. *Left*: the share of FLOPs with half of the classes
+dead, the median. Times are medians of seconds of processor time on one thread; memory is the largest by which `prepare` raised
+the peak, over the bytes of the model's tensors.
+"""
+
+
+def exact(line: Line) -> bool:
+    """Whether gated and slim outputs are the same to rounding."""
+    if line["step"]:
+        return False
+    return line["difference"] <= SINGLE or (line["double_difference"] or 1.0) <= DOUBLE
+
+
+def nothing_to_prune(line: Line) -> bool:
+    return "no channel of it can go" in line["error"]
+
+
+def document(results: list[Line]) -> str:
+    """The whole page."""
+    tried = [line for line in results if line["step"] != "memory"]
+    parts = [HEADER, _totals(tried), _by_family(tried), _failures(tried), _low(tried)]
+    if any(line["peer"] for line in tried):
+        parts.append(_peers(tried))
+    return "\n".join(part for part in parts if part)
+
+
+def _totals(tried: list[Line]) -> str:
+    done = [line for line in tried if line["reach"] is not None]
+    rows = [
+        ("models tried", len(tried)),
+        ("families (files) they are from", len({line["family"] for line in tried})),
+        ("exact", sum(map(exact, tried))),
+        ("nothing to prune", sum(map(nothing_to_prune, tried))),
+        (f"reach of at least {WANTED:.0%}", sum(line["reach"] >= WANTED for line in done)),
+        ("FLOPs left with half of the classes dead, median", f"{median(line['left'] for line in done):.3f}"),
+        ("seconds that prepare takes: median, most", _median_and_most(line["prepare_s"] for line in done)),
+    ]
+    return _table(("", ""), rows)
+
+
+def _median_and_most(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{median(found):.1f}, {max(found):.1f}"
+
+
+def _by_family(tried: list[Line]) -> str:
+    families: dict[str, list[Line]] = defaultdict(list)
+    for line in tried:
+        families[line["family"]].append(line)
+    header = ("family", "models", "exact", "reach", "left", "prepare", "finalize", "memory")
+    return "## By family\n\n" + _table(header, [_family(name, own) for name, own in sorted(families.items())])
+
+
+def _family(name: str, own: list[Line]) -> tuple[Any, ...]:
+    def over(key: str, of: Any, form: str) -> str:
+        values = [line[key] for line in own if line[key] is not None]
+        return form.format(of(values)) if values else "-"
+
+    memory = [line["prepare_bytes"] / line["model_bytes"] for line in own if line["prepare_bytes"] is not None]
+    return (
+        name, len(own), sum(map(exact, own)), over("reach", min, "{:.1%}"), over("left", median, "{:.3f}"),
+        over("prepare_s", median, "{:.1f}"), over("finalize_s", median, "{:.1f}"),
+        f"{max(memory):.1f}" if memory else "-",
+    )  # fmt: skip
+
+
+def _failures(tried: list[Line]) -> str:
+    failed = [line for line in tried if not exact(line)]
+    if not failed:
+        return ""
+    rows = [(line["model"], line["step"] or "inexact", _why(line)) for line in failed]
+    return "## Not done, or not exact\n\n" + _table(("model", "at", "why"), rows)
+
+
+def _why(line: Line) -> str:
+    if line["error"]:
+        return " ".join(line["error"].split())[:200].replace("|", "/")
+    double = line["double_difference"]
+    return f"differs by {line['difference']:.1e}" + (f", {double:.1e} in float64" if double is not None else "")
+
+
+def _low(tried: list[Line]) -> str:
+    low = [line for line in tried if line["reach"] is not None and line["reach"] < WANTED]
+    if not low:
+        return ""
+    rows = []
+    for line in sorted(low, key=lambda line: line["reach"]):
+        reasons = ", ".join(f"{place} ({share:.1%})" for place, share in list(line["pinned"].items())[:3])
+        rows.append((line["model"], f"{line['reach']:.1%}", reasons))
+    text = f"## Reach below {WANTED:.0%}\n\nBehind each reason, the share of FLOPs that it keeps out of reach; shares overlap.\n\n"
+    return text + _table(("model", "reach", "why"), rows)
+
+
+def _peers(tried: list[Line]) -> str:
+    both = [line for line in tried if line["peer"]]
+    theirs = [line for line in both if not line["peer"]["error"]]
+    timed = [line for line in theirs if line["prepare_s"] is not None]
+    rows = [
+        ("models", len(both), len(both)),
+        ("slim model runs", sum(line["step"] == "" for line in both), len(theirs)),
+        (
+            "FLOPs left, median where both run",
+            f"{median(line['left'] for line in timed):.3f}",
+            f"{median(line['peer']['left'] for line in timed):.3f}",
+        ),
+        (
+            "seconds, median where both run",
+            f"{median(line['prepare_s'] for line in timed):.2f}",
+            f"{median(line['peer']['seconds'] for line in timed):.2f}",
+        ),
+        (
+            "quicker, of those where both run",
+            sum(line["prepare_s"] <= line["peer"]["seconds"] for line in timed),
+            sum(line["prepare_s"] > line["peer"]["seconds"] for line in timed),
+        ),
+    ]
+    text = (
+        "## Torch-Pruning\n\nThe general part of its timm example: `MetaPruner` with importance by magnitude, half of all "
+        "channels, the classifier ignored.\nIts seconds are those of graph and pruner's step, autogate's those of "
+        "`prepare`.\n\n"
+    )
+    return text + _table(("", "autogate", "Torch-Pruning"), rows)
+
+
+def _table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    def row(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+    header = tuple(header)
+    return "\n".join([row(header), row("---" for _ in header), *map(row, rows)]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
+    args = parser.parse_args()
+    args.out.write_text(document([line for path in args.results for line in lines(path)]))
+
+
+if __name__ == "__main__":
+    main()

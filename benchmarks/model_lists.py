@@ -1,0 +1,108 @@
+"""Models by name, where they are from, and what they are run on: all of timm's, torchvision's by "torchvision:NAME"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from timm.models import _registry
+from torch import Tensor, nn
+
+from autogate.inputs import Inputs, as_call
+
+TORCHVISION = "torchvision:"
+
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A model that can be built.
+
+    Attributes:
+        name: timm's, or torchvision's after "torchvision:".
+        family: the file that it is from.
+        side: of the images it is run on, where it takes any; 0 for what it is configured for.
+    """
+
+    name: str
+    family: str
+    side: int = 0
+
+    def build(self) -> nn.Module:
+        if self.name.startswith(TORCHVISION):
+            return torchvision.models.get_model(self.name.removeprefix(TORCHVISION), weights=None, **self._options())
+        return timm.create_model(self.name)
+
+    def _options(self) -> dict[str, None]:
+        takes_backbone = any(kind in self.family for kind in ("detection", "segmentation"))
+        return {"weights_backbone": None} if takes_backbone else {}
+
+    def inputs(self, model: nn.Module) -> Inputs:
+        """A batch of two."""
+        if self.name.startswith(TORCHVISION):
+            return (self._torchvision_input(),), {}
+        return as_call(self._resized(model), model)
+
+    def _torchvision_input(self) -> Tensor:
+        side = self.side or 224
+        return torch.randn(BATCH, 3, 16, 112, 112) if "video" in self.family else torch.randn(BATCH, 3, side, side)
+
+    def _resized(self, model: nn.Module) -> Tensor | None:
+        """A batch of smaller images, where the model takes one; None where it doesn't."""
+        config = model.default_cfg
+        channels, own = config["input_size"][0], config["input_size"][-1]
+        if not self.side or config.get("fixed_input_size") or self.side >= own:
+            return None
+        return torch.randn(BATCH, channels, self.side, self.side)
+
+    @staticmethod
+    def shape(inputs: Inputs) -> tuple[int, ...]:
+        """Of a sample of the first tensor."""
+        args, kwargs = inputs
+        return tuple(next(iter((*args, *kwargs.values()))).shape[1:])
+
+
+def listed(side: int = 0) -> list[Listed]:
+    """All of timm's models, then torchvision's whose forward is one of tensors."""
+    ours = [Listed(name, _registry._model_to_module[name], side) for name in timm.list_models()]
+    theirs = [
+        Listed(TORCHVISION + name, torchvision.models.get_model_builder(name).__module__.removeprefix("torchvision."), side)
+        for name in torchvision.models.list_models()
+        if ".quantization." not in torchvision.models.get_model_builder(name).__module__
+    ]
+    return [*ours, *theirs]
+
+
+def smallest_of_each_file(models: Iterable[Listed], cache: Path) -> list[Listed]:
+    """Of the models of each file that with the fewest parameters, timm's models made for tests left out.
+
+    The numbers are kept in `cache`, for to build every model takes minutes, without weights too.
+    """
+    counts = json.loads(cache.read_text()) if cache.exists() else {}
+    smallest: dict[str, Listed] = {}
+    for one in models:
+        if one.name.startswith("test_"):
+            continue
+        if one.name not in counts:
+            counts[one.name] = _count_parameters(one)
+        if one.family not in smallest or counts[one.name] < counts[smallest[one.family].name]:
+            smallest[one.family] = one
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps(counts))
+    return list(smallest.values())
+
+
+def _count_parameters(one: Listed) -> int:
+    """Without memory for them, where the model can be built so."""
+    try:
+        with torch.device("meta"):
+            model = one.build()
+    except Exception:  # it computes with what it builds
+        model = one.build()
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,112 @@
+"""What several benchmarks do: models as no initialisation leaves them, classes dead at random, files of results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils.flop_counter import flop_registry
+
+import autogate
+import rewriters
+from autogate.inputs import Inputs
+from rewriters.analysis import set_modes
+from rewriters.capture import capture
+
+
+@torch.no_grad()
+def randomise_norms(model: nn.Module, seed: int = 0) -> None:
+    """Statistics and affine parameters of batch norms as no initialisation leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            shape = module.running_mean.shape
+            module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.1)
+            module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
+            if module.affine:
+                module.weight.copy_(torch.rand(shape, generator=generator) + 0.5)
+                module.bias.copy_(torch.randn(shape, generator=generator) * 0.1)
+
+
+@torch.no_grad()
+def randomise_vectors(model: nn.Module) -> None:
+    """Weights, biases and scales of everything but batch norms, drawn where they are vectors."""
+    for module in model.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for key, vector in module.named_parameters(recurse=False):
+                if vector.ndim == 1 and key == "weight":
+                    vector.uniform_(0.5, 1.5)
+                elif vector.ndim == 1 and key == "bias":
+                    vector.normal_(std=0.1)
+                elif vector.ndim == 1 and key == "gamma":
+                    vector.uniform_(0.2, 0.7)
+
+
+@torch.no_grad()
+def randomise_constants(model: nn.Module, seed: int = 0) -> None:
+    """Noise on parameters that begin as one number everywhere, as scales of branches and some classifiers do."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@torch.no_grad()
+def kill(model: nn.Module, share: float, seed: int) -> None:
+    """Close a random `share` of a prepared model's gates."""
+    alpha = autogate.gates(model).alpha
+    dead = torch.rand(len(alpha), generator=torch.Generator().manual_seed(seed)) < share
+    alpha[dead.to(alpha.device)] = 0
+
+
+def finalize_compared(model: nn.Module, inputs: Inputs) -> float:
+    """Finalize a prepared model; the largest relative difference between its outputs before and after."""
+    gated = rewriters.run_eval(model, *inputs)
+    slim = autogate.finalize(model, warn=False)
+    return rewriters.relative_error(rewriters.run_eval(slim, *inputs), gated)
+
+
+PRODUCTS_WITH_KERNELS = (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm)
+"""Convolutions, and products with two-dimensional kernels as linear layers have them."""
+
+
+def recorded_flops(model: nn.Module, inputs: Inputs, of: Collection[Any] | None = None) -> float:
+    """Multiply-adds of one sample in eval mode, by torch's own formulas; only those of the ops in `of`."""
+    modes = set_modes(model, False)
+    try:
+        graph = capture(model, *inputs).graph
+    finally:
+        set_modes(model, modes)
+    total = 0
+    for node in graph.nodes:
+        op = getattr(node.target, "overloadpacket", None)
+        if op in flop_registry and (of is None or op in of):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
+            total += flop_registry[op](*args, **kwargs, out_val=node.meta["val"])
+    return total / 2 / rewriters.samples_in(*inputs)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """The results in a file of JSON lines; none where there is no file."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def append(out: Path, result: dict[str, Any]) -> None:
+    """Add a result to a file of JSON lines."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def measure_missing(out: Path, models: Iterable[str], measure: Callable[[str], dict[str, Any]]) -> None:
+    """A line of JSON for each model that has none in `out` yet."""
+    done = {line["model"] for line in lines(out)}
+    for name in models:
+        if name not in done:
+            result = {"model": name, **measure(name)}
+            append(out, result)
+            print(result, flush=True)

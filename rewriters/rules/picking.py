@@ -1,0 +1,49 @@
+"""Ops that pick elements by tensors of indices: tables of relative positions, embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriters.labels import Labelled, compress, varying
+from rewriters.rules.registry import OpCall, rule
+
+_REASON = "picked by a tensor of indices"
+
+
+@rule("aten.index.Tensor")
+def index(call: OpCall) -> Labelled:
+    """table[i, :, j]: labels survive along the dimensions that are not indexed."""
+    value, keys = call.args
+    return _picked(call, value, list(keys))
+
+
+@rule("aten.index_select")
+def index_select(call: OpCall) -> Labelled:
+    """table.index_select(dim, indices)."""
+    value, dim, indices = call.args
+    return _picked(call, value, [*[None] * (dim % value.ndim), indices])
+
+
+@rule("aten.embedding")
+def embedding(call: OpCall) -> Labelled:
+    """table[indices]."""
+    return _picked(call, call.args[0], [call.args[1]])
+
+
+def _picked(call: OpCall, value: Labelled, keys: list[Any]) -> Labelled:
+    """Which indices are picked isn't known here: those that may be are kept, and any may be where any is."""
+    for key in keys:
+        for layer in key.layers if isinstance(key, Labelled) else ():
+            call.pin(layer, "used as indices")
+    dims = [dim for dim, key in enumerate(keys) if key is not None]
+    # All indices at 0: of the layers that are left, each is the same along what is indexed.
+    zeros = [None if key is None else torch.zeros(1, dtype=torch.int64).expand(key.shape) for key in keys]
+    layers = []
+    for layer in call.mix(value, dims, _REASON):
+        picked: Tensor = torch.ops.aten.index.Tensor(layer.expand(value.shape), zeros)
+        if varying(layer := compress(picked)):
+            layers.append(layer)
+    return Labelled(call.shape, tuple(layers))

@@ -1,0 +1,410 @@
+"""A training run: what its folder holds, and that one that stopped goes on as if it had not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+import autogate
+from autogate.training import (
+    Budget,
+    Distillation,
+    EpochRow,
+    Images,
+    Learning,
+    Moment,
+    Network,
+    Recipe,
+    RunFolder,
+    Watcher,
+    finalize_checkpoint,
+    loop,
+    resume,
+    start,
+)
+from autogate.training.checkpoint import load_checkpoint, write_tensors
+from autogate.training.data import find_data, loaders, on_device
+from autogate.training.distributed import World
+from autogate.training.learning import Loss, accuracy, distance
+from autogate.training.watching import TensorBoard
+from tests.autogate.conftest import CLASSES, paint
+
+
+def recipe(pictures: Path, **changes: Any) -> Recipe:
+    """Two epochs of three steps of a small network."""
+    plain: dict[str, Any] = {
+        "network": Network("test_resnet", img_size=32),
+        "images": Images(str(pictures), batch_size=8, workers=0),
+        "budget": Budget(flops=0.7),
+        "learning": Learning(epochs=2),
+        "device": "cpu",
+    }
+    return Recipe(**{**plain, **changes})
+
+
+class Diary(Watcher):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: list[EpochRow] = []
+        self.moments: list[Moment] = []
+        self.ended = 0
+
+    def stepped(self, moment: Moment) -> None:
+        self.moments.append(moment)
+
+    def evaluated(self, row: EpochRow) -> None:
+        self.rows.append(row)
+
+    def finished(self) -> None:
+        self.ended += 1
+
+
+class After(Watcher):
+    """Stops a run after so many steps."""
+
+    def __init__(self, steps: int):
+        self.left, self.training = steps, False
+
+    def evaluated(self, row: EpochRow) -> None:
+        self.training = True
+
+    def __call__(self) -> bool:
+        self.left -= self.training
+        return self.left <= 0
+
+
+@pytest.fixture(scope="module")
+def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Diary]:
+    """A run that was never stopped."""
+    folder, diary = tmp_path_factory.mktemp("runs") / "plain", Diary()
+    assert start(recipe(pictures), folder, watchers=[diary]) is not None
+    return RunFolder(folder), diary
+
+
+def test_the_folder_holds_the_run(plain: tuple[RunFolder, Diary], pictures: Path):
+    folder, diary = plain
+    info, rows, gates, result = folder.info(), folder.metrics(), folder.gates(), folder.result()
+    assert info.recipe == recipe(pictures)
+    assert (info.num_classes, info.input_size, info.train_images, info.val_images) == (3, (3, 32, 32), 24, 15)
+    assert (info.batches, info.steps_per_epoch, info.steps, info.targets) == (3, 3, 6, {"FLOPs": 0.7})
+    assert [(row.epoch, row.step) for row in rows] == [(0, 0), (1, 3), (2, 6)]
+    assert list(rows) == diary.rows and diary.ended == 1
+    assert rows[0].flops == rows[0].params == 1 and rows[0].live == rows[0].gates == info.gates
+    assert rows[-1].flops <= 0.71 and rows[-1].settled and rows[-1].live < info.gates
+    for row, line in zip(rows, gates, strict=True):
+        assert line.dead + sum(line.histogram) == info.gates and line.dead == info.gates - row.live
+    assert gates[0].outputs == tuple(layer.outputs for layer in info.layers)
+    slim = autogate.load(folder.slim_file)
+    widths = {name: module for name, module in slim.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    for layer, inputs, outputs in zip(info.layers, gates[-1].inputs, gates[-1].outputs, strict=True):
+        assert tuple(widths[layer.module].weight.shape[:2]) == (outputs, inputs)
+    assert result is not None and result.step == result.steps == 6
+    assert result.accuracy == result.gated_accuracy == rows[-1].accuracy
+    assert result.flops == pytest.approx(rows[-1].flops * info.flops)
+    assert result.params == sum(p.numel() for p in slim.parameters())
+    assert not slim.training
+
+
+def test_the_accuracies_are_those_of_the_models(plain: tuple[RunFolder, Diary], pictures: Path):
+    folder, _ = plain
+    slim, data = autogate.load(folder.slim_file), find_data(folder.info().recipe.images)
+    from timm.data import resolve_data_config
+
+    val = loaders(data, folder.info().recipe.images, resolve_data_config({"img_size": 32}, model=slim), World()).val
+    right, seen = accuracy(slim, on_device(val, torch.device("cpu")))
+    assert seen == 15 and 100 * right / seen == folder.result().accuracy
+
+
+def everything(images: Images) -> dict[str, Any]:
+    """A run of all that a checkpoint has to know of."""
+    return {
+        "images": dataclasses.replace(images, batch_size=4, mixup=0.5, cutmix=0.5),
+        "network": Network("test_resnet", img_size=32, drop=0.2, drop_path=0.1),
+        "learning": Learning(
+            epochs=2, opt="adamw", lr=1e-3, warmup_epochs=1, grad_accum_steps=2, clip_grad=1.0, smoothing=0.1,
+            amp=True, model_ema=True,
+        ),
+        "distillation": Distillation(0.5, 3.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("workers", "steps"), [(0, 2), (1, 1)])
+def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path, workers: int, steps: int):
+    """Stopped in the middle of an epoch, and killed later on."""
+
+    class Killed(Watcher):
+        def evaluated(self, row: EpochRow) -> None:
+            if row.epoch == 1:
+                raise KeyboardInterrupt
+
+    images = Images(str(pictures), batch_size=8, workers=workers)
+    asks = recipe(pictures, **({"images": images} if workers else everything(images)))
+    whole, parts, stop = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts"), After(steps)
+    assert start(asks, whole.path) is not None
+    assert start(asks, parts.path, watchers=[stop], stop=stop) is None
+    position = load_checkpoint(parts.checkpoint_file).position
+    assert position.epoch == 1 and 0 < position.batch < parts.info().batches
+    with pytest.raises(KeyboardInterrupt):
+        resume(parts.path, watchers=[Killed()])
+    result = resume(parts.path)
+    assert result == whole.result() and result.step == result.steps
+    first, second = (load_checkpoint(folder.checkpoint_file) for folder in (whole, parts))
+    slim = load_file(whole.slim_file), load_file(parts.slim_file)
+    for one, other in ((first.model, second.model), (first.ema or {}, second.ema or {}), slim):
+        assert all(torch.equal(one[name], other[name]) for name in one) and len(one) == len(other)
+    assert whole.gates_file.read_text() == parts.gates_file.read_text()
+    for one, other in zip(whole.metrics(), parts.metrics(), strict=True):
+        assert dataclasses.replace(one, seconds=None) == dataclasses.replace(other, seconds=None)
+
+
+def test_a_finished_run_is_told_again(plain: tuple[RunFolder, Diary]):
+    folder, _ = plain
+    before = folder.slim_file.stat().st_mtime_ns
+    assert resume(folder.path) == folder.result()
+    assert folder.slim_file.stat().st_mtime_ns == before
+
+
+def test_a_finished_run_keeps_its_accuracy(plain: tuple[RunFolder, Diary]):
+    folder, _ = plain
+    before = folder.result()
+    assert finalize_checkpoint(folder.path).result == before == folder.result()
+
+
+def test_a_row_that_was_cut_short_is_written_anew(plain: tuple[RunFolder, Diary], tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    folder.create(plain[0].info())
+    rows, gates = plain[0].metrics(), plain[0].gates()
+    for row, line in zip(rows, gates, strict=True):
+        folder.add(row, line)
+    for file in (folder.metrics_file, folder.gates_file):
+        file.write_text(file.read_text()[:-10])
+    folder.rewind(2)
+    folder.add(rows[2], gates[2])
+    assert (folder.metrics(), folder.gates()) == (rows, gates)
+
+
+def test_a_run_is_not_gone_on_with_on_other_data(pictures: Path, tmp_path: Path):
+    stop = After(1)
+    assert start(recipe(pictures), tmp_path / "run", watchers=[stop], stop=stop) is None
+    other = paint(tmp_path / "other", {"train": 9, "validation": 5})
+    change = lambda asked: dataclasses.replace(asked, images=dataclasses.replace(asked.images, data=str(other)))  # noqa: E731
+    with pytest.raises(autogate.AutogateError, match="train images: there are 27 and were 24"):
+        resume(tmp_path / "run", change=change)
+    with pytest.raises(autogate.AutogateError, match="there are 2 processes, and were 1"):
+        resume(tmp_path / "run", world=World(size=2))
+
+
+def test_a_run_that_was_not_finished_is_finalized(plain: tuple[RunFolder, Diary], pictures: Path, tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    stop = After(1)
+    asks = recipe(pictures, learning=Learning(epochs=4))
+    assert start(asks, folder.path, watchers=[stop], stop=stop) is None
+    with pytest.warns(autogate.BudgetNotMetWarning, match="% of the FLOPs for a target of 70.0%: 1 of 12 steps"):
+        found = finalize_checkpoint(folder.path)
+    assert found.file == folder.slim_file and folder.result() == found.result
+    assert found.result.accuracy is None and (found.result.step, found.result.steps) == (1, 12)
+    out = tmp_path / "elsewhere.safetensors"
+    with pytest.warns(autogate.BudgetNotMetWarning):
+        assert finalize_checkpoint(folder.checkpoint_file, out).file == out
+    autogate.load(out)
+    assert resume(folder.path).step == 12
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path):
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    file = tmp_path / "last.pt"
+    torch.save({"model": Hostile()}, file)
+    with pytest.raises(autogate.AutogateError, match="damaged, or no checkpoint"):
+        finalize_checkpoint(file)
+    file.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(autogate.AutogateError):
+        finalize_checkpoint(file)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_checkpoint_is_told(plain: tuple[RunFolder, Diary], tmp_path: Path):
+    whole = plain[0].checkpoint_file.read_bytes()
+    file = tmp_path / "last.pt"
+    for content in (b"", b"nonsense", whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(autogate.AutogateError, match="damaged, or no checkpoint"):
+            finalize_checkpoint(file)
+    write_tensors({"model": {}}, file)
+    with pytest.raises(autogate.AutogateError, match=r"no checkpoint of autogate train"):
+        finalize_checkpoint(file)
+    with pytest.raises(autogate.AutogateError, match=r"no run\.json"):
+        finalize_checkpoint(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "last.pt"
+    write_tensors({"step": 1}, file)
+
+    def full(value: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(autogate.AutogateError, match=r"could not be written .*is whole"):
+        write_tensors({"step": 2}, file)
+    assert torch.load(file, weights_only=True) == {"step": 1} and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_in_use_is_left_alone(plain: tuple[RunFolder, Diary], pictures: Path, tmp_path: Path):
+    with pytest.raises(autogate.AutogateError, match=r"a run in this folder already.*--resume"):
+        start(recipe(pictures), plain[0].path)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(autogate.AutogateError, match="not an empty folder"):
+        start(recipe(pictures), tmp_path)
+
+
+def test_a_target_out_of_reach_leaves_no_folder(pictures: Path, tmp_path: Path):
+    with pytest.raises(autogate.AutogateError, match=r"0.050 of the FLOPs can't be reached"):
+        start(recipe(pictures, budget=Budget(flops=0.05, ignore=("layer3", "layer4"))), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loop.Loss, "__call__", lambda self, model, images, labels: model(images).sum() * torch.inf)
+    with pytest.raises(autogate.AutogateError, match="not finite any more at step"):
+        start(recipe(pictures), tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "last.pt").position.step == 0  # the good one stays
+
+
+def test_distillation_is_the_kl_divergence():
+    torch.manual_seed(0)
+    logits, wanted = torch.randn(2, 4, 5).double().unbind(0)
+    student, teacher = (logits / 3).softmax(1), (wanted / 3).softmax(1)
+    divergence = (teacher * (teacher.log() - student.log())).sum(1).mean()
+    assert distance(logits, wanted, 3.0).item() == pytest.approx(9 * divergence.item(), rel=1e-5)
+
+
+def test_the_teacher_has_its_part_of_the_loss():
+    torch.manual_seed(0)
+    model, teacher = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    images, labels = torch.randn(6, 4), torch.randint(3, (6,))
+    plain = F.cross_entropy(model(images), labels)
+    asked = Recipe(Network("test_resnet"), Images("cifar10"), distillation=Distillation(0.25, 2.0))
+    loss = Loss.of(asked, 3, teacher)
+    got = loss(model, images, labels)
+    assert got.item() == pytest.approx((0.75 * plain + 0.25 * distance(model(images), teacher(images), 2.0)).item())
+    got.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert teacher[1].num_batches_tracked == 0 and not teacher.training
+
+
+def test_tensorboard_is_told_too(plain: tuple[RunFolder, Diary], tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = plain
+    board = TensorBoard(tmp_path)
+    board.started(folder.info(), 0)
+    board.stepped(Moment(1, 2, 0.5, 0.1, 0.9, 600))
+    for row in folder.metrics():
+        board.evaluated(row)
+    board.finished()
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [event.step for event in read.Scalars("epoch/accuracy")] == [0, 3, 6]
+    assert read.Scalars("step/loss")[0].value == 0.5
+    assert "epoch/train_loss" in read.Tags()["scalars"] and "epoch/ema_accuracy" not in read.Tags()["scalars"]
+
+
+def test_a_class_without_validation_images_shifts_no_label(tmp_path: Path):
+    folder = paint(tmp_path / "data", {"train": 2, "validation": 2})
+    for file in (folder / "validation" / "blue").iterdir():
+        file.unlink()
+    found = find_data(Images(str(folder)))
+    names = dict(enumerate(CLASSES))
+    assert {names[label] for _, label in (found.val[index] for index in range(len(found.val)))} == {"green", "red"}
+    assert found.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"data": "nowhere"}, "no such folder.*cifar10"),
+        ({"train_split": "practice"}, "no folder 'practice'.*--train-split"),
+        ({"val_split": "train"}, "both parts are 'train'"),
+        ({"data": "torch/cifar10"}, "where does it lie.*--data-dir"),
+        ({"data": "torch/cifar10", "data_dir": "."}, "--data-download"),
+        ({"data": "torch/cifar11", "data_dir": "."}, "Unknown torchvision dataset"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_data_that_is_not_there_is_told(pictures: Path, change: dict[str, Any], told: str):
+    images = dataclasses.replace(Images(str(pictures)), **change)
+    with pytest.raises(autogate.AutogateError, match=told):
+        find_data(images)
+
+
+def test_folders_of_the_wrong_kind_are_told(pictures: Path, tmp_path: Path):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    with pytest.raises(autogate.AutogateError, match=r"Found 0 images.*one folder for each class"):
+        find_data(Images(str(tmp_path / "empty")))
+    folder = paint(tmp_path / "more", {"train": 1, "validation": 1})
+    (folder / "train" / "red").rename(folder / "train" / "yellow")
+    with pytest.raises(autogate.AutogateError, match="class 'red' has validation images and no training"):
+        find_data(Images(str(folder)))
+    with pytest.raises(autogate.AutogateError, match=r"24 training images .* don't fill a batch of 25"):
+        start(recipe(pictures, images=Images(str(pictures), batch_size=25, workers=0)), tmp_path / "run")
+    with pytest.raises(autogate.AutogateError, match="2 outputs and the data 3 classes"):
+        start(recipe(pictures, network=Network("test_resnet", num_classes=2, img_size=32)), tmp_path / "run")
+
+
+def test_cifar_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import hashlib
+
+    from torchvision.datasets import CIFAR10
+
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+    batch = pickle.dumps(
+        {"data": torch.arange(4 * 3072).remainder(256).byte().view(4, -1).numpy(), "labels": [0, 1, 2, 9]}
+    )
+    meta = pickle.dumps({"label_names": [str(index) for index in range(10)]})
+    for name, content in (("one", batch), ("meta", meta)):
+        (base / name).write_bytes(content)
+    sums = {name: hashlib.md5((base / name).read_bytes()).hexdigest() for name in ("one", "meta")}
+    for attribute in ("train_list", "test_list"):
+        monkeypatch.setattr(CIFAR10, attribute, [["one", sums["one"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": sums["meta"]})
+    found = find_data(Images("cifar10", data_dir=str(tmp_path)))
+    assert (len(found.train), len(found.val), found.num_classes) == (4, 4, 10) and found.train[3][1] == 9
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Learning(opt="adamq"), "There is adam"),
+        (lambda: Learning(sched="cosin"), "cosine"),
+        (lambda: Learning(epochs=2, warmup_epochs=2), "warm-up"),
+        (lambda: Budget(flops=1.5), r"in \(0, 1\]"),
+        (lambda: Distillation(weight=0.0), "weight"),
+        (lambda: Recipe(Network("x"), Images("y", batch_size=3, mixup=1.0)), "even batch"),
+    ],
+)
+def test_what_can_not_be_asked_for(make: Any, told: str):
+    with pytest.raises(autogate.AutogateError, match=told):
+        make()
+
+
+def test_an_older_folder_is_read_by_its_format(plain: tuple[RunFolder, Diary], tmp_path: Path):
+    content = json.loads(plain[0].info_file.read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**content, "format": 0}))
+    with pytest.raises(autogate.AutogateError, match=r"run\.json: its format can't be read"):
+        RunFolder(tmp_path).info()

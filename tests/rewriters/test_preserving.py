@@ -1,0 +1,86 @@
+"""What forwards keep of earlier calls doesn't hide what it was computed from, and doesn't outlive it."""
+
+import functools
+
+import torch
+from torch import nn
+
+from rewriters.analysis import analyse
+from rewriters.channel_map import Side
+from rewriters.verify import run_eval
+from tests.rewriters.exactness import assert_exact
+from tests.rewriters.helpers import conv, image
+
+
+class Looked(nn.Module):
+    """Adds a bias that is looked up in a table, in eval mode only once."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 2)
+        self.table, self.cache = nn.Parameter(torch.randn(3, 4)), {}
+
+    def bias(self):
+        if self.training:
+            return self.table[torch.tensor([1])].view(1, -1, 1, 1)
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.table[torch.tensor([1])].view(1, -1, 1, 1)
+        return self.cache["bias"]
+
+    def forward(self, x):
+        return self.b(self.a(x) + self.bias())
+
+
+def test_a_cache_hides_nothing_from_the_analysis_and_stays_on_its_module():
+    model, x = Looked().eval(), image()
+    run_eval(model, (x,))
+    cache, kept = model.cache, model.cache["bias"]
+    assert Side("table", 1) in analyse(model, (x,)).channel_map.classes
+    assert model.cache is cache
+    assert model.cache["bias"] is kept
+
+
+def test_a_slim_model_has_no_cache_of_the_sizes_that_were():
+    model, x = Looked().double().eval(), image().double()
+    run_eval(model, (x,))
+    slimmed = assert_exact(model, (x,))
+    assert slimmed.got[0].shape == (2, 2, 4, 4)
+
+
+def remembering(function):
+    kept = functools.lru_cache(function)
+    return lambda *args: kept(*args)
+
+
+class Remembering(nn.Module):
+    """Keeps what it looked up in an lru_cache, and registers a hook when it first runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.table = conv(3, 4), conv(4, 2), torch.randn(3, 4)
+        self.seen, self.hooked = [], False
+        self.look_up = functools.lru_cache(lambda size: torch.arange(size).view(1, 1, 1, -1) * 1.0)
+
+    def forward(self, x):
+        if not self.hooked:
+            self.a.register_forward_hook(lambda module, args, output: self.seen.append(output.shape))
+            self.hooked = True
+        return self.b(self.a(x) * self.look_up(x.shape[-1]) + self.count(x.shape[-1]))
+
+    @staticmethod
+    @remembering
+    def count(size):
+        return torch.arange(size).view(1, 1, 1, -1) * 1.0
+
+
+def test_what_a_forward_leaves_elsewhere_is_gone_after_the_analysis():
+    model, x = Remembering().eval(), image()
+    analyse(model, (x,))
+    assert not model.a._forward_hooks and not model.hooked
+    wanted = run_eval(model, (x,))
+    assert model.look_up.cache_info().currsize == 1
+    analyse(model, (image(size=8),))
+    analyse(model, (x,))
+    assert len(model.a._forward_hooks) == 1
+    assert type(run_eval(model, (x,))[0]) is type(wanted[0]) is torch.Tensor
+    assert torch.equal(run_eval(model, (x,))[0], wanted[0])

@@ -1,0 +1,71 @@
+"""The comparison with other methods is fair: the networks are the papers', all methods meet the FLOPs asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from benchmarks.accuracy.data import Data, held_out
+from benchmarks.accuracy.methods import METHODS, Task, count_flops
+from benchmarks.accuracy.models import MODELS, ResNet
+from benchmarks.accuracy.recipe import Recipe, fit
+from benchmarks.accuracy.table import results, rows, write
+
+PUBLISHED = {"resnet20": 0.27e6, "resnet56": 0.85e6, "vgg16": 14.7e6, "mobilenetv2": 2.2e6}
+"""Parameters: He et al., table 6; Liu et al., Network Slimming's VGG without its two linear layers; Sandler et al.'s
+network less 990 classes."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_networks_have_the_published_size(name):
+    model = MODELS[name]()
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(PUBLISHED[name], rel=0.03)
+    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore")
+def test_every_method_trains_for_the_same_steps_and_leaves_what_was_asked(method):
+    if method in ("l1", "bn slimming", "group sparsity") and importlib.util.find_spec("torch_pruning") is None:
+        pytest.skip("needs torch-pruning")
+    torch.manual_seed(0)
+    model = ResNet(8)
+    data = Data(torch.randint(0, 255, (64, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (64,)))
+    recipe = Recipe(epochs=4, batch=8)
+    spent = []
+
+    def training(model, epochs, **settings):
+        spent.append(epochs)
+        fit(model, data, recipe, epochs, 0.01, **settings)
+
+    example = torch.randn(2, 3, 32, 32)
+    whole = count_flops(model, example)
+    slim = METHODS[method](model, Task(0.5, recipe.epochs, recipe.steps(data, recipe.epochs), example, training))
+    left = count_flops(slim, example) / whole
+    assert sum(spent) == recipe.epochs
+    assert left == 1 if method == "dense" else 0.42 < left <= 0.5
+
+
+def test_the_held_out_images_are_no_training_images():
+    images = torch.arange(50).view(50, 1, 1, 1).expand(50, 3, 32, 32)
+    train, kept = held_out(Data(images, torch.arange(50)))
+    assert len(kept.labels) == 10 and sorted([*train.labels.tolist(), *kept.labels.tolist()]) == list(range(50))
+    assert torch.equal(train.images[:, 0, 0, 0], train.labels)
+
+
+def test_the_table_has_the_mean_and_its_standard_error(tmp_path):
+    for seed, accuracy in enumerate((80.0, 81.0, 82.0)):
+        run = {"model": "resnet20", "set": [], "method": "autogate", "flops_target": 0.5, "seed": seed, "epochs": 10,
+               "accuracy": accuracy, "flops_left": 0.49, "params_left": 0.4}  # fmt: skip
+        (tmp_path / f"{seed}.json").write_text(json.dumps(run))
+        (tmp_path / f"trial_{seed}.json").write_text(json.dumps(run | {"set": ["learning.ALPHA_RATE=1"]}))
+    (tmp_path / "dense.json").write_text(json.dumps({"accuracy": 90.0}))
+    (row,) = rows(results(tmp_path))
+    assert row.mean == 81 and row.error == pytest.approx(1 / 3**0.5) and len(row.accuracies) == 3
+    pytest.importorskip("matplotlib")
+    write(tmp_path, tmp_path / "docs")
+    assert "| 0.5 | autogate | 0.490 | 0.400 | 81.00 ± 0.58 | 3 |" in (tmp_path / "docs" / "accuracy.md").read_text()
+    assert "<svg" in (tmp_path / "docs" / "accuracy.svg").read_text()
