@@ -72,7 +72,12 @@ class Findings:
     def copy(self) -> Findings:
         """The same, to be carried on apart."""
         return Findings(
-            list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live, set(self.buffers),
+            list(self.kernels),
+            set(self.gated),
+            list(self.grids),
+            list(self.looks),
+            self.live,
+            set(self.buffers),
             list(self.zeroed),
         )
 
