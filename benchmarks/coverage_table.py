@@ -1,6 +1,6 @@
 """docs/coverage.md from the lines that `benchmarks/coverage.py` measured.
 
-    python -m benchmarks.coverage_table runs/coverage.jsonl --out docs/coverage.md
+python -m benchmarks.coverage_table runs/coverage.jsonl --out docs/coverage.md
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def listed(side: int = 0) -> list[Listed]:
     """All of timm's models, then torchvision's whose forward is one of tensors."""
     ours = [Listed(name, _registry._model_to_module[name], side) for name in timm.list_models()]
     theirs = [
-        Listed(TORCHVISION + name, torchvision.models.get_model_builder(name).__module__.removeprefix("torchvision."), side)
+        Listed(
+            TORCHVISION + name, torchvision.models.get_model_builder(name).__module__.removeprefix("torchvision."), side
+        )
         for name in torchvision.models.list_models()
         if ".quantization." not in torchvision.models.get_model_builder(name).__module__
     ]

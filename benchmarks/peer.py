@@ -1,6 +1,6 @@
 """The same step with Torch-Pruning: its graph of dependencies, and half the channels taken out by magnitude.
 
-    pip install torch-pruning
+pip install torch-pruning
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rewriters.errors import SurgeryError
 from rewriters.forward import guard
 from rewriters.labels import Labelled, varying
-from rewriters.rules import RULES, elementwise, movement
+from rewriters.rules import RULES, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import run_call
 
@@ -122,8 +122,25 @@ class Resizer:
                 self.changed = True  # it spoke of a size that is no more
         elif node.target not in _GROUPED and self._agrees(node, node.target, node.args, node.kwargs):
             self._copy(node)
+            self._keep_factors(node)
         else:
             self._rewrite(node)
+
+    def _keep_factors(self, node: fx.Node) -> None:
+        """A number that a tensor is computed with stays what it was: attention is scaled by the width it had."""
+        if not _tensors(node.meta["val"]):
+            return
+        kinds = (int, float) if all(find_rule(op) is elementwise.elementwise for op in node.meta["ops"]) else (float,)
+        changed = {
+            source: source.meta["val"]
+            for source in node.all_input_nodes
+            if type(source.meta["val"]) in kinds and self._slim[source] != source.meta["val"]
+        }
+        if changed:
+            copy = self._copies[node]
+            given = fx.node.map_arg((node.args, node.kwargs), lambda source: changed.get(source, self._copies[source]))
+            copy.args, copy.kwargs = given
+            self.changed = True
 
     def _holds(self, node: fx.Node) -> bool:
         args = fx.node.map_arg(node.args, self._slim.__getitem__)

@@ -14,10 +14,12 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -303,6 +305,13 @@ def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[f
     return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def _wrapped_functions_followed() -> Iterator[None]:
+    """Looks into functions that were declared leaves (`torch.fx.wrap`): proxies that know their values can."""
+    with mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True):
+        yield
+
+
 def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
           known: Mapping[int, Labelled]) -> tuple[fx.Graph, dict[int, Labelled]]:  # fmt: skip
     """Trace `module`'s forward as it ran in `call`.
@@ -316,7 +325,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, dict(known))
     try:
-        with attributes_preserved([module]), tracer.functions(recorded=True):
+        with attributes_preserved([module]), tracer.functions(recorded=True), _wrapped_functions_followed():
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error

@@ -66,7 +66,9 @@ def standardised(kind):
     return lambda into, out, kernel, **options: kind(into, out, kernel, padding=kernel // 2, **options)
 
 
-KINDS = {kind.__name__: standardised(kind) for kind in (Standardised, WrittenOut, WithoutMean, UnitNorm, Scaled, Squashed)}
+KINDS = {
+    kind.__name__: standardised(kind) for kind in (Standardised, WrittenOut, WithoutMean, UnitNorm, Scaled, Squashed)
+}
 KINDS["weight_norm"] = weight_normed
 
 

@@ -14,7 +14,9 @@ def network(kind: type[nn.RNNBase], **options) -> nn.Module:
     torch.manual_seed(0)
     width = 16 if options.get("bidirectional") else 8
     rnn = kind(6, 8, batch_first=True, **options)
-    return Net(lambda net, x: net.head(net.rnn(net.stem(x))[0]), stem=nn.Linear(5, 6), rnn=rnn, head=nn.Linear(width, 3))
+    return Net(
+        lambda net, x: net.head(net.rnn(net.stem(x))[0]), stem=nn.Linear(5, 6), rnn=rnn, head=nn.Linear(width, 3)
+    )
 
 
 CASES = [

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriters.analysis import analyse
+from rewriters.channel_map import Side
 from rewriters.forward import RewrittenForward, ShapeGuardError
 from rewriters.labels import Labelled
 from rewriters.resizing import Cut, Resizer
@@ -253,3 +254,30 @@ def test_a_cut_knows_shapes():
     value = Labelled((2, 4, 5), (torch.arange(4).view(1, 4, 1),))
     assert cut.shape(value) == (2, 3, 5)
     assert cut.slim(torch.zeros(2, 4, 5), value).shape == (2, 3, 5)
+
+
+@torch.fx.wrap
+def _halves(x):
+    left, right = x.chunk(2, 1)
+    return left * right
+
+
+def test_functions_declared_leaves_are_followed():
+    """torchvision's windowed attention is one."""
+    model = Net(lambda net, x: net.head(_halves(net.stem(x))), stem=conv(3, 8), head=conv(4, 2)).double()
+    slimmed = assert_exact(model, (image().double(),))
+    assert Side("stem.weight", 0) in slimmed.analysis.channel_map.classes
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [lambda x: x.shape[1] ** -0.5, lambda x: x.shape[1], lambda x: 1 / x.shape[1], lambda x: x.shape[2] * x.shape[1]],
+)
+def test_a_factor_computed_from_a_width_stays_what_it_was(scale):
+    def forward(net, x):
+        left, right = net.stem(x).chunk(2, 1)
+        return net.head(left * scale(left) + right)
+
+    model = Net(forward, stem=conv(3, 8), head=conv(4, 2)).double()
+    slimmed = assert_exact(model, (image().double(),))
+    assert Side("stem.weight", 0) in slimmed.analysis.channel_map.classes
