@@ -162,3 +162,19 @@ def test_a_transformer_encoder_of_torch_loses_what_is_not_in_its_attention():
     slimmed = slim(net, (x,), analysis=rehearse(net, analyse(net, (x,)), (x,)))
     assert slimmed.error <= 1e-10
     assert net[1].linear1.out_features < 12
+
+
+def test_a_width_read_off_the_input_is_none_of_the_inside_s():
+    """Heads that stay (they meet a mask that nobody owns) beside an embedding that shrinks; both are as wide."""
+
+    def forward(m, x):
+        b, n, c = x.shape
+        q, k, v = m.qkv(x).reshape(b, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = ((q @ k.transpose(-2, -1) + m.mask).softmax(-1) @ v).transpose(1, 2)
+        return m.proj(mixed.reshape(b, n, c))
+
+    mask = torch.randint(2, (HEADS, TOKENS, TOKENS))
+    inside = Net(forward, qkv=nn.Linear(INNER, 3 * INNER), proj=nn.Linear(INNER, 2), mask=mask)
+    net = nn.Sequential(nn.Linear(EMBED, INNER), inside).double()
+    assert ALWAYS not in classes(analyse(net, (tokens(),)).channel_map, "0.weight", 0)
+    assert_exact(net, (tokens(),))
