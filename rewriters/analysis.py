@@ -232,8 +232,8 @@ def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[in
         known = analysis.labelling.by_tensor()
         for call in captured.calls():
             module = model.get_submodule(call.path)
-            reads = _may_read_size(analysis.labelling, call, known)
-            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module, reads)]
+            readable = _sizes_to_read(analysis.labelling, call, known)
+            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module, readable)]
             if not (holders or id(call) in traces) or _knows_its_sizes(module):
                 continue
             try:
@@ -301,20 +301,21 @@ def _follows_weight(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and isinstance(shape, (tuple, list)) and tuple(shape) == tuple(weight.shape)
 
 
-def _may_read_size(labelling: Labelling, call: ModuleCall, known: Mapping[int, Labelled]) -> bool:
-    """Whether a module is given anything that slimming makes narrower: it may read sizes off it."""
+def _sizes_to_read(labelling: Labelling, call: ModuleCall, known: Mapping[int, Labelled]) -> set[int]:
+    """Lengths of what a module is given, along dimensions that slimming makes shorter: it may read them off it."""
     given = [known[id(leaf)] for leaf in tree_leaves((call.args, call.kwargs)) if id(leaf) in known]
-    return any(not labelling.pinned(layer).all() for value in given for layer in value.layers)
+    mortal = [layer for value in given for layer in value.layers if not labelling.pinned(layer).all()]
+    return {layer.shape[dim] for layer in mortal for dim in varying(layer)}
 
 
-def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module, reads: bool) -> bool:
+def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module, readable: set[int]) -> bool:
     """Whether a call may hold a number that slimming changes (a field that follows doesn't count).
 
     Args:
-        reads: whether a size that changes may be read elsewhere in the forward, though all stays here.
+        readable: sizes that change and may have been read elsewhere in the forward, though all stays here.
     """
     found = find_rule(node.target)
-    if reads and found in (creation.create, movement.expand, movement.reshape):
+    if found in (creation.create, movement.expand, movement.reshape) and readable & set(node.meta["val"].shape):
         return True
     if found is convolution:
         holds = node.args[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)

@@ -200,9 +200,15 @@ NORMED = {
     "deit_tiny_distilled_patch16_224": {"depth": 2, "img_size": 64},
     "vit_tiny_patch16_224": {"depth": 2, "norm_layer": "rmsnorm", "img_size": 64},
     "swin_tiny_patch4_window7_224": {"depths": (1, 2), "num_heads": (2, 4), "embed_dim": 32, "img_size": 56},
+    "vit_relpos_small_patch16_224": {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64},
+    "vit_small_patch16_rope_224": {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64},
+    "vit_small_patch16_dinov3": {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 64},
     "resnet26": {"norm_layer": "groupnorm", "layers": (1, 1, 1, 1), "img_size": 64},
 }  # fmt: skip
 """Small models whose norms look across channels, with the options that make them small."""
+
+HEADS_DIE = ("vit_tiny_patch16_224", "vit_relpos_small_patch16_224", "vit_small_patch16_rope_224",
+             "vit_small_patch16_dinov3")  # fmt: skip
 
 
 def build_normed(name: str, img_size: int = 64, **options) -> tuple[nn.Module, torch.Tensor]:
@@ -234,6 +240,15 @@ def test_embeddings_shrink_exactly(index, name):
     norms = [module for module in slim.modules() if "Norm" in type(module).__name__]
     assert norms and all("forward" not in module.__dict__ for module in norms)
     slim.train()(example)
+
+
+@pytest.mark.parametrize("name", HEADS_DIE)
+def test_a_head_s_channels_are_one_class(name):
+    model, example = build_normed(name, **NORMED[name])
+    classes = autogate.gates(autogate.prepare(model, example)).channel_map.classes[("blocks.0.attn.proj.weight", 1)]
+    heads = classes.view(3, -1)
+    assert len(heads[:, 0].unique()) == 3
+    assert (heads >= 0).all() and (heads == heads[:, :1]).all()
 
 
 def test_a_convnext_with_embeddings_that_stay():

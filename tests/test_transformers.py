@@ -1,4 +1,4 @@
-"""Vision models of Hugging Face transformers, small and with random weights: inputs in a dict, outputs in a dataclass."""
+"""Vision models of Hugging Face transformers, small, with random weights: a dict goes in, a dataclass comes out."""
 
 import copy
 

@@ -194,14 +194,23 @@ def _outer(
 def attention(call: OpCall) -> Result:
     """softmax(q k^T) v for q, k, v of shape (batch, heads, positions, width): whole heads die, or places in v."""
     query, key, value = call.args[:3]
-    if query.shape[:-2] != value.shape[:-2]:
-        return unknown(call)  # heads that share their keys and values
+    if query.shape[:-2] != value.shape[:-2]:  # heads that share their keys and values
+        if query.ndim < 3 or query.shape[:-3] != value.shape[:-3] or query.shape[-3] % value.shape[-3]:
+            return unknown(call)
+        key, value = (_for_each_head(x, query.shape[-3]) for x in (key, value))
     reason = "summed in a product of activations"
     scores = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in (query, key)]
     masks = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in list(call.tensors())[3:]]
     weighed = Labelled((*value.shape[:-2], 1, value.shape[-1]), call.mix(value, [-2], reason))
     layers = meet(call, [*scores, *masks, weighed])
     return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
+
+
+def _for_each_head(value: Labelled, heads: int) -> Labelled:
+    """Keys or values of groups of heads, once for each head."""
+    times = heads // value.shape[-3]
+    layers = (x.repeat_interleave(times, -3) if x.shape[-3] > 1 else x for x in value.layers)
+    return Labelled((*value.shape[:-3], heads, *value.shape[-2:]), tuple(layers))
 
 
 def _note_matrix(

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rewriters.analysis import analyse
 from rewriters.channel_map import ALWAYS
-from tests.rewriters.exactness import assert_exact
+from rewriters.rehearsal import rehearse
+from tests.rewriters.exactness import assert_exact, slim
 from tests.rewriters.helpers import Net, classes, is_pinned, mapped
 
 HEADS, WIDTH, TOKENS, EMBED = 3, 4, 5, 6
@@ -116,3 +118,63 @@ def test_a_parameter_for_each_place_lets_places_go_where_heads_needn_t():
     assert len(set(places)) == WIDTH
     assert classes(found, "proj.weight", 1) == HEADS * places
     assert_exact(Net(forward, **more).double(), (tokens(),))
+
+
+GROUPS = 2
+
+
+def grouped(m, x, spread):
+    """Four heads in groups of two that share their keys and values."""
+    q = m.q(x).unflatten(-1, (2 * GROUPS, -1)).transpose(1, 2)
+    k, v = (layer(x).unflatten(-1, (GROUPS, -1)).transpose(1, 2) for layer in (m.k, m.v))
+    return m.proj(spread(q, k, v).transpose(1, 2).flatten(2))
+
+
+def repeated(x):
+    return x[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)),
+        lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v)),
+    ],
+)
+def test_heads_that_share_keys_and_values_die_with_them(spread):
+    sizes = {"q": 2 * GROUPS * WIDTH, "k": GROUPS * WIDTH, "v": GROUPS * WIDTH}
+    layers = {name: nn.Linear(EMBED, size) for name, size in sizes.items()}
+    net = Net(lambda m, x: grouped(m, x, spread), **layers, proj=nn.Linear(2 * GROUPS * WIDTH, 2)).double()
+    found = analyse(net, (tokens(),)).channel_map
+    assert classes(found, "k.weight", 0) == classes(found, "v.weight", 0) == [g for g in range(2) for _ in range(WIDTH)]
+    assert classes(found, "q.weight", 0) == [g for g in range(2) for _ in range(2 * WIDTH)]
+    assert_exact(net, (tokens(),))
+
+
+def test_a_transformer_encoder_of_torch_loses_what_is_not_in_its_attention():
+    """The forward of nn.MultiheadAttention is one function that takes its widths as numbers and compares them."""
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    net, x = nn.Sequential(nn.Linear(EMBED, 8), layer, nn.Linear(8, 2)).double().eval(), tokens()
+    found = rehearse(net, analyse(net, (x,)), (x,)).channel_map
+    assert len(set(classes(found, "1.linear2.weight", 1))) == 12
+    assert is_pinned(found, "1.self_attn.in_proj_weight", 0)
+    slimmed = slim(net, (x,), analysis=rehearse(net, analyse(net, (x,)), (x,)))
+    assert slimmed.error <= 1e-10
+    assert net[1].linear1.out_features < 12
+
+
+def test_a_width_read_off_the_input_is_none_of_the_inside_s():
+    """Heads that stay (they meet a mask that nobody owns) beside an embedding that shrinks; both are as wide."""
+
+    def forward(m, x):
+        b, n, c = x.shape
+        q, k, v = m.qkv(x).reshape(b, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = ((q @ k.transpose(-2, -1) + m.mask).softmax(-1) @ v).transpose(1, 2)
+        return m.proj(mixed.reshape(b, n, c))
+
+    mask = torch.randint(2, (HEADS, TOKENS, TOKENS))
+    inside = Net(forward, qkv=nn.Linear(INNER, 3 * INNER), proj=nn.Linear(INNER, 2), mask=mask)
+    net = nn.Sequential(nn.Linear(EMBED, INNER), inside).double()
+    assert ALWAYS not in classes(analyse(net, (tokens(),)).channel_map, "0.weight", 0)
+    assert_exact(net, (tokens(),))
