@@ -27,7 +27,9 @@ Written by
     python -m benchmarks.coverage OPTIONS
     python -m benchmarks.coverage_table runs/coverage.jsonl --out docs/coverage.md
 
-with the options `{options}`. Every model is prepared, a random half of its classes is killed, and it is finalized, in a process of its own; weights
+with the options `{options}`.
+
+Every model is prepared, a random half of its classes is killed, and it is finalized, in a process of its own; weights
 and norms' statistics are random. *Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's
 rounding is larger than that, by 1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers
 with a gate on their input or output side, the smallest of the family. *Left*: the share of FLOPs with half of the
