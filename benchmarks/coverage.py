@@ -54,7 +54,7 @@ SEEDS = (0, 1, 2)
 """FLOPs left are the mean of so many patterns; exactness is tried on the first."""
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["benchmarks.coverage"])  # to import it all takes as long as a small model
+PROCESSES.set_forkserver_preload(["benchmarks.model_lists", "benchmarks.parts"])  # to import takes seconds
 
 SINGLE, DOUBLE = 1e-5, 1e-10
 """Differences of the outputs that float32 and float64 may have: float64 is tried where float32 has more."""

@@ -24,15 +24,17 @@ HEADER = """# Coverage
 
 Written by
 
-    python -m benchmarks.coverage --out runs/coverage.jsonl
+    python -m benchmarks.coverage OPTIONS
     python -m benchmarks.coverage_table runs/coverage.jsonl --out docs/coverage.md
+
+with the options `{options}`.
 
 Every model is prepared, a random half of its classes is killed, and it is finalized, in a process of its own; weights
 and norms' statistics are random. *Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's
 rounding is larger than that, by 1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers
-with a gate on their input or output side, the smallest of the family. *Left*: the share of FLOPs with half of the classes
-dead, the median. Times are medians of seconds of processor time on one thread; memory is the largest by which `prepare` raised
-the peak, over the bytes of the model's tensors.
+with a gate on their input or output side, the smallest of the family. *Left*: the share of FLOPs with half of the
+classes dead, the median. Times are medians of seconds of processor time on one thread; memory is the largest by which
+`prepare` raised the peak, over the bytes of the model's tensors.
 """
 
 
@@ -47,10 +49,10 @@ def nothing_to_prune(line: Line) -> bool:
     return "no channel of it can go" in line["error"]
 
 
-def document(results: list[Line]) -> str:
-    """The whole page."""
+def document(results: list[Line], options: str) -> str:
+    """The whole page, for what was measured with these options."""
     tried = [line for line in results if line["step"] != "memory"]
-    parts = [HEADER, _totals(tried), _by_family(tried), _failures(tried), _low(tried)]
+    parts = [HEADER.replace("{options}", options), _totals(tried), _by_family(tried), _failures(tried), _low(tried)]
     if any(line["peer"] for line in tried):
         parts.append(_peers(tried))
     return "\n".join(part for part in parts if part)
@@ -119,8 +121,9 @@ def _low(tried: list[Line]) -> str:
     for line in sorted(low, key=lambda line: line["reach"]):
         reasons = ", ".join(f"{place} ({share:.1%})" for place, share in list(line["pinned"].items())[:3])
         rows.append((line["model"], f"{line['reach']:.1%}", reasons))
-    text = f"## Reach below {WANTED:.0%}\n\nBehind each reason, the share of FLOPs that it keeps out of reach; shares overlap.\n\n"
-    return text + _table(("model", "reach", "why"), rows)
+    title = f"## Reach below {WANTED:.0%}\n\n"
+    text = "Behind each reason, the share of FLOPs that it keeps out of reach; shares overlap.\n\n"
+    return title + text + _table(("model", "reach", "why"), rows)
 
 
 def _peers(tried: list[Line]) -> str:
@@ -147,8 +150,8 @@ def _peers(tried: list[Line]) -> str:
         ),
     ]
     text = (
-        "## Torch-Pruning\n\nThe general part of its timm example: `MetaPruner` with importance by magnitude, half of all "
-        "channels, the classifier ignored.\nIts seconds are those of graph and pruner's step, autogate's those of "
+        "## Torch-Pruning\n\nThe general part of its timm example: `MetaPruner` with importance by magnitude, half of "
+        "all channels, the classifier ignored.\nIts seconds are those of graph and pruner's step, autogate's those of "
         "`prepare`.\n\n"
     )
     return text + _table(("", "autogate", "Torch-Pruning"), rows)
@@ -166,8 +169,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
+    parser.add_argument("--options", default="--out runs/coverage.jsonl", help="what benchmarks.coverage was given")
     args = parser.parse_args()
-    args.out.write_text(document([line for path in args.results for line in lines(path)]))
+    args.out.write_text(document([line for path in args.results for line in lines(path)], args.options))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ MODELS = {
     "swin": (
         lambda: torchvision.models.SwinTransformer([4, 4], 32, [1, 1], [2, 4], [7, 7], num_classes=10), (2, 3, 56, 56)
     ),
-    "fcn": (lambda: segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True, num_classes=5), IMAGE),
+    "fcn": (
+        lambda: segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True, num_classes=5), IMAGE
+    ),
     "ssdlite": (
         lambda: backbone_and_heads(detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)),
         (2, 3, 96, 96),

@@ -28,7 +28,8 @@ def elementwise(call: OpCall) -> Labelled | list[Labelled]:
         out = Labelled(call.shape, meet(call, operands, crossing=True))
     else:
         rest = [operand for operand in operands if operand is not kernel]
-        kept_zeros = call.op in COPIES or call.op in _SCALINGS and (call.op is not _DIVISION or call.args[0] is kernel)
+        scaled = call.op in _SCALINGS and (call.op is not _DIVISION or call.args[0] is kernel)
+        kept_zeros = call.op in COPIES or scaled
         layers = meet(call, [*rest, kernel])  # of labels that meet the last stand for both: its own
         out = Labelled(call.shape, layers, kernel.source, derived=kernel.derived or not kept_zeros)
     return [out for _ in call.shapes] if len(call.shapes) > 1 else out
