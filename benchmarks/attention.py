@@ -1,6 +1,6 @@
 """Attention in its forms: what gates reach, what half of the classes dead leaves, how exact slim outputs are.
 
-    python benchmarks/attention.py --out runs/attention.jsonl [MODEL ...]
+    python -m benchmarks.attention --out runs/attention.jsonl [MODEL ...]
 
 Measured as in `benchmarks/norms.py`, with embeddings that may shrink: the share of FLOPs with a gate on input or
 output side; the share left with a random half of the classes dead (mean of three seeds); the largest relative

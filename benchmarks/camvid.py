@@ -1,6 +1,6 @@
 """DeepLabV3+ on CamVid: dense training, then gates from that trained net, then the slim one.
 
-    python benchmarks/camvid.py --data FOLDER --out runs/camvid.json --epochs 15 --flops 0.5
+    python -m benchmarks.camvid --data FOLDER --out runs/camvid.json --epochs 15 --flops 0.5
 
 FOLDER holds CamVid as it comes with SegNet's tutorial: images in `train` and `test`, labels of the same names in
 `trainannot` and `testannot`, one number for each pixel: 0 to 10 the classes, 11 what is left out. Needs
@@ -33,7 +33,7 @@ def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) float32 and labels (N, H, W) int64, cut to a multiple of the encoder's stride."""
     names = sorted(path.name for path in (folder / split).glob("*.png"))
     if not names:
-        raise SystemExit(f"{folder / split} holds no PNG images; see python benchmarks/camvid.py --help")
+        raise SystemExit(f"{folder / split} holds no PNG images; see python -m benchmarks.camvid --help")
     images = np.stack([np.asarray(Image.open(folder / split / name).convert("RGB")) for name in names])
     labels = np.stack([np.asarray(Image.open(folder / f"{split}annot" / name)) for name in names])
     height, width = (side // STRIDE * STRIDE for side in labels.shape[1:])

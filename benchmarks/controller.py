@@ -1,8 +1,8 @@
 """How closely budgets are met, untuned: over architectures, targets, optimizers and lengths of run.
 
-    python benchmarks/controller.py trained --out runs/controller      # 300 steps on the digits, SGD and AdamW
-    python benchmarks/controller.py simulated --out runs/controller    # 300 to 30,000 steps against a made-up loss
-    python benchmarks/controller.py table --out runs/controller
+    python -m benchmarks.controller trained --out runs/controller      # 300 steps on the digits, SGD and AdamW
+    python -m benchmarks.controller simulated --out runs/controller    # 300 to 30,000 steps against a made-up loss
+    python -m benchmarks.controller table --out runs/controller
 
 Each run leaves a line of JSON; those that stand there are not run again.
 """

@@ -1,6 +1,6 @@
 """What gates cost: prepare, a training step, the slim model's latency.
 
-    python benchmarks/cost.py
+    python -m benchmarks.cost
 
 Times are medians of runs taken in turn, so that a drifting machine is fair to both sides, and are told as
 ratios. Peak memory is that of a process of its own for each side: resident memory on a CPU, allocated

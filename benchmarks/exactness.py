@@ -1,6 +1,6 @@
 """Exactness and reach over a table of timm models: random zero patterns in, equal outputs out.
 
-    python benchmarks/exactness.py --out runs/exactness.jsonl [MODEL ...]
+    python -m benchmarks.exactness --out runs/exactness.jsonl [MODEL ...]
 
 Each model is prepared, a random 10, 40 and 80 % of its gates are set to zero under three seeds, and it is
 finalized. A line a model tells the largest relative difference between gated and slim outputs, the

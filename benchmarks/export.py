@@ -1,6 +1,6 @@
 """Slim models of twenty families and more: exported, read back, run, compiled, and compared.
 
-    python benchmarks/export.py --out runs/export.jsonl [--backend inductor] [MODEL ...]
+    python -m benchmarks.export --out runs/export.jsonl [--backend inductor] [MODEL ...]
 
 Each model is prepared, a random half of its classes dies, and it is finalized; what is left is written as a
 torch.export program and as an ONNX file, each read back and run beside it on batches of two and three samples, and

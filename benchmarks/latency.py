@@ -1,6 +1,6 @@
 """Whether a latency budget comes true: the share by the table of timings beside that of the slim model, measured.
 
-    python benchmarks/latency.py --models resnet18 mobilenetv2_100 --target 0.6
+    python -m benchmarks.latency --models resnet18 mobilenetv2_100 --target 0.6
 
 Gates go down to the budget without training (alpha alone moves, by price), the model is finalized, and dense and slim
 run in turn. The table is measured anew in every run.

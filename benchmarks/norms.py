@@ -1,6 +1,6 @@
 """Models whose norms look across channels: what gates reach with embeddings that stay, and that may shrink.
 
-    python benchmarks/norms.py --out runs/norms.jsonl [MODEL ...]
+    python -m benchmarks.norms --out runs/norms.jsonl [MODEL ...]
 
 For `embed=False` and `embed=True`: the share of FLOPs with a gate on the input or output side, and the share
 left when a random half of the classes is dead (mean of three seeds). For `embed=True` also the largest

@@ -1,6 +1,6 @@
 """Slim models in eight bits: sizes of the files and what rounding does to outputs.
 
-    python benchmarks/quantization.py
+    python -m benchmarks.quantization
 
 Every other class of channels is taken out of each model (random weights, norms' statistics made up), then it is
 quantized in the two ways of docs/quantization.md. Errors are those of outputs for random images that weren't among the
