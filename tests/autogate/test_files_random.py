@@ -47,7 +47,7 @@ def described(model: nn.Module) -> list[tuple[str, type]]:
 def test_random_networks_come_out_of_a_file_as_they_went_in(tmp_path: Path):
     path = tmp_path / "slim.safetensors"
 
-    def check(recipe: Recipe, share: float, seed: int) -> tuple[int, int]:
+    def check(recipe: Recipe, share: float, seed: int) -> int:
         network = build(recipe)
         slim(network, share, seed)
         if seed % 4 == 0:
@@ -65,8 +65,6 @@ def test_random_networks_come_out_of_a_file_as_they_went_in(tmp_path: Path):
         assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
         wanted, got = (run_eval(model, network.args, network.kwargs) for model in (network.model, loaded))
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-        done = history_of(loaded).slimmings
-        return sum(len(one.branches) for one in done), sum(len(one.selections) for one in done)
+        return sum(len(one.selections) for one in history_of(loaded).slimmings)
 
-    found = over_seeds(check, max(20, DRAWS // 6))  # fewer have no branch to take out
-    assert any(branches for branches, _ in found) and any(selections for _, selections in found)
+    assert any(over_seeds(check, max(12, DRAWS // 6)))  # fewer have no shortcut that became a selection
