@@ -11,7 +11,6 @@ float64. Models that the output file has already are passed over.
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import autogate
-import rewriters
-from benchmarks.exactness import measure_missing, randomise_norms
-from benchmarks.norms import kill
+from benchmarks.parts import measure_missing, randomise_norms, share_left, worst_difference
 
 _SMALL: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 6}
 
@@ -80,18 +77,12 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 def measure(name: str) -> dict[str, Any]:
     model, example = build(name)
     model = autogate.prepare(model, example, flops=0.99)
-    summary, left, differences = autogate.summary(model), [], []
-    for seed in range(3):
-        twin = copy.deepcopy(model)
-        kill(twin, 0.5, seed)
-        left.append(autogate.summary(twin).flops / summary.all_flops)
-    for seed, share in enumerate((0.3, 0.5, 0.7)):
-        twin = copy.deepcopy(model)
-        kill(twin, share, seed)
-        gated = rewriters.run_eval(twin, (example,))
-        slim = autogate.finalize(twin, warn=False)
-        differences.append(rewriters.relative_error(rewriters.run_eval(slim, (example,)), gated))
-    return {"reach": summary.reach, "left": sum(left) / len(left), "worst_difference": max(differences)}
+    draws = ((0.3, 0), (0.5, 1), (0.7, 2))
+    return {
+        "reach": autogate.summary(model).reach,
+        "left": share_left(model),
+        "worst_difference": worst_difference(model, ((example,), {}), draws),
+    }
 
 
 def main() -> None:

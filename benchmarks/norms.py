@@ -11,7 +11,7 @@ statistics and vectors are random. Models that the output file has already are p
 from __future__ import annotations
 
 import argparse
-import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 import autogate
 import rewriters
-from benchmarks.parts import finalize_compared, kill, measure_missing, randomise_norms, randomise_vectors
+from benchmarks.parts import (
+    measure_missing,
+    randomise_norms,
+    randomise_vectors,
+    share_left,
+    worst_difference,
+)
 
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "convnext_atto": ("convnext_atto", 64, {}),
@@ -68,30 +74,15 @@ def reach(name: str, embed: bool) -> tuple[float, float]:
         model = autogate.prepare(model, example, flops=0.99, embed=embed)
     except rewriters.AutogateError:  # nothing can go
         return 0.0, 1.0
-    summary = autogate.summary(model)
-    left = []
-    for seed in range(3):
-        twin = copy.deepcopy(model)
-        kill(twin, 0.5, seed)
-        left.append(autogate.summary(twin).flops / summary.all_flops)
-    return summary.reach, sum(left) / len(left)
-
-
-def worst_difference(name: str) -> float:
-    """Largest relative difference between gated and slim outputs."""
-    model, example = build(name)
-    model = autogate.prepare(model, example, flops=0.99)
-    differences = []
-    for share, seed in [(share, seed) for share in (0.3, 0.5, 0.7) for seed in range(3)]:
-        twin = copy.deepcopy(model)
-        kill(twin, share, seed)
-        differences.append(finalize_compared(twin, ((example,), {})))
-    return max(differences)
+    return autogate.summary(model).reach, share_left(model)
 
 
 def measure(name: str) -> dict[str, Any]:
     pinned, free = reach(name, embed=False), reach(name, embed=True)
-    return {"pinned": pinned, "free": free, "worst_difference": worst_difference(name)}
+    model, example = build(name)
+    model = autogate.prepare(model, example, flops=0.99)
+    draws = itertools.product((0.3, 0.5, 0.7), range(3))
+    return {"pinned": pinned, "free": free, "worst_difference": worst_difference(model, ((example,), {}), draws)}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -68,6 +69,27 @@ def finalize_compared(model: nn.Module, inputs: Inputs) -> float:
     gated = rewriters.run_eval(model, *inputs)
     slim = autogate.finalize(model, warn=False)
     return rewriters.relative_error(rewriters.run_eval(slim, *inputs), gated)
+
+
+def share_left(model: nn.Module) -> float:
+    """The share of FLOPs that a prepared model has left with half of its classes dead: a mean over three draws."""
+    left = []
+    for seed in range(3):
+        twin = copy.deepcopy(model)
+        kill(twin, 0.5, seed)
+        summary = autogate.summary(twin)
+        left.append(summary.flops / summary.all_flops)
+    return sum(left) / len(left)
+
+
+def worst_difference(model: nn.Module, inputs: Inputs, draws: Iterable[tuple[float, int]]) -> float:
+    """The largest of `finalize_compared` on copies of a prepared model, for (share of dead classes, seed) each."""
+    differences = []
+    for share, seed in draws:
+        twin = copy.deepcopy(model)
+        kill(twin, share, seed)
+        differences.append(finalize_compared(twin, inputs))
+    return max(differences)
 
 
 PRODUCTS_WITH_KERNELS = (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm)

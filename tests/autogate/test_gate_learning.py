@@ -8,6 +8,7 @@ import torch
 from autogate.gates import GateBank
 from autogate.learning import ALPHA_RATE, Gates
 from autogate.polarization import gate_slope
+from autogate.sensitivity import observed
 from tests.autogate.gated_nets import backward, batch, gated_net
 
 
@@ -130,3 +131,18 @@ def test_slope_enters_the_step_with_the_present_epsilon():
     before = bank.alpha.clone()
     bank.step(0.1)
     torch.testing.assert_close(before - bank.alpha, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_bank_keeps_the_running_mean_of_squared_gradients_and_its_checkpoint_has_it():
+    net, bank = gated_net(0.5, steps=100)
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.zeros(64, dtype=torch.float64)
+    for _step in range(3):
+        random_gradients(bank, 1e-3, pull=False, generator=generator)
+        bank.measure()
+        expected = observed(expected, bank._pending.gradient)
+        bank.step(0.1)
+    assert (expected > 0).all() and torch.equal(bank.sensitivity, expected)
+    again, other = gated_net(0.5, steps=100)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(other.sensitivity, expected)
