@@ -24,8 +24,7 @@ from torch import Tensor, nn
 import autogate
 import rewriters
 from autogate.exporting import to_onnx, to_torch_export
-from benchmarks.exactness import measure_missing, randomise_norms
-from benchmarks.norms import kill
+from benchmarks.parts import kill, measure_missing, randomise_norms
 
 _SMALL: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 6}
 _SHORT: dict[str, Any] = {"layers": (1, 1, 1, 1)}
@@ -70,7 +69,7 @@ def slim_model(name: str) -> nn.Module:
     model = timm.create_model(timm_name, num_classes=10, **options)
     randomise_norms(model)
     model = autogate.prepare(model, torch.randn(2, 3, side, side), flops=0.99)
-    kill(model, 0.5, seed=0)
+    kill(model, 0.5)
     return autogate.finalize(model, warn=False).eval()
 
 

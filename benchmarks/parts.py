@@ -57,7 +57,7 @@ def randomise_constants(model: nn.Module, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def kill(model: nn.Module, share: float, seed: int) -> None:
+def kill(model: nn.Module, share: float, seed: int = 0) -> None:
     """Close a random `share` of a prepared model's gates."""
     alpha = autogate.gates(model).alpha
     dead = torch.rand(len(alpha), generator=torch.Generator().manual_seed(seed)) < share

@@ -1,5 +1,6 @@
 """What is to agree across the repository: public names and the reference, one version of ruff, one of autogate."""
 
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -37,6 +38,16 @@ def test_public_classes_and_their_methods_have_docstrings(package):
         for name, member in vars(value).items():
             if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
                 assert inspect.getdoc(getattr(value, name)), f"{value.__name__}.{name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_finds_what_it_imports(path):
+    try:
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    except ModuleNotFoundError as error:
+        if str(error.name).split(".")[0] in ("autogate", "benchmarks", "rewriters"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
 
 
 def test_ruff_has_one_version():

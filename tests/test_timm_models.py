@@ -13,7 +13,7 @@ import autogate
 import rewriters
 from autogate.history import ATTRIBUTE
 from benchmarks.exactness import fvcore_flops
-from benchmarks.parts import randomise_norms
+from benchmarks.parts import kill, randomise_norms
 
 QUICK = {
     "resnet18": 64, "resnext50_32x4d": 64, "seresnet50": 64, "resnest14d": 64, "skresnet18": 64, "mobilenetv1_100": 64,
@@ -32,13 +32,6 @@ def build(name: str, **options) -> tuple[nn.Module, torch.Tensor]:
     randomise_norms(model)
     size = QUICK.get(name, 64)
     return model, torch.randn(2, 3, size, size)
-
-
-def kill(model: nn.Module, share: float, seed: int = 0) -> None:
-    bank = autogate.gates(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        bank.alpha[torch.rand(len(bank.alpha), generator=generator) < share] = 0
 
 
 @torch.no_grad()

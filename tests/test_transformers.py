@@ -8,8 +8,7 @@ from torch import nn
 
 import autogate
 import rewriters
-from benchmarks.exactness import randomise_norms
-from benchmarks.norms import kill
+from benchmarks.parts import kill, randomise_norms
 
 transformers = pytest.importorskip("transformers", reason="transformers isn't installed: pip install autogate[test]")
 

@@ -22,17 +22,10 @@ from torch import Tensor, nn
 import autogate
 from autogate import AutogateError, files
 from autogate.history import history_of
-from benchmarks.parts import randomise_norms
+from benchmarks.parts import kill, randomise_norms
 from tests.rewriters.helpers import Net, conv, image
 
 PIXELS = 64
-
-
-def kill(model: nn.Module, share: float = 0.4, seed: int = 0) -> None:
-    bank = autogate.gates(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        bank.alpha[torch.rand(len(bank.alpha), generator=generator) < share] = 0
 
 
 def slimmed(model: nn.Module, inputs: Any, share: float = 0.4, seed: int = 0, **options: Any) -> nn.Module:
