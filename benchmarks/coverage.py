@@ -21,7 +21,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,6 +58,18 @@ PROCESSES.set_forkserver_preload(["benchmarks.model_lists", "benchmarks.parts"])
 
 SINGLE, DOUBLE = 1e-5, 1e-10
 """Differences of the outputs that float32 and float64 may have: float64 is tried where float32 has more."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Memory (data, without files) and processor time that a process may take."""
+
+    memory_gib: float
+    seconds: int
+
+    @property
+    def told(self) -> str:
+        return f"{self.seconds} s of processor time are over, or all memory taken"
 
 
 @dataclass
@@ -113,7 +125,7 @@ def build(one: Listed, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, I
     return model.to(dtype), torch.utils._pytree.tree_map_only(torch.Tensor, cast, inputs)
 
 
-def measure(one: Listed, peer: bool) -> Iterator[Result]:
+def measure(one: Listed) -> Iterator[Result]:
     """The result as far as it is known, again after each step: the last one counts."""
     result = Result(one.name, one.family, step="build")
     yield result
@@ -142,9 +154,6 @@ def measure(one: Listed, peer: bool) -> Iterator[Result]:
         result.double_difference, _ = _finalize(model, inputs)
     result.step, result.peak_bytes = "", _peak_bytes()
     yield result
-    if peer:
-        result.peer = torch_pruning(*build(one))
-        yield result
 
 
 def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
@@ -201,11 +210,11 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure_here(one: Listed, peer: bool, out: Path) -> None:
+def measure_here(one: Listed, out: Path) -> None:
     """Measure in this process; `out` holds what is known at any moment, for a process may be ended."""
     result = Result(one.name, one.family)
     try:
-        for result in measure(one, peer):
+        for result in measure(one):
             out.write_text(json.dumps(asdict(result)))
     except MemoryError as error:
         result.step, result.error = "memory", str(error)
@@ -216,29 +225,42 @@ def measure_here(one: Listed, peer: bool, out: Path) -> None:
     out.write_text(json.dumps(asdict(result)))
 
 
-def measure_apart(one: Listed, peer: bool, memory_gib: float, timeout_s: float) -> dict[str, Any]:
-    """Measure in a process of its own, which may take so much memory (data, without files) and processor time."""
+def measure_apart(one: Listed, peer: bool, limits: Limits) -> dict[str, Any]:
+    """Measure in processes of their own, autogate and the peer."""
+    result, ended = _apart(measure_here, one, limits)
+    result = result or asdict(Result(one.name, one.family, step="build"))
+    if ended:
+        result["error"], result["step"] = f"in {result['step']}: {ended}", "time" if limits.told in ended else "crash"
+    if peer:
+        done, ended = _apart(_measure_peer, one, limits)
+        result["peer"] = done or {"seconds": None, "left": None, "error": ended}
+    return result
+
+
+def _measure_peer(one: Listed, out: Path) -> None:
+    out.write_text(json.dumps(torch_pruning(*build(one))))
+
+
+def _apart(target: Callable[[Listed, Path], None], one: Listed, limits: Limits) -> tuple[dict[str, Any] | None, str]:
+    """What `target` left in the file that it was given, and how its process ended if not by itself."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        process = PROCESSES.Process(target=_measure_limited, args=(one, peer, out, memory_gib, int(timeout_s)))
+        process = PROCESSES.Process(target=_limited, args=(target, one, out, limits))
         process.start()
         process.join()
-        result = json.loads(out.read_text()) if out.exists() else asdict(Result(one.name, one.family, step="build"))
+        ended = f"ended with {process.exitcode}" if process.exitcode else ""
         if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
-            result["error"] = f"in {result['step']}: {timeout_s:.0f} s of processor time are over, or all memory taken"
-            result["step"] = "time"
-        elif process.exitcode:
-            result["error"], result["step"] = f"in {result['step']}: ended with {process.exitcode}", "crash"
-        return result
+            ended = limits.told
+        return json.loads(out.read_text()) if out.exists() else None, ended
 
 
-def _measure_limited(one: Listed, peer: bool, out: Path, memory_gib: float, timeout_s: int) -> None:
-    limit = int(memory_gib * 2**30)
+def _limited(target: Callable[[Listed, Path], None], one: Listed, out: Path, limits: Limits) -> None:
+    limit = int(limits.memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CPU, (timeout_s, timeout_s + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, limits.seconds + 5))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    measure_here(one, peer, out)
+    target(one, out)
 
 
 def main() -> None:
@@ -249,7 +271,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/coverage.jsonl"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--memory", type=float, default=20.0, help="GiB a model may take")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of processor time a model may take")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds of processor time a model may take")
     parser.add_argument("--peer", action="store_true", help="the same with torch-pruning")
     args = parser.parse_args()
     every = listed(args.size)
@@ -260,7 +282,7 @@ def main() -> None:
     left = [one for one in models if one.name not in done]
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(args.jobs))
-        apart = lambda one: measure_apart(one, args.peer, args.memory, args.timeout)  # noqa: E731
+        apart = lambda one: measure_apart(one, args.peer, Limits(args.memory, args.timeout))  # noqa: E731
         for number, future in enumerate(as_completed([pool.submit(apart, one) for one in left]), start=1):
             result = future.result()
             append(args.out, result)

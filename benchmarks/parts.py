@@ -15,8 +15,8 @@ from torch.utils.flop_counter import flop_registry
 import autogate
 import rewriters
 from autogate.inputs import Inputs
-from rewriters.analysis import set_modes
 from rewriters.capture import capture
+from rewriters.preserving import set_modes
 
 
 @torch.no_grad()

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -21,35 +19,24 @@ from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ALWAYS, ChannelMap
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
-from rewriters.preserving import without_caches
+from rewriters.preserving import set_modes, without_caches
 from rewriters.propagate import Labelling
-from rewriters.resizing import Cut, Resizer, Unwritable
+from rewriters.resizing import Cut
 from rewriters.rules import Findings, Look, creation, find_rule, mixing, movement
 from rewriters.rules.kernels import convolution
 from rewriters.statistics import Site, place, plain_statistics, site, statistics, take_off, write_live
-from rewriters.tracing import TraceError, trace
+from rewriters.traced import Traced, all_tensors, by_mode, tensors_at, trace_modes
+from rewriters.tracing import TraceError
+from rewriters.trials import pin_unwritable
+from rewriters.verify import run_eval
 
 _RULES_WITH_SIZES = (
     creation.create, mixing.group_norm, mixing.layer_norm, movement.channel_shuffle, movement.expand, movement.move,
     movement.reshape,
 )  # fmt: skip
-_TORCH_MODULES_WITH_SIZES = (nn.Unflatten, nn.ChannelShuffle, nn.modules.padding._ConstantPadNd)
-
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """A module's own forward, traced in one mode for one of its calls."""
-
-    path: str
-    training: bool
-    graph: fx.Graph
-    known: Mapping[int, Labelled]
-
-    def resize(self, cut: Cut) -> Resizer:
-        """The forward rewritten for a cut (raises `Unwritable`)."""
-        resizer = Resizer(self.graph, self.known, cut, self.path)
-        resizer.run()
-        return resizer
+_TORCH_MODULES_WITH_SIZES = (
+    nn.Unflatten, nn.ChannelShuffle, nn.MultiheadAttention, nn.modules.padding._ConstantPadNd,
+)  # fmt: skip
 
 
 @dataclass
@@ -97,14 +84,6 @@ class Analysis:
             journal.undo()
 
 
-def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:
-    """Set every module's train or eval mode; returns what they were, to be set again."""
-    before = {module: module.training for module in model.modules()}
-    for module in before:
-        module.training = modes if isinstance(modes, bool) else modes[module]
-    return before
-
-
 def analyse(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
     ignore: Mapping[str, str] | None = None, embed: bool = True,
@@ -112,8 +91,9 @@ def analyse(
     """Find the classes of coupled channels of `model`.
 
     Args:
-        model: any module; nothing in it changes. Where its statistics are taken over live channels, it is
-            analysed as if they were not.
+        model: any module; nothing in it changes, but buffers that its forward makes anew for inputs of another
+            size (a table of places): it is run once then. Where its statistics are taken over live channels, it
+            is analysed as if they were not.
         args: example inputs by position.
         kwargs: example inputs by name.
         ignore: names of parameters and buffers to keep whole, with the reason.
@@ -144,7 +124,7 @@ def _analyse(
     _trace_size_holders(model, analysis, looking)
     _settle_repeated_calls(analysis)
     labelling.settle_grids()
-    _pin_unwritable(analysis)
+    pin_unwritable(labelling, analysis.traced)
     analysis.settle(samples_in(args, kwargs))
     return analysis
 
@@ -159,6 +139,9 @@ def _capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
     before = set_modes(model, False)
     try:
         captures = [capture(model, args, kwargs)]
+        if captures[0].exchanged:
+            run_eval(model, args, kwargs)  # from now on they are those that these inputs want
+            captures = [capture(model, args, kwargs)]
         if _has_unseen_parameters(model, captures[0]):
             set_modes(model, True)
             captures.append(capture(model, args, kwargs))
@@ -214,7 +197,7 @@ def _site(
     found: list[Site] = []
     for captured, call in calls:
         traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known)
-        found.append(site(module, path, {one.training: one.graph for one in traced}, len(looks[id(call)])))
+        found.append(site(module, path, by_mode(traced, lambda one: one.graph), len(looks[id(call)])))
     for other in found[1:]:
         if any(str(other.graphs[training]) != str(found[0].graphs[training]) for training in (False, True)):
             raise TraceError("called in several ways that would need different code", where=path)
@@ -241,7 +224,7 @@ def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[in
                 analysis.traced.extend(traced)
             except TraceError as error:
                 for node in holders:
-                    _pin_values(analysis.labelling, _tensors_at(node), known, call.path, str(node.target), error.cause)
+                    analysis.labelling.pin_values(tensors_at(node), known, call.path, str(node.target), error.cause)
 
 
 def _settle_repeated_calls(analysis: Analysis) -> None:
@@ -251,8 +234,8 @@ def _settle_repeated_calls(analysis: Analysis) -> None:
     through keeps its channels.
     """
     first: dict[tuple[str, bool], Traced] = {}
-    for traced in analysis.traced:
-        other = first.setdefault((traced.path, traced.training), traced)
+    for traced, mode in ((one, mode) for one in analysis.traced for mode in one.modes):
+        other = first.setdefault((traced.path, mode), traced)
         if other is not traced:
             alike = str(other.graph) == str(traced.graph)
             _merge_calls(analysis.labelling, other, traced) if alike else _pin_calls(analysis, other, traced)
@@ -268,22 +251,7 @@ def _merge_calls(labelling: Labelling, first: Traced, second: Traced) -> None:
 def _pin_calls(analysis: Analysis, *calls: Traced) -> None:
     reason = "called in several ways that would need different code"
     for traced in calls:
-        _pin_values(analysis.labelling, _all_tensors(traced.graph), traced.known, traced.path, "forward", reason)
-
-
-def trace_modes(
-    module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled]
-) -> list[Traced]:
-    """Trace a module's forward in eval and in train mode (raises `TraceError`)."""
-    before = set_modes(module, False)
-    try:
-        traced = []
-        for training in (False, True):
-            module.training = training
-            traced.append(Traced(call.path, training, *trace(module, call, captured, labelling, known)))
-        return traced
-    finally:
-        set_modes(module, before)
+        analysis.labelling.pin_values(all_tensors(traced.graph), traced.known, traced.path, "forward", reason)
 
 
 def _knows_its_sizes(module: nn.Module) -> bool:
@@ -335,19 +303,6 @@ def _labels_at(labelling: Labelling, node: fx.Node) -> list[Labelled]:
     return [value for value in tree_leaves(values) if isinstance(value, Labelled)]
 
 
-def _tensors_at(node: fx.Node) -> list[Tensor]:
-    values = [source.meta["val"] for source in node.all_input_nodes] + [node.meta["val"]]
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-
-
-def _pin_values(
-    labelling: Labelling, tensors: list[Tensor], known: Mapping[int, Labelled], path: str, op: str, reason: str
-) -> None:
-    for tensor in tensors:
-        for layer in known[id(tensor)].layers if id(tensor) in known else ():
-            labelling.space.pin(layer, path, op, reason)
-
-
 def pin_call(analysis: Analysis, path: str, reason: str) -> None:
     """Keep all channels of what a module's own code touches, and of what goes into it and comes out."""
     known = analysis.labelling.by_tensor()
@@ -356,89 +311,5 @@ def pin_call(analysis: Analysis, path: str, reason: str) -> None:
             if call.path == path:
                 leaves = tree_leaves((call.args, call.kwargs, call.output))
                 tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-                tensors += [tensor for node in call.nodes for tensor in _tensors_at(node)]
-                _pin_values(analysis.labelling, tensors, known, path, "forward", reason)
-
-
-def trial_pattern(size: int, seed: int) -> Tensor:
-    """A reproducible pattern of live classes, half of them on average; bool of shape (size,)."""
-    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
-
-
-def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
-    """A pattern that leaves sides of the same length different numbers of channels; bool of shape (classes,).
-
-    At random two sides may be left with as many, and a size that is read off the one and used for the other
-    does, by chance.
-    """
-    live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
-    seen: set[bytes] = set()
-    for start, length in labelling.space.blocks.values():
-        classes = np.unique(number[start : start + length])
-        classes = classes[classes != ALWAYS]
-        if classes.tobytes() not in seen and len(classes):
-            live[classes[: len(seen) % len(classes)]] = False
-            seen.add(classes.tobytes())
-    return live
-
-
-def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
-    """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
-    kept = live.clone()
-    for start, length in labelling.space.blocks.values():
-        classes = number[start : start + length]
-        if not (classes == ALWAYS).any() and not live[torch.from_numpy(classes)].any():
-            kept[classes[0]] = True
-    return kept
-
-
-def _pin_unwritable(analysis: Analysis) -> None:
-    """Rewrite every traced forward for trial patterns; what has no form for them is pinned."""
-    labelling = analysis.labelling
-    settled = False
-    while not settled:
-        settled = True
-        number = labelling.numbering()
-        size = int(number.max(initial=-1)) + 1
-        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
-            cut = analysis.cut(_nowhere_empty(labelling, number, live))
-            for traced in analysis.traced:
-                try:
-                    traced.resize(cut)
-                except Unwritable as error:
-                    settled = False
-                    _pin_refused(labelling, traced, error, number)
-            if not settled:
-                break
-
-
-def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number: np.ndarray) -> None:
-    """Keep the channels at a node that has no form for fewer of them, `number` being the classes it was tried on.
-
-    Where those stay already, it is a size that was read elsewhere (of the forward's input, say) that is
-    wrong: what the sizes on the way to the node were read off stays too, or all that the forward touches.
-    """
-    for tensors in (_tensors_at(error.node), _sizes_read(error.node), _all_tensors(traced.graph)):
-        _pin_values(labelling, tensors, traced.known, traced.path, str(error.node.target), error.cause)
-        if not np.array_equal(labelling.numbering(), number):
-            return
-    raise error
-
-
-def _sizes_read(node: fx.Node) -> list[Tensor]:
-    """Tensors off which anything was read that is no tensor and that `node` was computed with."""
-    seen: set[fx.Node] = set()
-    open_ends, tensors = [node], []
-    while open_ends:
-        at = open_ends.pop()
-        if at not in seen:
-            seen.add(at)
-            open_ends.extend(at.all_input_nodes)
-            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(at.meta["val"])):
-                tensors.extend(_tensors_at(at))
-    return tensors
-
-
-def _all_tensors(graph: fx.Graph) -> list[Tensor]:
-    leaves = [leaf for node in graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                tensors += [tensor for node in call.nodes for tensor in tensors_at(node)]
+                analysis.labelling.pin_values(tensors, known, path, "forward", reason)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from rewriters.analysis import Analysis, Traced, trace_modes
+from rewriters.analysis import Analysis
 from rewriters.capture import ModuleCall
 from rewriters.channel_map import ALWAYS
 from rewriters.errors import SurgeryError
@@ -30,6 +30,7 @@ from rewriters.labels import Labelled
 from rewriters.resizing import Cut, Unwritable, sweep
 from rewriters.rules import find_rule
 from rewriters.rules.elementwise import elementwise
+from rewriters.traced import Traced, by_mode, trace_modes
 from rewriters.tracing import TraceError
 from rewriters.verify import run_eval
 
@@ -153,7 +154,7 @@ def _prune(
             values = [_zero(node) if constant else None for node, constant in _as_decided(frontiers[0], decided, call)]
     forwards = [_with_constants(one, frontier, values) for one, frontier in zip(traced, frontiers, strict=True)]
     try:
-        graphs = {one.training: one.resize(cut).graph for one in forwards}
+        graphs = by_mode(forwards, lambda one: one.resize(cut).graph)
     except Unwritable:  # an op that refuses tensors without channels
         return
     removed = _uncalled(call, captured.calls(), graphs.values())
@@ -277,7 +278,7 @@ def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor
         if value is not None:
             _put_constant(copies[node], _constant_name(index), traced, known)
     sweep(graph, used)
-    return Traced(traced.path, traced.training, graph, known)
+    return replace(traced, graph=graph, known=known)
 
 
 def _put_constant(node: fx.Node, name: str, traced: Traced, known: dict[int, Labelled]) -> None:

@@ -19,6 +19,8 @@ import torch
 from torch import fx, nn
 from torch.fx.node import has_side_effect
 
+from rewriters.attention import multi_head_attention
+
 
 class ShapeGuardError(RuntimeError):
     """A rewritten forward ran with arguments that decide its control flow otherwise than when traced."""
@@ -60,10 +62,10 @@ class RewrittenForward:
     """
 
     def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph]):
-        codes = {training: graph.python_code("self") for training, graph in graphs.items()}
+        codes = {graph: graph.python_code("self") for graph in graphs.values()}  # both modes may have the same
         self.owner = owner
-        self.sources = {training: code.src for training, code in codes.items()}
-        self.globals = {training: dict(code.globals) for training, code in codes.items()}
+        self.sources = {training: codes[graph].src for training, graph in graphs.items()}
+        self.globals = {training: dict(codes[graph].globals) for training, graph in graphs.items()}
         self._compile()
 
     def _compile(self) -> None:
@@ -125,6 +127,15 @@ class LiveForward(RewrittenForward):
         """What shadowed the class's forward before, if anything did."""
 
 
+_WRITTEN_OUT: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multi_head_attention}
+"""Forwards of torch's that are one call to torch.fx."""
+
+
+def stands_in(module: nn.Module) -> bool:
+    """Whether `own_forward` gives another function than the module runs, which does the same."""
+    return own_forward(module) is _WRITTEN_OUT.get(type(module))
+
+
 def own_forward(module: nn.Module) -> Callable[..., Any]:
     """The function a module runs, taking the module as its first argument.
 
@@ -139,7 +150,7 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
         return forward.__func__
     if forward is not None:
         raise torch.fx.proxy.TraceError("its forward was replaced on the instance")
-    return type(module).forward
+    return _WRITTEN_OUT.get(type(module), type(module).forward)
 
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

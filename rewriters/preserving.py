@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from rewriters.journal import Journal
 
 _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
-_HOOKS = tuple(name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict))
+_REGISTRIES = (
+    "_parameters", "_buffers",
+    *(name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict)),
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -22,13 +25,13 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, forwards run on fake tensors or proxies; afterwards the modules' plain attributes are as before.
 
     That goes for what an attribute is and, where it is a dict, a list or a set, for what it holds. What
-    `functools.lru_cache` keeps is dropped. Hooks that forwards have registered are gone; parameters, buffers and
-    children are not looked at.
+    `functools.lru_cache` keeps is dropped. Hooks that forwards have registered are gone, buffers that they have
+    exchanged are back; children are not looked at.
     """
     modules = list(modules)
     before = [(module.__dict__, dict(_plain(module))) for module in modules]
     held = [(value, type(value)(value)) for _, plain in before for value in plain.values() if _holds(value)]
-    held += [(hooks, type(hooks)(hooks)) for hooks in (module.__dict__[name] for module in modules for name in _HOOKS)]
+    held += [(own, type(own)(own)) for own in (module.__dict__[name] for module in modules for name in _REGISTRIES)]
     try:
         yield
     finally:
@@ -127,3 +130,11 @@ def without_caches(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         journal.undo()
+
+
+def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:
+    """Set every module's train or eval mode; returns what they were, to be set again."""
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = modes if isinstance(modes, bool) else modes[module]
+    return before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -197,6 +197,14 @@ class Labelling:
             if side.tensor in names:
                 self.space.pin(self._labels_of(side), side.tensor.rpartition(".")[0], "", reason)
 
+    def pin_values(
+        self, tensors: Iterable[Tensor], known: Mapping[int, Labelled], path: str, op: str, reason: str
+    ) -> None:
+        """Keep every channel of these tensors, whose labels `known` has by their ids."""
+        for tensor in tensors:
+            for layer in known[id(tensor)].layers if id(tensor) in known else ():
+                self.space.pin(layer, path, op, reason)
+
     def pinned(self, labels: Tensor) -> np.ndarray:
         """Which labels always stay, bool of the labels' shape."""
         return self.space.pinned_roots()[self.space.roots()[labels.numpy()]]
@@ -240,16 +248,16 @@ class Labelling:
     def _pins(self) -> tuple[Pin, ...]:
         """Each note with the sides of its labels' classes, notes of the same place and reason together."""
         roots = self.space.roots()
-        sides_of_root: dict[int, list[Side]] = {}
-        for side, (start, size) in self.space.blocks.items():
-            for root in np.unique(roots[start : start + size]).tolist():
-                sides_of_root.setdefault(root, []).append(side)
-        gathered: dict[tuple[str, str, str], dict[Side, None]] = {}
+        noted: dict[tuple[str, str, str], np.ndarray] = {}
         for note in self.space.notes:
-            sides = gathered.setdefault((note.module, note.op, note.reason), {})
-            for root in np.unique(roots[note.labels.numpy()]).tolist():
-                sides.update(dict.fromkeys(sides_of_root.get(root, ())))
-        return tuple(Pin(*place, tuple(sides)) for place, sides in gathered.items() if sides)
+            hit = noted.setdefault((note.module, note.op, note.reason), np.zeros(self.space.count, bool))
+            hit[roots[note.labels.numpy()]] = True
+        pins = []
+        for place, hit in noted.items():
+            by_label = hit[roots]
+            sides = [side for side, (at, size) in self.space.blocks.items() if by_label[at : at + size].any()]
+            pins += [Pin(*place, tuple(sides))] if sides else []
+        return tuple(pins)
 
 
 def _sum_calls(kernels: list[Kernel], samples: int) -> tuple[Kernel, ...]:

@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from rewriters.analysis import Analysis, pin_call, samples_in, set_modes, trial_pattern
+from rewriters.analysis import Analysis, pin_call, samples_in
 from rewriters.capture import capture
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.journal import Journal
+from rewriters.preserving import set_modes
 from rewriters.slimming import apply, plan
+from rewriters.trials import trial_pattern
 
 _SEED = 2
 
@@ -64,7 +66,7 @@ def _refusal(
         channel_map = analysis.channel_map
         live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
         slim = plan(model, analysis, live, args, kwargs)
-        apply(model, slim, journal)
+        apply(model, slim, journal, with_values=False)
         recorded = capture(model, args, kwargs)
     except AutogateError as error:
         return error.where, error

@@ -23,7 +23,7 @@ from rewriters.forward import guard
 from rewriters.labels import Labelled, varying
 from rewriters.rules import RULES, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
-from rewriters.tracing import run_call
+from rewriters.tracing import AUTOCAST, run_call
 
 _CONCATENATIONS = {torch.cat, torch.concat}
 _MOVES = {op for op, rule in RULES.items() if rule in movement.RULES_THAT_MOVE} | elementwise.COPIES
@@ -101,6 +101,11 @@ class Resizer:
         sweep(self.graph, [copy for node, copy in self._copies.items() if node.users])
         return self.graph
 
+    def cuts(self) -> bool:
+        """Whether any tensor in the graph loses something."""
+        tensors = (leaf for node in self._source.nodes for leaf in _tensors(node.meta.get("val")))
+        return any(self._shape(tensor) != tuple(tensor.shape) for tensor in tensors)
+
     def _copy(self, node: fx.Node) -> None:
         copy = self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
         if node.target in _CONCATENATIONS and isinstance(node.args[0], (list, tuple)):
@@ -114,6 +119,9 @@ class Resizer:
         if node.op not in ("call_function", "call_method"):
             if node.op != "output":
                 self._slim[node] = self._expected(node)
+            self._copy(node)
+        elif node.target in AUTOCAST:
+            self._slim[node] = None
             self._copy(node)
         elif node.target is guard or node.target is torch._assert:
             if self._holds(node):

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rewriters.analysis import Analysis, trace_modes
+from rewriters.analysis import Analysis
 from rewriters.channel_map import Side
 from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
 from rewriters.resizing import Cut, Unwritable
 from rewriters.shortcuts import Shortcut
 from rewriters.slimming import SlimPlan
+from rewriters.traced import by_mode, trace_modes
 from rewriters.tracing import TraceError
 
 
@@ -138,7 +139,7 @@ def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: s
         if not labelling.extends(analysis.labelling):
             return None  # traced, it couples channels that are free in the model as it was recorded
         cut = Cut(labelling.stays(slim_plan.live))  # tracing may have made labels of its own
-        return {one.training: one.resize(cut).graph for one in traced}
+        return by_mode(traced, lambda one: one.resize(cut).graph)
     except (TraceError, Unwritable):
         return None
 
@@ -147,7 +148,7 @@ def _with_selections(
     slim_plan: SlimPlan, path: str, graphs: Mapping[bool, fx.Graph], selections: list[_Selection]
 ) -> SlimPlan:
     for one in selections:
-        for graph in graphs.values():
+        for graph in dict.fromkeys(graphs.values()):
             one.put_into(graph)
     indices = {f"{path}.{one.index_name}".lstrip("."): one.sources for one in selections if not one.is_identity}
     return replace(

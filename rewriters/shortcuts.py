@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriters.analysis import Traced, set_modes, trace_modes
 from rewriters.branches import is_under
 from rewriters.capture import Capture, capture
 from rewriters.errors import AutogateError
 from rewriters.forward import RewrittenForward, out_of_place
 from rewriters.journal import Journal
+from rewriters.preserving import set_modes
 from rewriters.propagate import Labelling
 from rewriters.residual import ADDS, ResidualAdd, coupling, residual_adds
 from rewriters.rules import Findings
+from rewriters.traced import Traced, by_mode, trace_modes
 from rewriters.tracing import TraceError
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -136,7 +137,7 @@ def _replace_in(
     before = module.__dict__.get("forward")
     for add, name in zip(adds, names, strict=True):
         journal.set(module._modules, name, _identity(add, module.training))
-    journal.set_attribute(module, "forward", RewrittenForward(module, {one.training: one.graph for one in traced}))
+    journal.set_attribute(module, "forward", RewrittenForward(module, by_mode(traced, lambda one: one.graph)))
     return [Shortcut(call.path, name, before) for name in names]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from rewriters.analysis import Analysis
+from rewriters.attention import keep_layers_apart
 from rewriters.branches import Pruned, is_under, prune_branches
 from rewriters.channel_map import ChannelMap, Kernel, Side
 from rewriters.decisions import Decisions
@@ -122,8 +123,9 @@ def _rewrite(analysis: Analysis, live: Tensor, pruned: list[Pruned]) -> dict[str
         resizer = traced.resize(cut)
         changed |= {traced.path} if resizer.changed else set()
         modes = graphs.setdefault(traced.path, {})
-        first = modes.setdefault(traced.training, resizer.graph)
-        differing |= {traced.path} if _code(first) != _code(resizer.graph) else set()
+        for mode in traced.modes:
+            first = modes.setdefault(mode, resizer.graph)
+            differing |= {traced.path} if first is not resizer.graph and _code(first) != _code(resizer.graph) else set()
     for path in sorted(changed & differing):
         raise SurgeryError("is called in several ways that would need different code", where=path)
     return done | {path: modes for path, modes in graphs.items() if path in changed}
@@ -141,7 +143,7 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
                 yield f"{path}.{name}".lstrip("."), module, name, tensor
 
 
-def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
+def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: bool = True) -> None:
     """Carry out a plan on the live model; statistics along channels are plain again.
 
     What forwards have kept of earlier calls is dropped: it is of the sizes that were.
@@ -150,6 +152,8 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
         model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
         slim_plan: what stays, made for this model.
         journal: notes every change, so that it can be undone.
+        with_values: whether tensors that lose something keep what is left; if not, theirs are shapes without
+            data, for a model that is run on fake tensors and then restored.
     """
     take_off(model, journal)
     drop_caches(model.modules(), journal)
@@ -160,7 +164,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
     for name, dims in cuts.items():
         tensor = first_name[name]
-        sliced[id(tensor)] = like(tensor, _slice(tensor, dims))
+        sliced[id(tensor)] = like(tensor, _slice(tensor, dims) if with_values else _unfilled(tensor, dims))
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
@@ -169,6 +173,8 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal) -> None:
             for field, value in fields_after(owner, its_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
                 journal.set_attribute(owner, field, value)
     follow_tensors(model, journal)
+    if slim_plan.kept:
+        keep_layers_apart(model, journal)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         journal.set_attribute(module, "forward", RewrittenForward(module, graphs))
@@ -214,6 +220,15 @@ def _slice(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
     return sliced.contiguous(memory_format=torch.channels_last) if channels_last else sliced
 
 
+def _unfilled(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
+    shape = list(tensor.shape)
+    for dim, indices in dims:
+        shape[dim] = len(indices)
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
+
+
 def like(old: Tensor, sliced: Tensor) -> Tensor:
     """What stands in the place of `old`: a parameter, trained or frozen, where that is one."""
     return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced
@@ -243,6 +258,14 @@ def fields_after(
         yield "input_size", new[1]
     elif isinstance(module, nn.RNNBase) and name == "weight_hh_l0":
         yield "hidden_size", new[1]
+    elif isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        yield "num_heads", module.num_heads * new[0] // old[0]
+        yield from ((width, new[1]) for width in ("embed_dim", "kdim", "vdim"))
+    elif isinstance(module, nn.MultiheadAttention) and name == "q_proj_weight":
+        yield "num_heads", module.num_heads * new[0] // old[0]
+        yield "embed_dim", new[1]
+    elif isinstance(module, nn.MultiheadAttention) and name in ("k_proj_weight", "v_proj_weight"):
+        yield f"{name[0]}dim", new[1]
     elif isinstance(module, nn.PReLU):
         yield "num_parameters", new[0]
     elif isinstance(module, nn.GroupNorm) and name == "weight":

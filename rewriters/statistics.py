@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from rewriters.attention import keep_layers_apart
 from rewriters.channel_map import ALWAYS, ChannelMap, Statistic
 from rewriters.forward import LiveForward
 from rewriters.journal import Journal
@@ -56,12 +57,13 @@ def site(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph], recorded
         TraceError: a statistic is taken by a call that has no form over live channels, or where tracing
             doesn't see it.
     """
-    looks = [[look for node in _looking(graph) for look in node.meta["looks"]] for graph in graphs.values()]
-    for graph in graphs.values():
+    unlike = list(dict.fromkeys(graphs.values()))
+    looks = [[look for node in _looking(graph) for look in node.meta["looks"]] for graph in unlike]
+    for graph in unlike:
         for node in _looking(graph):
             if node.target not in FORMS or len(node.meta["looks"]) > 1:
                 raise TraceError(f"{node.format_node()} has no form for live channels", where=path)
-    first, targets = looks[0], [[node.target for node in _looking(graph)] for graph in graphs.values()]
+    first, targets = looks[0], [[node.target for node in _looking(graph)] for graph in unlike]
     alike = all(_alike(first, other) for other in looks) and all(other == targets[0] for other in targets)
     if len(first) != recorded or not alike:
         raise TraceError("traced, it takes other statistics than it took", where=path)
@@ -96,12 +98,13 @@ def place(model: nn.Module, sites: Sequence[Site], number: np.ndarray, journal: 
         sites: where statistics are taken.
         number: class of each label.
     """
-    for one in sites:
-        mortal = one.mortal(number)
-        if not mortal:
-            continue
+    mortals = [(one, mortal) for one in sites if (mortal := one.mortal(number))]
+    if mortals:
+        keep_layers_apart(model, journal)
+    for one, mortal in mortals:
         module = model.get_submodule(one.path)
-        graphs = {training: _with_children(graph, one, mortal) for training, graph in one.graphs.items()}
+        made = {graph: _with_children(graph, one, mortal) for graph in one.graphs.values()}
+        graphs = {training: made[graph] for training, graph in one.graphs.items()}
         forward = LiveForward(module, graphs, tuple(one.names[index] for index in mortal))
         nodes = _looking(one.graphs[False])
         for index in mortal:

@@ -44,6 +44,23 @@ class TraceError(AutogateError):
     """A module's forward cannot be followed by torch.fx."""
 
 
+class AskedMode:
+    """Stands in a module's `training` while its forward is traced: eval mode, and a note whether that was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __bool__(self) -> bool:
+        self.asked = True
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+
 class _OpLog(TorchDispatchMode):
     """Notes every ATen call that gives tensors, with its arguments and result."""
 
@@ -132,11 +149,6 @@ class _Tracer(fx.Tracer):
         self._children = iter(call.children)
         self._alive: list[Any] = []  # ids of tensors are keys
         self._entered = call  # the child that ran last
-        self._recording = False
-        self._wrapped = {
-            space: {name: functools.partial(self._function, name, plain) for name, plain in _builtins(space).items()}
-            for space in (torch, F)
-        }
         self.known = known
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
@@ -194,6 +206,8 @@ class _Tracer(fx.Tracer):
         # Asked by type, for isinstance would take a proxy for what it stands for.
         if type(a) is _Valued:
             return a.node
+        if type(a) is AskedMode:
+            return bool(a)
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             return self._plain_tensor(a)
         return super().create_arg(a)
@@ -209,38 +223,17 @@ class _Tracer(fx.Tracer):
             node.meta["val"] = self._captured.mode.from_tensor(tensor)
         return node
 
-    @contextlib.contextmanager
-    def functions(self, recorded: bool) -> Iterator[None]:
-        """While a forward runs, records torch's builtin functions by their arguments as they are.
-
-        Left to themselves they look into sizes given as proxies (which would guard them) before they ask the
-        proxies for leave, and don't ask at all where there is no tensor among their arguments (torch.zeros).
-        """
-        before, self._recording = self._recording, recorded
-        self._set_functions()
-        try:
-            yield
-        finally:
-            self._recording = before
-            self._set_functions()
-
-    def _set_functions(self) -> None:
-        for space in (torch, F):
-            vars(space).update(self._wrapped[space] if self._recording else _builtins(space))
-
-    def _function(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if name in _FACTORIES or any(type(leaf) is _Valued for leaf in tree_leaves((args, kwargs))):
-            return self.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
-
     def create_proxy(self, kind, target, args, kwargs, *rest, **options):
-        with self.functions(recorded=False):
+        with _functions_recorded(None):
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
         return proxy
 
     def _follow(self, node: fx.Node) -> None:
         """Note a new node's value, the ATen ops it ran and the labels of what they gave."""
+        if node.target in AUTOCAST:
+            node.meta.update(val=None, ops=[], looks=[])
+            return
         log = _OpLog()
         with torch.no_grad(), self._captured.mode, log:
             node.meta["val"] = self._evaluate(node)
@@ -292,11 +285,97 @@ class _Tracer(fx.Tracer):
         if node.op == "call_module":
             path = f"{self._call.path}.{node.target}".lstrip(".")
             child = next(self._children, None)
-            if child is None or child.path != path:
+            if child is None or path not in child.names:
                 raise TraceError(f"traced, it calls {path} where it ran {child.path if child else 'nothing'}")
             self._entered = child
             return child.output
         return run_call(node.op, node.target, node.args, node.kwargs, lambda other: other.meta["val"])
+
+
+_recording: _Tracer | None = None
+"""The tracer that records calls of torch's builtin functions, if one does."""
+
+
+@contextlib.contextmanager
+def _functions_recorded(by: _Tracer | None) -> Iterator[None]:
+    global _recording
+    before, _recording = _recording, by
+    try:
+        yield
+    finally:
+        _recording = before
+
+
+@contextlib.contextmanager
+def _functions_wrapped(tracer: _Tracer) -> Iterator[None]:
+    """While a forward runs, torch's builtin functions are recorded by their arguments as they are.
+
+    Left to themselves they look into sizes given as proxies (which would guard them) before they ask the
+    proxies for leave, and don't ask at all where there is no tensor among their arguments (torch.zeros).
+    """
+    for space in (torch, F):
+        vars(space).update(_recorders(space))
+    try:
+        with _functions_recorded(tracer):
+            yield
+    finally:
+        for space in (torch, F):
+            vars(space).update(_builtins(space))
+
+
+@functools.cache
+def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
+    return {name: functools.partial(_record, name, plain) for name, plain in _builtins(space).items()}
+
+
+def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _recording is not None and (
+        name in _FACTORIES or any(type(leaf) is _Valued for leaf in tree_leaves((args, kwargs)))
+    ):
+        return _recording.create_proxy("call_function", function, args, kwargs)
+    return function(*args, **kwargs)
+
+
+AUTOCAST = (torch.amp._enter_autocast, torch.amp._exit_autocast)
+"""Calls that stand in a graph where the forward enters and leaves torch.autocast; they are not run on fake values."""
+
+
+@contextlib.contextmanager
+def _contexts_followed() -> Iterator[None]:
+    """Records where a forward enters and leaves torch.autocast; torch.fx would forget it.
+
+    What it records without gradients it would record with them, so that is refused.
+    """
+    plain_init, plain_enter, plain_exit = (vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__"))
+    plain_set_grad = torch._C._set_grad_enabled
+
+    def init(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        of_value = type(device_type) is _Valued
+        plain_init(context, device_type.value if of_value else device_type, *args, **kwargs)
+        context.device = device_type
+
+    def enter(context: Any) -> Any:
+        if _recording is None:
+            return plain_enter(context)
+        given = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
+        context._recorded = _recording.create_proxy("call_function", torch.amp._enter_autocast, given, {})
+        return context
+
+    def leave(context: Any, *error: Any) -> Any:
+        if _recording is None:
+            return plain_exit(context, *error)
+        return _recording.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {}) and None
+
+    def set_grad(mode: bool) -> None:
+        if _recording is not None:
+            raise TraceError("it changes whether gradients are recorded")
+        plain_set_grad(mode)
+
+    with (
+        mock.patch.multiple(torch.autocast, __init__=init, __enter__=enter, __exit__=leave),
+        mock.patch.object(torch._C, "_set_grad_enabled", set_grad),
+    ):
+        yield
 
 
 def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[fx.Node], Any]) -> Any:
@@ -306,9 +385,9 @@ def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[f
 
 
 @contextlib.contextmanager
-def _wrapped_functions_followed() -> Iterator[None]:
-    """Looks into functions that were declared leaves (`torch.fx.wrap`): proxies that know their values can."""
-    with mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True):
+def _followed() -> Iterator[None]:
+    """Looks into functions that were declared leaves (`torch.fx.wrap`), as proxies that know their values can."""
+    with mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True), _contexts_followed():
         yield
 
 
@@ -325,7 +404,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, dict(known))
     try:
-        with attributes_preserved([module]), tracer.functions(recorded=True), _wrapped_functions_followed():
+        with attributes_preserved([module]), _functions_wrapped(tracer), _followed():
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error

@@ -103,7 +103,7 @@ def main() -> None:
     running = commands.add_parser("run", help="train what has no result yet")
     running.add_argument("--data", type=Path, required=True)
     running.add_argument("--models", nargs="+", default=["resnet20"], choices=list(MODELS))
-    running.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    running.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     running.add_argument("--flops", type=float, nargs="+", default=[0.5, 0.3])
     running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     running.add_argument("--epochs", type=int, default=10, help="dense, and again for each method")

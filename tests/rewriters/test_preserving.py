@@ -84,3 +84,31 @@ def test_what_a_forward_leaves_elsewhere_is_gone_after_the_analysis():
     assert len(model.a._forward_hooks) == 1
     assert type(run_eval(model, (x,))[0]) is type(wanted[0]) is torch.Tensor
     assert torch.equal(run_eval(model, (x,))[0], wanted[0])
+
+
+class Fitting(nn.Module):
+    """Makes its table of places anew, a buffer, where the image has another size than the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 6), conv(6, 2)
+        self.register_buffer("places", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x):
+        if self.places.shape[-1] != x.shape[-1]:
+            self.places = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)[None]
+        first, second = self.a(x).split([2, 4], 1)
+        return self.b(torch.cat([second, first + self.places], 1))
+
+
+def test_a_buffer_that_the_forward_makes_anew_is_that_of_the_example_inputs():
+    x = image().double()
+    for first in (x, image(size=6).double()):
+        model = Fitting().double().eval()
+        run_eval(model, (first,))
+        analysis = analyse(model, (x,))
+        assert type(model.places) is torch.Tensor
+        assert model.places.shape == (1, 4)
+        assert analysis.channel_map.size == 6
+        slimmed = assert_exact(model, (x,))
+        assert "" in slimmed.plan.forwards

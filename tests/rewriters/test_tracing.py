@@ -281,3 +281,86 @@ def test_a_factor_computed_from_a_width_stays_what_it_was(scale):
     model = Net(forward, stem=conv(3, 8), head=conv(4, 2)).double()
     slimmed = assert_exact(model, (image().double(),))
     assert Side("stem.weight", 0) in slimmed.analysis.channel_map.classes
+
+
+def in_full_precision(m, x):
+    first, second = m.a(x).split([3, 5], 1)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        y = torch.cat([first, second * second], 1).float()
+    return m.b(y)
+
+
+def test_where_a_forward_leaves_autocast_it_leaves_it_rewritten():
+    example = image()
+    model = Net(in_full_precision, a=conv(3, 8), b=conv(8, 2)).eval()
+    gated = copy.deepcopy(model)
+    slimmed = slim(model, (example,), {}, share=0.5, seed=3)
+    zero_kernels(gated, slimmed.analysis.channel_map, random_live(slimmed.analysis.channel_map.size, 0.5, 3))
+    assert "" in slimmed.plan.forwards
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [run_eval(one, (example,)) for one in (model, gated)]
+        assert torch.is_autocast_enabled("cpu")
+    assert relative_error(*outputs) <= 1e-2
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def partly_without_gradients(m, x):
+    y = m.a(x).view(x.shape[0], 4, 2, -1)
+    with torch.no_grad():
+        y = y * y.detach()
+    return m.b(y.reshape(x.shape[0], 8, *x.shape[2:]))
+
+
+def test_what_is_computed_without_gradients_is_not_traced():
+    model = Net(partly_without_gradients, a=conv(3, 8), b=conv(8, 2)).eval()
+    with pytest.raises(TraceError, match="whether gradients"):
+        traced(model, image())
+    analysis = analyse(model, (image(),))
+    assert analysis.channel_map.size == 0
+    assert torch.is_grad_enabled()
+
+
+class Asks(nn.Module):
+    """Uses its mode as nothing but a bool can be used."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.a, self.b, self.use = conv(3, 8), conv(8, 2), use
+
+    def forward(self, x):
+        first, second = self.a(x).split([3, 5], 1)
+        return self.b(torch.cat([first, second], 1)) * self.use(self.training)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda mode: 3 - mode, lambda mode: 2 if mode else 3, lambda mode: {True: 2, False: 3}[mode]]
+)
+def test_each_use_of_the_mode_is_seen(use):
+    slim_model, gated = slim_and_gated(lambda: Asks(use), image().double())
+    example = image().double()
+    for mode in (False, True):
+        assert relative_error([slim_model.train(mode)(example)], [gated.train(mode)(example)]) <= TOLERANCE
+
+
+def test_a_forward_that_does_not_ask_for_its_mode_is_traced_once():
+    analysis = analyse(Split(), (image(),))
+    assert [one.modes for one in analysis.traced] == [(False, True)]
+
+
+class Shares(nn.Module):
+    """A child that stands in another module too, where it was registered first."""
+
+    def __init__(self, child):
+        super().__init__()
+        self.a, self.child, self.b = conv(3, 8), child, conv(8, 2)
+
+    def forward(self, x):
+        first, second = self.a(x).split([4, 4], 1)
+        return self.b(torch.cat([self.child(first), second], 1))
+
+
+def test_a_child_with_two_names_is_known_by_either():
+    child = conv(4, 4, 3)
+    model = Net(lambda m, x: m.second(F.pad(m.first(x), (0, 0, 0, 0, 0, 1))), first=Shares(child), second=Shares(child))
+    slimmed = assert_exact(model.double().eval(), (image().double(),))
+    assert {"first", "second"} <= set(slimmed.plan.forwards)

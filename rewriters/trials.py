@@ -1,0 +1,93 @@
+"""Rewrite every traced forward for trial patterns of dead classes: what has no form for fewer channels keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from rewriters.channel_map import ALWAYS
+from rewriters.propagate import Labelling
+from rewriters.resizing import Cut, Unwritable
+from rewriters.traced import Traced, all_tensors, tensors_at
+
+
+def trial_pattern(size: int, seed: int) -> Tensor:
+    """A reproducible pattern of live classes, half of them on average; bool of shape (size,)."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
+    """A pattern that leaves sides of the same length different numbers of channels; bool of shape (classes,).
+
+    At random two sides may be left with as many, and a size that is read off the one and used for the other
+    does, by chance.
+    """
+    live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
+    seen: set[bytes] = set()
+    for start, length in labelling.space.blocks.values():
+        classes = np.unique(number[start : start + length])
+        classes = classes[classes != ALWAYS]
+        if classes.tobytes() not in seen and len(classes):
+            live[classes[: len(seen) % len(classes)]] = False
+            seen.add(classes.tobytes())
+    return live
+
+
+def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
+    """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
+    kept = live.clone()
+    for start, length in labelling.space.blocks.values():
+        classes = number[start : start + length]
+        if not (classes == ALWAYS).any() and not live[torch.from_numpy(classes)].any():
+            kept[classes[0]] = True
+    return kept
+
+
+def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
+    """Rewrite every traced forward for trial patterns; what has no form for them is pinned."""
+    settled = False
+    while not settled:
+        settled = True
+        number = labelling.numbering()
+        size = int(number.max(initial=-1)) + 1
+        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
+            cut = Cut(labelling.stays(_nowhere_empty(labelling, number, live)))
+            for traced in forwards:
+                try:
+                    traced.resize(cut)
+                except Unwritable as error:
+                    settled = False
+                    _pin_refused(labelling, traced, error, number)
+            if not settled:
+                break
+
+
+def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number: np.ndarray) -> None:
+    """Keep the channels at a node that has no form for fewer of them, `number` being the classes it was tried on.
+
+    Where those stay already, it is a size that was read elsewhere (of the forward's input, say) that is
+    wrong: what the sizes on the way to the node were read off stays too, or all that the forward touches.
+    """
+    for tensors in (tensors_at(error.node), _sizes_read(error.node), all_tensors(traced.graph)):
+        labelling.pin_values(tensors, traced.known, traced.path, str(error.node.target), error.cause)
+        if not np.array_equal(labelling.numbering(), number):
+            return
+    raise error
+
+
+def _sizes_read(node: fx.Node) -> list[Tensor]:
+    """Tensors off which anything was read that is no tensor and that `node` was computed with."""
+    seen: set[fx.Node] = set()
+    open_ends, tensors = [node], []
+    while open_ends:
+        at = open_ends.pop()
+        if at not in seen:
+            seen.add(at)
+            open_ends.extend(at.all_input_nodes)
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(at.meta["val"])):
+                tensors.extend(tensors_at(at))
+    return tensors
