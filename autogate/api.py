@@ -420,10 +420,12 @@ def _check_whole(model: nn.Module) -> None:
 
 
 def _check_finite(model: nn.Module) -> None:
+    """Parameters are to be finite; a buffer may hold an infinity (of a mask, of a range without an end)."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        broken = ~torch.isfinite(tensor) if isinstance(tensor, nn.Parameter) else torch.isnan(tensor)
+        if tensor.is_floating_point() and broken.any():
             raise AutogateError(
-                f"{int((~torch.isfinite(tensor)).sum())} of its {tensor.numel()} values are not finite.",
+                f"{int(broken.sum())} of its {tensor.numel()} values are not finite.",
                 where=name,
                 remedy="Go back to a checkpoint from before training diverged.",
             )

@@ -18,6 +18,9 @@ def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result
     """Results of a move, from each layer's own results (one label tensor for each result)."""
     outs = []
     for index, shape in enumerate(call.shapes):
+        if 0 in shape and 0 not in value.shape:
+            outs.append(_emptied(value, shape))
+            continue
         layers = []
         for before, after in zip(value.layers, results, strict=True):
             layer = compress(after[index])
@@ -28,6 +31,13 @@ def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result
         call.findings.grids.extend(layer for layer in layers if len(varying(layer)) > 1)
         outs.append(Labelled(shape, tuple(layers), value.source, derived=value.derived))
     return outs if len(outs) > 1 or _returns_list(call.op) else outs[0]
+
+
+def _emptied(value: Labelled, shape: tuple[int, ...]) -> Labelled:
+    """Nothing of a value (x[:, :0]): along the dimensions that are left it is what the value is."""
+    alike = len(shape) == value.ndim and all(new in (0, old) for new, old in zip(shape, value.shape, strict=True))
+    layers = (layer for layer in value.layers if all(shape[dim] for dim in varying(layer)))
+    return Labelled(shape, tuple(layers) if alike else (), value.source, derived=value.derived)
 
 
 def _returns_list(op: Any) -> bool:

@@ -145,6 +145,13 @@ def test_a_weight_that_is_not_finite_is_named():
     assert "layer1.0.conv1.weight" in refused_at_the_end(model)
 
 
+def test_a_buffer_may_hold_an_infinity():
+    model = net()
+    model.register_buffer("most", torch.tensor(float("inf")))
+    slim = autogate.finalize(autogate.prepare(model, example(), flops=1.0), warn=False)
+    assert slim.most == float("inf")
+
+
 def test_a_gate_that_is_not_finite_is_named():
     model = autogate.prepare(net(), example())
     with torch.no_grad():

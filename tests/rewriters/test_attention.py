@@ -9,8 +9,7 @@ from torch import nn
 
 from rewriters.analysis import analyse
 from rewriters.channel_map import ALWAYS
-from rewriters.rehearsal import rehearse
-from tests.rewriters.exactness import assert_exact, slim
+from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, classes, is_pinned, mapped
 
 HEADS, WIDTH, TOKENS, EMBED = 3, 4, 5, 6
@@ -150,18 +149,6 @@ def test_heads_that_share_keys_and_values_die_with_them(spread):
     assert classes(found, "k.weight", 0) == classes(found, "v.weight", 0) == [g for g in range(2) for _ in range(WIDTH)]
     assert classes(found, "q.weight", 0) == [g for g in range(2) for _ in range(2 * WIDTH)]
     assert_exact(net, (tokens(),))
-
-
-def test_a_transformer_encoder_of_torch_loses_what_is_not_in_its_attention():
-    """The forward of nn.MultiheadAttention is one function that takes its widths as numbers and compares them."""
-    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
-    net, x = nn.Sequential(nn.Linear(EMBED, 8), layer, nn.Linear(8, 2)).double().eval(), tokens()
-    found = rehearse(net, analyse(net, (x,)), (x,)).channel_map
-    assert len(set(classes(found, "1.linear2.weight", 1))) == 12
-    assert is_pinned(found, "1.self_attn.in_proj_weight", 0)
-    slimmed = slim(net, (x,), analysis=rehearse(net, analyse(net, (x,)), (x,)))
-    assert slimmed.error <= 1e-10
-    assert net[1].linear1.out_features < 12
 
 
 def test_a_width_read_off_the_input_is_none_of_the_inside_s():

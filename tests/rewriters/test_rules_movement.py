@@ -159,3 +159,18 @@ def test_index_by_a_permutation_pins():
         lambda m, x: m.b(m.a(x).index_select(1, m.order)), a=conv(3, 4), b=conv(4, 2), order=torch.tensor([2, 0, 1, 3])
     )
     assert is_pinned(found, "a.weight", 0)
+
+
+@pytest.mark.parametrize(
+    "nothing", [lambda y: y[..., :0], lambda y: y.split([0, 4], 3)[0], lambda y: y.narrow(3, 2, 0)]
+)
+def test_what_is_cut_to_nothing_keeps_its_other_channels(nothing):
+    """Attention with rotary positions cuts off as many prefix tokens as there are: none, often."""
+
+    def forward(m, x):
+        y = m.a(x)
+        return m.b(torch.cat([nothing(y), y * 2], 3))
+
+    found = mapped(forward, a=conv(3, 4), b=conv(4, 2))
+    assert classes(found, "a.weight", 0) == classes(found, "b.weight", 1) == [0, 1, 2, 3]
+    assert_exact(Net(forward, a=conv(3, 4), b=conv(4, 2)).double().eval(), (image().double(),))
