@@ -80,7 +80,8 @@ class Result:
         model, family: its name and the file that it is from.
         image: side of the images, or shape of the example.
         params: number of parameters.
-        step: what it failed in ("build", "prepare", "kill", "finalize", "memory", "time"), empty if in nothing.
+        step: what it failed in ("build", "prepare", "kill", "finalize", "float64", "memory", "time"),
+            empty if in nothing.
         error: the failure's text.
         difference: largest relative difference of gated and slim outputs, in float32.
         double_difference: the same in float64, where float32's is larger than `SINGLE`.
@@ -147,6 +148,7 @@ def measure(one: Listed) -> Iterator[Result]:
     yield result
     result.difference, result.finalize_s = _finalize(model, inputs)
     if not result.difference <= SINGLE:
+        result.step = "float64"
         yield result
         model, inputs = build(one, torch.float64)
         model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -18,6 +19,19 @@ from autogate.inputs import Inputs, as_call
 TORCHVISION = "torchvision:"
 
 BATCH = 2
+
+
+class DenseParts(nn.Module):
+    """Backbone, neck and heads of a detector of torchvision's, without what follows from the values of tensors."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.backbone = model.backbone
+        self.head = model.rpn.head if hasattr(model, "rpn") else model.head
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.backbone(images)
+        return self.head(list(features.values()) if isinstance(features, dict) else [features])
 
 
 @dataclass(frozen=True)
@@ -35,9 +49,10 @@ class Listed:
     side: int = 0
 
     def build(self) -> nn.Module:
-        if self.name.startswith(TORCHVISION):
-            return torchvision.models.get_model(self.name.removeprefix(TORCHVISION), weights=None, **self._options())
-        return timm.create_model(self.name)
+        if not self.name.startswith(TORCHVISION):
+            return timm.create_model(self.name)
+        model = torchvision.models.get_model(self.name.removeprefix(TORCHVISION), weights=None, **self._options())
+        return DenseParts(model) if "detection" in self.family else model
 
     def _options(self) -> dict[str, None]:
         takes_backbone = any(kind in self.family for kind in ("detection", "segmentation"))
@@ -46,12 +61,16 @@ class Listed:
     def inputs(self, model: nn.Module) -> Inputs:
         """A batch of two."""
         if self.name.startswith(TORCHVISION):
-            return (self._torchvision_input(),), {}
+            return self._torchvision_inputs(), {}
         return as_call(self._resized(model), model)
 
-    def _torchvision_input(self) -> Tensor:
-        side = self.side or 224
-        return torch.randn(BATCH, 3, 16, 112, 112) if "video" in self.family else torch.randn(BATCH, 3, side, side)
+    def _torchvision_inputs(self) -> tuple[Tensor, ...]:
+        if "video" in self.family:
+            side = 112 if "resnet" in self.family else 224
+            return (torch.randn(BATCH, 3, 16, side, side),)
+        side = max(self.side, 299) if "inception" in self.name else self.side or 224
+        images = 2 if "optical_flow" in self.family else 1
+        return tuple(torch.randn(BATCH, 3, side, side) for _ in range(images))
 
     def _resized(self, model: nn.Module) -> Tensor | None:
         """A batch of smaller images, where the model takes one; None where it doesn't."""

@@ -166,8 +166,35 @@ def _batch_norm(
     return torch.empty_like(x), x.new_empty(saved), x.new_empty(saved)
 
 
-_QUICKER = {torch.ops.aten.native_batch_norm.default: _batch_norm}
-"""Ops that fake tensors take apart into a dozen of others: half of the time of a convolutional net's recording."""
+def _addmm(bias: Tensor, rows: Tensor, columns: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    shape = (rows.shape[0], columns.shape[1])
+    if rows.shape[1] != columns.shape[0] or torch.broadcast_shapes(bias.shape, shape) != shape:
+        raise RuntimeError(f"addmm of {tuple(bias.shape)}, {tuple(rows.shape)} and {tuple(columns.shape)}")
+    return rows.new_empty(shape)
+
+
+def _activation(x: Tensor, *settings: Any, **options: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _activation_in_place(x: Tensor, *settings: Any, **options: Any) -> Tensor:
+    return x
+
+
+_aten = torch.ops.aten
+_QUICKER = {
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten.addmm.default: _addmm,
+    **dict.fromkeys(
+        (_aten.elu.default, _aten.gelu.default, _aten.hardsigmoid.default, _aten.hardswish.default,
+         _aten.leaky_relu.default, _aten.mish.default, _aten.silu.default), _activation
+    ),
+    **dict.fromkeys(
+        (_aten.elu_.default, _aten.gelu_.default, _aten.hardsigmoid_.default, _aten.hardswish_.default,
+         _aten.leaky_relu_.default, _aten.mish_.default, _aten.silu_.default), _activation_in_place
+    ),
+}  # fmt: skip
+"""What these give, without data. Fake tensors take them apart into a dozen ops each, most of a recording's time."""
 
 
 def _getitem(values: Any, index: int) -> Any:

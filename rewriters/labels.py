@@ -63,6 +63,19 @@ def compress(labels: Tensor) -> Tensor:
     return labels
 
 
+def reshaped(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """Labels of a tensor of shape `before`, and with size 1 where they don't vary, when it is reshaped to `after`.
+
+    They are not repeated along dimensions that both shapes begin or end with (samples, tokens).
+    """
+    most = min(len(before), len(after))
+    first = next((d for d in range(most) if before[d] != after[d] or labels.shape[d] != 1), most)
+    last = next((d for d in range(most - first) if before[~d] != after[~d] or labels.shape[~d] != 1), most - first)
+    inner = labels.view(labels.shape[first : len(before) - last]).expand(before[first : len(before) - last])
+    outer = [1] * first, after[first : len(after) - last], [1] * last
+    return inner.reshape([size for part in outer for size in part]).expand(tuple(after))
+
+
 def _is_line(labels: Tensor, dim: int) -> bool:
     # Along its only dimension a layer of labels that were once distinct is taken to vary.
     return labels.numel() == labels.shape[dim]
@@ -85,14 +98,17 @@ class LabelSpace:
         self.count = 0
         self.blocks: dict[Side, tuple[int, int]] = {}
         self.notes: list[PinNote] = []
-        self._merged: list[tuple[Tensor, Tensor]] = []
-        self._roots: np.ndarray | None = None
+        self._roots = np.arange(0)
+        self._merged: list[tuple[Tensor, Tensor]] = []  # since these roots were found
+        self._pinned = np.zeros(0, bool)  # of these roots, by the first so many notes
+        self._noted = 0
 
     def fork(self) -> LabelSpace:
         """A space that starts from this one and leaves it as it is."""
         other = LabelSpace()
         other.count, other.blocks, other.notes = self.count, dict(self.blocks), list(self.notes)
-        other._merged, other._roots = list(self._merged), self._roots
+        other._roots, other._merged = self._roots, list(self._merged)
+        other._pinned = np.zeros(len(self._roots), bool)
         return other
 
     def fresh(self, count: int) -> Tensor:
@@ -134,7 +150,6 @@ class LabelSpace:
         first, second = torch.broadcast_tensors(first, second)
         if not torch.equal(first, second):
             self._merged.append((first, second))
-            self._roots = None
 
     def merge_along(self, layer: Tensor, dims: Iterable[int]) -> Tensor:
         """Merge a layer's labels along `dims`; returns the layer with size 1 there."""
@@ -151,28 +166,35 @@ class LabelSpace:
 
     def roots(self) -> np.ndarray:
         """For each label the smallest label it was merged with, int64 of shape (count,)."""
-        if self._roots is None or len(self._roots) != self.count:
+        if self._merged or len(self._roots) != self.count:
             pairs = [(a.reshape(-1).numpy(), b.reshape(-1).numpy()) for a, b in self._merged]
             first = np.concatenate([a for a, _ in pairs]) if pairs else np.empty(0, np.int64)
             second = np.concatenate([b for _, b in pairs]) if pairs else np.empty(0, np.int64)
-            self._roots = connected(self.count, first, second)
+            known = np.concatenate([self._roots, np.arange(len(self._roots), self.count)])
+            self._roots, self._merged = connected(known, first, second), []
+            self._pinned, self._noted = np.zeros(self.count, bool), 0
         return self._roots
 
     def pinned_roots(self) -> np.ndarray:
         """Whether anything pins the class of a root, bool of shape (count,)."""
-        pinned = np.zeros(self.count, bool)
-        for note in self.notes:
-            pinned[self.roots()[note.labels.numpy()]] = True
-        return pinned
+        roots = self.roots()
+        for note in self.notes[self._noted :]:
+            self._pinned[roots[note.labels.numpy()]] = True
+        self._noted = len(self.notes)
+        return self._pinned
 
 
-def connected(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def connected(known: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Smallest member of each element's connected component under the edges (first[i], second[i]).
 
     Hooks the larger root of every edge onto the smaller one and halves the paths, for all edges at once,
     until nothing moves.
+
+    Args:
+        known: smallest members by edges that were there before: `np.arange(count)` for none.
+        first, second: edges' ends.
     """
-    root = np.arange(count)
+    root = known.copy()
     while first.size:
         a, b = root[first], root[second]
         apart = a != b

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rewriters.errors import SurgeryError
 from rewriters.forward import guard
-from rewriters.labels import Labelled, varying
+from rewriters.labels import Labelled, reshaped, varying
 from rewriters.rules import RULES, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import AUTOCAST, run_call
@@ -212,6 +212,8 @@ class Resizer:
         results = _tensors(node.meta["val"])
         if target == node.target and all(self._shape(leaf) == leaf.shape for leaf in (*operands.values(), *results)):
             return True  # nothing is cut here
+        if len(operands) == 1 and all(find_rule(op) is movement.reshape for op in node.meta["ops"]):
+            return self._reshapes(*operands.values(), *results)
         full, slim, start = {}, {}, 0
         for key, leaf in operands.items():
             numbers = _numbers(self._labels(leaf), start)
@@ -229,6 +231,14 @@ class Resizer:
             _equal(self._cut.slim(_once(moved, labels), labels), got)
             for moved, got, labels in zip(_tensors(before), _tensors(after), map(self._labels, results), strict=True)
         )
+
+    def _reshapes(self, operand: Tensor, result: Tensor) -> bool:
+        """As `_commutes`, for a tensor that is reshaped to the right shape."""
+        numbers = _numbers(self._labels(operand), 0)
+        before = reshaped(numbers, operand.shape, result.shape)
+        slim = self._cut.slim(numbers, self._labels(operand))
+        after = reshaped(slim, self._shape(operand), self._shape(result))
+        return _equal(self._cut.slim(_once(before, self._labels(result)), self._labels(result)), after)
 
 
 def sweep(graph: fx.Graph, used: Iterable[fx.Node]) -> None:

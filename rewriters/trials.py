@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,22 +49,47 @@ def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Te
 
 
 def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
-    """Rewrite every traced forward for trial patterns; what has no form for them is pinned."""
+    """Rewrite every traced forward for trial patterns; what has no form for them is pinned.
+
+    Of forwards that are alike (the attention of each block) one is tried, and all of them if that one is refused.
+    """
     settled = False
     while not settled:
         settled = True
         number = labelling.numbering()
+        unlike = {_likeness(traced, number): traced for traced in forwards}
         size = int(number.max(initial=-1)) + 1
         for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
             cut = Cut(labelling.stays(_nowhere_empty(labelling, number, live)))
+            if not any(_refusal(traced, cut) for traced in unlike.values()):
+                continue
+            settled = False
             for traced in forwards:
-                try:
-                    traced.resize(cut)
-                except Unwritable as error:
-                    settled = False
+                error = _refusal(traced, cut)
+                if error is not None:
                     _pin_refused(labelling, traced, error, number)
-            if not settled:
-                break
+            break
+
+
+def _refusal(traced: Traced, cut: Cut) -> Unwritable | None:
+    try:
+        traced.resize(cut)
+    except Unwritable as error:
+        return error
+    return None
+
+
+def _likeness(traced: Traced, number: np.ndarray) -> tuple[Any, ...]:
+    """The same for forwards of the same code on tensors of the same shapes, whose channels are coupled alike."""
+    layers, shapes = [np.empty(0, np.int64)], []
+    for tensor in all_tensors(traced.graph):
+        own = traced.known[id(tensor)].layers if id(tensor) in traced.known else ()
+        layers += [number[layer.numpy()].ravel() for layer in own]
+        shapes.append((tuple(tensor.shape), [tuple(layer.shape) for layer in own]))
+    classes = np.concatenate(layers)
+    _, first, place = np.unique(classes, return_index=True, return_inverse=True)
+    in_order = first.argsort().argsort()[place]  # numbered as they come, whatever their numbers are
+    return str(traced.graph), repr(shapes), in_order.tobytes(), (classes == ALWAYS).tobytes()
 
 
 def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriters.labels import Labelled, compress, varying
+from rewriters.labels import Labelled, compress, reshaped, varying
 from rewriters.rules.elementwise import join, meet
 from rewriters.rules.registry import OpCall, Result, rule
 
@@ -86,11 +86,11 @@ def channel_shuffle(call: OpCall) -> Result:
 def reshape(call: OpCall) -> Result:
     """As `move`; labels, unlike data, may need a copy to be reshaped."""
     value = call.args[0]
-    results = [[layer.expand(value.shape).reshape(call.shape)] for layer in value.layers]
+    results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
     moved = _one(_moved(call, value, results))
     if value.source is not None and any(len(_along(moved, dim)) > 1 for dim in range(moved.ndim)):
         value = call.without_positions(value)
-        results = [[layer.expand(value.shape).reshape(call.shape)] for layer in value.layers]
+        results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
         moved = _one(_moved(call, value, results))
     return _apart(call, moved)
 

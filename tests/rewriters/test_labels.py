@@ -1,5 +1,8 @@
 """Labels: connected components, and how layers of labels are kept small."""
 
+import itertools
+from math import prod
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewriters.channel_map import Side
-from rewriters.labels import LabelSpace, compress, connected, varying
+from rewriters.labels import LabelSpace, compress, connected, reshaped, varying
 
 
 @st.composite
@@ -22,7 +25,9 @@ def graphs(draw):
 def test_connected_components_are_those_of_networkx(graph):
     count, edges = graph
     pairs = np.array(edges, np.int64).reshape(-1, 2)
-    found = connected(count, pairs[:, 0], pairs[:, 1])
+    found = connected(np.arange(count), pairs[:, 0], pairs[:, 1])
+    half = connected(np.arange(count), *pairs[::2].T)
+    assert np.array_equal(connected(half, *pairs[1::2].T), found)
     reference = nx.Graph()
     reference.add_nodes_from(range(count))
     reference.add_edges_from(edges)
@@ -33,9 +38,11 @@ def test_connected_components_are_those_of_networkx(graph):
 def test_long_chains_and_large_graphs():
     count = 20_000
     order = np.random.default_rng(0).permutation(count)
-    found = connected(count, order[:-1], order[1:])
+    found = connected(np.arange(count), order[:-1], order[1:])
     assert (found == 0).all()
-    assert np.array_equal(connected(count, np.arange(0, count, 2), np.arange(1, count, 2)), np.arange(count) // 2 * 2)
+    assert np.array_equal(
+        connected(np.arange(count), np.arange(0, count, 2), np.arange(1, count, 2)), np.arange(count) // 2 * 2
+    )
 
 
 def test_a_parameter_owns_a_label_for_each_index_of_each_dimension():
@@ -102,3 +109,23 @@ def test_labels_are_kept_once_along_dimensions_they_do_not_vary_in(labels, shape
 
 def test_varying_dimensions():
     assert varying(torch.zeros(1, 3, 1, 2)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, 5, 12), (2, 5, 3, 4)), ((2, 5, 3, 4), (2, 5, 12)), ((2, 3, 5, 4), (6, 5, 4)), ((6, 5), (2, 3, 5)),
+        ((2, 3, 4), (2, 3, 4)), ((4, 4), (2, 2, 4)), ((1, 1, 6), (6,)), ((2, 0, 3), (0, 6)), ((), (1,)), ((3, 1), (3,)),
+    ],
+)  # fmt: skip
+def test_labels_are_reshaped_as_the_tensor_is(before, after):
+    for along_which in itertools.product((False, True), repeat=len(before)):
+        along = [size if varies else 1 for size, varies in zip(before, along_which, strict=True)]
+        labels = torch.arange(prod(along)).view(along)
+        got = reshaped(labels, before, after)
+        assert torch.equal(got, labels.expand(before).reshape(after))
+
+
+def test_labels_are_not_repeated_along_samples_and_tokens():
+    heads = torch.arange(3).view(1, 1, 3, 1)
+    assert reshaped(heads, (2, 5, 3, 4), (2, 5, 12)).stride()[:2] == (0, 0)
