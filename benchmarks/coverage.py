@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,6 +58,10 @@ PROCESSES.set_forkserver_preload(["benchmarks.model_lists", "benchmarks.parts"])
 
 SINGLE, DOUBLE = 1e-5, 1e-10
 """Differences of the outputs that float32 and float64 may have: float64 is tried where float32 has more."""
+
+
+PEER_SECONDS = 60
+"""Processor time that the peer may take for a model; some keep it for hours."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ def measure_apart(one: Listed, peer: bool, limits: Limits) -> dict[str, Any]:
     if ended:
         result["error"], result["step"] = f"in {result['step']}: {ended}", "time" if limits.told in ended else "crash"
     if peer:
-        done, ended = _apart(_measure_peer, one, limits)
+        done, ended = _apart(_measure_peer, one, replace(limits, seconds=min(limits.seconds, PEER_SECONDS)))
         result["peer"] = done or {"seconds": None, "left": None, "error": ended}
     return result
 

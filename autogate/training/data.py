@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,6 @@ def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: Wo
         # random about a batch is drawn after the one before it was trained.
         "use_prefetcher": world.device.type == "cuda" and images.workers > 0,
         "persistent_workers": False,  # they would go on from their own random numbers, which no checkpoint knows
-        "worker_seeding": _seed_of_worker,
     }
     train = create_loader(
         data.train,
@@ -198,14 +199,26 @@ def set_epoch(loader: Any, epoch: int) -> None:
             holder.set_epoch(epoch)
 
 
-def _seed_of_worker(worker: Any) -> int:
-    """A worker's seed. Signals to stop are for the process that trains, which ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    return worker.seed
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals to stop wait until the end of this; processes that are begun inside never get them.
+
+    They are for the process that trains, which ends its workers itself.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows hands no signal to a group of processes
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def on_device(loader: Iterable[Any], device: torch.device) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of a loader, where the model is."""
-    for images, labels, *_ in loader:
+    with _signals_held():  # some loaders begin their workers with the first batch
+        batches = iter(loader)
+        first = list(itertools.islice(batches, 1))
+    for images, labels, *_ in itertools.chain(first, batches):
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

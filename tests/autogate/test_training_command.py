@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,15 @@ def test_a_run_from_the_first_word_to_the_last(pictures: Path, tmp_path: Path, m
     assert torch.equal(autogate.load("slim.safetensors")(x), autogate.load(folder.slim_file)(x))
 
 
-def stopped(words: list[str], folder: RunFolder, rows: int, number: int) -> tuple[int, str]:
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def stopped(
+    words: list[str], folder: RunFolder, rows: int, number: int, launched: Sequence[str] = ()
+) -> tuple[int, str]:
     """Exit code and words of a run that gets a signal when its folder has more than so many epochs."""
     run = subprocess.Popen(
-        [sys.executable, "-m", "autogate.cli", *words],
+        [sys.executable, *launched, "-m", "autogate.cli", *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True,
     )  # fmt: skip
     while not (folder.gates_file.exists() and len(folder.gates()) > rows) and run.poll() is None:
@@ -84,10 +90,9 @@ def test_signals_leave_a_checkpoint_to_go_on_from(pictures: Path, tmp_path: Path
 
 def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = ["-m", "autogate.cli", "train", "test_resnet", "--data", str(pictures), *SMALL, "--epochs", "1"]
     done = subprocess.run(
-        [*torchrun, *words, "--model-ema", "--out", str(folder.path)],
+        [sys.executable, *TWO_PROCESSES, *words, "--model-ema", "--out", str(folder.path)],
         env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -96,6 +101,20 @@ def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
     assert (info.processes, info.batches, info.steps) == (2, 2, 2)
     assert [row.step for row in folder.metrics()] == [0, 2]
     assert result.accuracy == pytest.approx(round(result.accuracy * 15 / 100) * 100 / 15)  # each image once
+
+
+def test_two_processes_go_on_from_where_they_stopped(pictures: Path, tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    words = ["train", "test_resnet", "--data", str(pictures), *SMALL, "--epochs", "500", "--out", str(folder.path)]
+    code, _ = stopped(words, folder, 1, signal.SIGINT, TWO_PROCESSES)
+    assert code != 0
+    first = load_checkpoint(folder.checkpoint_file).position
+    assert first.step >= 2
+    rows = len(folder.gates())
+    code, told = stopped(["train", "--resume", str(folder.path)], folder, rows, signal.SIGINT, TWO_PROCESSES)
+    assert f"epoch {rows}: loss" not in told and f"epoch {rows + 1}: loss" in told, told
+    assert load_checkpoint(folder.checkpoint_file).position.step > first.step
+    assert [row.epoch for row in folder.metrics()] == list(range(len(folder.gates())))
 
 
 @pytest.mark.parametrize(
