@@ -145,7 +145,7 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     if isinstance(forward, LiveForward):
         forward = forward.plain
     if isinstance(forward, RewrittenForward):
-        return forward.function(module.training)
+        return forward.function(bool(module.training))
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         return forward.__func__
     if forward is not None:

