@@ -60,7 +60,7 @@ SINGLE, DOUBLE = 1e-5, 1e-10
 """Differences of the outputs that float32 and float64 may have: float64 is tried where float32 has more."""
 
 
-PEER_SECONDS = 60
+PEER_SECONDS = 30
 """Processor time that the peer may take for a model; some keep it for hours."""
 
 

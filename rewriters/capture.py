@@ -235,15 +235,15 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _everywhere(model: nn.Module, real: Mapping[str, Tensor], fakes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A fake for every place that a parameter or buffer stands in, each place once.
+def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One of the others for every place that a parameter or buffer stands in, each place once, for functional_call.
 
     Left to tie them itself, functional_call exchanges the tensors of a module that has two names twice, and the
-    second time takes the fakes for what has to be put back.
+    second time takes the others for what has to be put back.
     """
-    fake = {id(tensor): fakes[name] for name, tensor in real.items()}
+    other = {id(tensor): others[name] for name, tensor in real.items()}
     return {
-        f"{path}.{name}".lstrip("."): fake[id(tensor)]
+        f"{path}.{name}".lstrip("."): other[id(tensor)]
         for path, module in model.named_modules()
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
@@ -314,7 +314,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
             _module_calls(recorder, names) as roots,
             recorder,
         ):
-            output = functional_call(model, _everywhere(model, real, fakes), fake_args, fake_kwargs, tie_weights=False)
+            output = functional_call(
+                model, in_every_place(model, real, fakes), fake_args, fake_kwargs, tie_weights=False
+            )
     except AutogateError:
         raise
     except Exception as error:

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-from torch.utils._pytree import tree_leaves
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.analysis import Analysis, pin_call, samples_in
-from rewriters.capture import capture
+from rewriters.capture import capture, in_every_place, named_tensors
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.journal import Journal
-from rewriters.preserving import set_modes
+from rewriters.preserving import attributes_preserved, set_modes
 from rewriters.slimming import apply, plan
 from rewriters.trials import trial_pattern
 
@@ -67,12 +69,32 @@ def _refusal(
         live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
         slim = plan(model, analysis, live, args, kwargs)
         apply(model, slim, journal, with_values=False)
-        recorded = capture(model, args, kwargs)
+        after = _output_shapes(model, args, kwargs or {})
     except AutogateError as error:
         return error.where, error
     finally:
         journal.undo()
         set_modes(model, modes)
-    before = [value.shape for value in tree_leaves(analysis.captures[0].root.output) if hasattr(value, "shape")]
-    after = [value.shape for value in tree_leaves(recorded.root.output) if hasattr(value, "shape")]
+    before = _shapes(analysis.captures[0].root.output)
     return None if before == after else ("", SurgeryError("its outputs change their shapes"))
+
+
+def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Size]:
+    """Shapes of what the model gives out (raises `CaptureError`).
+
+    It runs on meta tensors, which takes a third of the time of recording. What they can't do (a value is asked for,
+    tensors are made on a device by name) recording may: so it is what has the last word on a forward that fails.
+    """
+    real = named_tensors(model)
+    metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in real.items()}
+    places = in_every_place(model, real, metas)
+    meta_args, meta_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
+    try:
+        with attributes_preserved(model.modules()), torch.no_grad():
+            return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
+    except Exception:
+        return _shapes(capture(model, args, kwargs).root.output)
+
+
+def _shapes(outputs: Any) -> list[torch.Size]:
+    return [value.shape for value in tree_leaves(outputs) if isinstance(value, Tensor)]
