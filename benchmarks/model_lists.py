@@ -20,6 +20,9 @@ TORCHVISION = "torchvision:"
 
 BATCH = 2
 
+LEAST_SIDES = {"inception": 299, "ssd300": 300}
+"""Of images for torchvision's models that can't be run on smaller ones, by a part of their names."""
+
 
 class DenseParts(nn.Module):
     """Backbone, neck and heads of a detector of torchvision's, without what follows from the values of tensors."""
@@ -68,7 +71,8 @@ class Listed:
         if "video" in self.family:
             side = 112 if "resnet" in self.family else 224
             return (torch.randn(BATCH, 3, 16, side, side),)
-        side = max(self.side, 299) if "inception" in self.name else self.side or 224
+        least = next((size for name, size in LEAST_SIDES.items() if name in self.name), 0)
+        side = max(self.side or 224, least)
         images = 2 if "optical_flow" in self.family else 1
         return tuple(torch.randn(BATCH, 3, side, side) for _ in range(images))
 

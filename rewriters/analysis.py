@@ -1,7 +1,7 @@
 """From a model and example inputs to its channel map, with the proof that every class of it can go.
 
 Forwards that hold sizes are traced and rewritten once for a trial pattern of dead classes, then the whole
-slimming is rehearsed on fake tensors. What cannot be written down is pinned here, before anything is
+slimming is rehearsed (`rehearsal`). What cannot be written down is pinned here, before anything is
 trained, and not found out at the end.
 """
 

@@ -1,8 +1,8 @@
 """Carry the slimming out once for a trial pattern, on the live model and undone at once, before training begins.
 
 Labels and rewritten forwards say what can go; the rehearsal is what proves it for code that neither of them
-read: an assertion on a width, a field nobody knows. The slimmed model's forward is recorded like any other
-(nothing is computed); a module that refuses keeps its channels.
+read: an assertion on a width, a field nobody knows. The slimmed model runs on tensors without data (nothing is
+computed); a module that refuses keeps its channels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def rehearse(
 ) -> Analysis:
     """`analysis` with everything pinned that would not survive a slimming; the model is as it was.
 
-    A random pattern of classes is taken out of the live model, which is run on fake tensors and then restored.
+    A random pattern of classes is taken out of the live model, which is run without data and then restored.
 
     Args:
         model: as it was analysed.
