@@ -168,8 +168,6 @@ def _batch_norm(
 
 def _addmm(bias: Tensor, rows: Tensor, columns: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     shape = (rows.shape[0], columns.shape[1])
-    if rows.dtype != columns.dtype:
-        raise RuntimeError(f"addmm of {rows.dtype} and {columns.dtype}")
     if rows.shape[1] != columns.shape[0] or torch.broadcast_shapes(bias.shape, shape) != shape:
         raise RuntimeError(f"addmm of {tuple(bias.shape)}, {tuple(rows.shape)} and {tuple(columns.shape)}")
     return rows.new_empty(shape)
