@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -410,3 +411,22 @@ def test_an_older_folder_is_read_by_its_format(plain: tuple[RunFolder, Diary], t
     (tmp_path / "run.json").write_text(json.dumps({**content, "format": 0}))
     with pytest.raises(autogate.AutogateError, match=r"run\.json: its format can't be read"):
         RunFolder(tmp_path).info()
+
+
+class TellsOfSignals(torch.utils.data.Dataset):
+    """Its images say whether a signal to stop can reach the process that loads them."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return torch.tensor([float(number in blocked) for number in (signal.SIGINT, signal.SIGTERM)]), 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_signals_to_stop_are_for_the_process_that_trains(workers: int):
+    loader = torch.utils.data.DataLoader(TellsOfSignals(), num_workers=workers)
+    batches = [images for images, _ in on_device(loader, torch.device("cpu"))]
+    assert all(batches[-1].flatten().bool()) == (workers == 1)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT, signal.SIGTERM}

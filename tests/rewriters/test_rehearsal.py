@@ -1,0 +1,44 @@
+"""The slimming is carried out once before anything is trained: what refuses keeps its channels, nothing else does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rewriters.analysis import analyse
+from rewriters.rehearsal import rehearse
+from tests.rewriters.helpers import Net, conv, image, reasons
+
+
+class Exacting(nn.Module):
+    """Takes no other width than it was built for."""
+
+    def forward(self, x):
+        assert x.shape[1] == 6, "six channels"
+        return x * 2
+
+
+def rehearsed(model: nn.Module):
+    x = (image(),)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    channel_map = rehearse(model.eval(), analyse(model, x), x).channel_map
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+    return channel_map
+
+
+def test_a_module_that_refuses_keeps_its_channels():
+    model = Net(
+        lambda m, x: m.c(m.b(m.exacting(m.a(x)))), a=conv(3, 6), exacting=Exacting(), b=conv(6, 5), c=conv(5, 2)
+    )
+    found = rehearsed(model)
+    assert any("six channels" in reason for reason in reasons(found, "a.weight", 0))
+    assert found.size == 5
+
+
+def test_a_tensor_made_on_a_device_by_name_refuses_nothing():
+    """It can't be added to one without data, on which the slim model is tried first."""
+
+    def forward(m, x):
+        return m.b(m.a(x) + torch.ones(4, device="cpu"))
+
+    assert rehearsed(Net(forward, a=conv(3, 6), b=conv(6, 2))).size == 6
