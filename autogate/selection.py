@@ -41,6 +41,8 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
     A class may hold several channels of a layer (those of an attention head): fewer of them come to a
     multiple.
     """
+    if round_to == 1:
+        return [Group(group.classes) for group in channel_map.groups()]
     counts = {
         side: torch.bincount(classes[classes != ALWAYS].cpu(), minlength=channel_map.size)
         for side, classes in channel_map.classes.items()

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.preserving import attributes_preserved
+from rewriters.without_data import quicker
 
 _OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -126,7 +127,7 @@ class Recorder(TorchDispatchMode):
             # A fake convolution would let it pass.
             raise TypeError(f"the input is {args[0].dtype} and the kernel {args[1].dtype}")
         restrides = only_restrides(func, args)
-        out = _QUICKER.get(func, func)(*args, **kwargs)
+        out = quicker(func)(*args, **kwargs)
         if restrides or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             return out  # not a step of the forward, or a question about a tensor (its device, its layout)
         node_args, node_kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
@@ -151,50 +152,6 @@ def only_restrides(op: Any, args: tuple[Any, ...]) -> bool:
     tensor, size, stride = args
     along = zip(tensor.shape, tensor.stride(), stride, strict=False)
     return tuple(size) == tuple(tensor.shape) and all(length == 1 or old == new for length, old, new in along)
-
-
-def _batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None,
-    training: bool, momentum: float, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What native_batch_norm gives: values, and the batch's mean and inverse deviation in train mode."""
-    channels = x.shape[1]
-    for tensor in (weight, bias, mean, variance):
-        if tensor is not None and tuple(tensor.shape) != (channels,):
-            raise RuntimeError(f"batch norm of {channels} channels with parameters of shape {tuple(tensor.shape)}")
-    saved = channels if training else 0
-    return torch.empty_like(x), x.new_empty(saved), x.new_empty(saved)
-
-
-def _addmm(bias: Tensor, rows: Tensor, columns: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    shape = (rows.shape[0], columns.shape[1])
-    if rows.shape[1] != columns.shape[0] or torch.broadcast_shapes(bias.shape, shape) != shape:
-        raise RuntimeError(f"addmm of {tuple(bias.shape)}, {tuple(rows.shape)} and {tuple(columns.shape)}")
-    return rows.new_empty(shape)
-
-
-def _activation(x: Tensor, *settings: Any, **options: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _activation_in_place(x: Tensor, *settings: Any, **options: Any) -> Tensor:
-    return x
-
-
-_aten = torch.ops.aten
-_QUICKER = {
-    _aten.native_batch_norm.default: _batch_norm,
-    _aten.addmm.default: _addmm,
-    **dict.fromkeys(
-        (_aten.elu.default, _aten.gelu.default, _aten.hardsigmoid.default, _aten.hardswish.default,
-         _aten.leaky_relu.default, _aten.mish.default, _aten.silu.default), _activation
-    ),
-    **dict.fromkeys(
-        (_aten.elu_.default, _aten.gelu_.default, _aten.hardsigmoid_.default, _aten.hardswish_.default,
-         _aten.leaky_relu_.default, _aten.mish_.default, _aten.silu_.default), _activation_in_place
-    ),
-}  # fmt: skip
-"""What these give, without data. Fake tensors take them apart into a dozen ops each, most of a recording's time."""
 
 
 def _getitem(values: Any, index: int) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -89,17 +91,14 @@ def _holds(value: Any) -> bool:
 
 def _restore(container: Any, content: Any) -> None:
     """Gives a container, which others may hold too, its content back."""
-    same = len(container) == len(content) and all(
-        a is b for a, b in zip(_entries(container), _entries(content), strict=True)
-    )
-    if same:
+    if len(container) == len(content) and all(map(operator.is_, _entries(container), _entries(content))):
         return
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def _entries(container: Any) -> Iterable[Any]:
-    return (part for item in container.items() for part in item) if isinstance(container, dict) else container
+    return itertools.chain(container, container.values()) if isinstance(container, dict) else container
 
 
 def drop_caches(modules: Iterable[nn.Module], journal: Journal) -> None:

@@ -22,6 +22,7 @@ from rewriters.journal import Journal
 from rewriters.preserving import attributes_preserved, set_modes
 from rewriters.slimming import apply, plan
 from rewriters.trials import trial_pattern
+from rewriters.without_data import WithoutData
 
 _SEED = 2
 
@@ -82,7 +83,7 @@ def _refusal(
 def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Size]:
     """Shapes of what the model gives out (raises `CaptureError`).
 
-    It runs on meta tensors, which takes a third of the time of recording. What they can't do (a value is asked for,
+    It runs on meta tensors, which takes a fraction of the time of recording. What they can't do (a value is asked for,
     tensors are made on a device by name) recording may: so it is what has the last word on a forward that fails.
     """
     real = named_tensors(model)
@@ -90,7 +91,7 @@ def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     places = in_every_place(model, real, metas)
     meta_args, meta_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
     try:
-        with attributes_preserved(model.modules()), torch.no_grad():
+        with attributes_preserved(model.modules()), torch.no_grad(), WithoutData():
             return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
     except Exception:
         return _shapes(capture(model, args, kwargs).root.output)
