@@ -11,10 +11,11 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rewriters.channel_map import ALWAYS, ChannelMap, Side
+from rewriters.channel_map import ALWAYS, ChannelMap, Side, gather
 from rewriters.errors import AutogateError
 
 
@@ -103,11 +104,12 @@ class SideCounts:
         profiles: for each profile, the (end, count) pairs that one of its classes lies on.
     """
 
-    def __init__(self, size: int, constants: Sequence[float], ends: Sequence[Sequence[int]]):
+    def __init__(self, size: int, constants: Sequence[float], ends: Sequence[Sequence[int] | np.ndarray]):
         self.size = size
         self.ends = len(ends)
         self._constant = torch.tensor(constants, dtype=torch.float64)
-        self._profile, self.profiles = _profiles(size, ends)
+        profile, self.profiles = gather(size, [np.asarray(classes, np.int64) for classes in ends])
+        self._profile = torch.from_numpy(profile)
         entries = [(row, end, count) for row, counts in enumerate(self.profiles) for end, count in counts]
         self._row = torch.tensor([row for row, _, _ in entries], dtype=torch.int64)
         self._end = torch.tensor([end for _, end, _ in entries], dtype=torch.int64)
@@ -116,9 +118,10 @@ class SideCounts:
     @classmethod
     def along(cls, channel_map: ChannelMap, sides: Sequence[Side]) -> SideCounts:
         """One end for each of `sides`, pinned channels counting always."""
-        classes = [channel_map.classes[side].tolist() if side in channel_map.classes else [] for side in sides]
+        known = channel_map.classes
+        classes = [known[side].cpu().numpy() if side in known else np.empty(0, np.int64) for side in sides]
         pinned = [
-            labels.count(ALWAYS) if labels else channel_map.sizes[side]
+            int(np.count_nonzero(labels == ALWAYS)) if side in known else channel_map.sizes[side]
             for side, labels in zip(sides, classes, strict=True)
         ]
         return cls(channel_map.size, pinned, classes)
@@ -322,18 +325,6 @@ class Activations(OfProducts):
             for kernel in channel_map.kernels
         )
         super().__init__(channel_map, products)
-
-
-def _profiles(size: int, ends: Sequence[Sequence[int]]) -> tuple[Tensor, list[tuple[tuple[int, int], ...]]]:
-    """Each class's profile, shape (classes,), and for each profile the (end, count) pairs it stands for."""
-    lies_on: list[dict[int, int]] = [{} for _ in range(size)]
-    for end, classes in enumerate(ends):
-        for label in classes:
-            if label != ALWAYS:
-                lies_on[label][end] = lies_on[label].get(end, 0) + 1
-    found: dict[tuple[tuple[int, int], ...], int] = {}
-    index = [found.setdefault(tuple(where.items()), len(found)) for where in lies_on]
-    return torch.tensor(index, dtype=torch.int64), list(found)
 
 
 def _labelled_dimensions(channel_map: ChannelMap) -> Mapping[str, tuple[int, ...]]:

@@ -215,9 +215,11 @@ def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[in
         known = analysis.labelling.by_tensor()
         for call in captured.calls():
             module = model.get_submodule(call.path)
+            if _knows_its_sizes(module):
+                continue
             readable = _sizes_to_read(analysis.labelling, call, known)
             holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module, readable)]
-            if not (holders or id(call) in traces) or _knows_its_sizes(module):
+            if not holders and id(call) not in traces:
                 continue
             try:
                 traced = traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known)

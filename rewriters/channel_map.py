@@ -8,11 +8,12 @@ out of every tensor that carries it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import networkx as nx
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,31 @@ class Statistic:
     classes: Tensor
 
 
+def gather(size: int, ends: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[tuple[int, int], ...]]]:
+    """Gather the classes that lie on the same ends, equally often.
+
+    Args:
+        size: number of classes.
+        ends: the class of every index along each end; `ALWAYS` entries don't count.
+
+    Returns:
+        For each class the number of its kind, int64 of shape (size,), kinds being numbered in the order of their
+        first classes; and for each kind the (end, count) pairs that one of its classes lies on.
+    """
+    number = np.zeros(size, np.int64)
+    places: list[tuple[tuple[int, int], ...]] = [()]
+    for end, classes in enumerate(ends):
+        members, counts = np.unique(classes[classes != ALWAYS], return_counts=True)
+        base = counts.max(initial=0) + 1
+        kinds, place = np.unique(number[members] * base + counts, return_inverse=True)
+        number[members] = len(places) + place
+        before, count = (part.tolist() for part in np.divmod(kinds, base))
+        places += [(*places[kind], (end, times)) for kind, times in zip(before, count, strict=True)]
+    kinds, first, place = np.unique(number, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return np.argsort(order)[place], [places[kinds[at]] for at in order]
+
+
 @dataclass(frozen=True)
 class Group:
     """Classes that lie on the same sides: the channels of a layer, or of a whole residual stage."""
@@ -156,15 +182,13 @@ class ChannelMap:
 
     def groups(self) -> list[Group]:
         """Classes gathered by the sides they lie on, in order of their first class."""
-        sides: list[list[Side]] = [[] for _ in range(self.size)]
-        for side, classes in self.classes.items():
-            for label in classes.unique().tolist():
-                if label != ALWAYS:
-                    sides[label].append(side)
-        gathered: dict[tuple[Side, ...], list[int]] = {}
-        for label, where in enumerate(sides):
-            gathered.setdefault(tuple(where), []).append(label)
-        return [Group(tuple(classes), where) for where, classes in gathered.items()]
+        sides = list(self.classes)
+        number, places = gather(self.size, [np.unique(self.classes[side].cpu().numpy()) for side in sides])
+        gathered = np.split(np.argsort(number, kind="stable"), np.bincount(number).cumsum())[:-1]
+        return [
+            Group(tuple(classes.tolist()), tuple(sides[end] for end, _ in where))
+            for classes, where in zip(gathered, places, strict=True)
+        ]
 
     def why_pinned(self, most: int = 5) -> str:
         """The ops that keep channels whole and why, in a sentence; at most the first few."""

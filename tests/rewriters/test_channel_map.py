@@ -1,12 +1,15 @@
 """The channel map as a value: members, groups, graph, what is kept, and what kernels cost."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from rewriters.analysis import analyse
-from rewriters.channel_map import ALWAYS, Side
+from rewriters.channel_map import ALWAYS, Side, gather
 from tests.rewriters.exactness import random_live, slim
 from tests.rewriters.helpers import conv
 from tests.rewriters.random_networks import build, random_recipe
@@ -46,6 +49,19 @@ def test_groups_are_the_widths_of_the_network(channel_map):
     assert {str(side) for side in inner.sides} == {
         "a.weight[0]", "bn.weight[0]", "bn.bias[0]", "bn.running_mean[0]", "bn.running_var[0]", "b.weight[1]",
     }  # fmt: skip
+
+
+def test_classes_are_gathered_by_where_they_lie_and_how_often():
+    generator = np.random.default_rng(0)
+    ends = [generator.integers(ALWAYS, 30, length) for length in (0, 5, 20, 40, 40, 80)] + [np.arange(12, 20)]
+    number, places = gather(30, ends)
+    plain = [
+        tuple((end, count) for end, on in enumerate(ends) if (count := np.count_nonzero(on == label)))
+        for label in range(30)
+    ]
+    assert [places[kind] for kind in number] == plain
+    assert list(dict.fromkeys(plain)) == places
+    assert [kind for kind, _ in itertools.groupby(sorted(number))] == list(range(len(places)))
 
 
 def test_graph_joins_groups_and_kernels(channel_map):
