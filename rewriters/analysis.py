@@ -32,6 +32,7 @@ from rewriters.verify import run_eval
 
 _RULES_WITH_SIZES = (
     creation.create, mixing.group_norm, mixing.layer_norm, movement.channel_shuffle, movement.expand, movement.move,
+    movement.turn,
     movement.reshape,
 )  # fmt: skip
 _TORCH_MODULES_WITH_SIZES = (

@@ -7,14 +7,18 @@ channels whole they are pinned. What is left is a partition of the labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rewriters.channel_map import Side
+
+_JOINED_AT_ONCE = 2**20
+"""Pairs of labels that are joined in one go, at the least: it bounds the memory that joining takes."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,34 @@ def compress(labels: Tensor) -> Tensor:
             first = labels.narrow(dim, 0, 1)
             if labels.stride(dim) == 0 or (not _is_line(labels, dim) and torch.equal(first.expand_as(labels), labels)):
                 labels = first
-    return labels
+    held = labels.untyped_storage().nbytes()
+    return labels.clone() if held > 2 * labels.nbytes else labels
 
 
 def reshaped(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
     """Labels of a tensor of shape `before`, and with size 1 where they don't vary, when it is reshaped to `after`.
 
-    They are not repeated along dimensions that both shapes begin or end with (samples, tokens).
+    Where some dimensions become some others by themselves, and labels vary in none of them, these aren't repeated.
     """
-    most = min(len(before), len(after))
-    first = next((d for d in range(most) if before[d] != after[d] or labels.shape[d] != 1), most)
-    last = next((d for d in range(most - first) if before[~d] != after[~d] or labels.shape[~d] != 1), most - first)
-    inner = labels.view(labels.shape[first : len(before) - last]).expand(before[first : len(before) - last])
-    outer = [1] * first, after[first : len(after) - last], [1] * last
-    return inner.reshape([size for part in outer for size in part]).expand(tuple(after))
+    if 0 in before:
+        return labels.expand(tuple(before)).reshape(tuple(after))
+    wide, narrow = [], []
+    for old, new in _parts(before, after):
+        varies = labels.shape[old].numel() > 1
+        wide += before[old] if varies else labels.shape[old]
+        narrow += after[new] if varies else [1] * len(after[new])
+    return labels.expand(wide).reshape(narrow).expand(tuple(after))
+
+
+def _parts(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Dimensions of two shapes that have as many elements, in the smallest parts that become one another."""
+    old = new = 0
+    while old < len(before) or new < len(after):
+        begin = old, new
+        old, new = min(old + 1, len(before)), min(new + 1, len(after))
+        while (elements := prod(before[begin[0] : old])) != (wanted := prod(after[begin[1] : new])):
+            old, new = (old + 1, new) if elements < wanted else (old, new + 1)
+        yield slice(begin[0], old), slice(begin[1], new)
 
 
 def _is_line(labels: Tensor, dim: int) -> bool:
@@ -114,7 +132,7 @@ class LabelSpace:
     def fresh(self, count: int) -> Tensor:
         """`count` new labels, shape (count,)."""
         self.count += count
-        return torch.arange(self.count - count, self.count)
+        return torch.arange(self.count - count, self.count, dtype=torch.int32)
 
     def own(self, name: str, shape: Sequence[int]) -> Labelled:
         """Labels for a parameter or buffer: a layer for each dimension longer than 1."""
@@ -127,7 +145,7 @@ class LabelSpace:
                     self.fresh(size)
                 start, _ = self.blocks[side]
                 along = [size if other == dim else 1 for other in range(len(shape))]
-                layers.append(torch.arange(start, start + size).view(along))
+                layers.append(torch.arange(start, start + size, dtype=torch.int32).view(along))
         return Labelled(tuple(shape), tuple(layers), source=name)
 
     def side_of(self, labels: Tensor) -> Side | None:
@@ -167,13 +185,20 @@ class LabelSpace:
     def roots(self) -> np.ndarray:
         """For each label the smallest label it was merged with, int64 of shape (count,)."""
         if self._merged or len(self._roots) != self.count:
-            pairs = [(a.reshape(-1).numpy(), b.reshape(-1).numpy()) for a, b in self._merged]
-            first = np.concatenate([a for a, _ in pairs]) if pairs else np.empty(0, np.int64)
-            second = np.concatenate([b for _, b in pairs]) if pairs else np.empty(0, np.int64)
-            known = np.concatenate([self._roots, np.arange(len(self._roots), self.count)])
-            self._roots, self._merged = connected(known, first, second), []
+            self._roots = np.concatenate([self._roots, np.arange(len(self._roots), self.count)])
+            while self._merged:
+                first, second = (np.concatenate(ends) for ends in zip(*self._next_merged(), strict=True))
+                self._roots = connected(self._roots, first, second)
             self._pinned, self._noted = np.zeros(self.count, bool), 0
         return self._roots
+
+    def _next_merged(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Merged labels, taken off the list: as many of them as are joined in one go."""
+        taken = 0
+        while self._merged and taken < _JOINED_AT_ONCE:
+            first, second = self._merged.pop()
+            taken += first.numel()
+            yield first.reshape(-1).numpy(), second.reshape(-1).numpy()
 
     def pinned_roots(self) -> np.ndarray:
         """Whether anything pins the class of a root, bool of shape (count,)."""

@@ -264,7 +264,7 @@ def _swap(value: Any, others: Mapping[int, Tensor]) -> Any:
 def _numbers(value: Labelled, start: int) -> Tensor:
     """Numbers from `start` on, one for each combination of labelled indices, of size 1 along the other dimensions."""
     along = [size if value.layer(dim) is not None else 1 for dim, size in enumerate(value.shape)]
-    return torch.arange(start, start + prod(along)).view(along)
+    return torch.arange(start, start + prod(along), dtype=torch.int32).view(along)
 
 
 def _once(numbers: Tensor, value: Labelled) -> Tensor:

@@ -165,6 +165,8 @@ def pad(resize: Resize) -> Call:
 def roll(resize: Resize) -> Call:
     """x.roll(shifts, dims): as many as are left of those that come round to the front."""
     shifts, dims = (resize.argument(i, name) for i, name in ((1, "shifts"), (2, "dims")))
+    if dims is None:  # all elements in a row: how many come round hangs on every size there is
+        return resize.with_args()
     shifts, dims = ([item] if isinstance(item, int) else list(item) for item in (shifts, dims))
     for place, (shift, dim) in enumerate(zip(resize.value(shifts), dims, strict=True)):
         kept = resize.kept(resize.value(resize.x), dim)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,17 +79,23 @@ def _refusal(traced: Traced, cut: Cut) -> Unwritable | None:
     return None
 
 
-def _likeness(traced: Traced, number: np.ndarray) -> tuple[Any, ...]:
+def _likeness(traced: Traced, number: np.ndarray) -> tuple[str, str, bytes]:
     """The same for forwards of the same code on tensors of the same shapes, whose channels are coupled alike."""
-    layers, shapes = [np.empty(0, np.int64)], []
+    in_order = np.full(number.max(initial=ALWAYS) + 2, -1)  # classes numbered as they come, whatever their numbers are
+    in_order[ALWAYS] = 0
+    coupled, shapes, count = hashlib.blake2b(), [], 1
     for tensor in all_tensors(traced.graph):
         own = traced.known[id(tensor)].layers if id(tensor) in traced.known else ()
-        layers += [number[layer.numpy()].ravel() for layer in own]
         shapes.append((tuple(tensor.shape), [tuple(layer.shape) for layer in own]))
-    classes = np.concatenate(layers)
-    _, first, place = np.unique(classes, return_index=True, return_inverse=True)
-    in_order = first.argsort().argsort()[place]  # numbered as they come, whatever their numbers are
-    return str(traced.graph), repr(shapes), in_order.tobytes(), (classes == ALWAYS).tobytes()
+        for layer in own:
+            classes = number[layer.numpy().ravel()]
+            found, first = np.unique(classes, return_index=True)
+            new = found[first.argsort()]
+            new = new[in_order[new] < 0]
+            in_order[new] = np.arange(count, count + len(new))
+            count += len(new)
+            coupled.update(in_order[classes])
+    return str(traced.graph), repr(shapes), coupled.digest()
 
 
 def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number: np.ndarray) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rewriters import labels as labels_module
 from rewriters.channel_map import Side
 from rewriters.labels import LabelSpace, compress, connected, reshaped, varying
 
@@ -129,3 +130,24 @@ def test_labels_are_reshaped_as_the_tensor_is(before, after):
 def test_labels_are_not_repeated_along_samples_and_tokens():
     heads = torch.arange(3).view(1, 1, 3, 1)
     assert reshaped(heads, (2, 5, 3, 4), (2, 5, 12)).stride()[:2] == (0, 0)
+    places = torch.arange(4).view(1, 1, 1, 4)
+    assert reshaped(places, (2, 3, 5, 4), (6, 5, 4)).stride() == (0, 0, 1)
+
+
+def test_what_labels_were_compressed_from_is_not_kept():
+    wide = torch.arange(6).view(6, 1).repeat(1, 1000)
+    assert compress(wide).untyped_storage().nbytes() == 6 * 8
+
+
+def test_labels_are_joined_in_any_number_of_goes(monkeypatch):
+    pairs = [torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
+    spaces = []
+    for at_once in (1, 2**20):
+        monkeypatch.setattr(labels_module, "_JOINED_AT_ONCE", at_once)
+        space = LabelSpace()
+        space.fresh(50)
+        for first, second in pairs[:8]:
+            space.merge(first, second)
+        spaces.append(space.roots())
+    assert np.array_equal(*spaces)
+    assert 1 < len(np.unique(spaces[0])) < 50

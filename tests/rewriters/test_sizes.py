@@ -121,6 +121,13 @@ def test_every_family_has_a_test():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("shift", "gates"), [(48, 5), (3, 5 + 1)])
+def test_a_roll_of_all_elements_in_a_row_keeps_its_channels_or_loses_them_all(shift, gates):
+    model = Net(lambda m, x: m.c(torch.roll(m.b(m.a(x)), shift)), a=conv(3, 5), b=conv(5, 8), c=conv(8, 2))
+    slimmed = assert_exact(model.double().eval(), (image().double(),))
+    assert slimmed.analysis.channel_map.size == gates
+
+
 def test_a_call_of_no_family_keeps_its_channels():
     model = Net(lambda m, x: m.b(torch.diagonal(m.a(x), 1, 2, 1)[..., None]), a=conv(3, 8), b=conv(2, 2))
     assert_exact(model.double().eval(), (image(size=2).double(),))
