@@ -75,7 +75,8 @@ def reshaped(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Ten
     """
     if 0 in before:
         return labels.expand(tuple(before)).reshape(tuple(after))
-    wide, narrow = [], []
+    wide: list[int] = []
+    narrow: list[int] = []
     for old, new in _parts(before, after):
         varies = labels.shape[old].numel() > 1
         wide += before[old] if varies else labels.shape[old]
