@@ -216,7 +216,8 @@ def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[in
         known = analysis.labelling.by_tensor()
         for call in captured.calls():
             module = model.get_submodule(call.path)
-            if _knows_its_sizes(module):
+            by_place = any(look.places for look in _looks_in(analysis.labelling, call))
+            if _knows_its_sizes(module) and not by_place:
                 continue
             readable = _sizes_to_read(analysis.labelling, call, known)
             holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module, readable)]

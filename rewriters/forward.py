@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import has_side_effect
 
 from rewriters.attention import multi_head_attention
@@ -36,6 +36,19 @@ def guard(value: Any, expected: Any) -> None:
             f"this forward was rewritten for a case where {expected!r} held and now finds {value!r}: "
             "give prepare example inputs of the shape that the model is run with"
         )
+
+
+def in_places(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
+    """Channels put back in the places that they had along a dimension, zeros being in the others.
+
+    Args:
+        x: of length n along `dim`.
+        places: where each stood, int64 of shape (n,).
+        size: how many places there were.
+        dim: counted from the last (-1).
+    """
+    shape = [size if other == x.ndim + dim else length for other, length in enumerate(x.shape)]
+    return x.new_zeros(shape).index_copy(dim, places, x)
 
 
 _OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}

@@ -253,6 +253,17 @@ class LiveKernel(LiveStatistic):
         return self.function(input, weight, *args, **kwargs)
 
 
+class LiveByPlace(LiveStatistic):
+    """A convolution along channels: dead ones are zeros."""
+
+    def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
+        super().__init__(size, dim, like)
+        self.function = function
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(input if self.plain() else input * self.along(input), *args, **kwargs)
+
+
 _WITH_KERNELS = (
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 )  # fmt: skip
@@ -273,3 +284,8 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     **dict.fromkeys([torch.norm, "norm"], partial(LiveVectorNorm, function=torch.norm)),
 }
 """What stands in for a traced call, by its function or its method's name."""
+
+FORMS_BY_PLACE: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
+    function: partial(LiveByPlace, function=function) for function in _WITH_KERNELS
+}
+"""The same for calls that know channels by their places."""

@@ -19,9 +19,9 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewriters.errors import SurgeryError
-from rewriters.forward import guard
+from rewriters.forward import guard, in_places
 from rewriters.labels import Labelled, reshaped, varying
-from rewriters.rules import RULES, elementwise, find_rule, movement
+from rewriters.rules import RULES, Look, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import AUTOCAST, run_call
 
@@ -88,10 +88,11 @@ class Resizer:
         self._copies: dict[fx.Node, fx.Node] = {}
         self.graph = fx.Graph()
         self.changed = False
+        self.constants: dict[str, Tensor] = {}
         self._source = graph
 
     def run(self) -> fx.Graph:
-        """The graph for the slimmed module; `changed` tells whether it differs.
+        """The graph for the slimmed module; `changed` tells whether it differs, `constants` are buffers it takes.
 
         Raises:
             Unwritable: a node has no form for this cut.
@@ -128,11 +129,32 @@ class Resizer:
                 self._copy(node)
             else:
                 self.changed = True  # it spoke of a size that is no more
+        elif (look := self._by_place(node)) is not None:
+            self._put_in_places(node, look)
         elif node.target not in _GROUPED and self._agrees(node, node.target, node.args, node.kwargs):
             self._copy(node)
             self._keep_factors(node)
         else:
             self._rewrite(node)
+
+    def _by_place(self, node: fx.Node) -> Look | None:
+        """The channels that a call knows by their places, if some of them go."""
+        looks = (look for look in node.meta["looks"] if look.places and not self._cut.stays[look.labels].all())
+        return next(looks, None)
+
+    def _put_in_places(self, node: fx.Node, look: Look) -> None:
+        """The call at its full width, and of what it gives the channels that are left."""
+        stays = self._cut.stays[look.labels]
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._copies.__getitem__)
+        given, *rest = args or [kwargs.pop("input")]
+        name = f"{node.name}_places"
+        self.constants[name] = stays.nonzero().flatten().to(node.all_input_nodes[0].meta["val"].device)
+        places = self.graph.create_node("get_attr", name)
+        whole = self.graph.call_function(in_places, (given, places, len(stays), look.dim))
+        result = self.graph.call_function(node.target, (whole, *rest), kwargs)
+        self._copies[node] = self.graph.call_function(torch.index_select, (result, look.dim, places))
+        self._slim[node] = self._expected(node)
+        self.changed = True
 
     def _keep_factors(self, node: fx.Node) -> None:
         """A number that a tensor is computed with stays what it was: attention is scaled by the width it had."""

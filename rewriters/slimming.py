@@ -32,7 +32,8 @@ class SlimPlan:
         live: classes that stay, bool of shape (classes,).
         kept: for each side that loses something, the indices that stay (int64).
         forwards: rewritten forwards by module path: a graph for eval mode (False) and train mode (True).
-        constants: what stands in the place of branches that came to nothing: buffers by qualified name.
+        constants: what rewritten forwards take as buffers, by qualified name: what stands in the place of branches
+            that came to nothing, and the places that channels had.
         removed: paths of the modules that nothing calls any more.
         kernels: the kernels that are left.
         restored: modules that run the forward again which they had before an earlier rewriting: that
@@ -94,8 +95,7 @@ def plan(
         if len(indices) < len(classes) and side.tensor not in gone:
             kept[side] = indices
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
-    forwards = _rewrite(analysis, live, pruned)
-    constants = {f"{one.path}.{name}".lstrip("."): value for one in pruned for name, value in one.constants.items()}
+    forwards, constants = _rewrite(analysis, live, pruned)
     decisions = Decisions(branches={one.path: one.uniform for one in pruned})
     return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions)
 
@@ -109,10 +109,13 @@ def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
     return {name for name, _, _, tensor in tensor_slots(model) if inside[id(tensor)]}
 
 
-def _rewrite(analysis: Analysis, live: Tensor, pruned: list[Pruned]) -> dict[str, Mapping[bool, fx.Graph]]:
-    """Rewritten forwards of the modules whose own code doesn't do for this pattern."""
+def _rewrite(
+    analysis: Analysis, live: Tensor, pruned: list[Pruned]
+) -> tuple[dict[str, Mapping[bool, fx.Graph]], dict[str, Tensor]]:
+    """Rewritten forwards of the modules whose own code doesn't do for this pattern, and the buffers they take."""
     cut = analysis.cut(live)
     done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
+    taken = [(one.path, one.constants) for one in pruned]
     gone = {path for one in pruned for path in one.removed}
     graphs: dict[str, dict[bool, fx.Graph]] = {}
     changed: set[str] = set()
@@ -122,13 +125,15 @@ def _rewrite(analysis: Analysis, live: Tensor, pruned: list[Pruned]) -> dict[str
             continue
         resizer = traced.resize(cut)
         changed |= {traced.path} if resizer.changed else set()
+        taken.append((traced.path, resizer.constants))
         modes = graphs.setdefault(traced.path, {})
         for mode in traced.modes:
             first = modes.setdefault(mode, resizer.graph)
             differing |= {traced.path} if first is not resizer.graph and _code(first) != _code(resizer.graph) else set()
     for path in sorted(changed & differing):
         raise SurgeryError("is called in several ways that would need different code", where=path)
-    return done | {path: modes for path, modes in graphs.items() if path in changed}
+    constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
+    return done | {path: modes for path, modes in graphs.items() if path in changed}, constants
 
 
 def _code(graph: fx.Graph) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from rewriters.attention import keep_layers_apart
 from rewriters.channel_map import ALWAYS, ChannelMap, Statistic
 from rewriters.forward import LiveForward
 from rewriters.journal import Journal
-from rewriters.live import FORMS
+from rewriters.live import FORMS, FORMS_BY_PLACE, LiveStatistic
 from rewriters.rules import Look
 from rewriters.tracing import TraceError
 
@@ -61,7 +61,7 @@ def site(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph], recorded
     looks = [[look for node in _looking(graph) for look in node.meta["looks"]] for graph in unlike]
     for graph in unlike:
         for node in _looking(graph):
-            if node.target not in FORMS or len(node.meta["looks"]) > 1:
+            if len(node.meta["looks"]) > 1 or node.target not in _forms(node.meta["looks"][0]):
                 raise TraceError(f"{node.format_node()} has no form for live channels", where=path)
     first, targets = looks[0], [[node.target for node in _looking(graph)] for graph in unlike]
     alike = all(_alike(first, other) for other in looks) and all(other == targets[0] for other in targets)
@@ -72,13 +72,19 @@ def site(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph], recorded
     return Site(path, graphs, tuple(first), tuple(free))
 
 
+def _forms(look: Look) -> Mapping[Any, Callable[[int, int, Tensor], LiveStatistic]]:
+    return FORMS_BY_PLACE if look.places else FORMS
+
+
 def _looking(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.meta.get("looks")]
 
 
 def _alike(first: Sequence[Look], second: Sequence[Look]) -> bool:
     pairs = list(zip(first, second, strict=False))
-    return len(first) == len(second) and all(a.dim == b.dim and a.labels.shape == b.labels.shape for a, b in pairs)
+    return len(first) == len(second) and all(
+        a.dim == b.dim and a.labels.shape == b.labels.shape and a.places == b.places for a, b in pairs
+    )
 
 
 def statistics(sites: Sequence[Site], number: np.ndarray) -> tuple[Statistic, ...]:
@@ -109,7 +115,7 @@ def place(model: nn.Module, sites: Sequence[Site], number: np.ndarray, journal: 
         nodes = _looking(one.graphs[False])
         for index in mortal:
             look, node = one.looks[index], nodes[index]
-            form = FORMS[node.target](len(look.labels), look.dim, _like(module, node))
+            form = _forms(look)[node.target](len(look.labels), look.dim, _like(module, node))
             journal.set(module._modules, one.names[index], form.train(module.training))
         journal.set_attribute(module, "forward", forward)
 

@@ -67,7 +67,8 @@ def convolution(call: OpCall) -> Labelled:
     """
     x, kernel, bias = call.args[0], _owned(call, call.args[1]), call.args[2]
     transposed, groups = call.args[6], call.args[8]
-    data = Labelled(x.shape, call.mix(x, range(2, x.ndim), "convolved along its channels"), x.source)
+    others, along_them = call.look_by_place(x, range(2, x.ndim), "convolved along its channels")
+    data = Labelled(x.shape, others, x.source)
     channels = _vector(call, data, 1)
     first, second = _vector(call, kernel, 0), _vector(call, kernel, 1)
     positions = prod((x.shape if transposed else call.shape)[2:]) * prod(kernel.shape[2:]) * x.shape[0]
@@ -80,7 +81,7 @@ def convolution(call: OpCall) -> Labelled:
     if bias is not None and out is not None:
         call.space.merge(out, bias.layers[0].flatten()) if bias.layers else call.pin(out, "its bias is not owned")
     along = [1, -1, *[1] * (len(call.shape) - 2)]
-    layers = [layer for layer in data.layers if layer.shape[1] == 1]
+    layers = [layer for layer in (*data.layers, *along_them) if layer.shape[1] == 1]
     return Labelled(call.shape, (*layers, out.view(along)) if out is not None else tuple(layers))
 
 

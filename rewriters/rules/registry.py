@@ -34,6 +34,8 @@ class Look:
         module: path of the module it is taken in.
         op: the op that takes it.
         reason: why they have to stay where it can't be taken over the live ones.
+        places: it is no statistic but an op that knows channels by their places (a convolution along them): dead
+            ones count as zeros, and the slim model's are put back in their places for it.
     """
 
     labels: Tensor
@@ -41,6 +43,7 @@ class Look:
     module: str
     op: str
     reason: str
+    places: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,16 +165,28 @@ class OpCall:
         Returns:
             Layers that outlive the mixing, and those along which the statistic is taken (one or none).
         """
-        dims = {dim % value.ndim for dim in dims} if value.ndim else set()
         value = self.without_positions(value)
-        along = tuple(layer for layer in value.layers if varying(layer) and set(varying(layer)) <= dims)
-        live = self.findings.live or value.source is not None
-        if not live or len(along) != 1 or len(varying(along[0])) != 1:
+        if not self.findings.live and value.source is None:
             return self.mix(value, dims, reason), ()
+        return self._look(value, dims, dims, reason)
+
+    def look_by_place(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """As `look`, for an op that gives a channel for each along one of `dims` and knows them by their places."""
+        lasting = [dim for dim in dims if value.shape[dim] == self.shape[dim] and value.source is None]
+        return self._look(value, lasting, dims, reason, places=True)
+
+    def _look(
+        self, value: Labelled, seen: Any, mixed: Any, reason: str, places: bool = False
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Look along one of the dimensions `seen`, where labels vary in nothing else; mix along all of `mixed`."""
+        dims = {dim % value.ndim for dim in seen} if value.ndim else set()
+        along = tuple(layer for layer in value.layers if varying(layer) and set(varying(layer)) <= dims)
+        if len(along) != 1 or len(varying(along[0])) != 1:
+            return self.mix(value, mixed, reason), ()
         (dim,) = varying(along[0])
-        self.note(along[0].flatten(), dim - value.ndim, reason)
+        self.note(along[0].flatten(), dim - value.ndim, reason, places)
         rest = tuple(layer for layer in value.layers if layer is not along[0])
-        return self.mix(Labelled(value.shape, rest), dims, reason), along
+        return self.mix(Labelled(value.shape, rest), mixed, reason), along
 
     def without_positions(self, value: Labelled) -> Labelled:
         """A kernel whose positions stay: computed with along its channels, these needn't stay for them."""
@@ -184,9 +199,9 @@ class OpCall:
         rest = [layer for layer, position in zip(value.layers, positions, strict=True) if not position]
         return replace(value, layers=tuple(rest))
 
-    def note(self, labels: Tensor, dim: int, reason: str) -> None:
-        """Note that a statistic is taken along these labels."""
-        self.findings.looks.append(Look(labels, dim, self.module, str(self.op), reason))
+    def note(self, labels: Tensor, dim: int, reason: str, places: bool = False) -> None:
+        """Note that a statistic is taken along these labels, or that the op knows them by their places."""
+        self.findings.looks.append(Look(labels, dim, self.module, str(self.op), reason, places))
 
 
 def overload(name: str) -> Any:

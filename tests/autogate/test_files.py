@@ -96,6 +96,7 @@ TIMM = {
     "other arguments": ("resnet18", {"in_chans": 4, "drop_path_rate": 0.1, "drop_rate": 0.2}, {}),
     "features": ("resnet18", {"features_only": True, "out_indices": (1, 3)}, {}),
     "rewritten forwards": ("cspresnet50", {"num_classes": 0}, {}),
+    "convolutions along channels": ("eca_resnext26ts", {}, {}),
     "a tag": ("resnet18.fb_ssl_yfcc100m_ft_in1k", {"features_only": True}, {}),
     "image size": ("vit_tiny_patch16_224", {"img_size": PIXELS, "depth": 2}, {}),
 }

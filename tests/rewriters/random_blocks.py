@@ -715,14 +715,25 @@ class PositionGate(nn.Module):
 
 
 class EfficientChannelAttention(nn.Module):
-    """ECA: a 1-d convolution along the channels, which must stay where they are."""
+    """ECA: a convolution along the channels, which are known to it by their places."""
 
     def __init__(self, rng: random.Random, shape: Shape):
         super().__init__()
+        self.form = rng.choice(["module", "function", "keyword", "image", "not padded"])
         self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
 
     def forward(self, x):
-        y = self.conv(x.flatten(2).mean(2).unsqueeze(1))
+        y = x.flatten(2).mean(2).unsqueeze(1)
+        if self.form == "module":
+            y = self.conv(self.conv(y).relu())
+        elif self.form == "function":
+            y = F.conv1d(y, self.conv.weight, None, 1, 2, 2)
+        elif self.form == "keyword":
+            y = F.conv1d(input=y, weight=self.conv.weight, padding=1)
+        elif self.form == "image":
+            y = F.conv2d(y.unsqueeze(3), self.conv.weight.unsqueeze(3), padding=(1, 0)).flatten(2)
+        else:
+            y = F.conv1d(F.pad(y, (1, 1)), self.conv.weight)
         return x * y.view(x.shape[0], -1, *[1] * (x.ndim - 2)).sigmoid()
 
 

@@ -14,7 +14,7 @@ from rewriters.journal import Journal
 from rewriters.slimming import apply, plan
 from rewriters.statistics import take_off, write_live
 from rewriters.verify import relative_error, run_eval
-from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
+from tests.rewriters.exactness import TOLERANCE, assert_exact, copies_agree, random_live, slim, zero_kernels
 from tests.rewriters.helpers import conv, image
 
 
@@ -267,6 +267,50 @@ def test_the_constant_of_a_dead_branch_comes_from_live_statistics():
     assert slim_plan.constants
     apply(model, slim_plan, Journal())
     assert relative_error(run_eval(model, args), wanted) <= TOLERANCE
+
+
+class EfficientChannelAttention(nn.Module):
+    """Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks", section 3.2."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        y = self.conv(x.mean((2, 3)).view(x.shape[0], 1, -1))
+        return x * y.sigmoid().view(x.shape[0], -1, 1, 1)
+
+
+def with_attention() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(conv(3, 8, 3), EfficientChannelAttention(), conv(8, 4)).double().eval()
+
+
+def test_a_convolution_along_channels_is_slimmed_exactly():
+    slimmed = assert_exact(with_attention(), (image().double(),))
+    assert slimmed.analysis.channel_map.size == 8
+
+
+def test_a_slim_convolution_along_channels_knows_their_places():
+    example = (image().double(),)
+    slimmed = slim(with_attention(), example, share=0.6, seed=1)
+    places = slimmed.model.get_buffer("1.conv.conv1d_places")
+    assert places.tolist() == slimmed.plan.kept[Side("0.weight", 0)].tolist() != list(range(len(places)))
+    assert copies_agree(slimmed, example, {})
+    wanted = run_eval(slimmed.model, (image(batch=3).double(),))
+    exported = torch.export.export(slimmed.model, (image(batch=3).double(),)).module()
+    assert torch.equal(exported(image(batch=3).double()), wanted[0])
+
+
+def test_what_is_left_of_a_convolution_along_channels_stays_the_second_time():
+    example = (image().double(),)
+    once = slim(with_attention(), example, share=0.6, seed=1)
+    again = analyse(once.model, example)
+    assert again.channel_map.size == 0
+
+
+def test_a_convolution_along_channels_is_no_norm_of_an_embedding():
+    assert analyse(with_attention(), (image().double(),), embed=False).channel_map.size == 8
 
 
 class SpatialAttention(nn.Module):
