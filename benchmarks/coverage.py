@@ -82,6 +82,7 @@ class Result:
 
     Attributes:
         model, family: its name and the file that it is from.
+        arguments: what it was built with beside its name.
         image: side of the images, or shape of the example.
         params: number of parameters.
         step: what it failed in ("build", "prepare", "kill", "finalize", "float64", "memory", "time"),
@@ -101,6 +102,7 @@ class Result:
 
     model: str
     family: str
+    arguments: dict[str, Any] = field(default_factory=dict)
     image: str = ""
     params: int = 0
     step: str = ""
@@ -132,7 +134,7 @@ def build(one: Listed, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, I
 
 def measure(one: Listed) -> Iterator[Result]:
     """The result as far as it is known, again after each step: the last one counts."""
-    result = Result(one.name, one.family, step="build")
+    result = Result(one.name, one.family, one.arguments, step="build")
     yield result
     model, inputs = build(one)
     result.image = "x".join(str(size) for size in one.shape(inputs))
@@ -218,7 +220,7 @@ def _peak_bytes() -> int:
 
 def measure_here(one: Listed, out: Path) -> None:
     """Measure in this process; `out` holds what is known at any moment, for a process may be ended."""
-    result = Result(one.name, one.family)
+    result = Result(one.name, one.family, one.arguments)
     try:
         for result in measure(one):
             out.write_text(json.dumps(asdict(result)))
@@ -234,7 +236,7 @@ def measure_here(one: Listed, out: Path) -> None:
 def measure_apart(one: Listed, peer: bool, limits: Limits) -> dict[str, Any]:
     """Measure in processes of their own, autogate and the peer."""
     result, ended = _apart(measure_here, one, limits)
-    result = result or asdict(Result(one.name, one.family, step="build"))
+    result = result or asdict(Result(one.name, one.family, one.arguments, step="build"))
     if ended:
         result["error"], result["step"] = f"in {result['step']}: {ended}", "time" if limits.told in ended else "crash"
     if peer:

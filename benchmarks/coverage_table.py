@@ -54,7 +54,14 @@ def nothing_to_prune(line: Line) -> bool:
 def document(results: list[Line], options: str) -> str:
     """The whole page, for what was measured with these options."""
     tried = [line for line in results if line["step"] != "memory"]
-    parts = [HEADER.replace("{options}", options), _totals(tried), _by_family(tried), _failures(tried), _low(tried)]
+    parts = [
+        HEADER.replace("{options}", options),
+        _totals(tried),
+        _by_family(tried),
+        _failures(tried),
+        _low(tried),
+        _shallow(tried),
+    ]
     if any(line["peer"] for line in tried):
         parts.append(_peers(tried))
     return "\n".join(part for part in parts if part)
@@ -128,6 +135,14 @@ def _low(tried: list[Line]) -> str:
     title = f"## Reach below {WANTED:.0%}\n\n"
     text = "Behind each reason, the share of FLOPs that it keeps out of reach; shares overlap.\n\n"
     return title + text + _table(("model", "reach", "why"), rows)
+
+
+def _shallow(tried: list[Line]) -> str:
+    shallow = [line for line in tried if line.get("arguments")]
+    if not shallow:
+        return ""
+    rows = [(line["model"], line["arguments"]) for line in shallow]
+    return "## With fewer blocks\n\nWhole, these don't fit in 20 GiB.\n\n" + _table(("model", "built with"), rows)
 
 
 def _peers(tried: list[Line]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,17 @@ BATCH = 2
 
 LEAST_SIDES = {"inception": 299, "ssd300": 300}
 """Of images for torchvision's models that can't be run on smaller ones, by a part of their names."""
+
+SHALLOW: dict[str, dict[str, Any]] = {
+    "vit_7b_*": {"depth": 2},
+    "vit_5b_*": {"depth": 2, "num_kv_heads": (32, 16)},
+    "eva02_enormous_*": {"depth": 2},
+    "aimv2_3b_*": {"depth": 2},
+    "vit_gigantic_*": {"depth": 2},
+    "vit_pe_*_gigantic_*": {"depth": 2},
+    "swinv2_cr_giant_*": {"depths": (1, 1, 2, 1)},
+}
+"""Arguments of timm's for models that don't fit in 20 GiB with all their blocks, by patterns of their names."""
 
 
 class DenseParts(nn.Module):
@@ -51,9 +63,15 @@ class Listed:
     family: str
     side: int = 0
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What timm is told beside the name: fewer blocks, where all of them don't fit."""
+        found = (arguments for pattern, arguments in SHALLOW.items() if fnmatch.fnmatchcase(self.name, pattern))
+        return next(found, {})
+
     def build(self) -> nn.Module:
         if not self.name.startswith(TORCHVISION):
-            return timm.create_model(self.name)
+            return timm.create_model(self.name, **self.arguments)
         model = torchvision.models.get_model(self.name.removeprefix(TORCHVISION), weights=None, **self._options())
         return DenseParts(model) if "detection" in self.family else model
 
