@@ -7,11 +7,16 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from benchmarks.accuracy.data import Data, held_out
+import autogate.api
+from autogate.schedule import Schedule
+from benchmarks.accuracy.__main__ import set_schedule
+from benchmarks.accuracy.data import Data, held_out, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.models import MODELS, ResNet
-from benchmarks.accuracy.recipe import Recipe, fit
+from benchmarks.accuracy.recipe import Recipe, fit, loss
 from benchmarks.accuracy.table import results, rows, write
 
 PUBLISHED = {"resnet20": 0.27e6, "resnet56": 0.85e6, "vgg16": 14.7e6, "mobilenetv2": 2.2e6}
@@ -69,3 +74,18 @@ def test_the_table_has_the_mean_and_its_standard_error(tmp_path):
     write(tmp_path, tmp_path / "docs")
     assert "| 0.5 | autogate | 0.490 | 0.400 | 81.00 ± 0.58 | 3 |" in (tmp_path / "docs" / "accuracy.md").read_text()
     assert "<svg" in (tmp_path / "docs" / "accuracy.svg").read_text()
+
+
+def test_other_schedules_can_be_tried(monkeypatch):
+    monkeypatch.setattr(autogate.api, "Schedule", Schedule)  # to be put back
+    set_schedule(["keep=0.25", "round_to=8"])
+    assert autogate.api.Schedule(steps=7) == Schedule(steps=7, keep=0.25, round_to=8)
+    with pytest.raises(SystemExit, match="keep"):
+        set_schedule(["width=3"])
+
+
+def test_the_loss_is_the_mean_over_all_images():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    data = Data(torch.randint(0, 255, (7, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (7,)))
+    wanted = F.cross_entropy(model(normalise(data.images)), data.labels)
+    assert loss(model, data, batch=3) == pytest.approx(float(wanted), rel=1e-5)

@@ -9,7 +9,8 @@ trained network (one a seed) and spend the same epochs. Each run leaves one JSON
 run again, so that a broken-off benchmark goes on where it was.
 
 Settings are chosen with `--held-out`: a fifth of the training images is kept from all training, and accuracy is read
-off it. `--set learning.DAMPING=0.3` runs with another value of a constant of autogate's.
+off it. `--set sensitivity.DAMPING=0.3` runs with another value of a constant of autogate's, `--schedule keep=0.5` with
+another schedule.
 
 Torch-Pruning's methods need `pip install torch-pruning`.
 """
@@ -18,17 +19,22 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib
 import itertools
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import autogate.api
+from autogate.schedule import Schedule
 from benchmarks.accuracy.data import Data, held_out, load, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.models import MODELS
-from benchmarks.accuracy.recipe import Recipe, accuracy, fit, predict
+from benchmarks.accuracy.recipe import Recipe, accuracy, fit, loss, predict
 from benchmarks.accuracy.runs import dense_model, once
 from benchmarks.accuracy.table import write
 
@@ -55,13 +61,14 @@ def slim_run(
         "seed": seed,
         "epochs": recipe.epochs,
         "accuracy": accuracy(predict(slim, test.images), test.labels),
+        "loss": loss(slim, test),
         "flops_left": count_flops(slim, example) / whole,
         "params_left": sum(parameter.numel() for parameter in slim.parameters()) / params,
     }
 
 
 def set_constant(assignment: str) -> None:
-    """Gives a constant of an autogate module another value: `learning.DAMPING=0.3`."""
+    """Gives a constant of an autogate module another value: `sensitivity.DAMPING=0.3`."""
     place, _, value = assignment.partition("=")
     module, _, name = place.rpartition(".")
     home = importlib.import_module(f"autogate.{module}")
@@ -70,9 +77,21 @@ def set_constant(assignment: str) -> None:
     setattr(home, name, type(getattr(home, name))(value))
 
 
+def set_schedule(assignments: Sequence[str]) -> None:
+    """Lets `prepare` make schedules with other values of these fields: `keep=0.5`."""
+    fields = {field.name: field.type for field in dataclasses.fields(Schedule)}
+    given = dict(assignment.split("=") for assignment in assignments)
+    if not given.keys() <= fields.keys():
+        raise SystemExit(f"A schedule has {', '.join(fields)}.")
+    values = {name: int(value) if fields[name] == "int" else float(value) for name, value in given.items()}
+    autogate.api.Schedule = partial(Schedule, **values)
+
+
 def run(args: argparse.Namespace) -> None:
     for assignment in args.set:
         set_constant(assignment)
+    set_schedule(args.schedule)
+    changed = [*args.set, *args.schedule]
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,11 +106,11 @@ def run(args: argparse.Namespace) -> None:
         for flops, method in itertools.product(args.flops, args.methods):
             if method == "dense":
                 flops = 1.0
-            parts = [name, method.replace(", ", "_").replace(" ", "_"), str(flops), *args.set, str(seed)]
+            parts = [name, method.replace(", ", "_").replace(" ", "_"), str(flops), *changed, str(seed)]
             result = once(
                 folder / f"{'_'.join(parts)}.json",
                 lambda method=method, flops=flops, name=name, seed=seed, dense=dense: (
-                    {"model": name, "set": args.set} | slim_run(dense, method, flops, seed, train, test, recipe)
+                    {"model": name, "set": changed} | slim_run(dense, method, flops, seed, train, test, recipe)
                 ),
             )
             print(f"{' '.join(parts)}: {result['accuracy']:.2f} %, {result['flops_left']:.4f} of the FLOPs", flush=True)
@@ -111,6 +130,7 @@ def main() -> None:
     running.add_argument("--compiled", action="store_true", help="torch.compile")
     running.add_argument("--held-out", action="store_true", help="accuracy on a fifth of the training images")
     running.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE")
+    running.add_argument("--schedule", nargs="*", default=[], metavar="FIELD=VALUE")
     running.add_argument("--threads", type=int, help="on the CPU")
     running.set_defaults(command=run)
     writing = commands.add_parser("table", help="write the page and the figure")

@@ -88,6 +88,15 @@ def predict(model: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
     return torch.cat([model(normalise(part)).argmax(1) for part in images.split(batch)])
 
 
+@torch.no_grad()
+def loss(model: nn.Module, data: Data, batch: int = 1000) -> float:
+    """Mean cross entropy, in eval mode and float32: it tells two networks apart with less noise than accuracy."""
+    model.eval()
+    parts = zip(data.images.split(batch), data.labels.split(batch), strict=True)
+    total = sum(F.cross_entropy(model(normalise(images)), labels, reduction="sum") for images, labels in parts)
+    return float(total) / len(data.labels)
+
+
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """In percent."""
     return float((predicted == labels).float().mean()) * 100
