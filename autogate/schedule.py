@@ -43,13 +43,13 @@ class Schedule:
         steps: optimizer steps that the run takes. Epsilon's decay and the targets' course are laid over them;
             training on afterwards is plain fine-tuning of what is left. `DEFAULT_STEPS` if none is named.
         reach: part of the steps over which the wanted shares fall from the start to the targets. A target that
-            is met early leaves the channels that stay more time to learn: at 35 % of the steps they came out
-            better than at 70 %.
+            is met early leaves the channels that stay more time to learn, but less was known of them when they
+            were chosen: docs/benchmarks.md has the figures.
         bound: longest way that one gradient or one price moves alpha in a step, unless the run is so short
             that it takes longer ones: see `step_bound`.
         keep: the least width that learning leaves a layer, as a part of the one it would have if all were
             narrowed alike for the same targets. A dear layer would otherwise be driven to nothing before its
-            channels could speak (section 4.3).
+            channels could speak (section 4.3). More of it takes from channels that the loss depends on.
         tolerance: how far below the target (and, where nothing else fits, above it) a share may end.
         round_to: channels of a layer die in such numbers that a multiple of this stays. A layer that loses
             none keeps the width it has.
@@ -61,7 +61,7 @@ class Schedule:
     steps: int = DEFAULT_STEPS
     reach: float = 0.35
     bound: float = 0.02
-    keep: float = 0.5
+    keep: float = 0.2
     tolerance: float = 0.01
     round_to: int = 1
 

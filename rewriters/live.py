@@ -196,8 +196,8 @@ def _variance_arguments(
     return tuple(dims), float(unbiased) if correction is None else correction, keepdim
 
 
-class LiveVectorNorm(LiveStatistic):
-    """`F.normalize`, `torch.linalg.vector_norm` or `torch.norm` over the live channels: dead ones add zeros."""
+class LiveOrZero(LiveStatistic):
+    """A call to which dead channels are zeros: `F.normalize` or a vector norm, a convolution along channels."""
 
     def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
         super().__init__(size, dim, like)
@@ -253,39 +253,26 @@ class LiveKernel(LiveStatistic):
         return self.function(input, weight, *args, **kwargs)
 
 
-class LiveByPlace(LiveStatistic):
-    """A convolution along channels: dead ones are zeros."""
-
-    def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
-        super().__init__(size, dim, like)
-        self.function = function
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.function(input if self.plain() else input * self.along(input), *args, **kwargs)
-
-
-_WITH_KERNELS = (
-    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
-)  # fmt: skip
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     F.layer_norm: LiveLayerNorm,
     **dict.fromkeys([F.rms_norm, torch.rms_norm], LiveRMSNorm),
     F.group_norm: LiveGroupNorm,
     F.batch_norm: LiveStandardisation,
-    **{function: partial(LiveKernel, function=function) for function in _WITH_KERNELS},
+    **{function: partial(LiveKernel, function=function) for function in (F.linear, *_CONVOLUTIONS)},
     **dict.fromkeys([torch.mean, "mean"], LiveMean),
     **dict.fromkeys([torch.var, "var"], partial(LiveVariance, name="var")),
     **dict.fromkeys([torch.std, "std"], partial(LiveVariance, name="std")),
     torch.var_mean: partial(LiveVariance, name="var_mean"),
     **{form: partial(LiveExtreme, name=name) for name in ("amax", "amin") for form in (name, getattr(torch, name))},
-    F.normalize: partial(LiveVectorNorm, function=F.normalize),
-    torch.linalg.vector_norm: partial(LiveVectorNorm, function=torch.linalg.vector_norm),
-    **dict.fromkeys([torch.norm, "norm"], partial(LiveVectorNorm, function=torch.norm)),
+    F.normalize: partial(LiveOrZero, function=F.normalize),
+    torch.linalg.vector_norm: partial(LiveOrZero, function=torch.linalg.vector_norm),
+    **dict.fromkeys([torch.norm, "norm"], partial(LiveOrZero, function=torch.norm)),
 }
 """What stands in for a traced call, by its function or its method's name."""
 
 FORMS_BY_PLACE: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
-    function: partial(LiveByPlace, function=function) for function in _WITH_KERNELS
+    function: partial(LiveOrZero, function=function) for function in _CONVOLUTIONS
 }
 """The same for calls that know channels by their places."""

@@ -87,5 +87,5 @@ def test_other_schedules_can_be_tried(monkeypatch):
 def test_the_loss_is_the_mean_over_all_images():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     data = Data(torch.randint(0, 255, (7, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (7,)))
-    wanted = F.cross_entropy(model(normalise(data.images)), data.labels)
-    assert loss(model, data, batch=3) == pytest.approx(float(wanted), rel=1e-5)
+    wanted = F.cross_entropy(model(normalise(data.images)), data.labels).item()
+    assert loss(model, data, batch=3) == pytest.approx(wanted, rel=1e-5)
