@@ -145,13 +145,14 @@ class Resizer:
     def _put_in_places(self, node: fx.Node, look: Look) -> None:
         """The call at its full width, and of what it gives the channels that are left."""
         stays = self._cut.stays[look.labels]
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._copies.__getitem__)
-        given, *rest = args or [kwargs.pop("input")]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._copies.__getitem__)
+        options = dict(kwargs)
+        given, *rest = args or [options.pop("input")]
         name = f"{node.name}_places"
         self.constants[name] = stays.nonzero().flatten().to(node.all_input_nodes[0].meta["val"].device)
         places = self.graph.create_node("get_attr", name)
         whole = self.graph.call_function(in_places, (given, places, len(stays), look.dim))
-        result = self.graph.call_function(node.target, (whole, *rest), kwargs)
+        result = self.graph.call_function(node.target, (whole, *rest), options)
         self._copies[node] = self.graph.call_function(torch.index_select, (result, look.dim, places))
         self._slim[node] = self._expected(node)
         self.changed = True

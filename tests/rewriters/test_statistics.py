@@ -15,7 +15,7 @@ from rewriters.slimming import apply, plan
 from rewriters.statistics import take_off, write_live
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, copies_agree, random_live, slim, zero_kernels
-from tests.rewriters.helpers import conv, image
+from tests.rewriters.helpers import Net, conv, image
 
 
 class HandWritten(nn.Module):
@@ -286,9 +286,17 @@ def with_attention() -> nn.Sequential:
     return nn.Sequential(conv(3, 8, 3), EfficientChannelAttention(), conv(8, 4)).double().eval()
 
 
+def by_keyword(m: Net, x: torch.Tensor) -> torch.Tensor:
+    x = m.a(x)
+    y = F.conv1d(input=x.mean((2, 3))[:, None], weight=m.kernel, padding=1)
+    return m.b(x * y.transpose(1, 2)[..., None])
+
+
 def test_a_convolution_along_channels_is_slimmed_exactly():
-    slimmed = assert_exact(with_attention(), (image().double(),))
-    assert slimmed.analysis.channel_map.size == 8
+    kernel = nn.Parameter(torch.randn(1, 1, 3))
+    for model in (with_attention(), Net(by_keyword, a=conv(3, 8), b=conv(8, 4), kernel=kernel).double().eval()):
+        slimmed = assert_exact(model, (image().double(),))
+        assert slimmed.analysis.channel_map.size == 8
 
 
 def test_a_slim_convolution_along_channels_knows_their_places():
