@@ -32,8 +32,7 @@ from rewriters.verify import run_eval
 
 _RULES_WITH_SIZES = (
     creation.create, mixing.group_norm, mixing.layer_norm, movement.channel_shuffle, movement.expand, movement.move,
-    movement.turn,
-    movement.reshape,
+    movement.reshape, movement.roll,
 )  # fmt: skip
 _TORCH_MODULES_WITH_SIZES = (
     nn.Unflatten, nn.ChannelShuffle, nn.MultiheadAttention, nn.modules.padding._ConstantPadNd,

@@ -51,7 +51,7 @@ def _as_list(value: Any) -> list[Tensor]:
 @rule(
     "aten.permute", "aten.transpose", "aten.transpose_", "aten.t", "aten.slice.Tensor", "aten.select.int",
     "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int", "aten.squeeze", "aten.unsqueeze",
-    "aten.squeeze_", "aten.unsqueeze_", "aten.narrow",
+    "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.narrow",
     "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk", "aten.movedim", "aten.permute_copy",
     "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.unsafe_split.Tensor",
     "aten.unsafe_split_with_sizes",
@@ -63,13 +63,13 @@ def move(call: OpCall) -> Result:
     return _moved(call, value, results)
 
 
-@rule("aten.flip", "aten.roll")
-def turn(call: OpCall) -> Result:
-    """As `move`, without labels for dimensions they don't vary in."""
-    value, rest = call.args[0], call.args[1:]
-    if "roll" in str(call.op) and not call.arg(2, "dims", ()):
-        return move(call)  # all elements in a row
-    return _moved(call, value, [[call.op(layer, *rest, **call.kwargs)] for layer in value.layers])
+@rule("aten.roll")
+def roll(call: OpCall) -> Result:
+    """As `move`; labels are not repeated along dimensions that they don't vary in."""
+    value, shifts, dims = call.args[0], call.arg(1, "shifts"), call.arg(2, "dims", ())
+    if not dims:  # all elements in a row
+        return move(call)
+    return _moved(call, value, [[layer.roll(shifts, dims)] for layer in value.layers])
 
 
 @rule("aten.expand")
@@ -194,5 +194,5 @@ def _pad_layer(call: OpCall, layer: Tensor, dim: int, before: int, after: int) -
     return torch.cat([border(before), inner, border(after)], dim)
 
 
-RULES_THAT_MOVE = (move, turn, expand, reshape, channel_shuffle, cat, stack)
+RULES_THAT_MOVE = (move, roll, expand, reshape, channel_shuffle, cat, stack)
 """Rules of ops that put elements elsewhere and compute nothing."""
