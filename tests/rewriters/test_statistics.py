@@ -299,6 +299,17 @@ def test_a_convolution_along_channels_is_slimmed_exactly():
         assert slimmed.analysis.channel_map.size == 8
 
 
+def test_a_convolution_that_gives_fewer_channels_than_it_takes_keeps_them():
+    def forward(m: Net, x: torch.Tensor) -> torch.Tensor:
+        x = m.a(x)
+        y = F.conv1d(x.mean((2, 3))[:, None], m.kernel, padding=1, stride=2).repeat_interleave(2, 2)
+        return m.b(x * y.transpose(1, 2)[..., None])
+
+    kernel = nn.Parameter(torch.randn(1, 1, 3))
+    slimmed = assert_exact(Net(forward, a=conv(3, 8), b=conv(8, 4), kernel=kernel).double().eval(), (image().double(),))
+    assert slimmed.analysis.channel_map.size == 0
+
+
 def test_a_slim_convolution_along_channels_knows_their_places():
     example = (image().double(),)
     slimmed = slim(with_attention(), example, share=0.6, seed=1)
