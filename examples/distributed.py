@@ -104,6 +104,7 @@ def main() -> None:
         print(f"{options.strategy}: accuracy {before:.2f} % gated, {accuracy(slim, testing):.2f} % slim")
         if options.save:
             torch.save(slim, options.save)
+    dist.barrier()  # none leaves while another is at work
     dist.destroy_process_group()
 
 
