@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.preserving import attributes_preserved
-from rewriters.without_data import quicker
+from rewriters.without_data import on_fakes, stand_in
 
 _OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -87,8 +87,9 @@ class Capture:
 class Recorder(TorchDispatchMode):
     """Writes every ATen call into a graph; tensors it has not seen become constants (`get_attr`)."""
 
-    def __init__(self, real: Mapping[int, Tensor]):
+    def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor]):
         super().__init__()
+        self._mode = mode
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.call: ModuleCall | None = None
@@ -127,10 +128,12 @@ class Recorder(TorchDispatchMode):
             # A fake convolution would let it pass.
             raise TypeError(f"the input is {args[0].dtype} and the kernel {args[1].dtype}")
         restrides = only_restrides(func, args)
-        out = quicker(func)(*args, **kwargs)
-        if restrides or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+        out = on_fakes(self._mode, func, args, kwargs)
+        if restrides or not (isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))):
             return out  # not a step of the forward, or a question about a tensor (its device, its layout)
-        node_args, node_kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
+        node_args, node_kwargs = fx.node.map_aggregate(
+            (args, kwargs), lambda value: self.node_of(value) if isinstance(value, Tensor) else value
+        )
         node = self.graph.call_function(func, node_args, node_kwargs)
         self._own(node, out)
         if isinstance(out, (tuple, list)):
@@ -251,8 +254,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = named_tensors(model)
-    fakes = {name: mode.from_tensor(tensor) for name, tensor in real.items()}
-    recorder = Recorder({id(fakes[name]): tensor for name, tensor in real.items()})
+    fakes = {name: stand_in(mode, tensor) for name, tensor in real.items()}
+    recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()})
     fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs or {})))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
     for name, fake in fakes.items():

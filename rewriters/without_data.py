@@ -1,17 +1,43 @@
-"""What some calls give on tensors without data, told more quickly than PyTorch tells it.
+"""What calls give on tensors without data, told more quickly than PyTorch tells it.
 
-It takes a batch norm or an activation on such tensors apart into a dozen calls, which made most of the time of
-recording a forward, or of running it on meta tensors.
+PyTorch works out a batch norm or an activation on such tensors in a dozen calls, and asks itself at each call on a
+fake tensor what kind of call it is: that made most of the time of recording a forward. Here the usual calls on usual
+tensors are told by their shapes; the rest is left to PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
+
+
+def _alike(*tensors: Any) -> bool:
+    """Whether they are contiguous floating-point tensors of one dtype."""
+    return all(
+        isinstance(tensor, Tensor) and tensor.dtype == tensors[0].dtype and tensor.is_contiguous() for tensor in tensors
+    ) and tensors[0].is_floating_point()  # fmt: skip
+
+
+def _new(x: Tensor, shape: Any) -> Tensor:
+    """A tensor of this shape, contiguous, of the dtype of `x`, which has no data either."""
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _like(x: Tensor) -> Tensor:
+    return _new(x, x.shape) if x.is_contiguous() else torch.empty_like(x)
+
+
+def _spreads(shape: torch.Size, over: torch.Size) -> bool:
+    """Whether a tensor of this shape is broadcast to just that shape."""
+    pairs = zip(reversed(shape), reversed(over), strict=False)
+    return len(shape) <= len(over) and all(length in (1, whole) for length, whole in pairs)
 
 
 def _batch_norm(
@@ -24,49 +50,187 @@ def _batch_norm(
         if tensor is not None and tuple(tensor.shape) != (channels,):
             raise RuntimeError(f"batch norm of {channels} channels with parameters of shape {tuple(tensor.shape)}")
     saved = channels if training else 0
-    return torch.empty_like(x), x.new_empty(saved), x.new_empty(saved)
+    return _like(x), _new(x, saved), _new(x, saved)
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+    """What native_layer_norm gives: values, and each position's mean and inverse deviation."""
+    over = len(x.shape) - len(shape)
+    parameters = [tensor for tensor in (weight, bias) if tensor is not None]
+    if not _alike(x, *parameters) or x.dtype not in _SINGLE_OR_DOUBLE:
+        return NotImplemented
+    if any(tuple(tensor.shape[-len(shape) :]) != tuple(shape) for tensor in (x, *parameters)):
+        return NotImplemented
+    kept = (*x.shape[:over], *(1 for _ in shape))
+    return _like(x), _new(x, kept), _new(x, kept)
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+) -> Any:  # fmt: skip
+    if transposed or not _alike(x, weight, *(() if bias is None else (bias,))) or x.dim() != weight.dim():
+        return NotImplemented
+    samples, channels, *sizes = x.shape
+    outputs, inputs, *kernel = weight.shape
+    if channels != inputs * groups or outputs % groups or (bias is not None and tuple(bias.shape) != (outputs,)):
+        return NotImplemented
+    along = zip(sizes, kernel, stride, padding, dilation, strict=True)
+    lengths = [(size + 2 * pad - step * (taps - 1) - 1) // by + 1 for size, taps, by, pad, step in along]
+    return _new(x, (samples, outputs, *lengths)) if min(lengths, default=0) > 0 else NotImplemented
 
 
 def _addmm(bias: Tensor, rows: Tensor, columns: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     shape = (rows.shape[0], columns.shape[1])
     if rows.shape[1] != columns.shape[0] or torch.broadcast_shapes(bias.shape, shape) != shape:
         raise RuntimeError(f"addmm of {tuple(bias.shape)}, {tuple(rows.shape)} and {tuple(columns.shape)}")
-    return rows.new_empty(shape)
+    return _new(rows, shape)
 
 
-def _activation(x: Tensor, *settings: Any, **options: Any) -> Tensor:
-    return torch.empty_like(x)
+def _of_one(x: Tensor, *settings: Any, **options: Any) -> Any:
+    return _like(x) if x.is_floating_point() else NotImplemented
 
 
-def _activation_in_place(x: Tensor, *settings: Any, **options: Any) -> Tensor:
-    return x
+def _of_one_in_place(x: Tensor, *settings: Any, **options: Any) -> Any:
+    return x if x.is_floating_point() else NotImplemented
+
+
+def _of_two(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    if isinstance(y, (int, float)) and isinstance(x, Tensor):
+        return _of_one(x)
+    if not _alike(x, y):
+        return NotImplemented
+    if _spreads(y.shape, x.shape):
+        return _like(x)
+    return _like(y) if _spreads(x.shape, y.shape) else NotImplemented
+
+
+def _of_two_in_place(x: Tensor, y: Any, *, alpha: float = 1) -> Any:
+    if isinstance(y, (int, float)):
+        return _of_one_in_place(x)
+    return x if _alike(x, y) and _spreads(y.shape, x.shape) else NotImplemented
+
+
+def _mean(x: Tensor, dims: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+    if not _alike(x) or not dims or dtype is not None:
+        return NotImplemented
+    gone = {dim % x.dim() for dim in dims if -x.dim() <= dim < x.dim()}
+    if len(gone) != len(dims):
+        return NotImplemented
+    kept = [1 if dim in gone else length for dim, length in enumerate(x.shape)]
+    return _new(x, kept if keepdim else [length for dim, length in enumerate(x.shape) if dim not in gone])
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    first = tensors[0]
+    if not _alike(*tensors) or not -first.dim() <= dim < first.dim() or any(not tensor.numel() for tensor in tensors):
+        return NotImplemented
+    dim %= first.dim()
+    others = {(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors}
+    if len(others) != 1 or any(tensor.dim() != first.dim() for tensor in tensors):
+        return NotImplemented
+    return _new(first, (*first.shape[:dim], sum(tensor.shape[dim] for tensor in tensors), *first.shape[dim + 1 :]))
+
+
+def _empty(
+    size: Sequence[int], *, dtype: torch.dtype | None = None, layout: torch.layout | None = None,
+    device: torch.device | None = None, **others: Any,
+) -> Any:  # fmt: skip
+    plain = dtype is not None and device is not None and layout in (None, torch.strided) and not others
+    return torch.empty(size, dtype=dtype, device="meta") if plain else NotImplemented
 
 
 _aten = torch.ops.aten
 
-QUICKER: Mapping[Any, Callable[..., Any]] = {
+TOLD: Mapping[Any, Callable[..., Any]] = {
     _aten.native_batch_norm.default: _batch_norm,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.convolution.default: _convolution,
+    _aten.empty.memory_format: _empty,
     _aten.addmm.default: _addmm,
+    _aten.cat.default: _cat,
+    _aten.mean.dim: _mean,
     **dict.fromkeys(
         (_aten.elu.default, _aten.gelu.default, _aten.hardsigmoid.default, _aten.hardswish.default,
-         _aten.hardtanh.default, _aten.leaky_relu.default, _aten.mish.default, _aten.silu.default), _activation
+         _aten.hardtanh.default, _aten.leaky_relu.default, _aten.mish.default, _aten.relu.default,
+         _aten.sigmoid.default, _aten.silu.default, _aten.tanh.default), _of_one
     ),
     **dict.fromkeys(
         (_aten.elu_.default, _aten.gelu_.default, _aten.hardsigmoid_.default, _aten.hardswish_.default,
-         _aten.hardtanh_.default, _aten.leaky_relu_.default, _aten.mish_.default, _aten.silu_.default),
-        _activation_in_place
+         _aten.hardtanh_.default, _aten.leaky_relu_.default, _aten.mish_.default, _aten.relu_.default,
+         _aten.sigmoid_.default, _aten.silu_.default, _aten.tanh_.default), _of_one_in_place
     ),
+    **dict.fromkeys((_aten.add.Tensor, _aten.div.Tensor, _aten.mul.Tensor, _aten.sub.Tensor), _of_two),
+    **dict.fromkeys((_aten.add_.Tensor, _aten.div_.Tensor, _aten.mul_.Tensor, _aten.sub_.Tensor), _of_two_in_place),
 }  # fmt: skip
-"""What to call in the place of these."""
+"""What tells the results of these; `NotImplemented` where it can't."""
+
+DIRECT = frozenset(
+    (_aten._softmax.default, _aten._unsafe_view.default, _aten.bmm.default, _aten.clone.default,
+     _aten.expand.default, _aten.mm.default, _aten.permute.default, _aten.select.int,
+     _aten.slice.Tensor, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.squeeze.dim, _aten.t.default,
+     _aten.transpose.int, _aten.unbind.int, _aten.unsqueeze.default, _aten.view.default)
+)  # fmt: skip
+"""Calls that PyTorch's kernels for meta tensors tell quickly, once it is known that no other is meant."""
 
 
-def quicker(op: Any) -> Callable[..., Any]:
-    """What to call in the place of an ATen op on tensors without data; the op itself where it is quick enough."""
-    return QUICKER.get(op, op)
+def stand_in(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor for this one."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous()
+    if not plain or tensor.is_quantized or tensor.is_complex() or tensor._is_view():
+        return mode.from_tensor(tensor)
+    data = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
+    fake = FakeTensor(mode, data, tensor.device)
+    if isinstance(tensor, nn.Parameter):
+        fake._is_param = True
+    return fake
+
+
+def on_fakes(mode: FakeTensorMode, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What an ATen call gives on fake tensors."""
+    if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+        return args[0].fake_device
+    told = TOLD.get(op)
+    if told is not None or op in DIRECT:
+        device = kwargs.get("device") or _only_device(args)
+        if device is not None:
+            with in_kernel_invocation_manager(mode):
+                out = (told or op)(*args, **kwargs)
+            if isinstance(out, Tensor):
+                return _wrapped(mode, out, device)
+            if out is not NotImplemented:
+                return type(out)(_wrapped(mode, one, device) for one in out)
+    return op(*args, **kwargs)
+
+
+def _wrapped(mode: FakeTensorMode, tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else FakeTensor(mode, tensor, device)
+
+
+def _only_device(args: tuple[Any, ...]) -> torch.device | None:
+    """The device that all tensors are on, None where it is not one, or where their values may be asked for."""
+    device = None
+    for tensor in _tensors(args):
+        if not isinstance(tensor, FakeTensor) or tensor.constant is not None:
+            return None
+        if device is not None and tensor.fake_device != device:
+            return None
+        device = tensor.fake_device
+    return device
+
+
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from (item for item in arg if isinstance(item, Tensor))
 
 
 class WithoutData(TorchDispatchMode):
     """Inside, forwards run on meta tensors the quicker way."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return quicker(func)(*args, **(kwargs or {}))
+        told = TOLD.get(func)
+        out = NotImplemented if told is None else told(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if out is NotImplemented else out
