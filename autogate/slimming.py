@@ -25,6 +25,7 @@ from autogate.history import (
     write_inputs,
 )
 from autogate.inputs import Inputs
+from autogate.uncollected import uncollected
 from rewriters import (
     ALWAYS,
     Analysis,
@@ -60,6 +61,7 @@ class Asked(NamedTuple):
     embed: bool = True
 
 
+@uncollected()
 def analyse_whole(model: nn.Module, asked: Asked) -> Analysis:
     """The model's channels, with everything pinned that would not survive a slimming."""
     args, kwargs = asked.inputs
