@@ -54,34 +54,42 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
     return groups
 
 
-def live_at(groups: Sequence[Group], part: float) -> Tensor:
-    """The first classes of each group, as many as are `part` of it: one at least, whole bundles; bool, (classes,)."""
-    live = torch.zeros(sum(len(group.classes) for group in groups), dtype=torch.bool)
-    for group, count in zip(groups, _counts_at(groups, part).tolist(), strict=True):
-        live[list(group.classes[:count])] = True
-    return live
+class Widths:
+    """Groups narrowed alike, each to its first classes."""
+
+    def __init__(self, groups: Sequence[Group]):
+        self._sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
+        self._paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
+        self._classes = torch.tensor([index for group in groups for index in group.classes], dtype=torch.int64)
+        self._group = torch.arange(len(groups)).repeat_interleave(self._sizes)
+        begins = torch.cumsum(self._sizes, 0) - self._sizes
+        self._place = torch.arange(len(self._classes)) - begins[self._group]
+
+    def counts(self, part: float) -> Tensor:
+        """How many classes are `part` of each group: one at least, whole bundles; int64, shape (groups,)."""
+        bundles = torch.ceil(part * self._sizes / self._paces).to(torch.int64).clamp(min=1)
+        return torch.minimum(bundles * self._paces, self._sizes)
+
+    def live(self, part: float) -> Tensor:
+        """The first classes of each group, `part` of it; bool, shape (classes,)."""
+        live = torch.empty(len(self._classes), dtype=torch.bool)
+        live[self._classes] = self._place < self.counts(part)[self._group]
+        return live
 
 
-def _counts_at(groups: Sequence[Group], part: float) -> Tensor:
-    sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
-    paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
-    bundles = torch.ceil(part * sizes / paces).to(torch.int64).clamp(min=1)
-    return torch.minimum(bundles * paces, sizes)
-
-
-def part_alike(groups: Sequence[Group], targets: Targets) -> float | None:
+def part_alike(widths: Widths, targets: Targets) -> float | None:
     """The part that each group may keep if all are narrowed alike until the targets are met.
 
     None if they can't be met with every group alive.
     """
-    if targets.distance(live_at(groups, 0.0)) > 0:
+    if targets.distance(widths.live(0.0)) > 0:
         return None
-    if targets.distance(live_at(groups, 1.0)) <= 0:
+    if targets.distance(widths.live(1.0)) <= 0:
         return 1.0
     alike, too_wide = 0.0, 1.0
     while too_wide - alike > WIDTH_RESOLUTION:
         middle = (alike + too_wide) / 2
-        alike, too_wide = (middle, too_wide) if targets.distance(live_at(groups, middle)) <= 0 else (alike, middle)
+        alike, too_wide = (middle, too_wide) if targets.distance(widths.live(middle)) <= 0 else (alike, middle)
     return alike
 
 
@@ -91,10 +99,11 @@ def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -
     `schedule.keep` of those that are left when all groups are narrowed alike until the targets are met; one
     at least, and whole bundles. None at all if the targets can't be met with every group alive.
     """
-    alike = part_alike(groups, targets)
+    widths = Widths(groups)
+    alike = part_alike(widths, targets)
     if alike is None:
         return torch.zeros(len(groups), dtype=torch.int64)
-    return _counts_at(groups, schedule.keep * alike)
+    return widths.counts(schedule.keep * alike)
 
 
 @dataclass(frozen=True)

@@ -100,16 +100,35 @@ def gather(size: int, ends: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tupl
     """
     number = np.zeros(size, np.int64)
     places: list[tuple[tuple[int, int], ...]] = [()]
+    alike: dict[bytes, list[int]] = {}  # kernel, bias and norm of a layer have the same classes
     for end, classes in enumerate(ends):
-        members, counts = np.unique(classes[classes != ALWAYS], return_counts=True)
+        alike.setdefault(classes.tobytes(), []).append(end)
+    for same in alike.values():
+        members, counts = distinct(ends[same[0]])
         base = counts.max(initial=0) + 1
         kinds, place = np.unique(number[members] * base + counts, return_inverse=True)
         number[members] = len(places) + place
         before, count = (part.tolist() for part in np.divmod(kinds, base))
-        places += [(*places[kind], (end, times)) for kind, times in zip(before, count, strict=True)]
+        for kind, times in zip(before, count, strict=True):
+            places.append((*places[kind], *((end, times) for end in same)))
     kinds, first, place = np.unique(number, return_index=True, return_inverse=True)
     order = np.argsort(first)
-    return np.argsort(order)[place], [places[kinds[at]] for at in order]
+    return np.argsort(order)[place], [tuple(sorted(places[kinds[at]])) for at in order]
+
+
+def distinct(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes among these, `ALWAYS` left out, in order, and how often each is there."""
+    if (classes[1:] > classes[:-1]).all():  # as they mostly are
+        members = classes[1:] if len(classes) and classes[0] == ALWAYS else classes
+        return members, np.ones(len(members), np.int64)
+    return np.unique(classes[classes != ALWAYS], return_counts=True)
+
+
+def empty_ends(lengths: Sequence[int], stays: np.ndarray) -> list[int]:
+    """Which of the ends that lie one after another in `stays` (bool, one entry an index) keep no index."""
+    until = np.cumsum(lengths)
+    kept = np.concatenate([[0], np.cumsum(stays)])
+    return np.flatnonzero(kept[until] == kept[until - lengths]).tolist()
 
 
 @dataclass(frozen=True)
@@ -155,11 +174,13 @@ class ChannelMap:
         don't change. Tensors in `gone` are left out of account; statistics never are, so that what they look
         at doesn't hang on it.
         """
-        sides = [classes for side, classes in self.classes.items() if side.tensor not in gone]
+        ends = [classes for side, classes in self.classes.items() if side.tensor not in gone]
+        ends += [statistic.classes for statistic in self.statistics]
         kept = live.clone()
-        for classes in (*sides, *(statistic.classes for statistic in self.statistics)):
-            if not (classes == ALWAYS).any() and not live[classes].any():
-                kept[classes[0]] = True
+        if ends:
+            stays = torch.cat([live, live.new_ones(1)])[torch.cat(ends)]
+            for end in empty_ends([len(classes) for classes in ends], stays.cpu().numpy()):
+                kept[ends[end][0]] = True
         return kept
 
     def looked_at(self, live: Tensor) -> Tensor:
@@ -183,7 +204,7 @@ class ChannelMap:
     def groups(self) -> list[Group]:
         """Classes gathered by the sides they lie on, in order of their first class."""
         sides = list(self.classes)
-        number, places = gather(self.size, [np.unique(self.classes[side].cpu().numpy()) for side in sides])
+        number, places = gather(self.size, [distinct(self.classes[side].cpu().numpy())[0] for side in sides])
         gathered = np.split(np.argsort(number, kind="stable"), np.bincount(number).cumsum())[:-1]
         return [
             Group(tuple(classes.tolist()), tuple(sides[end] for end, _ in where))

@@ -152,8 +152,9 @@ class LabelSpace:
     def side_of(self, labels: Tensor) -> Side | None:
         """The side whose labels these are, each once and in order, or None."""
         flat = labels.flatten()
+        first = int(flat[0])
         for side, (start, size) in self.blocks.items():
-            if flat[0] == start and flat.numel() == size:
+            if start == first and size == flat.numel():
                 return side if torch.equal(flat, torch.arange(start, start + size)) else None
         return None
 

@@ -32,8 +32,9 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     modules = list(modules)
     before = [(module.__dict__, dict(_plain(module))) for module in modules]
-    held = [(value, type(value)(value)) for _, plain in before for value in plain.values() if _holds(value)]
-    held += [(own, type(own)(own)) for own in (module.__dict__[name] for module in modules for name in _REGISTRIES)]
+    containers = [value for _, plain in before for value in plain.values() if _holds(value)]
+    containers += [module.__dict__[name] for module in modules for name in _REGISTRIES]
+    held = [(container, type(container)(container) if container else ()) for container in containers]
     try:
         yield
     finally:
@@ -91,6 +92,8 @@ def _holds(value: Any) -> bool:
 
 def _restore(container: Any, content: Any) -> None:
     """Gives a container, which others may hold too, its content back."""
+    if not container and not content:
+        return
     if len(container) == len(content) and all(map(operator.is_, _entries(container), _entries(content))):
         return
     container.clear()
@@ -134,6 +137,8 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:
     """Set every module's train or eval mode; returns what they were, to be set again."""
     before = {module: module.training for module in model.modules()}
-    for module in before:
-        module.training = modes if isinstance(modes, bool) else modes[module]
+    for module, mode in before.items():
+        wanted = modes if isinstance(modes, bool) else modes[module]
+        if mode is not wanted:  # to write it takes longer than to look
+            module.training = wanted
     return before

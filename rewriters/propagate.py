@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
@@ -73,7 +73,7 @@ class Labelling:
         if is_getitem(node):
             source, index = node.args
             return self.values[source][index]
-        args, kwargs = tree_map_only(fx.Node, self.values.__getitem__, (node.args, node.kwargs))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         owner = node.meta["call"]
         path = owner.path if owner is not None else ""
         before = len(self.findings.looks)

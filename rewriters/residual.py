@@ -20,7 +20,7 @@ from rewriters.capture import Capture, ModuleCall, is_getitem
 from rewriters.labels import Labelled, varying
 from rewriters.propagate import Labelling
 from rewriters.rules import Findings, find_rule
-from rewriters.rules.movement import expand, move
+from rewriters.rules.movement import expand, move, reorder
 
 ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
@@ -96,7 +96,7 @@ def _origin(node: fx.Node, labelling: Labelling) -> fx.Node:
 
 def _moves(node: fx.Node) -> bool:
     """Whether a value may be a view of another one."""
-    return is_getitem(node) or (node.op == "call_function" and find_rule(node.target) in (move, expand))
+    return is_getitem(node) or (node.op == "call_function" and find_rule(node.target) in (expand, move, reorder))
 
 
 def _same_channels(before: Labelled | list[Labelled], after: Labelled | list[Labelled]) -> bool:

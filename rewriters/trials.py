@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from rewriters.channel_map import ALWAYS
+from rewriters.channel_map import ALWAYS, distinct, empty_ends
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Unwritable
 from rewriters.traced import Traced, all_tensors, tensors_at
@@ -28,10 +28,10 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
     does, by chance.
     """
     live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
+    sides = (number[start : start + length] for start, length in labelling.space.blocks.values())
     seen: set[bytes] = set()
-    for start, length in labelling.space.blocks.values():
-        classes = np.unique(number[start : start + length])
-        classes = classes[classes != ALWAYS]
+    for side in {side.tobytes(): side for side in sides}.values():
+        classes, _ = distinct(side)
         if classes.tobytes() not in seen and len(classes):
             live[classes[: len(seen) % len(classes)]] = False
             seen.add(classes.tobytes())
@@ -40,11 +40,13 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
 
 def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
     """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
+    blocks = list(labelling.space.blocks.values())
     kept = live.clone()
-    for start, length in labelling.space.blocks.values():
-        classes = number[start : start + length]
-        if not (classes == ALWAYS).any() and not live[torch.from_numpy(classes)].any():
-            kept[classes[0]] = True
+    if blocks:
+        ends = np.concatenate([np.arange(start, start + length) for start, length in blocks])
+        stays = np.append(live.numpy(), True)[number[ends]]
+        for end in empty_ends([length for _, length in blocks], stays):
+            kept[number[blocks[end][0]]] = True
     return kept
 
 

@@ -49,10 +49,8 @@ def _as_list(value: Any) -> list[Tensor]:
 
 
 @rule(
-    "aten.permute", "aten.transpose", "aten.transpose_", "aten.t", "aten.slice.Tensor", "aten.select.int",
-    "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int", "aten.squeeze", "aten.unsqueeze",
-    "aten.squeeze_", "aten.unsqueeze_", "aten.flip", "aten.narrow",
-    "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk", "aten.movedim", "aten.permute_copy",
+    "aten.slice.Tensor", "aten.select.int", "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int",
+    "aten.squeeze", "aten.squeeze_", "aten.narrow", "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk",
     "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.unsafe_split.Tensor",
     "aten.unsafe_split_with_sizes",
 )  # fmt: skip
@@ -61,6 +59,15 @@ def move(call: OpCall) -> Result:
     value, rest = call.args[0], call.args[1:]
     results = [_as_list(call.op(layer.expand(value.shape), *rest, **call.kwargs)) for layer in value.layers]
     return _moved(call, value, results)
+
+
+@rule(
+    "aten.permute", "aten.permute_copy", "aten.movedim", "aten.transpose", "aten.transpose_", "aten.t",
+    "aten.unsqueeze", "aten.unsqueeze_", "aten.flip",
+)  # fmt: skip
+def reorder(call: OpCall) -> Result:
+    """As `move`; for whatever sizes the call is the same."""
+    return move(call)
 
 
 @rule("aten.roll")
