@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from autogate import hooks
+from autogate.folding import Foldable, Folding, version_of
 from autogate.kernels import GatedKernels, GatedSide, HeldBack
 from autogate.learning import Gates, Learner, Standing
 from autogate.polarization import gate_value
@@ -31,14 +32,9 @@ from autogate.sharding import local
 from autogate.targets import Targets
 from rewriters.channel_map import ChannelMap, Side
 from rewriters.errors import AutogateError
-from rewriters.statistics import write_live
 
 NEARLY_CLOSED = 0.5
 """Below this gate a column follows the optimizer only in part: see `GateBank.measure`."""
-
-FOLD_TOLERANCE = 2**-10
-"""A gate's change waits to be folded until it is larger than this part of the gate: it takes a pass over the
-kernel, and many steps of training move a gate by less than a ten-thousandth."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +172,7 @@ class GateBank(nn.Module):
         self.register_buffer("peak", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("layout", torch.tensor(channel_map.checksum()))
         self._kernels = GatedKernels(model, channel_map)
+        self._folding = Folding(self._kernels, channel_map, keeps=not follows)
         self._forget()
         self.to(next(iter(self.kernels()), self.alpha).device)
         self.hook = model.register_forward_pre_hook(self._before_forward)
@@ -187,16 +184,14 @@ class GateBank(nn.Module):
     def _forget(self) -> None:
         """Drops all that was worked out from buffers and kernels."""
         self._kernels.forget()
-        self._written_at: tuple[Any, ...] | None = None
-        self._folded_at: tuple[Any, ...] | None = None
+        self._folding.forget()
         self._pending: _Measurement | None = None
         self._standing: tuple[Any, Standing] | None = None
         self._read: tuple[Any, _Memory] | None = None
-        self._dead_columns: tuple[Any, list[Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_written_at", "_folded_at", "_pending", "_standing", "_read", "_dead_columns"):
+        for derived in ("_pending", "_standing", "_read"):
             state[derived] = None
         return state
 
@@ -219,7 +214,7 @@ class GateBank(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._write_live()
+        self._folding.write_live(self.live)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GateBank:
         # half() and bfloat16() are for the model's numbers: epsilon ends at 5e-8, below what half can hold.
@@ -246,19 +241,11 @@ class GateBank(nn.Module):
 
     def where(self, label: int) -> list[tuple[Side, int]]:
         """The (side, index) pairs that class `label` takes out when it dies."""
-        return [
-            (side, index)
-            for side, classes in self.channel_map.classes.items()
-            for index in torch.nonzero(classes == label).flatten().tolist()
-        ]
+        return self.channel_map.where(label)
 
     def describe(self, labels: Iterable[int]) -> str:
         """Where the classes lie, for a reader: `conv2.weight[1] at 3, 5; fc.weight[1] at 7`."""
-        lines: dict[Side, list[int]] = {}
-        for label in labels:
-            for side, index in self.where(label):
-                lines.setdefault(side, []).append(index)
-        return "; ".join(f"{side} at {', '.join(map(str, sorted(set(at))))}" for side, at in lines.items())
+        return self.channel_map.describe(labels)
 
     def progress(self) -> Progress:
         """Where the bank stands, as plain numbers."""
@@ -295,8 +282,7 @@ class GateBank(nn.Module):
         return [(name, weight) for name, weight in named if weight.requires_grad]
 
     def _gated(self) -> list[GatedSide]:
-        self._kernels.to(self.alpha.device)  # which fully_shard moves by `tensor.data = ...`
-        return self._kernels.sides()
+        return self._kernels.sides(self.alpha.device)
 
     @torch.no_grad()
     def fold(self, stepped: bool = False) -> None:
@@ -312,88 +298,13 @@ class GateBank(nn.Module):
         Raises:
             AutogateError: if a live class's alpha is not finite; nothing is folded then.
         """
-        gated = self._gated()
-        if self._versions(gated) == self._folded_at and not stepped:
-            return
-        gate = gate_value(self.alpha, self.epsilon)
-        live = self.live & (gate != 0)
-        ratio = gate / self.folded
-        ratio = torch.where(live & ((ratio - 1).abs() > self._tolerance(gated)), ratio, 1.0)
-        ratio = torch.where(live, ratio, 0.0)
-        moved = (ratio != 1) & (self.folded != 0)
-        scaled, died = self._where_to_scale(moved, live)
-        if died:
-            self.live.logical_and_(live)
-        if scaled or died or self._folded_at is None:
-            self.alpha.masked_fill_(~live, 0.0)
-            self.folded.copy_(torch.where(moved, gate, self.folded).masked_fill_(~live, 0.0))
-        elif self._folded_at[0] != _version(self.alpha):
-            self.alpha.masked_fill_(~live, 0.0)
-        factor = self._kernels.spread(ratio, 1.0)
-        stand_ins = self._kernels.stand_ins()
-        dead = [*self._dead(gated), *self._kernels.columns(~self.live, stand_ins)]
-        for side, columns in zip([*gated, *stand_ins], dead, strict=True):
-            if side.place in scaled:
-                self._kernels.scale(factor, side)
-            self._kernels.zero(columns, side)
-        self._folded_at = self._versions(gated)
-        self._write_live()
-        if not self.follows:
-            self._kernels.keep(gated)
+        self._folding.fold(self._foldable(), stepped)
 
-    def _write_live(self) -> None:
-        """Lets norms across channels look at the live ones, where a class has died since the last time."""
-        model, version = self._kernels.model(), (_version(self.live), id(self.live))
-        if model is not None and self.channel_map.statistics and self._written_at != version:
-            write_live(model, self.channel_map, self.live)
-            self._written_at = version
-
-    def _versions(self, gated: list[GatedSide]) -> tuple[Any, ...]:
-        """Changes whenever a tensor that folding depends on has been written to or replaced."""
-        buffers = (self.alpha, self.live, self.folded, self.epsilon)
-        return (*map(_version, buffers), *((id(side.weight), _version(side.weight)) for side in gated))
-
-    def _tolerance(self, gated: list[GatedSide]) -> float:
-        """Half-precision kernels would round smaller changes than twice their resolution away."""
-        types = {side.weight.dtype for side in gated}
-        return max([FOLD_TOLERANCE, *(2 * torch.finfo(dtype).eps for dtype in types)])
-
-    def _where_to_scale(self, moved: Tensor, live: Tensor) -> tuple[set[int], bool]:
-        """Sides with a column whose gate moved, and whether a class died: all that the host must know."""
-        counts = self._kernels.count(moved)
-        died = (self.live & ~live).any()
-        broken = (self.live & ~torch.isfinite(self.alpha)).any()
-        *columns, some_died, some_broke = torch.cat([counts, torch.stack([died, broken]).to(counts)]).tolist()
-        if some_broke:
-            labels = torch.nonzero(self.live & ~torch.isfinite(self.alpha)).flatten().tolist()
-            raise AutogateError(
-                f"alpha of {len(labels)} classes is not finite.",
-                where=self.describe(labels),
-                remedy="Go back to the latest checkpoint in which it is.",
-            )
-        return {place for place, count in enumerate(columns) if count}, bool(some_died)
-
-    def _dead(self, gated: list[GatedSide]) -> list[Tensor]:
-        """Indices of the dead columns of each gated side, among those that lie here."""
-        version = _version(self.live), id(self.live), *(id(side.weight) for side in gated)
-        if self._dead_columns is None or self._dead_columns[0] != version:
-            columns = [index.to(self.live.device) for index in self._kernels.columns(~self.live, gated)]
-            self._dead_columns = (version, columns)
-        return self._dead_columns[1]
+    def _foldable(self) -> Foldable:
+        return Foldable(self.alpha, self.folded, self.live, self.epsilon)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._fold_if_real()
-
-    def _fold_if_real(self) -> None:
-        gated = self._gated()
-        # functional_call and its kin run the model on tensors that stand in for its parameters.
-        if self._versions(gated) == self._folded_at or not all(isinstance(side.weight, nn.Parameter) for side in gated):
-            return
-        if self._kernels.may_stand_in(gated):
-            if not self.follows:
-                self._kernels.keep(gated)
-        else:
+        if not torch.compiler.is_compiling() and self._folding.wanted(self._foldable()):
             self.fold()
 
     @torch.no_grad()
@@ -412,7 +323,8 @@ class GateBank(nn.Module):
         """
         self._pending = None
         kernels = self._kernels.as_kept(self._gated())
-        self._take_note()
+        if not self._folding.knows(self.alpha):
+            self.fold()  # alphas set by hand, before they enter the mathematics
         if self._memory().steps < self.schedule.steps:
             gated = self._gated()
             gradient = None if later else self._gradient(gated, kernels, scale)
@@ -489,21 +401,16 @@ class GateBank(nn.Module):
         memory = _Memory(after.count, after.pressure.integral, after.pressure.settled, after.peak)
         self._read = (self._memory_version(), memory)
 
-    def _take_note(self) -> None:
-        """Sees to alphas set by hand before they enter the mathematics."""
-        if self._folded_at is None or self._folded_at[0] != _version(self.alpha):
-            self.fold()
-
     def _stand(self) -> Standing:
         """Where the classes that live now stand."""
-        version = _version(self.live), id(self.live)
+        version = version_of(self.live), id(self.live)
         if self._standing is None or self._standing[0] != version:
             self._standing = (version, self.learner.stand(self.live))
         return self._standing[1]
 
     def _memory_version(self) -> tuple[Any, ...]:
         buffers = (self.step_count, self.integral, self.settled, self.peak)
-        return tuple((id(buffer), _version(buffer)) for buffer in buffers)
+        return tuple((id(buffer), version_of(buffer)) for buffer in buffers)
 
     def _memory(self) -> _Memory:
         """What the buffers have of the steps so far."""
@@ -513,7 +420,3 @@ class GateBank(nn.Module):
             count, integral, settled, peak = torch.stack([buffer.double() for buffer in buffers]).tolist()
             self._read = (version, _Memory(int(count), integral, bool(settled), peak))
         return self._read[1]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

@@ -80,17 +80,17 @@ class GatedKernels:
         """The model, if it is still there."""
         return self._model()
 
-    def to(self, device: torch.device) -> None:
-        """Takes values per class on this device from now on."""
-        if self._labels.device != device:
-            self._labels, self._side_of = self._labels.to(device), self._side_of.to(device)
-
-    def sides(self) -> list[GatedSide]:
+    def sides(self, device: torch.device) -> list[GatedSide]:
         """The gated sides, of a kernel that goes by several names only the first.
+
+        Args:
+            device: where values per class lie from now on (fully_shard moves buffers by `tensor.data = ...`).
 
         Raises:
             AutogateError: a kernel is not a parameter of the model.
         """
+        if self._labels.device != device:
+            self._labels, self._side_of = self._labels.to(device), self._side_of.to(device)
         model = self._model()
         if model is None:
             return []

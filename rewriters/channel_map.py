@@ -8,7 +8,7 @@ out of every tensor that carries it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -192,14 +192,21 @@ class ChannelMap:
             seen[statistic.classes[statistic.classes != ALWAYS]] = True
         return live | (self.survivors(live) & seen)
 
-    def members(self) -> list[list[tuple[Side, int]]]:
-        """For each class, where it lies: the (side, index) pairs it takes out when it dies."""
-        found: list[list[tuple[Side, int]]] = [[] for _ in range(self.size)]
-        for side, classes in self.classes.items():
-            for index, label in enumerate(classes.tolist()):
-                if label != ALWAYS:
-                    found[label].append((side, index))
-        return found
+    def where(self, label: int) -> list[tuple[Side, int]]:
+        """The (side, index) pairs that class `label` takes out when it dies."""
+        return [
+            (side, index)
+            for side, classes in self.classes.items()
+            for index in torch.nonzero(classes == label).flatten().tolist()
+        ]
+
+    def describe(self, labels: Iterable[int]) -> str:
+        """Where the classes lie, for a reader: `conv2.weight[1] at 3, 5; fc.weight[1] at 7`."""
+        lines: dict[Side, list[int]] = {}
+        for label in labels:
+            for side, index in self.where(label):
+                lines.setdefault(side, []).append(index)
+        return "; ".join(f"{side} at {', '.join(map(str, sorted(set(at))))}" for side, at in lines.items())
 
     def groups(self) -> list[Group]:
         """Classes gathered by the sides they lie on, in order of their first class."""
