@@ -5,8 +5,9 @@
     python -m benchmarks.coverage --models "vit_*" "torchvision:*" --peer --out runs/some.jsonl
 
 Each model is measured in a process of its own, under a limit of memory and of time, and gets a line of JSON.
-Models that the output file has already are passed over. Weights are random, norms' statistics too. The line's
-fields are those of `Result`; `python -m benchmarks.coverage_table` writes docs/coverage.md from them.
+Models that the output file has already are passed over. Weights are random, norms' statistics too. Each process sees a
+small model first: imports, and what else is done once, are charged to none. Memory is read as Linux tells it. The
+line's fields are those of `Result`; `python -m benchmarks.coverage_table` writes docs/coverage.md from them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import resource
 import signal
 import tempfile
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -46,6 +48,7 @@ from benchmarks.parts import (
     recorded_flops,
 )
 from benchmarks.peer import torch_pruning
+from rewriters.capture import capture
 
 DEAD = 0.5
 """Share of the classes that die."""
@@ -94,7 +97,9 @@ class Result:
         left: share of the FLOPs with half of the classes dead, mean of three patterns.
         classes: number of gates.
         prepare_s, finalize_s: seconds of processor time, on one thread.
-        prepare_bytes: by how much prepare raised the process's peak of memory; model_bytes: of the parameters.
+        prepare_bytes: by how much prepare's peak of memory lay above what the process had before it.
+        model_bytes: of parameters and buffers.
+        graph_bytes: of Python's objects in the slim model's captured graph, the fake tensors' own not counted.
         peak_bytes: the process's peak at the end.
         pinned: FLOPs out of gates' reach, as a share, by the op and reason that pin a side of such a layer.
         peer: what torch-pruning did with the same model (see `benchmarks.peer`).
@@ -116,6 +121,7 @@ class Result:
     finalize_s: float | None = None
     prepare_bytes: int | None = None
     model_bytes: int | None = None
+    graph_bytes: int | None = None
     peak_bytes: int | None = None
     pinned: dict[str, float] = field(default_factory=dict)
     peer: dict[str, Any] = field(default_factory=dict)
@@ -136,6 +142,7 @@ def measure(one: Listed) -> Iterator[Result]:
     """The result as far as it is known, again after each step: the last one counts."""
     result = Result(one.name, one.family, one.arguments, step="build")
     yield result
+    autogate.prepare(*small())
     model, inputs = build(one)
     result.image = "x".join(str(size) for size in one.shape(inputs))
     result.params = sum(parameter.numel() for parameter in model.parameters())
@@ -143,7 +150,8 @@ def measure(one: Listed) -> Iterator[Result]:
     flops = recorded_flops(model, inputs, of=PRODUCTS_WITH_KERNELS)
     yield result
     result.step = "prepare"
-    before, start = _peak_bytes(), time.process_time()
+    highest, before = _peak_bytes(), _forget_peak()
+    start = time.process_time()
     model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
     result.prepare_s, result.prepare_bytes = time.process_time() - start, _peak_bytes() - before
     _read_summary(result, model, flops)
@@ -160,8 +168,30 @@ def measure(one: Listed) -> Iterator[Result]:
         model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
         kill(model, DEAD, SEEDS[0])
         result.double_difference, _ = _finalize(model, inputs)
-    result.step, result.peak_bytes = "", _peak_bytes()
+    result.graph_bytes = _graph_bytes(model, inputs)
+    result.step, result.peak_bytes = "", max(highest, _peak_bytes())
     yield result
+
+
+def small() -> tuple[nn.Module, torch.Tensor]:
+    """A model for what a process does at its first one only, so that no other is charged for it."""
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2)
+    return nn.Sequential(*layers), torch.zeros(2, 3, 8, 8)
+
+
+def _forget_peak() -> int:
+    """From here on the process's peak of memory is counted anew; returns the bytes that it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak_bytes()
+
+
+def _graph_bytes(model: nn.Module, inputs: Inputs) -> int:
+    tracemalloc.start()
+    captured = capture(model.eval(), *inputs)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert captured.graph.nodes
+    return taken
 
 
 def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
@@ -246,6 +276,8 @@ def measure_apart(one: Listed, peer: bool, limits: Limits) -> dict[str, Any]:
 
 
 def _measure_peer(one: Listed, out: Path) -> None:
+    model, example = small()
+    torch_pruning(model, ((example,), {}))
     out.write_text(json.dumps(torch_pruning(*build(one))))
 
 

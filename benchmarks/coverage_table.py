@@ -18,6 +18,9 @@ from benchmarks.parts import lines
 WANTED = 0.9
 """Models whose gates reach less of the FLOPs are listed, with what keeps the rest."""
 
+MEMORY = 1.5
+"""What prepare may take at its peak, over model and captured graph."""
+
 Line = dict[str, Any]
 
 HEADER = """# Coverage
@@ -35,8 +38,8 @@ Every model is prepared, a random half of its classes is killed, and it is final
 and norms' statistics are random. *Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's
 rounding is larger than that, by 1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers
 with a gate on their input or output side, the smallest of the family. *Left*: the share of FLOPs with half of the
-classes dead, the median. Times are medians of seconds of processor time on one thread; memory is the largest by which
-`prepare` raised the peak, over the bytes of the model's tensors.
+classes dead, the median. Times are medians of seconds of processor time on one thread; memory is the most that
+`prepare` took at its peak, over the bytes of the model's tensors and of Python's objects in its captured graph.
 """
 
 
@@ -49,6 +52,11 @@ def exact(line: Line) -> bool:
 
 def nothing_to_prune(line: Line) -> bool:
     return "no channel of it can go" in line["error"]
+
+
+def memory_taken(line: Line) -> float:
+    """What prepare took at its peak, over model and captured graph."""
+    return line["prepare_bytes"] / (line["model_bytes"] + line["graph_bytes"])
 
 
 def document(results: list[Line], options: str) -> str:
@@ -77,6 +85,10 @@ def _totals(tried: list[Line]) -> str:
         (f"reach of at least {WANTED:.0%}", sum(line["reach"] >= WANTED for line in done)),
         ("FLOPs left with half of the classes dead, median", f"{median(line['left'] for line in done):.3f}"),
         ("seconds that prepare takes: median, most", _median_and_most(line["prepare_s"] for line in done)),
+        (
+            f"memory above {MEMORY} times model and graph",
+            sum(memory_taken(line) > MEMORY for line in done if line["graph_bytes"] is not None),
+        ),
     ]
     return _table(("", ""), rows)
 
@@ -99,7 +111,7 @@ def _family(name: str, own: list[Line]) -> tuple[Any, ...]:
         values = [line[key] for line in own if line[key] is not None]
         return form.format(of(values)) if values else "-"
 
-    memory = [line["prepare_bytes"] / line["model_bytes"] for line in own if line["prepare_bytes"] is not None]
+    memory = [memory_taken(line) for line in own if line["graph_bytes"] is not None]
     return (
         name, len(own), sum(map(exact, own)), over("reach", min, "{:.1%}"), over("left", median, "{:.3f}"),
         over("prepare_s", median, "{:.1f}"), over("finalize_s", median, "{:.1f}"),
