@@ -18,13 +18,11 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.rewriters import random_blocks
-from tests.rewriters.random_blocks import (
-    ANY,
+from tests.rewriters import blocks
+from tests.rewriters.blocks import ANY, IMAGES
+from tests.rewriters.blocks.layers import (
     GLOBAL_MAX_POOL,
     GLOBAL_POOL,
-    IMAGES,
-    PadShortcut,
     Shape,
     activation,
     conv,
@@ -32,6 +30,7 @@ from tests.rewriters.random_blocks import (
     norm,
     width,
 )
+from tests.rewriters.blocks.residual import PadShortcut
 
 SHAPES: dict[str, Shape] = {"image": (3, 8, 8), "sequence": (4, 8), "volume": (2, 4, 4, 4), "features": (10,)}
 HEADS = {
@@ -103,7 +102,7 @@ KINDS = {"image": IMAGES, "sequence": ANY, "volume": ANY, "features": FEATURES}
 
 
 def block_class(name: str) -> type[nn.Module]:
-    return FeatureBlock if name == "FeatureBlock" else getattr(random_blocks, name)
+    return FeatureBlock if name == "FeatureBlock" else getattr(blocks, name)
 
 
 class Stem(nn.Module):
