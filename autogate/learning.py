@@ -119,7 +119,7 @@ class Learner:
         return Gates(
             alpha=alpha,
             live=alpha != 0,
-            epsilon=torch.full_like(gates.epsilon, epsilon_at(count, self.schedule.steps)),
+            epsilon=torch.full_like(gates.epsilon, epsilon_at(count, self.schedule.reach_steps)),
             sensitivity=sensitivity,
             count=count,
             pressure=pressure,

@@ -33,10 +33,11 @@ def gate_slope(alpha: Tensor, epsilon: Tensor | float) -> Tensor:
     return 2 * alpha * epsilon / (alpha * alpha + epsilon) ** 2
 
 
-def epsilon_at(step: int, steps: int) -> float:
-    """Epsilon after `step` of `steps` optimizer steps: an exponential decay, as in section 4.1.
+def epsilon_at(step: int, steps: float) -> float:
+    """Epsilon after `step` of the `steps` that it falls over: an exponential decay, as in section 4.1.
 
-    The paper multiplies by a constant once an epoch; the same course is followed here step by step, so that
-    it doesn't depend on the length of an epoch. It stays at `EPSILON_END` once the steps are over.
+    The paper multiplies by a constant once an epoch, to the end of the run. Here the same course is followed step by
+    step, so that it doesn't depend on the length of an epoch, and is over when the targets are to be met: what lives
+    then is open, and learns as in a plain network. It stays at `EPSILON_END` from there on.
     """
     return EPSILON_START * (EPSILON_END / EPSILON_START) ** min(step / steps, 1.0)

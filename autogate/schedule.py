@@ -35,16 +35,23 @@ ESCALATION = 16.0
 hold out against a steady lambda, their pull being steepest near zero; against this they can't."""
 
 
+LEAST_STEPS = 200
+"""Steps that the way down takes at the least, for gradients to tell classes apart: a batch says little."""
+
+SHORT = 0.35
+"""But no larger part of a run than this, which has to teach what is left too."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a run goes down to its targets: how fast, in what portions, how closely.
 
     Attributes:
-        steps: optimizer steps that the run takes. Epsilon's decay and the targets' course are laid over them;
-            training on afterwards is plain fine-tuning of what is left. `DEFAULT_STEPS` if none is named.
-        reach: part of the steps over which the wanted shares fall from the start to the targets. A target that
-            is met early leaves the channels that stay more time to learn, but less was known of them when they
-            were chosen: docs/benchmarks.md has the figures.
+        steps: optimizer steps that the run takes. The targets' course and epsilon's are parts of them; training on
+            afterwards is plain fine-tuning of what is left. `DEFAULT_STEPS` if none is named.
+        reach: part of the steps over which the wanted shares fall from the start to the targets, and epsilon to its
+            end. A run so short that these would be less than `LEAST_STEPS` takes a larger part. A target that is
+            met early leaves the channels that stay more time to learn: docs/benchmarks.md has the figures.
         bound: longest way that one gradient or one price moves alpha in a step, unless the run is so short
             that it takes longer ones: see `step_bound`.
         keep: the least width that learning leaves a layer, as a part of the one it would have if all were
@@ -59,7 +66,7 @@ class Schedule:
     """
 
     steps: int = DEFAULT_STEPS
-    reach: float = 0.35
+    reach: float = 0.1
     bound: float = 0.02
     keep: float = 0.2
     tolerance: float = 0.01
@@ -80,8 +87,8 @@ class Schedule:
 
     @property
     def reach_steps(self) -> float:
-        """Steps over which the wanted shares fall."""
-        return max(1.0, self.reach * self.steps)
+        """Steps over which the wanted shares fall, and epsilon."""
+        return max(1.0, self.reach * self.steps, min(LEAST_STEPS, SHORT * self.steps))
 
     @property
     def patience_steps(self) -> float:

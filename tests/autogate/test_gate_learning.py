@@ -7,7 +7,7 @@ import torch
 
 from autogate.gates import GateBank
 from autogate.learning import ALPHA_RATE, Gates
-from autogate.polarization import gate_slope
+from autogate.polarization import EPSILON_END, EPSILON_START, gate_slope
 from autogate.sensitivity import observed
 from tests.autogate.gated_nets import backward, batch, gated_net
 
@@ -118,6 +118,16 @@ def test_alphas_rate_is_the_share_of_the_largest_learning_rate_so_far():
             torch.testing.assert_close(gates.alpha - after.alpha, part * full, rtol=0.03, atol=1e-7)
             gates = after
         assert gates.peak == 2 * scale
+
+
+def test_epsilon_falls_as_long_as_the_targets_do():
+    _, bank = gated_net(1.0, steps=1000)
+    course = [
+        float(bank.learner.step(replace(Gates.fresh(64), count=count - 1), torch.zeros(64), 0.1).epsilon)
+        for count in (100, 199, 200, 1000)
+    ]
+    assert EPSILON_START > course[0] > course[1] > EPSILON_END
+    assert course[2] == course[3] == pytest.approx(EPSILON_END)
 
 
 def test_slope_enters_the_step_with_the_present_epsilon():

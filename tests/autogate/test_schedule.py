@@ -12,11 +12,16 @@ def test_settings_outside_their_range_are_refused(settings):
         Schedule(**settings)
 
 
-def test_the_wanted_distance_falls_to_the_target_and_stays():
-    schedule = Schedule(steps=1000)
+@pytest.mark.parametrize(
+    ("steps", "taken"), [(30_000, 3000), (2000, 200), (1000, 200), (572, 200), (300, 105), (20, 7), (1, 1)]
+)
+def test_the_wanted_distance_falls_to_the_target_and_stays(steps, taken):
+    """Over a tenth of the run, but over 200 steps at the least, and over a third of a run at the most."""
+    schedule = Schedule(steps)
+    assert schedule.reach_steps == pytest.approx(taken, rel=0.002)
     assert schedule.wanted(0) == 1
-    assert schedule.wanted(175) == pytest.approx(0.5)
-    assert schedule.wanted(350) == schedule.wanted(1000) == 0
+    assert schedule.wanted(taken / 2) == pytest.approx(0.5, rel=0.01)
+    assert schedule.wanted(taken + 1) == schedule.wanted(steps + 1) == 0
 
 
 def test_short_runs_may_take_longer_steps():
@@ -40,11 +45,11 @@ def test_pressure_ends_for_good_when_the_target_is_met():
 
 
 def test_pressure_is_the_same_course_at_every_length_of_run():
-    """Alpha of mean price goes the same way in the same part of the run, whatever its length."""
+    """Alpha of mean price goes the same way in the same part of the way down, whatever the run's length."""
     ways = []
     for steps in (300, 30_000):
         schedule, pressure, way = Schedule(steps), Pressure(), 0.0
-        for step in range(1, int(0.2 * steps)):
+        for step in range(1, int(0.6 * schedule.reach_steps)):
             pressure = steer(schedule, pressure, 1.0, step)
             way += pressure.movement
         ways.append(way)
