@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autogate.api import named_by
 from autogate.inputs import as_call
 from autogate.resources import Flops, Params
-from autogate.selection import Widths, groups_of, part_alike
+from autogate.selection import Narrowing, groups_of, part_alike
 from autogate.slimming import Asked, analyse_whole, put_shortcuts
 from autogate.summary import count
 from autogate.targets import Shares, Target, Targets
@@ -102,9 +102,9 @@ def inspect_model(
         cost, params = Flops(channel_map, model, added), Params(channel_map, model)
     finally:
         journal.undo()
-    widths = Widths(groups_of(channel_map, round_to=1))
-    keep = part_alike(widths, Targets([Target(cost, flops)])) or 0.0
-    live = widths.live(keep)
+    narrowing = Narrowing(groups_of(channel_map, round_to=1))
+    keep = part_alike(narrowing, Targets([Target(cost, flops)])) or 0.0
+    live = narrowing.live(keep)
     everything = torch.ones_like(live)
     return Inspection(
         channel_map=channel_map,

@@ -39,7 +39,7 @@ LEAST_STEPS = 200
 """Steps that the way down takes at the least, for gradients to tell classes apart: a batch says little."""
 
 SHORT = 0.35
-"""But no larger part of a run than this, which has to teach what is left too."""
+"""But no larger part of the run than this: what is left has to learn too."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
     return groups
 
 
-class Widths:
+class Narrowing:
     """Groups narrowed alike, each to its first classes."""
 
     def __init__(self, groups: Sequence[Group]):
@@ -77,19 +77,19 @@ class Widths:
         return live
 
 
-def part_alike(widths: Widths, targets: Targets) -> float | None:
+def part_alike(narrowing: Narrowing, targets: Targets) -> float | None:
     """The part that each group may keep if all are narrowed alike until the targets are met.
 
     None if they can't be met with every group alive.
     """
-    if targets.distance(widths.live(0.0)) > 0:
+    if targets.distance(narrowing.live(0.0)) > 0:
         return None
-    if targets.distance(widths.live(1.0)) <= 0:
+    if targets.distance(narrowing.live(1.0)) <= 0:
         return 1.0
     alike, too_wide = 0.0, 1.0
     while too_wide - alike > WIDTH_RESOLUTION:
         middle = (alike + too_wide) / 2
-        alike, too_wide = (middle, too_wide) if targets.distance(widths.live(middle)) <= 0 else (alike, middle)
+        alike, too_wide = (middle, too_wide) if targets.distance(narrowing.live(middle)) <= 0 else (alike, middle)
     return alike
 
 
@@ -99,11 +99,11 @@ def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -
     `schedule.keep` of those that are left when all groups are narrowed alike until the targets are met; one
     at least, and whole bundles. None at all if the targets can't be met with every group alive.
     """
-    widths = Widths(groups)
-    alike = part_alike(widths, targets)
+    narrowing = Narrowing(groups)
+    alike = part_alike(narrowing, targets)
     if alike is None:
         return torch.zeros(len(groups), dtype=torch.int64)
-    return widths.counts(schedule.keep * alike)
+    return narrowing.counts(schedule.keep * alike)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def _graph_bytes(model: nn.Module, inputs: Inputs) -> int:
     captured = capture(model.eval(), *inputs)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert captured.graph.nodes
+    del captured  # until here it has to live
     return taken
 
 

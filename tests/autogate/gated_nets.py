@@ -109,3 +109,16 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: i
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def kernels_of(net: ConvNet) -> list[torch.Tensor]:
+    return [net.conv2.weight, net.conv3.weight, net.fc.weight]
+
+
+def sides_of(bank: GateBank, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A value per class, as it lies along the gated sides."""
+    return tuple(values[bank.channel_map.classes[side]] for side in bank.channel_map.gated)
+
+
+def random_alpha(bank: GateBank, least: float = 0.1) -> torch.Tensor:
+    return least + (1.2 - least) * torch.rand(len(bank.alpha), generator=torch.Generator().manual_seed(3))

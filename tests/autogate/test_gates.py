@@ -8,27 +8,24 @@ import pytest
 import torch
 from torch import nn
 
-from autogate.columns import column_products, scale_columns
 from autogate.gates import GateBank
 from autogate.polarization import gate_slope, gate_value
 from autogate.resources import Flops
 from autogate.schedule import Schedule
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from rewriters.errors import AutogateError
-from tests.autogate.gated_nets import ConvNet, backward, batch, conv_net_map, flops_target, gated_net, train
-
-
-def kernels_of(net: ConvNet) -> list[torch.Tensor]:
-    return [net.conv2.weight, net.conv3.weight, net.fc.weight]
-
-
-def sides_of(bank: GateBank, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A value per class, as it lies along the gated sides."""
-    return tuple(values[bank.channel_map.classes[side]] for side in bank.channel_map.gated)
-
-
-def random_alpha(bank: GateBank, least: float = 0.1) -> torch.Tensor:
-    return least + (1.2 - least) * torch.rand(len(bank.alpha), generator=torch.Generator().manual_seed(3))
+from tests.autogate.gated_nets import (
+    ConvNet,
+    backward,
+    batch,
+    conv_net_map,
+    flops_target,
+    gated_net,
+    kernels_of,
+    random_alpha,
+    sides_of,
+    train,
+)
 
 
 def test_building_a_bank_changes_no_number():
@@ -51,19 +48,6 @@ def test_state_dict_keeps_the_models_names():
     added = "alpha folded live epsilon sensitivity step_count balance integral settled peak layout"
     assert set(net.state_dict()) - plain == {f"autogate.{name}" for name in added.split()}
     assert dict(net.named_parameters()).keys() == dict(ConvNet().named_parameters()).keys()
-
-
-@pytest.mark.parametrize("residual", [False, True])
-def test_folded_gates_equal_gates_on_the_activations(residual):
-    net, bank = gated_net(residual=residual)
-    explicit = copy.deepcopy(net)
-    for kernel, gate in zip(kernels_of(explicit), sides_of(bank, bank.folded), strict=True):
-        kernel.data /= gate.view(1, -1, *[1] * (kernel.ndim - 2))
-    bank.alpha.copy_(random_alpha(bank))
-    images, _ = batch(1)
-    found = net(images)
-    torch.testing.assert_close(bank.folded, bank.gates(), rtol=2e-3, atol=0)
-    torch.testing.assert_close(found, explicit(images, sides_of(bank, bank.folded)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -104,69 +88,6 @@ def test_columns_behind_nearly_closed_gates_move_like_kernels_behind_gates():
     torch.testing.assert_close(moved[:, 8:], torch.ones(24, 8, 3, 3))
 
 
-def test_killing_by_hand_is_seen_by_the_next_forward_and_is_final():
-    net, bank = gated_net()
-    images, _ = batch(0)
-    with torch.no_grad():
-        bank.alpha[[0, 5, 20]] = 0
-    net(images)
-    assert net.conv2.weight[:, [0, 5]].abs().max() == 0 and net.conv3.weight[:, 4].abs().max() == 0
-    assert bank.live.sum() == len(bank.live) - 3
-    with torch.no_grad():
-        bank.alpha[5] = 1
-    net(images)
-    assert bank.alpha[5] == 0 and not bank.live[5] and net.conv2.weight[:, 5].abs().max() == 0
-    assert bank.gates()[[0, 5, 20]].tolist() == [0, 0, 0]
-
-
-def test_dead_columns_are_zero_whatever_moved_them():
-    net, bank = gated_net()
-    bank.alpha[:4] = 0
-    images, _ = batch(0)
-    net(images)
-    with torch.no_grad():
-        net.conv2.weight.add_(1)
-    net(images)
-    assert net.conv2.weight[:, :4].abs().max() == 0
-    assert net.conv2.weight[:, 4:].abs().min() > 0
-
-
-def test_dead_channels_contribute_nothing():
-    net, bank = gated_net()
-    net.eval()
-    bank.alpha[[1, 2, 30, 50]] = 0
-    images, _ = batch(0)
-    before = net(images)
-    with torch.no_grad():
-        net.conv1.weight[[1, 2]] += 7
-        net.norm2.weight[14] -= 3
-    assert torch.equal(net(images), before)
-
-
-def test_folding_again_changes_nothing():
-    net, bank = gated_net()
-    bank.alpha.copy_(random_alpha(bank))
-    bank.alpha[3] = 0
-    bank.fold()
-    numbers = [kernel.detach().clone() for kernel in kernels_of(net)]
-    versions = [kernel._version for kernel in kernels_of(net)]
-    bank.fold()
-    assert [kernel._version for kernel in kernels_of(net)] == versions
-    bank.alpha.copy_(bank.alpha.clone())
-    bank.fold()
-    assert all(torch.equal(kernel, number) for kernel, number in zip(kernels_of(net), numbers, strict=True))
-
-
-def test_non_finite_alpha_is_named_and_nothing_is_folded():
-    net, bank = gated_net()
-    before = net.conv2.weight.detach().clone()
-    bank.alpha[2] = float("nan")
-    bank.alpha[0] = 0
-    with pytest.raises(AutogateError, match=r"conv2\.weight\[1\] at 2"):
-        net(batch(0)[0])
-    assert torch.equal(net.conv2.weight, before) and bank.live.all()
-
-
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_non_finite_gradient_moves_no_gate_but_dead_columns_stay_zero(broken):
     net, bank = gated_net()
@@ -189,96 +110,6 @@ def test_frozen_kernels_contribute_nothing():
     backward(net)
     bank.step(0.1)
     assert torch.equal(bank.alpha[:16], before[:16]) and not torch.equal(bank.alpha[16:], before[16:])
-
-
-def test_a_shared_kernel_is_folded_and_counted_once():
-    net = nn.Module()
-    net.first = nn.Linear(4, 4, bias=False)
-    net.second = nn.Linear(4, 4, bias=False)
-    net.second.weight = net.first.weight
-    gated = (Side("first.weight", 1), Side("second.weight", 1))
-    kernels = (Kernel("first", "first.weight", 1.0, 1), Kernel("second", "second.weight", 1.0, 1))
-    sizes = {Side(kernel.weight, dim): 4 for kernel in kernels for dim in (0, 1)}
-    channel_map = ChannelMap(4, {side: torch.arange(4) for side in gated}, sizes, kernels, gated, ())
-    bank = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule())
-    before = net.first.weight.detach().clone()
-    bank.alpha.fill_(0.3)
-    bank.fold()
-    ratio = gate_value(torch.tensor(0.3), 0.1) / gate_value(torch.tensor(1.0), 0.1)
-    torch.testing.assert_close(net.first.weight.detach(), before * ratio)
-    net.first.weight.grad = torch.ones_like(before)
-    bank.measure()
-    assert bank._pending is not None
-    torch.testing.assert_close(bank._pending.gradient, net.first.weight.detach().sum(0) / bank.folded)
-
-
-def test_a_class_may_lie_on_a_side_many_times_and_beside_pinned_ones():
-    net = nn.Sequential(nn.Linear(6, 2))
-    side = Side("0.weight", 1)
-    sizes = {side: 6, Side("0.weight", 0): 2}
-    classes = {side: torch.tensor([0, 0, ALWAYS, 1, 1, 1])}
-    channel_map = ChannelMap(2, classes, sizes, (Kernel("0", "0.weight", 1.0, 1),), (side,), ())
-    bank = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule())
-    before = net[0].weight.detach().clone()
-    bank.alpha[0] = 0
-    bank.fold()
-    assert net[0].weight[:, :2].abs().max() == 0 and torch.equal(net[0].weight[:, 2:], before[:, 2:])
-    net[0].weight.grad = torch.ones_like(before)
-    bank.measure()
-    expected = torch.stack([torch.tensor(0.0), before[:, 3:].sum() / bank.folded[1]])
-    torch.testing.assert_close(bank._pending.gradient, expected)
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "odd gradient"])
-@pytest.mark.parametrize("dim", [0, 1])
-def testcolumn_products_and_scaling_hold_for_any_type_and_layout(kind, layout, dim):
-    torch.manual_seed(0)
-    weight, gradient = torch.randn(6, 4, 3, 3).to(kind), torch.randn(6, 4, 3, 3).to(kind)
-    if layout == "channels_last":
-        weight, gradient = (t.to(memory_format=torch.channels_last) for t in (weight, gradient))
-    if layout == "strided":
-        weight = torch.randn(6, 8, 3, 3).to(kind)[:, ::2]
-    if layout == "odd gradient":
-        gradient = gradient.to(memory_format=torch.channels_last)
-    others = [d for d in range(4) if d != dim]
-    expected = (weight.double() * gradient.double()).sum(others)
-    found = column_products(gradient, weight, dim)
-    assert found.dtype == torch.promote_types(kind, torch.float32)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-    factor = torch.rand(weight.shape[dim])
-    shape = [-1 if d == dim else 1 for d in range(4)]
-    expected = weight * factor.to(kind).view(shape)
-    scale_columns(weight, dim, factor)
-    assert torch.equal(weight, expected)
-
-
-def test_half_precision_gradients_do_not_vanish_in_the_product():
-    weight, gradient = torch.full((8, 4), 1e-3).half(), torch.full((8, 4), 1e-6).half()
-    assert column_products(gradient, weight, 1).min() > 7e-9
-
-
-def test_large_kernels_are_summed_in_chunks():
-    torch.manual_seed(0)
-    weight, gradient = torch.randn(700, 100, 3, 3), torch.randn(700, 100, 3, 3)
-    torch.testing.assert_close(
-        column_products(gradient, weight, 1), (weight * gradient).sum((0, 2, 3)), rtol=1e-3, atol=1e-3
-    )
-
-
-def test_changes_that_a_half_precision_kernel_would_round_away_wait():
-    net, bank = gated_net()
-    net.bfloat16()
-    before = net.conv2.weight.detach().clone()
-    folded = bank.folded.clone()
-    for _ in range(3):
-        bank.alpha.mul_(0.995)
-        bank.fold()
-        assert torch.equal(net.conv2.weight, before) and torch.equal(bank.folded, folded)
-    bank.alpha.mul_(0.9)
-    bank.fold()
-    assert not torch.equal(net.conv2.weight, before)
-    torch.testing.assert_close(bank.folded, bank.gates())
 
 
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])

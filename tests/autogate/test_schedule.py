@@ -16,7 +16,7 @@ def test_settings_outside_their_range_are_refused(settings):
     ("steps", "taken"), [(30_000, 3000), (2000, 200), (1000, 200), (572, 200), (300, 105), (20, 7), (1, 1)]
 )
 def test_the_wanted_distance_falls_to_the_target_and_stays(steps, taken):
-    """Over a tenth of the run, but over 200 steps at the least, and over a third of a run at the most."""
+    """Over a tenth of the run, but over 200 steps at the least, and of a short run over 35 % at the most."""
     schedule = Schedule(steps)
     assert schedule.reach_steps == pytest.approx(taken, rel=0.002)
     assert schedule.wanted(0) == 1

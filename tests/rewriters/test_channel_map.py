@@ -9,7 +9,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 from rewriters.analysis import analyse
-from rewriters.channel_map import ALWAYS, Side, gather
+from rewriters.channel_map import ALWAYS, Side, distinct, gather
 from tests.rewriters.exactness import random_live, slim
 from tests.rewriters.helpers import conv
 from tests.rewriters.random_networks import build, random_recipe
@@ -62,6 +62,13 @@ def test_classes_are_gathered_by_where_they_lie_and_how_often():
     assert [places[kind] for kind in number] == plain
     assert list(dict.fromkeys(plain)) == places
     assert [kind for kind, _ in itertools.groupby(sorted(number))] == list(range(len(places)))
+
+
+@pytest.mark.parametrize("side", [[], [ALWAYS], [ALWAYS, 0, 2], [0, 1], [ALWAYS, ALWAYS, 1], [2, ALWAYS, 0, 2]])
+def test_distinct_classes_come_in_order_and_without_what_always_stays(side):
+    there = sorted(set(side) - {ALWAYS})
+    members, counts = distinct(np.array(side, np.int64))
+    assert (members.tolist(), counts.tolist()) == (there, [side.count(label) for label in there])
 
 
 def test_graph_joins_groups_and_kernels(channel_map):

@@ -7,13 +7,23 @@ from torch import nn
 
 from rewriters.channel_map import ALWAYS
 from tests.rewriters.exactness import assert_exact
-from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, mapped, reasons
+from tests.rewriters.helpers import Net, analysed, classes, conv, image, is_pinned, mapped, reasons
 
 
 def test_cat_concatenates_channels():
     found = mapped(lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1)), a=conv(3, 2), b=conv(3, 3), c=conv(5, 2))
     assert classes(found, "c.weight", 1) == classes(found, "a.weight", 0) + classes(found, "b.weight", 0)
     assert found.size == 5
+
+
+def test_a_forward_that_only_reorders_dimensions_holds_no_size_and_is_not_traced():
+    def forward(m: Net, x: torch.Tensor) -> torch.Tensor:
+        rows = m.a(x).flip(1).permute(0, 2, 3, 1).unsqueeze(0).transpose(2, 3)
+        return m.b(rows.sum(0).movedim(-1, 1))
+
+    analysis = analysed(forward, a=conv(3, 6), b=conv(6, 2))
+    assert analysis.traced == [] and analysis.channel_map.size == 6
+    assert_exact(Net(forward, a=conv(3, 6), b=conv(6, 2)).double(), (image().double(),))
 
 
 def test_cat_with_the_input_pins_its_channels_alone():
