@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autogate import bookkeeping
+from autogate.frozen_heap import frozen_heap
 from autogate.history import (
     ATTRIBUTE,
     History,
@@ -25,7 +26,6 @@ from autogate.history import (
     write_inputs,
 )
 from autogate.inputs import Inputs
-from autogate.uncollected import uncollected
 from rewriters import (
     ALWAYS,
     Analysis,
@@ -61,7 +61,7 @@ class Asked(NamedTuple):
     embed: bool = True
 
 
-@uncollected()
+@frozen_heap()
 def analyse_whole(model: nn.Module, asked: Asked) -> Analysis:
     """The model's channels, with everything pinned that would not survive a slimming."""
     args, kwargs = asked.inputs

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rewriters.channel_map import Side
 
-_JOINED_AT_ONCE = 2**20
+_JOINED_AT_ONCE = 2**18
 """Pairs of labels that are joined in one go, at the least: it bounds the memory that joining takes."""
 
 

@@ -21,13 +21,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rewriters.errors import SurgeryError
 from rewriters.forward import guard, in_places
 from rewriters.labels import Labelled, reshaped, varying
-from rewriters.rules import RULES, Look, elementwise, find_rule, movement
+from rewriters.rules import RULES, Look, Rule, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import AUTOCAST, run_call
 
 _CONCATENATIONS = {torch.cat, torch.concat}
-_MOVES = {op for op, rule in RULES.items() if rule in movement.RULES_THAT_MOVE} | elementwise.COPIES
 
+
+def _ops_of(*rules: Rule) -> frozenset[Any]:
+    return frozenset(op for op, rule in RULES.items() if rule in rules) | elementwise.COPIES
+
+
+_MOVES, _RESHAPING = _ops_of(*movement.RULES_THAT_MOVE), _ops_of(movement.reshape)
+_REORDERING = _ops_of(movement.reorder)
+"""Calls without a size: slimmed data are moved as whole data are."""
 
 _GROUPED = {F.group_norm}
 """Calls whose result has the right shape with another number of groups too: they are always written anew."""
@@ -231,11 +238,14 @@ class Resizer:
 
     def _commutes(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
         """Whether a move of the slimmed data is the slimmed result of the move, index by index."""
+        ops = set(node.meta["ops"])
+        if ops <= _REORDERING:
+            return True
         operands = {id(leaf): leaf for source in node.all_input_nodes for leaf in _tensors(source.meta["val"])}
         results = _tensors(node.meta["val"])
         if target == node.target and all(self._shape(leaf) == leaf.shape for leaf in (*operands.values(), *results)):
             return True  # nothing is cut here
-        if len(operands) == 1 and all(find_rule(op) is movement.reshape for op in node.meta["ops"]):
+        if len(operands) == 1 and ops <= _RESHAPING:
             return self._reshapes(*operands.values(), *results)
         full, slim, start = {}, {}, 0
         for key, leaf in operands.items():

@@ -1,7 +1,7 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
 from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent
-from rewriters.rules.registry import RULES, Crossing, Findings, Look, OpCall, find_rule, rule
+from rewriters.rules.registry import RULES, Crossing, Findings, Look, OpCall, Rule, find_rule, rule
 
 __all__ = [
     "RULES",
@@ -9,6 +9,7 @@ __all__ = [
     "Findings",
     "Look",
     "OpCall",
+    "Rule",
     "creation",
     "elementwise",
     "find_rule",

@@ -201,5 +201,5 @@ def _pad_layer(call: OpCall, layer: Tensor, dim: int, before: int, after: int) -
     return torch.cat([border(before), inner, border(after)], dim)
 
 
-RULES_THAT_MOVE = (move, roll, expand, reshape, channel_shuffle, cat, stack)
+RULES_THAT_MOVE = (move, reorder, roll, expand, reshape, channel_shuffle, cat, stack)
 """Rules of ops that put elements elsewhere and compute nothing."""
