@@ -24,6 +24,7 @@ from rewriters.labels import Labelled, reshaped, varying
 from rewriters.rules import RULES, Look, Rule, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import AUTOCAST, run_call
+from rewriters.without_data import WithoutData
 
 _CONCATENATIONS = {torch.cat, torch.concat}
 
@@ -221,7 +222,7 @@ class Resizer:
     def _agrees(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
         """Whether this call on slimmed values gives the slimmed result; notes the result."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), WithoutData():
                 got = run_call(node.op, target, args, kwargs, self._slim.__getitem__)
         except Exception:  # the op itself refuses its arguments
             return False

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,7 @@ from rewriters.preserving import attributes_preserved
 from rewriters.propagate import Labelling
 from rewriters.rules import Findings, OpCall
 from rewriters.rules.elementwise import meet
+from rewriters.without_data import on_fakes
 
 _FACTORIES = {
     "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
@@ -64,13 +66,14 @@ class AskedMode:
 class _OpLog(TorchDispatchMode):
     """Notes every ATen call that gives tensors, with its arguments and result."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
+        self._mode = mode
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         restrides = only_restrides(func, args)
-        out = func(*args, **(kwargs or {}))
+        out = on_fakes(self._mode, func, args, kwargs or {})
         # A call that gives no tensor is a question (its device, its layout).
         if not restrides and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             self.calls.append((func, args, kwargs or {}, out))
@@ -234,7 +237,7 @@ class _Tracer(fx.Tracer):
         if node.target in AUTOCAST:
             node.meta.update(val=None, ops=[], looks=[])
             return
-        log = _OpLog()
+        log = _OpLog(self._captured.mode)
         with torch.no_grad(), self._captured.mode, log:
             node.meta["val"] = self._evaluate(node)
         node.meta["ops"] = [op for op, *_ in log.calls]
