@@ -17,16 +17,17 @@ from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ALWAYS, ChannelMap
+from rewriters.following import patched
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
 from rewriters.preserving import set_modes, without_caches
 from rewriters.propagate import Labelling
+from rewriters.proxies import TraceError
 from rewriters.resizing import Cut
 from rewriters.rules import Findings, Look, creation, find_rule, mixing, movement
 from rewriters.rules.kernels import convolution
 from rewriters.statistics import Site, place, plain_statistics, site, statistics, take_off, write_live
 from rewriters.traced import Traced, all_tensors, by_mode, tensors_at, trace_modes
-from rewriters.tracing import TraceError
 from rewriters.trials import pin_unwritable
 from rewriters.verify import run_eval
 
@@ -120,8 +121,9 @@ def _analyse(
     labelling.settle_grids()
     labelling.settle_zeroed()
     analysis = Analysis(captures, labelling)
-    looking = _trace_statistics(model, analysis)
-    _trace_size_holders(model, analysis, looking)
+    with patched():
+        looking = _trace_statistics(model, analysis)
+        _trace_size_holders(model, analysis, looking)
     _settle_repeated_calls(analysis)
     labelling.settle_grids()
     pin_unwritable(labelling, analysis.traced)
@@ -172,10 +174,15 @@ def _trace_statistics(model: nn.Module, analysis: Analysis) -> dict[int, list[Tr
     if not every:
         return {}
     number, known = labelling.numbering(), labelling.by_tensor()
-    paths = {look.module for look in every if (number[look.labels.numpy()] != ALWAYS).any()}
+    calls_of: dict[str, list[tuple[Capture, ModuleCall]]] = {
+        look.module: [] for look in every if (number[look.labels.numpy()] != ALWAYS).any()
+    }
+    for captured in analysis.captures:
+        for call in captured.calls():
+            if call.path in calls_of:
+                calls_of[call.path].append((captured, call))
     traces: dict[int, list[Traced]] = {}
-    for path in sorted(paths):
-        calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
+    for path, calls in sorted(calls_of.items()):
         try:
             analysis.sites.append(_site(model, calls, looks, labelling, known, traces))
         except TraceError as error:

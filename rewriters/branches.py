@@ -27,11 +27,11 @@ from rewriters.channel_map import ALWAYS
 from rewriters.errors import SurgeryError
 from rewriters.forward import bind_arguments, out_of_place
 from rewriters.labels import Labelled
+from rewriters.proxies import TraceError
 from rewriters.resizing import Cut, Unwritable, sweep
 from rewriters.rules import find_rule
 from rewriters.rules.elementwise import elementwise
 from rewriters.traced import Traced, by_mode, trace_modes
-from rewriters.tracing import TraceError
 from rewriters.verify import run_eval
 
 

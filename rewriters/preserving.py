@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rewriters.journal import Journal
 
 _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
+_SIMPLE = frozenset((bool, int, float, str, tuple, type(None)))
 _REGISTRIES = (
     "_parameters", "_buffers",
     *(name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict)),
@@ -48,15 +49,15 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
             _restore(container, content)
 
 
-def _plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, value) for name, value in module.__dict__.items() if name not in _OWN_TO_TORCH)
+def _plain(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in module.__dict__.items() if name not in _OWN_TO_TORCH]
 
 
 def _clear_functions(modules: Iterable[nn.Module]) -> None:
     """Empty the `functools.lru_cache` of functions on modules, on their classes and beside these."""
-    for _, value in (item for module in modules for item in _plain(module)):
-        for function in _cached_in(value):
-            function.cache_clear()
+    values = [value for module in modules for _, value in _plain(module) if type(value) not in _SIMPLE]
+    for function in (function for value in values for function in _cached_in(value)):
+        function.cache_clear()
     for cls in {cls for module in modules for cls in type(module).__mro__}:
         for function in _cached_beside(cls):
             function.cache_clear()
@@ -114,7 +115,7 @@ def drop_caches(modules: Iterable[nn.Module], journal: Journal) -> None:
     modules = list(modules)
     _clear_functions(modules)
     for module in modules:
-        for name, value in list(_plain(module)):
+        for name, value in _plain(module):
             if type(value) is dict and value and all(_is_computed(item) for item in value.values()):
                 journal.set_attribute(module, name, {})
 

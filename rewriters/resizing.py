@@ -19,11 +19,12 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewriters.errors import SurgeryError
+from rewriters.following import AUTOCAST
 from rewriters.forward import guard, in_places
 from rewriters.labels import Labelled, reshaped, varying
 from rewriters.rules import RULES, Look, Rule, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
-from rewriters.tracing import AUTOCAST, run_call
+from rewriters.tracing import run_call
 from rewriters.without_data import WithoutData
 
 _CONCATENATIONS = {torch.cat, torch.concat}
@@ -68,15 +69,24 @@ class Cut:
         return along.flatten()
 
     def shape(self, value: Labelled) -> tuple[int, ...]:
-        return tuple(int(self.kept(value, dim).sum()) for dim in range(value.ndim))
+        """What is left of its shape."""
+        sizes = list(value.shape)
+        for dim in _labelled(value):
+            sizes[dim] = int(self.kept(value, dim).sum())
+        return tuple(sizes)
 
     def slim(self, tensor: Tensor, value: Labelled) -> Tensor:
         """The tensor without the indices that go."""
-        for dim in range(value.ndim):
+        for dim in _labelled(value):
             kept = self.kept(value, dim)
             if not kept.all():
                 tensor = tensor.index_select(dim, kept.nonzero().flatten().to(tensor.device))
         return tensor
+
+
+def _labelled(value: Labelled) -> set[int]:
+    """Dimensions along which it has labels: the others stay whole."""
+    return {dim for layer in value.layers for dim in varying(layer)}
 
 
 class Resizer:
@@ -215,9 +225,8 @@ class Resizer:
 
     def _expected(self, node: fx.Node) -> Any:
         """A node's value, every tensor in it slimmed (its shape, that is)."""
-        return tree_map(
-            lambda leaf: _stand_in(leaf, self._shape(leaf)) if isinstance(leaf, Tensor) else leaf, node.meta["val"]
-        )
+        value = node.meta["val"]
+        return _swap(value, {id(leaf): _stand_in(leaf, self._shape(leaf)) for leaf in _tensors(value)})
 
     def _agrees(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
         """Whether this call on slimmed values gives the slimmed result; notes the result."""
@@ -287,11 +296,15 @@ def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):  # as it mostly is
+        return [value]
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _swap(value: Any, others: Mapping[int, Tensor]) -> Any:
     """`value` with another tensor in the place of each, by its id."""
+    if isinstance(value, Tensor):
+        return others[id(value)]
     return tree_map(lambda leaf: others[id(leaf)] if isinstance(leaf, Tensor) else leaf, value)
 
 

@@ -13,11 +13,11 @@ from rewriters.analysis import Analysis
 from rewriters.channel_map import Side
 from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
+from rewriters.proxies import TraceError
 from rewriters.resizing import Cut, Unwritable
 from rewriters.shortcuts import Shortcut
 from rewriters.slimming import SlimPlan
 from rewriters.traced import by_mode, trace_modes
-from rewriters.tracing import TraceError
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,10 +25,10 @@ from rewriters.forward import RewrittenForward, out_of_place
 from rewriters.journal import Journal
 from rewriters.preserving import set_modes
 from rewriters.propagate import Labelling
+from rewriters.proxies import TraceError
 from rewriters.residual import ADDS, ResidualAdd, coupling, residual_adds
 from rewriters.rules import Findings
 from rewriters.traced import Traced, by_mode, trace_modes
-from rewriters.tracing import TraceError
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 

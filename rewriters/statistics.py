@@ -22,8 +22,8 @@ from rewriters.channel_map import ALWAYS, ChannelMap, Statistic
 from rewriters.forward import LiveForward
 from rewriters.journal import Journal
 from rewriters.live import FORMS, FORMS_BY_PLACE, LiveStatistic
+from rewriters.proxies import TraceError
 from rewriters.rules import Look
-from rewriters.tracing import TraceError
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ from rewriters.forward import stands_in
 from rewriters.labels import Labelled
 from rewriters.preserving import set_modes
 from rewriters.propagate import Labelling
+from rewriters.proxies import TraceError
 from rewriters.resizing import Cut, Resizer
-from rewriters.tracing import AskedMode, TraceError, trace
+from rewriters.tracing import AskedMode, trace
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,42 +8,27 @@ resolutions, and says so where it can't.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import _symbolic_trace
-from torch.fx.proxy import Attribute
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.capture import Capture, ModuleCall, only_restrides
-from rewriters.errors import AutogateError
+from rewriters.following import AUTOCAST, followed, unfollowed
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
 from rewriters.preserving import attributes_preserved
 from rewriters.propagate import Labelling
+from rewriters.proxies import TraceError, Valued
 from rewriters.rules import Findings, OpCall
 from rewriters.rules.elementwise import meet
 from rewriters.without_data import on_fakes
-
-_FACTORIES = {
-    "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
-    "randperm", "tensor", "zeros",
-}  # fmt: skip
-"""Functions of torch that make tensors from numbers: all their calls have to be seen."""
-
-
-class TraceError(AutogateError):
-    """A module's forward cannot be followed by torch.fx."""
 
 
 class AskedMode:
@@ -78,69 +63,6 @@ class _OpLog(TorchDispatchMode):
         if not restrides and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             self.calls.append((func, args, kwargs or {}, out))
         return out
-
-
-class _Valued(fx.Proxy):
-    """A proxy that knows the value it stands for."""
-
-    @property
-    def value(self) -> Any:
-        return self.node.meta["val"]
-
-    @property
-    def __class__(self):  # isinstance(x, torch.Tensor) must answer for the value
-        return type(self.value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        if callable(getattr(self.value, name)):
-            return Attribute(self, name)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __iter__(self):
-        return iter([self[index] for index in range(len(self.value))])
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """x[key] = y, written as what it does: y is copied into a view of x."""
-        if not isinstance(self.value, Tensor) or not _makes_view(key):
-            raise TraceError("it assigns to elements picked by a tensor or a list")
-        view = self[key]
-        view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
-
-    def __len__(self) -> int:
-        return len(self.value)
-
-    def __bool__(self) -> bool:
-        return bool(self.tracer.concrete(self))
-
-    def __int__(self) -> int:
-        return int(self.tracer.concrete(self))
-
-    def __float__(self) -> float:
-        return float(self.tracer.concrete(self))
-
-    def __index__(self) -> int:
-        return self.tracer.concrete(self).__index__()
-
-    def __contains__(self, item: Any) -> bool:
-        return item in self.tracer.concrete(self)
-
-    def __format__(self, spec: str) -> str:
-        return format(self.value, spec)
-
-
-@functools.cache
-def _builtins(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
-    torch.overrides.get_overridable_functions()  # reads the same names once, which should be when nothing is wrapped
-    builtins = {name: value for name, value in vars(space).items() if isinstance(value, types.BuiltinFunctionType)}
-    return {name: value for name, value in builtins.items() if not value.__name__.startswith("_")}
-
-
-def _makes_view(key: Any) -> bool:
-    """Whether indexing by `key` gives a view (numbers, slices, None and ...), not a copy."""
-    items = key if isinstance(key, tuple) else (key,)
-    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
 
 
 class _Tracer(fx.Tracer):
@@ -182,7 +104,7 @@ class _Tracer(fx.Tracer):
         node.meta["val"] = value
         return self._argument(self.proxy(node))
 
-    def _argument(self, proxy: _Valued) -> Any:
+    def _argument(self, proxy: Valued) -> Any:
         """A tensor or number as a proxy, a container as a container of proxies, anything else as it is."""
         value = proxy.value
         if type(value) in (list, tuple):
@@ -191,7 +113,7 @@ class _Tracer(fx.Tracer):
             return {key: self._argument(proxy[key]) for key in value}
         return proxy if isinstance(value, Tensor) or type(value) in (int, float) else self.concrete(proxy)
 
-    def concrete(self, proxy: _Valued) -> Any:
+    def concrete(self, proxy: Valued) -> Any:
         """The value of a proxy, with a guard in the graph that it is the same whenever this runs."""
         if isinstance(proxy.value, Tensor):
             raise TraceError("its control flow depends on the values of a tensor")
@@ -199,15 +121,15 @@ class _Tracer(fx.Tracer):
             self.create_node("call_function", guard, (proxy.node, proxy.value), {}).meta["val"] = None
         return proxy.value
 
-    def proxy(self, node: fx.Node) -> _Valued:
-        return _Valued(node, self)
+    def proxy(self, node: fx.Node) -> Valued:
+        return Valued(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def create_arg(self, a: Any) -> Any:
         # Asked by type, for isinstance would take a proxy for what it stands for.
-        if type(a) is _Valued:
+        if type(a) is Valued:
             return a.node
         if type(a) is AskedMode:
             return bool(a)
@@ -227,7 +149,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def create_proxy(self, kind, target, args, kwargs, *rest, **options):
-        with _functions_recorded(None):
+        with unfollowed():
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
         return proxy
@@ -295,103 +217,10 @@ class _Tracer(fx.Tracer):
         return run_call(node.op, node.target, node.args, node.kwargs, lambda other: other.meta["val"])
 
 
-_recording: _Tracer | None = None
-"""The tracer that records calls of torch's builtin functions, if one does."""
-
-
-@contextlib.contextmanager
-def _functions_recorded(by: _Tracer | None) -> Iterator[None]:
-    global _recording
-    before, _recording = _recording, by
-    try:
-        yield
-    finally:
-        _recording = before
-
-
-@contextlib.contextmanager
-def _functions_wrapped(tracer: _Tracer) -> Iterator[None]:
-    """While a forward runs, torch's builtin functions are recorded by their arguments as they are.
-
-    Left to themselves they look into sizes given as proxies (which would guard them) before they ask the
-    proxies for leave, and don't ask at all where there is no tensor among their arguments (torch.zeros).
-    """
-    for space in (torch, F):
-        vars(space).update(_recorders(space))
-    try:
-        with _functions_recorded(tracer):
-            yield
-    finally:
-        for space in (torch, F):
-            vars(space).update(_builtins(space))
-
-
-@functools.cache
-def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
-    return {name: functools.partial(_record, name, plain) for name, plain in _builtins(space).items()}
-
-
-def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _recording is not None and (
-        name in _FACTORIES or any(type(leaf) is _Valued for leaf in tree_leaves((args, kwargs)))
-    ):
-        return _recording.create_proxy("call_function", function, args, kwargs)
-    return function(*args, **kwargs)
-
-
-AUTOCAST = (torch.amp._enter_autocast, torch.amp._exit_autocast)
-"""Calls that stand in a graph where the forward enters and leaves torch.autocast; they are not run on fake values."""
-
-
-@contextlib.contextmanager
-def _contexts_followed() -> Iterator[None]:
-    """Records where a forward enters and leaves torch.autocast; torch.fx would forget it.
-
-    What it records without gradients it would record with them, so that is refused.
-    """
-    plain_init, plain_enter, plain_exit = (vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__"))
-    plain_set_grad = torch._C._set_grad_enabled
-
-    def init(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
-        of_value = type(device_type) is _Valued
-        plain_init(context, device_type.value if of_value else device_type, *args, **kwargs)
-        context.device = device_type
-
-    def enter(context: Any) -> Any:
-        if _recording is None:
-            return plain_enter(context)
-        given = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
-        context._recorded = _recording.create_proxy("call_function", torch.amp._enter_autocast, given, {})
-        return context
-
-    def leave(context: Any, *error: Any) -> Any:
-        if _recording is None:
-            return plain_exit(context, *error)
-        return _recording.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {}) and None
-
-    def set_grad(mode: bool) -> None:
-        if _recording is not None:
-            raise TraceError("it changes whether gradients are recorded")
-        plain_set_grad(mode)
-
-    with (
-        mock.patch.multiple(torch.autocast, __init__=init, __enter__=enter, __exit__=leave),
-        mock.patch.object(torch._C, "_set_grad_enabled", set_grad),
-    ):
-        yield
-
-
 def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[fx.Node], Any]) -> Any:
     """Run a call_function or call_method with `value_of` each node among its arguments."""
     args, kwargs = fx.node.map_arg((args, kwargs), value_of)
     return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _followed() -> Iterator[None]:
-    """Looks into functions that were declared leaves (`torch.fx.wrap`), as proxies that know their values can."""
-    with mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True), _contexts_followed():
-        yield
 
 
 def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
@@ -407,7 +236,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, dict(known))
     try:
-        with attributes_preserved([module]), _functions_wrapped(tracer), _followed():
+        with attributes_preserved([module]), followed(tracer):
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error

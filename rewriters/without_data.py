@@ -87,6 +87,10 @@ def _addmm(bias: Tensor, rows: Tensor, columns: Tensor, *, beta: float = 1, alph
     return _new(rows, shape)
 
 
+def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    return _like(x) if _alike(x) and dtype is None and -x.dim() <= dim < x.dim() else NotImplemented
+
+
 def _of_one(x: Tensor, *settings: Any, **options: Any) -> Any:
     return _like(x) if x.is_floating_point() else NotImplemented
 
@@ -150,6 +154,7 @@ TOLD: Mapping[Any, Callable[..., Any]] = {
     _aten.addmm.default: _addmm,
     _aten.cat.default: _cat,
     _aten.mean.dim: _mean,
+    _aten._safe_softmax.default: _safe_softmax,
     **dict.fromkeys(
         (_aten.elu.default, _aten.gelu.default, _aten.hardsigmoid.default, _aten.hardswish.default,
          _aten.hardtanh.default, _aten.leaky_relu.default, _aten.mish.default, _aten.relu.default,

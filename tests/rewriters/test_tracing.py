@@ -15,8 +15,9 @@ from rewriters.analysis import analyse
 from rewriters.channel_map import Side
 from rewriters.forward import RewrittenForward, ShapeGuardError
 from rewriters.labels import Labelled
+from rewriters.proxies import TraceError
 from rewriters.resizing import Cut, Resizer
-from rewriters.tracing import TraceError, trace
+from rewriters.tracing import trace
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, conv, image

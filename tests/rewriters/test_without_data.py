@@ -82,6 +82,7 @@ CALLS: dict[Any, list[tuple[Any, ...]]] = {
     ],
     aten.empty.memory_format: [([2, 3],), ([0],)],
     aten._softmax.default: [(x, -1, False) for x in LAYOUTS.values()],
+    aten._safe_softmax.default: [(x, *rest) for x in LAYOUTS.values() for rest in ((-1,), (4,), (0, torch.float64))],
     aten.expand.default: [(x, [2, 6, 4, 5]) for x in LAYOUTS.values()],
     aten.view.default: [(x, shape) for x in LAYOUTS.values() for shape in ([2, -1], [2, 6, 20], [7])],
     aten._unsafe_view.default: [(PLAIN, [2, 6, 20]), (PLAIN, [7])],

@@ -1,0 +1,188 @@
+"""What a forward does that its proxies don't see is told to the tracer that follows it.
+
+torch.fx sees what is asked of a proxy. Torch's builtin functions, contexts, and modules' calls and parameters have to
+be patched to be seen; the patches do nothing but while a tracer follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx import _symbolic_trace
+from torch.utils._pytree import tree_leaves
+
+from rewriters.proxies import TraceError, Valued
+
+_FACTORIES = {
+    "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
+    "randperm", "tensor", "zeros",
+}  # fmt: skip
+"""Functions of torch that make tensors from numbers: all their calls have to be seen."""
+
+
+@functools.cache
+def _builtins(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
+    torch.overrides.get_overridable_functions()  # reads the same names once, which should be when nothing is wrapped
+    builtins = {name: value for name, value in vars(space).items() if isinstance(value, types.BuiltinFunctionType)}
+    return {name: value for name, value in builtins.items() if not value.__name__.startswith("_")}
+
+
+@dataclass(frozen=True)
+class _Following:
+    """A tracer that is told of everything, and the proxies of the parameters that were read."""
+
+    tracer: fx.Tracer
+    parameters: dict[str, fx.Proxy] = field(default_factory=dict)
+
+
+_following: _Following | None = None
+
+_PATCHED = "__fx_already_patched"
+"""torch.fx leaves methods alone that bear this mark; if it didn't, it would patch them as ever."""
+
+
+@contextlib.contextmanager
+def _set_following(to: _Following | None) -> Iterator[None]:
+    global _following
+    before, _following = _following, to
+    try:
+        yield
+    finally:
+        _following = before
+
+
+@contextlib.contextmanager
+def followed(tracer: fx.Tracer) -> Iterator[None]:
+    """Inside, `tracer` is told of what a forward does."""
+    with patched(), _set_following(_Following(tracer)):
+        yield
+
+
+def unfollowed() -> contextlib.AbstractContextManager[None]:
+    """Inside, no tracer is told of anything."""
+    return _set_following(None)
+
+
+_is_patched = False
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Holds the patches over several traces: PyTorch tells thousands of classes that nn.Module has changed."""
+    global _is_patched
+    if _is_patched:
+        yield
+        return
+    _is_patched = True
+    try:
+        with _functions_patched(), _contexts_patched(), _modules_patched(), _leaves_patched():
+            yield
+    finally:
+        _is_patched = False
+
+
+@contextlib.contextmanager
+def _functions_patched() -> Iterator[None]:
+    """Torch's builtin functions are recorded by their arguments as they are.
+
+    Left to themselves they look into sizes given as proxies (which would guard them) before they ask the
+    proxies for leave, and don't ask at all where there is no tensor among their arguments (torch.zeros).
+    """
+    for space in (torch, F):
+        vars(space).update(_recorders(space))
+    try:
+        yield
+    finally:
+        for space in (torch, F):
+            vars(space).update(_builtins(space))
+
+
+@functools.cache
+def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
+    return {name: functools.partial(_record, name, plain) for name, plain in _builtins(space).items()}
+
+
+def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _following is not None and (
+        name in _FACTORIES or any(type(leaf) is Valued for leaf in tree_leaves((args, kwargs)))
+    ):
+        return _following.tracer.create_proxy("call_function", function, args, kwargs)
+    return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _modules_patched() -> Iterator[None]:
+    """Modules' calls and parameters, as torch.fx itself would patch them anew for every trace."""
+    plain_call, plain_getattr = nn.Module.__call__, nn.Module.__getattr__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _following is None:
+            return plain_call(module, *args, **kwargs)
+        return _following.tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
+
+    def get(module: nn.Module, name: str) -> Any:
+        value = plain_getattr(module, name)
+        return value if _following is None else _following.tracer.getattr(name, value, _following.parameters)
+
+    for patch in (call, get):
+        setattr(patch, _PATCHED, True)
+    with mock.patch.multiple(nn.Module, __call__=call, __getattr__=get):
+        yield
+
+
+AUTOCAST = (torch.amp._enter_autocast, torch.amp._exit_autocast)
+"""Calls that stand in a graph where the forward enters and leaves torch.autocast; they are not run on fake values."""
+
+
+@contextlib.contextmanager
+def _contexts_patched() -> Iterator[None]:
+    """Where a forward enters and leaves torch.autocast is recorded; torch.fx would forget it.
+
+    What runs without gradients would be recorded as if it ran with them, so that is refused.
+    """
+    plain_init, plain_enter, plain_exit = (vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__"))
+    plain_set_grad = torch._C._set_grad_enabled
+
+    def init(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        of_value = type(device_type) is Valued
+        plain_init(context, device_type.value if of_value else device_type, *args, **kwargs)
+        context.device = device_type
+
+    def enter(context: Any) -> Any:
+        if _following is None:
+            return plain_enter(context)
+        given = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
+        context._recorded = _following.tracer.create_proxy("call_function", torch.amp._enter_autocast, given, {})
+        return context
+
+    def leave(context: Any, *error: Any) -> Any:
+        if _following is None:
+            return plain_exit(context, *error)
+        return (
+            _following.tracer.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {}) and None
+        )
+
+    def set_grad(mode: bool) -> None:
+        if _following is not None:
+            raise TraceError("it changes whether gradients are recorded")
+        plain_set_grad(mode)
+
+    with (
+        mock.patch.multiple(torch.autocast, __init__=init, __enter__=enter, __exit__=leave),
+        mock.patch.object(torch._C, "_set_grad_enabled", set_grad),
+    ):
+        yield
+
+
+def _leaves_patched() -> contextlib.AbstractContextManager[Any]:
+    """Functions that were declared leaves (`torch.fx.wrap`) are looked into: proxies that know their values can."""
+    return mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True)

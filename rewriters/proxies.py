@@ -1,0 +1,70 @@
+"""Proxies that know the value they stand for: control flow on shapes, types and lengths can be followed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute
+
+from rewriters.errors import AutogateError
+
+
+class TraceError(AutogateError):
+    """A module's forward cannot be followed by torch.fx."""
+
+
+class Valued(fx.Proxy):
+    """A proxy that knows the value it stands for."""
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["val"]
+
+    @property
+    def __class__(self):  # isinstance(x, torch.Tensor) must answer for the value
+        return type(self.value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        if callable(getattr(self.value, name)):
+            return Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __iter__(self):
+        return iter([self[index] for index in range(len(self.value))])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """x[key] = y, written as what it does: y is copied into a view of x."""
+        if not isinstance(self.value, Tensor) or not _makes_view(key):
+            raise TraceError("it assigns to elements picked by a tensor or a list")
+        view = self[key]
+        view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.concrete(self))
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self))
+
+    def __index__(self) -> int:
+        return self.tracer.concrete(self).__index__()
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.tracer.concrete(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec)
+
+
+def _makes_view(key: Any) -> bool:
+    """Whether indexing by `key` gives a view (numbers, slices, None and ...), not a copy."""
+    items = key if isinstance(key, tuple) else (key,)
+    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
