@@ -17,15 +17,16 @@ import contextlib
 import fnmatch
 import json
 import multiprocessing
+import re
 import resource
 import signal
 import tempfile
 import time
-import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,6 +57,7 @@ DEAD = 0.5
 SEEDS = (0, 1, 2)
 """FLOPs left are the mean of so many patterns; exactness is tried on the first."""
 
+FORKED = multiprocessing.get_context("fork")
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["benchmarks.model_lists", "benchmarks.parts"])  # to import takes seconds
 
@@ -99,7 +101,7 @@ class Result:
         prepare_s, finalize_s: seconds of processor time, on one thread.
         prepare_bytes: by how much prepare's peak of memory lay above what the process had before it.
         model_bytes: of parameters and buffers.
-        graph_bytes: of Python's objects in the slim model's captured graph, the fake tensors' own not counted.
+        graph_bytes: by how much the process grew by capturing the model's graph.
         peak_bytes: the process's peak at the end.
         pinned: FLOPs out of gates' reach, as a share, by the op and reason that pin a side of such a layer.
         peer: what torch-pruning did with the same model (see `benchmarks.peer`).
@@ -150,6 +152,7 @@ def measure(one: Listed) -> Iterator[Result]:
     flops = recorded_flops(model, inputs, of=PRODUCTS_WITH_KERNELS)
     yield result
     result.step = "prepare"
+    result.graph_bytes = _graph_bytes(model, inputs)
     highest, before = _peak_bytes(), _forget_peak()
     start = time.process_time()
     model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
@@ -168,15 +171,31 @@ def measure(one: Listed) -> Iterator[Result]:
         model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
         kill(model, DEAD, SEEDS[0])
         result.double_difference, _ = _finalize(model, inputs)
-    result.graph_bytes = _graph_bytes(model, inputs)
     result.step, result.peak_bytes = "", max(highest, _peak_bytes())
     yield result
 
 
+class Small(nn.Module):
+    """A few layers with what a process does at its first model only, so that no other is charged for it.
+
+    Norms, attention, and a forward that holds sizes: what they are analysed with is imported when it is first needed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.LayerNorm(8)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.norm(self.bn(self.stem(x)).relu().flatten(2).transpose(1, 2))
+        query, key, value = self.qkv(rows).reshape(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        heads = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.head(heads.transpose(1, 2).flatten(2).mean(1))
+
+
 def small() -> tuple[nn.Module, torch.Tensor]:
-    """A model for what a process does at its first one only, so that no other is charged for it."""
-    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 2)
-    return nn.Sequential(*layers), torch.zeros(2, 3, 8, 8)
+    """The small model and a batch for it."""
+    return Small(), torch.zeros(2, 3, 8, 8)
 
 
 def _forget_peak() -> int:
@@ -185,13 +204,35 @@ def _forget_peak() -> int:
     return _peak_bytes()
 
 
-def _graph_bytes(model: nn.Module, inputs: Inputs) -> int:
-    tracemalloc.start()
-    captured = capture(model.eval(), *inputs)
-    taken, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    del captured  # until here it has to live
-    return taken
+def _graph_bytes(model: nn.Module, inputs: Inputs) -> int | None:
+    """What the captured graph takes, None where none can be captured.
+
+    It is captured in a child, so that prepare finds this process as it was.
+    """
+    here, there = FORKED.Pipe(duplex=False)
+    child = FORKED.Process(target=_tell_graph_bytes, args=(model, inputs, there))
+    child.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        return None
+    finally:
+        child.join()
+
+
+def _tell_graph_bytes(model: nn.Module, inputs: Inputs, to: Connection) -> None:
+    before = _anonymous_bytes()
+    with contextlib.suppress(autogate.AutogateError):
+        captured = capture(model.eval(), *inputs)
+        to.send(_anonymous_bytes() - before)
+        del captured  # until here it has to live
+
+
+def _anonymous_bytes() -> int:
+    """Memory that this process has now, files that are mapped into it not counted."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
 
 
 def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float]:

@@ -39,7 +39,8 @@ and norms' statistics are random. *Exact*: outputs differ by at most 1e-5 of the
 rounding is larger than that, by 1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers
 with a gate on their input or output side, the smallest of the family. *Left*: the share of FLOPs with half of the
 classes dead, the median. Times are medians of seconds of processor time on one thread; memory is the most that
-`prepare` took at its peak, over the bytes of the model's tensors and of Python's objects in its captured graph.
+`prepare` took at its peak, over the bytes of the model's tensors and those that the process grew by when it captured
+the graph. A small model is prepared first: what a process does but once isn't counted.
 """
 
 

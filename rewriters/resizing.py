@@ -35,6 +35,7 @@ def _ops_of(*rules: Rule) -> frozenset[Any]:
 
 
 _MOVES, _RESHAPING = _ops_of(*movement.RULES_THAT_MOVE), _ops_of(movement.reshape)
+_ROLLING, _ROLLING_OR_JOINING = _ops_of(movement.roll), _ops_of(movement.roll, movement.cat)
 _REORDERING = _ops_of(movement.reorder)
 """Calls without a size: slimmed data are moved as whole data are."""
 
@@ -257,12 +258,13 @@ class Resizer:
             return True  # nothing is cut here
         if len(operands) == 1 and ops <= _RESHAPING:
             return self._reshapes(*operands.values(), *results)
+        once = self._left_out(node, [*operands.values(), *results])
         full, slim, start = {}, {}, 0
         for key, leaf in operands.items():
             numbers = _numbers(self._labels(leaf), start)
             start += numbers.numel()
-            full[key] = numbers.expand(leaf.shape)
-            slim[key] = self._cut.slim(numbers, self._labels(leaf)).expand(self._shape(leaf))
+            full[key] = _repeated(numbers, leaf.shape, once)
+            slim[key] = _repeated(self._cut.slim(numbers, self._labels(leaf)), self._shape(leaf), once)
         # Numbers that are repeated can't be viewed, only reshaped.
         moves = [_RESHAPES.get(move, move) for move in (node.target, target)]
         before = run_call(node.op, moves[0], node.args, node.kwargs, lambda n: _swap(n.meta["val"], full))
@@ -274,6 +276,17 @@ class Resizer:
             _equal(self._cut.slim(_once(moved, labels), labels), got)
             for moved, got, labels in zip(_tensors(before), _tensors(after), map(self._labels, results), strict=True)
         )
+
+    def _left_out(self, node: fx.Node, tensors: list[Tensor]) -> set[int]:
+        """Dimensions whose size has no part in a roll or a concatenation: without labels, and as long everywhere."""
+        dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims")
+        in_one_row = dims is None or dims in ((), [])
+        ops, values = set(node.meta["ops"]), [self._labels(tensor) for tensor in tensors]
+        if not ops <= _ROLLING_OR_JOINING or (ops <= _ROLLING and in_one_row) or len({v.ndim for v in values}) > 1:
+            return set()
+        labelled = set[int]().union(*map(_labelled, values))
+        return {dim for dim, sizes in enumerate(zip(*(v.shape for v in values), strict=True))
+                if dim not in labelled and len(set(sizes)) == 1}  # fmt: skip
 
     def _reshapes(self, operand: Tensor, result: Tensor) -> bool:
         """As `_commutes`, for a tensor that is reshaped to the right shape."""
@@ -312,6 +325,11 @@ def _numbers(value: Labelled, start: int) -> Tensor:
     """Numbers from `start` on, one for each combination of labelled indices, of size 1 along the other dimensions."""
     along = [size if value.layer(dim) is not None else 1 for dim, size in enumerate(value.shape)]
     return torch.arange(start, start + prod(along), dtype=torch.int32).view(along)
+
+
+def _repeated(numbers: Tensor, shape: tuple[int, ...], once: set[int]) -> Tensor:
+    """The numbers repeated to a shape, but once along these dimensions."""
+    return numbers.expand([1 if dim in once else size for dim, size in enumerate(shape)])
 
 
 def _once(numbers: Tensor, value: Labelled) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriters.labels import Labelled, compress, varying
+from rewriters.labels import Labelled, varying
 from rewriters.rules.registry import OpCall, rule
 
 _REASON = "picked by a tensor of indices"
@@ -39,11 +39,11 @@ def _picked(call: OpCall, value: Labelled, keys: list[Any]) -> Labelled:
         for layer in key.layers if isinstance(key, Labelled) else ():
             call.pin(layer, "used as indices")
     dims = [dim for dim, key in enumerate(keys) if key is not None]
-    # All indices at 0: of the layers that are left, each is the same along what is indexed.
-    zeros = [None if key is None else torch.zeros(1, dtype=torch.int64).expand(key.shape) for key in keys]
+    # One index, at 0: of the layers that are left, each is the same along what is indexed.
+    zeros = [None if key is None else torch.zeros((1,) * len(key.shape), dtype=torch.int64) for key in keys]
     layers = []
     for layer in call.mix(value, dims, _REASON):
-        picked: Tensor = torch.ops.aten.index.Tensor(layer.expand(value.shape), zeros)
-        if varying(layer := compress(picked)):
-            layers.append(layer)
+        picked: Tensor = torch.ops.aten.index.Tensor(layer, zeros)
+        if varying(picked):
+            layers.append(picked)
     return Labelled(call.shape, tuple(layers))
