@@ -19,6 +19,7 @@ from autogate.sharding import has_shards
 from autogate.slimming import Asked, analyse_whole, carry_out, put_shortcuts
 from autogate.summary import Summary, summarise
 from autogate.targets import ResourceMaker, Shares
+from autogate.wrappers import is_wrapped, take_off_autocast, unwrap
 from rewriters import (
     AutogateError,
     Journal,
@@ -253,7 +254,7 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     progress = bank.progress()
     journal = Journal()
     try:
-        _take_off_autocast(model, journal)
+        take_off_autocast(model, journal)
         wanted = run_eval(model, *inputs)
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
@@ -348,40 +349,10 @@ def _check_model(model: Any) -> None:
         raise AutogateError(
             "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
         )
-    if unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__:
+    if is_wrapped(model):
         raise AutogateError(
             "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
         )
-
-
-def unwrap(model: Any) -> Any:
-    """The model inside torch.compile's and the distributed wrappers."""
-    while True:
-        inner = model.__dict__.get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-_WRAPPED_FORWARD = "_original_forward"
-"""Where Accelerate keeps a model's forward when it puts autocast around it (`Accelerator.prepare_model`)."""
-
-
-def _take_off_autocast(model: nn.Module, journal: Journal) -> None:
-    """Gives a model its own forward back: one rewritten for the slim model would go unheard beneath another.
-
-    Outputs in half precision couldn't be compared to the last digit either.
-    """
-    forward = model.__dict__.get(_WRAPPED_FORWARD)
-    if forward is None:
-        return
-    journal.remove(model.__dict__, _WRAPPED_FORWARD)
-    if getattr(forward, "__func__", None) is type(model).forward:
-        journal.remove(model.__dict__, "forward")
-    else:
-        journal.set_attribute(model, "forward", forward)
 
 
 def _gated_within(model: Any) -> str | None:

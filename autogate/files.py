@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.api import BANK, unwrap
+from autogate.api import BANK
 from autogate.building import Build, build, how_to_build
 from autogate.history import (
     ATTRIBUTE,
@@ -40,6 +40,7 @@ from autogate.history import (
 from autogate.inputs import Inputs, as_call
 from autogate.slimming import cast, first_difference, replay
 from autogate.version import __version__
+from autogate.wrappers import unwrap
 from rewriters.errors import AutogateError
 from rewriters.forward import RewrittenForward
 from rewriters.journal import Journal

@@ -11,10 +11,10 @@ import torch
 from timm.models import adapt_model_from_string
 from torch import nn
 
-from autogate.api import unwrap
 from autogate.building import build, how_to_build
 from autogate.history import describe_tensors, history_of
 from autogate.slimming import first_difference
+from autogate.wrappers import unwrap
 from rewriters.errors import AutogateError
 from rewriters.forward import RewrittenForward
 

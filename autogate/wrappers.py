@@ -1,0 +1,43 @@
+"""What training puts around a model: torch.compile, distributed training, Accelerate's autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rewriters import Journal
+
+_WRAPPED_FORWARD = "_original_forward"
+"""Where Accelerate keeps a model's forward when it puts autocast around it (`Accelerator.prepare_model`)."""
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside torch.compile's and the distributed wrappers."""
+    while True:
+        inner = model.__dict__.get("_modules", {}).get("_orig_mod") if isinstance(model, nn.Module) else None
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether something stands around the model, or around its forward."""
+    return unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__
+
+
+def take_off_autocast(model: nn.Module, journal: Journal) -> None:
+    """Gives a model its own forward back: one rewritten for the slim model would go unheard beneath another.
+
+    Outputs in half precision couldn't be compared to the last digit either.
+    """
+    forward = model.__dict__.get(_WRAPPED_FORWARD)
+    if forward is None:
+        return
+    journal.remove(model.__dict__, _WRAPPED_FORWARD)
+    if getattr(forward, "__func__", None) is type(model).forward:
+        journal.remove(model.__dict__, "forward")
+    else:
+        journal.set_attribute(model, "forward", forward)
