@@ -17,7 +17,6 @@ from autogate.inputs import as_call
 from autogate.resources import Flops, Params
 from autogate.selection import Narrowing, groups_of, part_alike
 from autogate.slimming import Asked, analyse_whole, put_shortcuts
-from autogate.summary import count
 from autogate.targets import Shares, Target, Targets
 from rewriters import AutogateError, ChannelMap, Journal, Pin
 
@@ -139,8 +138,7 @@ def _stages(channel_map: ChannelMap, live: Tensor, by_layer: bool) -> tuple[Stag
     for kernel in channel_map.kernels:
         name = kernel.module if by_layer else stage_of(kernel.module)
         for total, alive in ((whole, everything), (left, live)):
-            inputs, outputs = (count(channel_map, alive, side) for side in (kernel.input_side, kernel.output_side))
-            total[name] = total.get(name, 0.0) + kernel.macs * inputs * outputs
+            total[name] = total.get(name, 0.0) + channel_map.macs(kernel, alive)
     return tuple(Stage(name, total, left[name]) for name, total in whole.items())
 
 

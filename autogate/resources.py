@@ -1,11 +1,13 @@
-"""What channels cost: the contract of a resource, and those that are bilinear in the live counts of kernels' sides.
+"""What channels cost: the contract of a resource, and those that are products of live counts.
 
-Guo et al., "GDP", equation 5: R(c) = sum over pairs of layers a_lk c_l c_k + sum over layers b_l c_l.
+Guo et al., "GDP", equation 5: R(c) = sum over pairs of layers a_lk c_l c_k + sum over layers b_l c_l. Where a layer
+runs once for each channel of others, as a mixer's layers across tokens do, their count is a third factor.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from math import prod
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rewriters.channel_map import ALWAYS, ChannelMap, Side, gather
+from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side, gather
 from rewriters.errors import AutogateError
 
 
@@ -86,6 +88,10 @@ class Resource(ABC):
         return torch.ones(self.size, dtype=torch.bool)
 
 
+End = Side | tuple[int, ...]
+"""What is counted: the channels along a side of a kernel, or those of the classes that are named."""
+
+
 class SideCounts:
     """Counts the live channels along many sides at once.
 
@@ -116,15 +122,19 @@ class SideCounts:
         self._count = torch.tensor([count for _, _, count in entries], dtype=torch.float64)
 
     @classmethod
-    def along(cls, channel_map: ChannelMap, sides: Sequence[Side]) -> SideCounts:
-        """One end for each of `sides`, pinned channels counting always."""
+    def along(cls, channel_map: ChannelMap, ends: Sequence[End]) -> SideCounts:
+        """One end for each of these, pinned channels counting always."""
         known = channel_map.classes
-        classes = [known[side].cpu().numpy() if side in known else np.empty(0, np.int64) for side in sides]
-        pinned = [
-            int(np.count_nonzero(labels == ALWAYS)) if side in known else channel_map.sizes[side]
-            for side, labels in zip(sides, classes, strict=True)
-        ]
-        return cls(channel_map.size, pinned, classes)
+        constants: list[float] = []
+        classes: list[np.ndarray] = []
+        for end in ends:
+            if isinstance(end, Side) and end not in known:
+                constants.append(channel_map.sizes[end])
+                classes.append(np.empty(0, np.int64))
+            else:
+                classes.append(known[end].cpu().numpy() if isinstance(end, Side) else np.array(end, np.int64))
+                constants.append(int(np.count_nonzero(classes[-1] == ALWAYS)))
+        return cls(channel_map.size, constants, classes)
 
     def counts(self, live: Tensor) -> Tensor:
         """Live channels on each end: float64, shape (ends,), from bool, shape (classes,)."""
@@ -149,7 +159,7 @@ class SideCounts:
 
 
 class Term(NamedTuple):
-    """One product of a resource: coefficient * live count of end `left` * live count of end `right`.
+    """One product of a resource: coefficient * live counts of the ends `left`, `right` and `third`.
 
     An end that isn't named counts one.
     """
@@ -157,10 +167,11 @@ class Term(NamedTuple):
     coefficient: float
     left: int | None = None
     right: int | None = None
+    third: int | None = None
 
 
-class Bilinear(Resource):
-    """A resource R(live) = sum over terms of coefficient * live(left end) * live(right end).
+class Products(Resource):
+    """A resource R(live) = sum over terms of coefficient * live(left end) * live(right end) * live(third end).
 
     Counts and coefficients are whole numbers for FLOPs and parameters, and float64 holds such sums exactly,
     in whatever order they are taken: every process of a distributed run finds the same share.
@@ -175,82 +186,92 @@ class Bilinear(Resource):
         super().__init__(sides.size, whole)
         self._sides = sides
         self._coefficient = torch.tensor([term.coefficient for term in terms], dtype=torch.float64)
-        self._left, self._right = (
+        self._factors = [
             torch.tensor([sides.ends if end is None else end for end in ends], dtype=torch.int64)
-            for ends in ([term.left for term in terms], [term.right for term in terms])
-        )
-        self._square = self._squares(terms)
+            for ends in ([term.left for term in terms], [term.right for term in terms], [term.third for term in terms])
+        ]
+        self._shared = self._shared_ends(terms)
 
     def value(self, live: Tensor) -> Tensor:
         counts = self._counts(live)
-        return (self._coefficient * counts[self._left] * counts[self._right]).sum()
+        left, right, third = self._factors
+        return (self._coefficient * counts[left] * counts[right] * counts[third]).sum()
 
     def price(self, live: Tensor) -> Tensor:
         """The derivative by each class's count."""
         counts = self._counts(live)
         slopes = torch.zeros_like(counts)
-        slopes.index_add_(0, self._left, self._coefficient * counts[self._right])
-        slopes.index_add_(0, self._right, self._coefficient * counts[self._left])
+        left, right, third = self._factors
+        for end, one, other in ((left, right, third), (right, left, third), (third, left, right)):
+            slopes.index_add_(0, end, self._coefficient * counts[one] * counts[other])
         return self._sides.per_class(slopes[:-1])
 
     def drop(self, live: Tensor) -> Tensor:
-        """The price less what a class that lies on both ends of a term is charged twice for."""
-        return self.price(live) - self._sides.of_profiles(self._square)
+        """The price less what a class that lies on several ends of a term is charged repeatedly for."""
+        row, third, factor = self._shared
+        twice = torch.zeros(len(self._sides.profiles), dtype=torch.float64)
+        twice.index_add_(0, row, factor * self._counts(live)[third])
+        return self.price(live) - self._sides.of_profiles(twice)
 
     def _counts(self, live: Tensor) -> Tensor:
         """Live channels of every end, and 1 for the ends that aren't named."""
         counts = self._sides.counts(live)
         return torch.cat([counts, counts.new_ones(1)])
 
-    def _squares(self, terms: Sequence[Term]) -> Tensor:
-        """For each profile: the sum over terms of coefficient * count on the left * count on the right."""
-        squares = []
-        touching: dict[int, list[tuple[float, int]]] = {}
-        for coefficient, left, right in terms:
-            if left is not None and right is not None:
-                touching.setdefault(left, []).append((coefficient, right))
-        for counts in self._sides.profiles:
+    def _shared_ends(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor, Tensor]:
+        """For profiles that lie on several ends of a term: the profile, an end, and a factor of that end's live count.
+
+        Without one of a class that lies k, m and n times on its ends, c * a * b * d falls by the price of that one less
+        c * (m * n * a + k * n * b + k * m * d - k * m * n).
+        """
+        on: dict[int, list[int]] = {}
+        for place, term in enumerate(terms):
+            for end in (end for end in term[1:] if end is not None):
+                on.setdefault(end, []).append(place)
+        one = self._sides.ends  # the end that counts one
+        found: list[tuple[int, int, float]] = []
+        for row, counts in enumerate(self._sides.profiles):
             held = dict(counts)
-            squares.append(
-                sum(
-                    coefficient * count * held.get(right, 0)
-                    for end, count in counts
-                    for coefficient, right in touching.get(end, ())
-                )
-            )
-        return torch.tensor(squares, dtype=torch.float64)
+            touched = Counter(place for end in held for place in on.get(end, ()))
+            for term in (terms[place] for place, times in touched.items() if times > 1):
+                ends = [one if end is None else end for end in term[1:]]
+                k, m, n = (held.get(end, 0) for end in ends)
+                shares = zip((*ends, one), (m * n, k * n, k * m, -k * m * n), strict=True)
+                found += [(row, end, term.coefficient * share) for end, share in shares if share]
+        rows, held_by, shared = zip(*found, strict=True) if found else ((), (), ())
+        return torch.tensor(rows).long(), torch.tensor(held_by).long(), torch.tensor(shared, dtype=torch.float64)
 
 
 class Product(NamedTuple):
-    """What part of a model costs: coefficient * live channels of each of at most two sides.
+    """What part of a model costs: coefficient * live channels of each of at most three ends.
 
     `original` is False for layers that prepare added: shares are relative to the model without them.
     """
 
     coefficient: float
-    sides: tuple[Side, ...]
+    ends: tuple[End, ...]
     original: bool = True
 
 
-class OfProducts(Bilinear):
-    """A bilinear resource over the sides of a channel map."""
+class OfChannels(Products):
+    """A resource made of products over the channels of a map."""
 
     def __init__(self, channel_map: ChannelMap, products: Iterable[Product]):
         products = list(products)
-        number: dict[Side, int] = {}
+        number: dict[End, int] = {}
         terms = [
-            Term(coefficient, *(number.setdefault(side, len(number)) for side in sides))
-            for coefficient, sides, _ in products
+            Term(coefficient, *(number.setdefault(end, len(number)) for end in ends))
+            for coefficient, ends, _ in products
         ]
         counts = SideCounts.along(channel_map, list(number))
         whole = None
         if not all(product.original for product in products):
             original = [term for term, product in zip(terms, products, strict=True) if product.original]
-            whole = Bilinear(counts, original).whole
+            whole = Products(counts, original).whole
         super().__init__(counts, terms, whole)
 
 
-class Flops(OfProducts):
+class Flops(OfChannels):
     """The multiply-adds of a forward pass over one sample, with the macs that the map's kernels state.
 
     Args:
@@ -264,13 +285,13 @@ class Flops(OfProducts):
 
     def __init__(self, channel_map: ChannelMap, model: nn.Module | None = None, added: Collection[str] = ()):
         products = (
-            Product(kernel.macs, (kernel.input_side, kernel.output_side), kernel.weight not in added)
+            Product(kernel.macs, (kernel.input_side, kernel.output_side, *_repeats(kernel)), kernel.weight not in added)
             for kernel in channel_map.kernels
         )
         super().__init__(channel_map, products)
 
 
-class Params(OfProducts):
+class Params(OfChannels):
     """The number of a model's parameters, each shared one counted once.
 
     Args:
@@ -279,7 +300,7 @@ class Params(OfProducts):
         added: parameters that were not in the user's model: see `Flops`.
 
     Raises:
-        AutogateError: a parameter carries channels in three dimensions or more.
+        AutogateError: a parameter carries channels in more than three dimensions.
     """
 
     name = "parameters"
@@ -289,9 +310,9 @@ class Params(OfProducts):
         products = []
         for name, parameter in _unique_parameters(model, labelled):
             dims = labelled.get(name, ())
-            if len(dims) > 2:
+            if len(dims) > 3:
                 raise AutogateError(
-                    f"it carries channels in {len(dims)} dimensions, and a bilinear resource has two.",
+                    f"it carries channels in {len(dims)} dimensions, and a product has three factors.",
                     where=name,
                     remedy="Budget FLOPs instead, or keep the module's channels with `ignore`.",
                 )
@@ -300,7 +321,7 @@ class Params(OfProducts):
         super().__init__(channel_map, products)
 
 
-class Activations(OfProducts):
+class Activations(OfChannels):
     """The bytes of what convolutions and linear layers give out for one sample.
 
     Radosavovic et al., "Designing Network Design Spaces", section 4, define the activations so and find the run
@@ -319,12 +340,17 @@ class Activations(OfProducts):
         products = (
             Product(
                 kernel.outputs * tensors[kernel.weight].element_size(),
-                tuple(Side(kernel.weight, dim) for dim in kernel.output_dims),
+                (*(Side(kernel.weight, dim) for dim in kernel.output_dims), *_repeats(kernel)),
                 kernel.weight not in added,
             )
             for kernel in channel_map.kernels
         )
         super().__init__(channel_map, products)
+
+
+def _repeats(kernel: Kernel) -> tuple[End, ...]:
+    """The end that a kernel runs once for each channel of, if it does."""
+    return (kernel.repeats,) if kernel.repeats else ()
 
 
 def _labelled_dimensions(channel_map: ChannelMap) -> Mapping[str, tuple[int, ...]]:

@@ -67,8 +67,7 @@ def summarise(model: nn.Module, bank: GateBank) -> Summary:
     """The state of `model` under `bank`'s gates as they stand (alphas set by hand included)."""
     channel_map, live = bank.channel_map, (bank.live & (bank.alpha != 0)).cpu()
     layers = tuple(_layer(channel_map, live, kernel) for kernel in channel_map.kernels)
-    gated = {kernel.module for kernel in channel_map.kernels
-             if {kernel.input_side, kernel.output_side} & set(channel_map.classes)}  # fmt: skip
+    gated = {kernel.module for kernel in channel_map.kernels if channel_map.reached(kernel)}
     added = {kernel.module for kernel in channel_map.kernels if kernel.weight in bank.added}
     shortcuts = tuple(layer for layer in layers if layer.module in added)
     total = sum(layer.all_macs for layer in layers if layer.module not in added)
@@ -85,26 +84,21 @@ def summarise(model: nn.Module, bank: GateBank) -> Summary:
     )
 
 
-def count(channel_map: ChannelMap, live: Tensor, side: Side) -> int:
-    """How many indices along `side` are left."""
-    if side in channel_map.classes:
-        return len(channel_map.kept(side, live))
-    return channel_map.sizes.get(side, 1)
-
-
 def _layer(channel_map: ChannelMap, live: Tensor, kernel: Kernel) -> Layer:
-    inputs, outputs = (count(channel_map, live, side) for side in (kernel.input_side, kernel.output_side))
     everything = torch.ones_like(live)
-    all_inputs, all_outputs = (count(channel_map, everything, s) for s in (kernel.input_side, kernel.output_side))
-    macs, all_macs = kernel.macs * inputs * outputs, kernel.macs * all_inputs * all_outputs
-    return Layer(kernel.module or kernel.weight, inputs, all_inputs, outputs, all_outputs, macs, all_macs)
+    inputs, outputs = (
+        (channel_map.width(side, live), channel_map.width(side, everything))
+        for side in (kernel.input_side, kernel.output_side)
+    )
+    macs = channel_map.macs(kernel, live), channel_map.macs(kernel, everything)
+    return Layer(kernel.module or kernel.weight, *inputs, *outputs, *macs)
 
 
 def _left(channel_map: ChannelMap, live: Tensor, name: str, shape: torch.Size) -> int:
     left = 1
     for dim, size in enumerate(shape):
         side = Side(name, dim)
-        left *= count(channel_map, live, side) if side in channel_map.classes else size
+        left *= channel_map.width(side, live) if side in channel_map.classes else size
     return left
 
 

@@ -260,13 +260,8 @@ def _read_summary(result: Result, model: nn.Module, flops: float) -> None:
 
 
 def _left(channel_map: rewriters.ChannelMap, live: torch.Tensor) -> float:
-    def count(side: rewriters.Side) -> int:
-        if side in channel_map.classes:
-            return len(channel_map.kept(side, live))
-        return channel_map.sizes[side]
-
-    live = channel_map.survivors(live)
-    return sum(kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels)
+    survivors = channel_map.survivors(live)
+    return sum(channel_map.macs(kernel, survivors) for kernel in channel_map.kernels)
 
 
 def _out_of_reach(channel_map: rewriters.ChannelMap) -> dict[str, float]:
@@ -276,10 +271,11 @@ def _out_of_reach(channel_map: rewriters.ChannelMap) -> dict[str, float]:
         for side in pin.sides:
             places.setdefault(side, set()).add(f"{pin.op.removeprefix('aten.')}: {pin.reason}")
     found: dict[str, float] = {}
+    everything = torch.ones(channel_map.size, dtype=torch.bool)
     for kernel in channel_map.kernels:
         sides = {kernel.input_side, kernel.output_side}
-        if not sides & set(channel_map.classes):
-            macs = kernel.macs * channel_map.sizes[kernel.input_side] * channel_map.sizes[kernel.output_side]
+        if not channel_map.reached(kernel):
+            macs = channel_map.macs(kernel, everything)
             for place in set().union(*(places.get(side, set()) for side in sides)) or {"no pin"}:
                 found[place] = found.get(place, 0.0) + macs
     return dict(sorted(found.items(), key=lambda item: -item[1]))

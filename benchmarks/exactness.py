@@ -4,7 +4,7 @@
 
 Each model is prepared, a random 10, 40 and 80 % of its gates are set to zero under three seeds, and it is
 finalized. A line a model tells the largest relative difference between gated and slim outputs, the
-smallest share of FLOPs that gates can reach, and how the bilinear FLOPs compare to fvcore's count. Models
+smallest share of FLOPs that gates can reach, and how the FLOPs of the channel map compare to fvcore's count. Models
 that the output file has already are passed over.
 """
 
@@ -50,7 +50,7 @@ def fvcore_flops(model: nn.Module, example: Tensor) -> float:
 def trial(
     model: nn.Module, analysis: rewriters.Analysis, example: Tensor, dead: float, seed: int
 ) -> tuple[float, float]:
-    """(relative difference of the outputs, bilinear FLOPs over fvcore's) for one random pattern; spends the model."""
+    """(relative difference of the outputs, FLOPs over fvcore's) for one random pattern; spends the model."""
     kill(model, dead, seed)
     bank = autogate.gates(model)
     wanted = rewriters.run_eval(model, (example,))
@@ -78,8 +78,8 @@ def measure(name: str) -> dict:
         "classes": len(autogate.gates(model).alpha),
         "reach": summary.reach,
         "worst_difference": max(difference for difference, _ in results),
-        "bilinear_over_fvcore_dense": summary.all_flops / dense,
-        "bilinear_over_fvcore_slim": [min(ratio for _, ratio in results), max(ratio for _, ratio in results)],
+        "flops_over_fvcore_dense": summary.all_flops / dense,
+        "flops_over_fvcore_slim": [min(ratio for _, ratio in results), max(ratio for _, ratio in results)],
     }
 
 

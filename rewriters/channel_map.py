@@ -43,6 +43,10 @@ class Kernel:
     `outputs` are the elements that the layer gives for one sample, over all calls, for each index along the
     dimensions `output_dims`: outputs * live_0 where that is (0,). Only a grouped transposed convolution
     has its output channels along both.
+
+    A layer may run once for each channel of others: a mixer's layers across tokens do. `repeats` are the
+    classes of those channels then, and `macs` and `outputs` are for one of them: macs * live_0 * live_1 *
+    live in `repeats`.
     """
 
     module: str
@@ -52,6 +56,7 @@ class Kernel:
     mixes: bool = True
     outputs: float = 0.0
     output_dims: tuple[int, ...] = (0,)
+    repeats: tuple[int, ...] = ()
 
     @property
     def input_side(self) -> Side:
@@ -166,6 +171,22 @@ class ChannelMap:
         """Indices along `side` that stay when the classes in `live` (bool, shape (size,)) do."""
         classes = self.classes[side]
         return torch.nonzero(torch.cat([live, live.new_ones(1)])[classes]).flatten()
+
+    def width(self, side: Side, live: Tensor) -> int:
+        """How many indices along `side` stay."""
+        return len(self.kept(side, live)) if side in self.classes else self.sizes.get(side, 1)
+
+    def macs(self, kernel: Kernel, live: Tensor) -> float:
+        """Multiply-adds of a kernel for one sample when the classes in `live` stay."""
+        each = kernel.macs * self.width(kernel.input_side, live) * self.width(kernel.output_side, live)
+        if not kernel.repeats:
+            return each
+        return each * int(torch.cat([live.cpu(), torch.ones(1, dtype=torch.bool)])[list(kernel.repeats)].sum())
+
+    def reached(self, kernel: Kernel) -> bool:
+        """Whether classes that may go make it cheaper: some of its own two sides, or of what it runs for."""
+        on_sides = kernel.input_side in self.classes or kernel.output_side in self.classes
+        return on_sides or any(label != ALWAYS for label in kernel.repeats)
 
     def survivors(self, live: Tensor, gone: Set[str] = frozenset()) -> Tensor:
         """Live classes and, on each side that would be left with nothing, its first class.

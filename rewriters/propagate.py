@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
 from rewriters.labels import Labelled, LabelSpace
-from rewriters.rules import Crossing, Findings, Look, OpCall, find_rule
+from rewriters.rules import Crossing, Findings, KernelCall, Look, OpCall, find_rule
 from rewriters.rules.kernels import PRODUCTS
 
 
@@ -51,7 +51,7 @@ class Labelling:
                 self._pin_outputs(node)
         if not counted:
             self.findings.kernels[first:] = [
-                replace(kernel, macs=0.0, outputs=0.0) for kernel in self.findings.kernels[first:]
+                KernelCall(replace(call.kernel, macs=0.0, outputs=0.0)) for call in self.findings.kernels[first:]
             ]
 
     def _tensor(self, node: fx.Node, captured: Capture) -> Labelled:
@@ -237,7 +237,7 @@ class Labelling:
             labels = number[start : start + size]
             if (labels != ALWAYS).any():
                 classes[side] = torch.from_numpy(labels.astype(np.int64))
-        kernels = _sum_calls(self.findings.kernels, samples)
+        kernels = _sum_calls([_counted(call, number) for call in self.findings.kernels], samples)
         sizes = {side: self._size(side) for kernel in kernels for side in (kernel.input_side, kernel.output_side)}
         gated = tuple(k.input_side for k in kernels if k.input_side in self.findings.gated and k.input_side in classes)
         return ChannelMap(int(number.max(initial=ALWAYS)) + 1, classes, sizes, kernels, gated, self._pins())
@@ -260,18 +260,41 @@ class Labelling:
         return tuple(pins)
 
 
+def _counted(call: KernelCall, number: np.ndarray) -> Kernel:
+    """The kernel with the classes that it runs for, each as often as it is met among the rows compared to others."""
+    if call.rows is None:
+        return call.kernel
+    classes, times = np.unique(number[call.rows.numpy()], return_counts=True)
+    if (classes == ALWAYS).all():
+        return call.kernel
+    repeats = tuple(np.repeat(classes, times // np.gcd.reduce(times)).tolist())
+    return replace(
+        call.kernel, macs=call.kernel.macs / len(repeats), outputs=call.kernel.outputs / len(repeats), repeats=repeats
+    )
+
+
+def _once(kernel: Kernel) -> Kernel:
+    """The kernel with the costs of all that it runs for."""
+    times = len(kernel.repeats) or 1
+    return replace(kernel, macs=kernel.macs * times, outputs=kernel.outputs * times, repeats=())
+
+
 def _sum_calls(kernels: list[Kernel], samples: int) -> tuple[Kernel, ...]:
-    """One entry a weight: the costs of its calls added up, for one sample."""
+    """One entry a weight: the costs of its calls added up, for one sample.
+
+    Where the calls run for other channels each, no product is the costs of all: what they run for stays, then.
+    """
     summed: dict[tuple[str, int], Kernel] = {}
     for kernel in kernels:
         key = (kernel.weight, kernel.input_dim)
-        before = summed.get(key)
-        if before is None:
-            before = replace(kernel, macs=0.0, outputs=0.0)
+        before = summed.get(key, replace(kernel, macs=0.0, outputs=0.0))
+        if kernel.macs and before.macs and kernel.repeats != before.repeats:
+            kernel, before = _once(kernel), _once(before)
         summed[key] = replace(
             before,
             macs=before.macs + kernel.macs / samples,
             outputs=before.outputs + kernel.outputs / samples,
             mixes=before.mixes or kernel.mixes,
+            repeats=kernel.repeats if kernel.macs else before.repeats,
         )
     return tuple(summed.values())

@@ -51,9 +51,8 @@ class SlimPlan:
     decisions: Decisions = field(default_factory=Decisions)
 
     def flops(self, channel_map: ChannelMap) -> float:
-        """Multiply-adds of what is left, for one sample: the bilinear model at the classes that stay."""
-        count = lambda side: len(self.kept[side]) if side in self.kept else channel_map.sizes[side]  # noqa: E731
-        return sum(kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in self.kernels)
+        """Multiply-adds of what is left, for one sample."""
+        return sum(channel_map.macs(kernel, self.live) for kernel in self.kernels)
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from rewriters.channel_map import Kernel, Side
 from rewriters.labels import Labelled, varying
 from rewriters.rules.elementwise import meet
-from rewriters.rules.registry import OpCall, Result, rule, unknown
+from rewriters.rules.registry import KernelCall, OpCall, Result, rule, unknown
 
 
 def _vector(call: OpCall, value: Labelled, dim: int) -> Tensor | None:
@@ -94,7 +95,7 @@ def _note_conv(call: OpCall, kernel: Labelled, macs: float, mixes: bool) -> None
             by_group = groups >= kernel.shape[0] // groups
             outputs, dims = (pixels * groups / kernel.shape[0], (0, 1)) if by_group else (pixels * groups, (1,))
         note = Kernel(call.module, kernel.source, macs, 0 if transposed else 1, mixes, outputs, dims)
-        call.findings.kernels.append(note)
+        call.findings.kernels.append(KernelCall(note, _rows([x for x in call.args[0].layers if varying(x) == (0,)])))
         if mixes:
             call.findings.gated.add(note.input_side)
 
@@ -176,8 +177,14 @@ def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
     against = _vector(call, weight, contracted[1])
     gate = _consume(call, _vector(call, data, contracted[0]), weight, contracted[1])
     macs = data.shape[out_dim[0]] * prod(call.shape[:-2])
-    _note_matrix(call, weight, against, _vector(call, weight, out_dim[1]), macs, gate)
+    rows = _rows(_rest(data, contracted[0]))
+    _note_matrix(call, weight, against, _vector(call, weight, out_dim[1]), macs, gate, rows)
     return _outer(call, left, _rest(left, -1), right, _rest(right, -2))
+
+
+def _rows(layers: Sequence[Tensor]) -> Tensor | None:
+    """Labels of what a kernel runs once for each of, those along its rows; None where these have none, or several."""
+    return layers[0].flatten() if len(layers) == 1 else None
 
 
 def _outer(
@@ -215,8 +222,9 @@ def _for_each_head(value: Labelled, heads: int) -> Labelled:
 
 
 def _note_matrix(
-    call: OpCall, weight: Labelled, against: Tensor | None, kept: Tensor | None, macs: float, gate: bool
-) -> None:
+    call: OpCall, weight: Labelled, against: Tensor | None, kept: Tensor | None, macs: float, gate: bool,
+    rows: Tensor | None,
+) -> None:  # fmt: skip
     """A matrix kernel may have come through a transpose or a view: its labels tell which side is which."""
     into = call.space.side_of(against) if against is not None else None
     out = call.space.side_of(kept) if kept is not None else None
@@ -227,7 +235,7 @@ def _note_matrix(
     else:
         input_dim = 1
     note = Kernel(call.module, weight.source, macs, input_dim, gate, macs, (1 - input_dim,))
-    call.findings.kernels.append(note)
+    call.findings.kernels.append(KernelCall(note, rows))
     if gate and into is not None:
         call.findings.gated.add(into)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rewriters.channel_map import Kernel, Side
 from rewriters.labels import Labelled
-from rewriters.rules.registry import OpCall, Result, rule, unknown
+from rewriters.rules.registry import KernelCall, OpCall, Result, rule, unknown
 
 
 @rule("aten.mkldnn_rnn_layer")
@@ -59,6 +59,6 @@ def _labels(weight: Labelled, dim: int, size: int) -> Tensor:
 
 def _note(call: OpCall, weight: Labelled, gated: bool, positions: int) -> None:
     kernel = Kernel(call.module, str(weight.source), positions, 1, gated, positions)
-    call.findings.kernels.append(kernel)
+    call.findings.kernels.append(KernelCall(kernel))
     if gated:
         call.findings.gated.add(Side(kernel.weight, 1))

@@ -72,9 +72,23 @@ class Crossing:
     op: str
 
 
+@dataclass(frozen=True)
+class KernelCall:
+    """A call of a kernel.
+
+    Attributes:
+        kernel: with what the call costs.
+        rows: labels of the channels that it runs once for each of, as a layer across tokens does; the costs are of
+            all of them. None if it runs for no channels.
+    """
+
+    kernel: Kernel
+    rows: Tensor | None = None
+
+
 @dataclass
 class Findings:
-    """What rules note down beside labels: the kernels met, where gates may stand, what was split in two.
+    """What rules note down beside labels: the calls of kernels met, where gates may stand, what was split in two.
 
     `looks` are the statistics taken along channels, `live` says whether those of activations may be taken over
     live ones only.
@@ -82,7 +96,7 @@ class Findings:
     when all labels have met.
     """
 
-    kernels: list[Kernel] = field(default_factory=list)
+    kernels: list[KernelCall] = field(default_factory=list)
     gated: set[Side] = field(default_factory=set)
     grids: list[Tensor] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)

@@ -10,7 +10,7 @@ import autogate
 from autogate import timing
 from autogate.inputs import as_call
 from autogate.latency import Latency
-from autogate.resources import Activations, Bilinear, SideCounts
+from autogate.resources import Activations, Products, SideCounts
 from rewriters import analyse
 from rewriters.channel_map import Side
 from tests.autogate.gated_nets import ConvNet, conv_net_map
@@ -49,7 +49,7 @@ def some_live(size: int, seed: int = 0) -> torch.Tensor:
 def table(seconds: torch.Tensor, widths: torch.Tensor, classes: list[list[int]], size: int) -> Latency:
     """A resource of one layer, whose dimensions hold the given classes, and nothing else."""
     sides = SideCounts(size, [0.0, 0.0], classes)
-    return Latency(sides, widths, seconds, 0.0, Bilinear(sides, []), torch.ones(1).bool())
+    return Latency(sides, widths, seconds, 0.0, Products(sides, []), torch.ones(1).bool())
 
 
 def test_a_table_that_is_bilinear_gives_the_bilinear_resource(monkeypatch):

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autogate.proximal import alternating_relaxation, shrinkage, soft_threshold
-from autogate.resources import Bilinear, SideCounts, Term
+from autogate.resources import Products, SideCounts, Term
 
 
 @settings(max_examples=50, deadline=None)
@@ -28,9 +28,9 @@ def test_shrinkage_is_bounded_until_the_mean_price_moves_further_than_the_bound(
     torch.testing.assert_close(shrinkage(price, 0.5, 0.02), torch.tensor([0.05, 0.5, 0.5]))
 
 
-def figure_4() -> Bilinear:
+def figure_4() -> Products:
     """|x|_0 |y|_0 for x of two entries (classes 0 and 1) and y of three."""
-    return Bilinear(SideCounts(5, [0.0, 0.0], [[0, 1], [2, 3, 4]]), [Term(1.0, 0, 1)])
+    return Products(SideCounts(5, [0.0, 0.0], [[0, 1], [2, 3, 4]]), [Term(1.0, 0, 1)])
 
 
 def test_figure_4_converges():

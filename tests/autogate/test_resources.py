@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from autogate.resources import Bilinear, Flops, Params, SideCounts, Term
+from autogate.resources import Activations, Flops, Params, Products, SideCounts, Term
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from rewriters.errors import AutogateError
 from tests.autogate.gated_nets import ConvNet, conv_net_map
@@ -10,11 +10,7 @@ from tests.autogate.gated_nets import ConvNet, conv_net_map
 
 def counted_flops(channel_map: ChannelMap, live: torch.Tensor) -> float:
     """The same, by counting what `ChannelMap.kept` keeps."""
-
-    def count(side):
-        return len(channel_map.kept(side, live)) if side in channel_map.classes else channel_map.sizes[side]
-
-    return sum(kernel.macs * count(kernel.input_side) * count(kernel.output_side) for kernel in channel_map.kernels)
+    return sum(channel_map.macs(kernel, live) for kernel in channel_map.kernels)
 
 
 def some_live(size: int, seed: int = 0) -> torch.Tensor:
@@ -53,7 +49,7 @@ def test_depthwise_kernels_cost_in_one_live_count():
 
 
 def test_price_is_the_derivative_by_the_live_counts():
-    """Checked on the bilinear form itself, each class's count being a real number."""
+    """Checked on the products themselves, each class's count being a real number."""
     channel_map = conv_net_map(residual=True)
     live = some_live(channel_map.size).double().requires_grad_()
 
@@ -79,7 +75,7 @@ def test_drop_is_what_one_death_saves(residual):
 
 def test_a_class_counts_as_often_as_it_lies_on_a_side():
     """A flatten gives a linear layer's input many indices of one class."""
-    flops = Bilinear(SideCounts(2, [0.0, 10.0], [[0, 0, 0, 1, 1, 1], []]), [Term(1.0, 0, 1)])
+    flops = Products(SideCounts(2, [0.0, 10.0], [[0, 0, 0, 1, 1, 1], []]), [Term(1.0, 0, 1)])
     assert flops.whole == 60
     assert flops.price(torch.tensor([True, True])).tolist() == [30, 30]
 
@@ -111,11 +107,52 @@ def test_shared_parameters_count_once():
     assert params.value(torch.tensor([True, False, False])).item() == 4
 
 
-def test_params_refuse_three_labelled_dimensions():
-    net = nn.Conv1d(2, 2, 2)
-    classes = {Side("weight", dim): torch.arange(2) for dim in range(3)}
-    with pytest.raises(AutogateError, match="weight: it carries channels in 3 dimensions"):
-        Params(ChannelMap(2, classes, {}, (), (), ()), net)
+def test_params_may_carry_channels_in_three_dimensions_and_not_in_four():
+    classes = {Side("weight", dim): torch.arange(2) for dim in range(4)}
+    three = {side: labels for side, labels in classes.items() if side.dim < 3}
+    params = Params(ChannelMap(2, three, {}, (), (), ()), nn.Conv1d(2, 2, 2, bias=False))
+    assert params.whole == 8 and params.value(torch.tensor([True, False])).item() == 1
+    with pytest.raises(AutogateError, match="weight: it carries channels in 4 dimensions"):
+        Params(ChannelMap(2, classes, {}, (), (), ()), nn.Conv2d(2, 2, 2))
+
+
+def three_factors() -> Products:
+    """Terms of up to three ends, drawn at random; ends share classes, one class lies on an end repeatedly."""
+    draw = torch.Generator().manual_seed(0)
+    ends = [torch.randint(ALWAYS, 7, (length,), generator=draw).tolist() for length in (3, 5, 5, 8, 2)]
+    counts = SideCounts(7, [float(end.count(ALWAYS)) for end in ends], ends)
+    places = torch.randint(5, (12, 3), generator=draw).tolist()
+    terms = [Term(float(place + 1), *ends[: place % 4]) for place, ends in enumerate(places)]
+    assert {sum(end is not None for end in term[1:]) for term in terms} == {0, 1, 2, 3}
+    return Products(counts, terms)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drop_is_what_one_death_saves_of_three_factors(seed):
+    products, live = three_factors(), some_live(7, seed)
+    for label in torch.nonzero(live).flatten().tolist():
+        without = live.clone()
+        without[label] = False
+        assert products.drop(live)[label].item() == (products.value(live) - products.value(without)).item()
+
+
+def test_a_layer_that_runs_for_each_channel_of_others_costs_by_their_count():
+    """Two layers across tokens: one for channels 0, 1 and a pinned one, one for 2, which its own sides hold too."""
+    classes = {Side("b.weight", 0): torch.tensor([2, 3])}
+    sizes = {Side("a.weight", 0): 4, Side("a.weight", 1): 5, Side("b.weight", 0): 2, Side("b.weight", 1): 3}
+    kernels = (
+        Kernel("a", "a.weight", 10.0, 1, outputs=2.0, repeats=(0, 1, ALWAYS)),
+        Kernel("b", "b.weight", 1.0, 1, repeats=(2,)),
+    )
+    channel_map = ChannelMap(4, classes, sizes, kernels, (), ())
+    flops = Flops(channel_map)
+    assert flops.whole == 10 * 20 * 3 + 1 * 6 * 1
+    live = torch.tensor([True, False, True, True])
+    assert flops.value(live).item() == 10 * 20 * 2 + 6 == counted_flops(channel_map, live)
+    assert flops.price(live).tolist() == [200, 200, 3 + 6, 3]
+    assert flops.drop(live)[2].item() == 6
+    model = nn.ModuleDict({"a": nn.Linear(5, 4), "b": nn.Linear(3, 2)})
+    assert Activations(channel_map, model).value(live).item() == 4 * 2.0 * 4 * 2
 
 
 def test_a_map_without_classes_has_a_value():

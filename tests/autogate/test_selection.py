@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from autogate.resources import Bilinear, Flops, SideCounts, Term
+from autogate.resources import Flops, Products, SideCounts, Term
 from autogate.schedule import Schedule
 from autogate.selection import Group, Selection, groups_of, keep_counts
 from autogate.targets import Target, Targets
@@ -11,11 +11,11 @@ from rewriters.channel_map import ALWAYS, ChannelMap, Side
 from tests.autogate.gated_nets import conv_net_map, flops_target
 
 
-def priced(prices: list[float]) -> Bilinear:
+def priced(prices: list[float]) -> Products:
     """Every class costs its own price, whatever the others do."""
     size = len(prices)
     ends = SideCounts(size, [0.0] * size, [[label] for label in range(size)])
-    return Bilinear(ends, [Term(price, label) for label, price in enumerate(prices)])
+    return Products(ends, [Term(price, label) for label, price in enumerate(prices)])
 
 
 def target(prices: list[float], share: float) -> Targets:

@@ -9,7 +9,7 @@ from torch import Tensor
 from autogate.learning import Gates, Learner
 from autogate.polarization import gate_value
 from autogate.proximal import soft_threshold
-from autogate.resources import Bilinear, SideCounts, Term
+from autogate.resources import Products, SideCounts, Term
 from autogate.schedule import Schedule
 from autogate.selection import Group
 from autogate.sensitivity import observed, price_per_sensitivity
@@ -25,7 +25,7 @@ def learner(sizes: list[int], prices: list[float], share: float) -> Learner:
         ends.append(list(range(start, start + size)))
         start += size
     counts = SideCounts(start, [0.0] * len(sizes), ends)
-    resource = Bilinear(counts, [Term(price, end) for end, price in enumerate(prices)])
+    resource = Products(counts, [Term(price, end) for end, price in enumerate(prices)])
     targets = Targets([Target(resource, share)])
     return Learner(targets, Schedule(STEPS, keep=0.0), [Group(tuple(end)) for end in ends])
 

@@ -1,5 +1,6 @@
 """The channel map as a value: members, groups, graph, what is kept, and what kernels cost."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
+from benchmarks.parts import PRODUCTS_WITH_KERNELS, recorded_flops
 from rewriters.analysis import analyse
 from rewriters.channel_map import ALWAYS, Side, distinct, gather
 from tests.rewriters.exactness import random_live, slim
-from tests.rewriters.helpers import conv
+from tests.rewriters.helpers import Net, conv
 from tests.rewriters.random_networks import build, random_recipe
 
 
@@ -119,11 +121,8 @@ def counted(model, args, kwargs):
 
 
 def modelled(channel_map, live):
-    """The same from the kernels' own costs and the live channels on their two sides."""
-    size = lambda side: (  # noqa: E731
-        len(channel_map.kept(side, live)) if side in channel_map.classes else channel_map.sizes[side]
-    )
-    return sum(kernel.macs * size(kernel.input_side) * size(kernel.output_side) for kernel in channel_map.kernels)
+    """The same from the kernels' own costs and the live channels."""
+    return sum(channel_map.macs(kernel, live) for kernel in channel_map.kernels)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -137,6 +136,50 @@ def test_kernels_cost_what_fvcore_counts(share):
 def test_costs_are_for_one_sample():
     one, four = (analyse(Residual().eval(), (torch.randn(batch, 3, 8, 8),)).channel_map for batch in (1, 4))
     assert [kernel.macs for kernel in one.kernels] == [kernel.macs for kernel in four.kernels]
+
+
+def tokens(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """A mixer's layers across tokens: once for each channel."""
+    return m.out(m.wide(m.a(x).flatten(2)).relu().matmul(m.narrow.weight.t()).mean(2))
+
+
+def by_head(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """A layer that reads what is in a head: once for each head."""
+    rows = m.a(x).flatten(2).transpose(1, 2).unflatten(2, (3, 2)).transpose(1, 2)
+    scores = (rows @ rows.transpose(2, 3)).softmax(-1) @ rows
+    return m.out(m.head(scores).transpose(1, 2).flatten(2).mean(1))
+
+
+def by_image(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """A convolution that takes each channel for an image of its own."""
+    x = m.a(x)
+    return m.out(m.one(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2]).mean((2, 3, 4)))
+
+
+REPEATED = {
+    "tokens": (tokens, {"wide": nn.Linear(64, 8), "narrow": nn.Linear(8, 4), "out": nn.Linear(6, 2)}),
+    "heads": (by_head, {"head": nn.Linear(2, 3), "out": nn.Linear(9, 2)}),
+    "images": (by_image, {"one": conv(1, 3, 3), "out": nn.Linear(6, 2)}),
+    "several": (
+        lambda m, x: m.out(m.wide(m.a(x).flatten(2)).mean(2)) + m.other(m.wide(m.b(x).flatten(2)).mean(2)),
+        {"wide": nn.Linear(64, 8), "out": nn.Linear(6, 2), "b": conv(3, 5), "other": nn.Linear(5, 2)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_layer_that_runs_for_each_channel_of_others_costs_by_how_many_are_left(name, batch):
+    forward, layers = REPEATED[name]
+    x = torch.randn(batch, 3, 8, 8)
+    model = Net(forward, a=conv(3, 6), **copy.deepcopy(layers)).eval()
+    dense = recorded_flops(model, ((x,), {}), of=PRODUCTS_WITH_KERNELS)
+    slimmed = slim(model, (x,), share=0.5, seed=2)
+    found, everything = slimmed.analysis.channel_map, torch.ones(slimmed.analysis.channel_map.size, dtype=torch.bool)
+    assert modelled(found, everything) == dense
+    left = recorded_flops(slimmed.model, ((x,), {}), of=PRODUCTS_WITH_KERNELS)
+    cost = modelled(found, slimmed.plan.live)
+    assert left < cost if name == "several" else left == cost
 
 
 PLAIN = ("Plain", "Residual", "Depthwise", "Grouped", "CrossStage", "Res2", "Dense", "Ghost", "Transposed", "Shared")
