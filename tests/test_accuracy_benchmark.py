@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from benchmarks.accuracy.data import Data, held_out, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.models import MODELS, ResNet
 from benchmarks.accuracy.recipe import Recipe, fit, loss
-from benchmarks.accuracy.table import results, rows, write
+from benchmarks.accuracy.table import results, rows, table, write
 
 PUBLISHED = {"resnet20": 0.27e6, "resnet56": 0.85e6, "vgg16": 14.7e6, "mobilenetv2": 2.2e6}
 """Parameters: He et al., table 6; Liu et al., Network Slimming's VGG without its two linear layers; Sandler et al.'s
@@ -61,19 +63,36 @@ def test_the_held_out_images_are_no_training_images():
     assert torch.equal(train.images[:, 0, 0, 0], train.labels)
 
 
+def leave_runs(folder: Path, method: str, target: float, accuracies: list[float], **others: Any) -> None:
+    for seed, accuracy in enumerate(accuracies):
+        run = {"model": "resnet20", "set": [], "method": method, "flops_target": target, "seed": seed, "epochs": 10,
+               "accuracy": accuracy, "flops_left": target - 0.01, "params_left": 0.4, **others}  # fmt: skip
+        (folder / f"{method}_{target}_{seed}_{len(others)}.json").write_text(json.dumps(run))
+
+
 def test_the_table_has_the_mean_and_its_standard_error(tmp_path):
-    for seed, accuracy in enumerate((80.0, 81.0, 82.0)):
-        run = {"model": "resnet20", "set": [], "method": "autogate", "flops_target": 0.5, "seed": seed, "epochs": 10,
-               "accuracy": accuracy, "flops_left": 0.49, "params_left": 0.4}  # fmt: skip
-        (tmp_path / f"{seed}.json").write_text(json.dumps(run))
-        (tmp_path / f"trial_{seed}.json").write_text(json.dumps(run | {"set": ["learning.ALPHA_RATE=1"]}))
+    leave_runs(tmp_path, "autogate", 0.5, [80.0, 81.0, 82.0])
+    leave_runs(tmp_path, "autogate", 0.5, [85.0, 86.0, 87.0], set=["learning.ALPHA_RATE=1"])
     (tmp_path / "dense.json").write_text(json.dumps({"accuracy": 90.0}))
     (row,) = rows(results(tmp_path))
-    assert row.mean == 81 and row.error == pytest.approx(1 / 3**0.5) and len(row.accuracies) == 3
+    assert row.mean == 81 and row.error == pytest.approx(1 / 3**0.5) and len(row.by_seed) == 3
     pytest.importorskip("matplotlib")
     write(tmp_path, tmp_path / "docs")
-    assert "| 0.5 | autogate | 0.490 | 0.400 | 81.00 ± 0.58 | 3 |" in (tmp_path / "docs" / "accuracy.md").read_text()
+    page = (tmp_path / "docs" / "accuracy.md").read_text()
+    assert "| 0.5 | autogate | 0.490 | 0.400 | 81.00 ± 0.58 | 80.00, 81.00, 82.00 |  |" in page
     assert "<svg" in (tmp_path / "docs" / "accuracy.svg").read_text()
+
+
+def test_methods_are_compared_from_one_and_the_same_network(tmp_path):
+    leave_runs(tmp_path, "autogate", 0.5, [80.0, 84.0])
+    leave_runs(tmp_path, "autogate", 0.3, [79.0, 83.0])
+    leave_runs(tmp_path, "l1", 0.5, [79.0, 82.0, 99.0])
+    leave_runs(tmp_path, "l1", 0.3, [78.0])
+    leave_runs(tmp_path, "dense", 1.0, [81.0, 85.0])
+    text = table("resnet20", rows(results(tmp_path)))
+    assert "| 79.00, 82.00, 99.00 | +1.50 ± 0.50 |" in text
+    assert "| 78.00 | +1.00 |" in text
+    assert "| 81.00, 85.00 | -1.00 ± 0.00 at 0.5, -2.00 ± 0.00 at 0.3 |" in text
 
 
 def test_other_schedules_can_be_tried(monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ PAGE = """# Accuracy at equal FLOPs and equal epochs
     python -m benchmarks.accuracy run --data FOLDER --out runs/accuracy
 
 On CIFAR-10. Every method starts from the same trained networks and spends the same epochs, images, augmentation,
-optimizer and seeds. Means over seeds, with their standard errors. "dense" trains on for as many epochs, unslimmed.
+optimizer and seeds. Means over seeds, with their standard errors. "dense" trains on for as many epochs, unslimmed. How
+far autogate is ahead is the mean over pairs that start from the same network, which the seeds of one method differ by.
 
 {tables}
 """
@@ -24,19 +25,28 @@ class Row(NamedTuple):
 
     method: str
     flops_target: float
-    accuracies: tuple[float, ...]
+    by_seed: Mapping[int, float]
     flops_left: float
     params_left: float
 
     @property
     def mean(self) -> float:
-        return statistics.mean(self.accuracies)
+        return statistics.mean(self.by_seed.values())
 
     @property
     def error(self) -> float | None:
         """Standard error of the mean; None for a single seed."""
-        seeds = len(self.accuracies)
-        return statistics.stdev(self.accuracies) / seeds**0.5 if seeds > 1 else None
+        return standard_error(list(self.by_seed.values()))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def ahead(row: Row, of: Row) -> list[float]:
+    """By how much one row's accuracy lies above another's, for each network that both start from."""
+    return [row.by_seed[seed] - of.by_seed[seed] for seed in sorted(row.by_seed.keys() & of.by_seed.keys())]
 
 
 def results(folder: Path) -> list[dict]:
@@ -52,7 +62,7 @@ def rows(found: Iterable[dict]) -> list[Row]:
         by_case.setdefault((result["method"], result["flops_target"]), []).append(result)
     made = [
         Row(
-            method, target, tuple(result["accuracy"] for result in cases),
+            method, target, {result["seed"]: result["accuracy"] for result in cases},
             statistics.mean(result["flops_left"] for result in cases),
             statistics.mean(result["params_left"] for result in cases),
         )
@@ -61,17 +71,37 @@ def rows(found: Iterable[dict]) -> list[Row]:
     return sorted(made, key=lambda row: (-row.flops_target, -row.mean))
 
 
-def table(title: str, of: Iterable[Row]) -> str:
+def table(title: str, of: Sequence[Row]) -> str:
     """In Markdown."""
-    lines = [f"## {title}\n", "| FLOPs asked | method | FLOPs left | parameters left | accuracy (%) | seeds |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = [
+        f"## {title}\n",
+        "| FLOPs asked | method | FLOPs left | parameters left | accuracy (%) | by seed | autogate ahead by |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in of:
-        error = "" if row.error is None else f" ± {row.error:.2f}"
+        by_seed = ", ".join(f"{accuracy:.2f}" for _, accuracy in sorted(row.by_seed.items()))
         lines.append(
             f"| {row.flops_target:g} | {row.method} | {row.flops_left:.3f} | {row.params_left:.3f} "
-            f"| {row.mean:.2f}{error} | {len(row.accuracies)} |"
+            f"| {_with_error(row.mean, row.error)} | {by_seed} | {_leads(row, of)} |"
         )
     return "\n".join(lines)
+
+
+def _with_error(mean: float, error: float | None, form: str = ".2f") -> str:
+    return f"{mean:{form}}" if error is None else f"{mean:{form}} ± {error:.2f}"
+
+
+def _leads(row: Row, of: Sequence[Row]) -> str:
+    """How far autogate is ahead of a method at the same target, of dense training at each."""
+    found = []
+    for own in of:
+        dense = row.method == "dense"
+        if own.method == "autogate" != row.method and (dense or own.flops_target == row.flops_target):
+            lead = ahead(own, row)
+            if lead:
+                told = _with_error(statistics.mean(lead), standard_error(lead), "+.2f")
+                found.append(f"{told} at {own.flops_target:g}" if dense else told)
+    return ", ".join(found)
 
 
 def draw(by_model: dict[str, list[Row]], path: Path) -> None:
