@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ALWAYS, ChannelMap
+from rewriters.errors import TraceError
 from rewriters.following import patched
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
 from rewriters.preserving import set_modes, without_caches
 from rewriters.propagate import Labelling
-from rewriters.proxies import TraceError
 from rewriters.resizing import Cut
 from rewriters.rules import Findings, Look, creation, find_rule, mixing, movement
 from rewriters.rules.kernels import convolution

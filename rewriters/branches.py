@@ -24,10 +24,9 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis
 from rewriters.capture import ModuleCall
 from rewriters.channel_map import ALWAYS
-from rewriters.errors import SurgeryError
+from rewriters.errors import SurgeryError, TraceError
 from rewriters.forward import bind_arguments, out_of_place
 from rewriters.labels import Labelled
-from rewriters.proxies import TraceError
 from rewriters.resizing import Cut, Unwritable, sweep
 from rewriters.rules import find_rule
 from rewriters.rules.elementwise import elementwise

@@ -24,6 +24,10 @@ class CaptureError(AutogateError):
     """The model's forward could not be recorded: its control flow hangs on the values of tensors, for instance."""
 
 
+class TraceError(AutogateError):
+    """A module's forward cannot be followed by torch.fx."""
+
+
 class SurgeryError(AutogateError):
     """A module could not be rewritten for the channels that are left; `finalize` raises it."""
 

@@ -20,7 +20,8 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace
 from torch.utils._pytree import tree_leaves
 
-from rewriters.proxies import TraceError, Valued
+from rewriters.errors import TraceError
+from rewriters.proxies import Valued
 
 _FACTORIES = {
     "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",

@@ -7,11 +7,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
-from rewriters.errors import AutogateError
-
-
-class TraceError(AutogateError):
-    """A module's forward cannot be followed by torch.fx."""
+from rewriters.errors import TraceError
 
 
 class Valued(fx.Proxy):

@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 from rewriters.analysis import Analysis
 from rewriters.channel_map import Side
 from rewriters.decisions import Decisions
-from rewriters.errors import SurgeryError
-from rewriters.proxies import TraceError
+from rewriters.errors import SurgeryError, TraceError
 from rewriters.resizing import Cut, Unwritable
 from rewriters.shortcuts import Shortcut
 from rewriters.slimming import SlimPlan

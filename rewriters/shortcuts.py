@@ -20,12 +20,11 @@ from torch import Tensor, fx, nn
 
 from rewriters.branches import is_under
 from rewriters.capture import Capture, capture
-from rewriters.errors import AutogateError
+from rewriters.errors import AutogateError, TraceError
 from rewriters.forward import RewrittenForward, out_of_place
 from rewriters.journal import Journal
 from rewriters.preserving import set_modes
 from rewriters.propagate import Labelling
-from rewriters.proxies import TraceError
 from rewriters.residual import ADDS, ResidualAdd, coupling, residual_adds
 from rewriters.rules import Findings
 from rewriters.traced import Traced, by_mode, trace_modes

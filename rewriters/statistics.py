@@ -19,10 +19,10 @@ from torch import Tensor, fx, nn
 
 from rewriters.attention import keep_layers_apart
 from rewriters.channel_map import ALWAYS, ChannelMap, Statistic
+from rewriters.errors import TraceError
 from rewriters.forward import LiveForward
 from rewriters.journal import Journal
 from rewriters.live import FORMS, FORMS_BY_PLACE, LiveStatistic
-from rewriters.proxies import TraceError
 from rewriters.rules import Look
 
 

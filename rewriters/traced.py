@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, ModuleCall
+from rewriters.errors import TraceError
 from rewriters.forward import stands_in
 from rewriters.labels import Labelled
 from rewriters.preserving import set_modes
 from rewriters.propagate import Labelling
-from rewriters.proxies import TraceError
 from rewriters.resizing import Cut, Resizer
 from rewriters.tracing import AskedMode, trace
 

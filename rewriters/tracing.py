@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.capture import Capture, ModuleCall, only_restrides
+from rewriters.errors import TraceError
 from rewriters.following import AUTOCAST, followed, unfollowed
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
 from rewriters.preserving import attributes_preserved
 from rewriters.propagate import Labelling
-from rewriters.proxies import TraceError, Valued
+from rewriters.proxies import Valued
 from rewriters.rules import Findings, OpCall
 from rewriters.rules.elementwise import meet
 from rewriters.without_data import on_fakes

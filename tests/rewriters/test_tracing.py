@@ -13,9 +13,9 @@ from torch import nn
 
 from rewriters.analysis import analyse
 from rewriters.channel_map import Side
+from rewriters.errors import TraceError
 from rewriters.forward import RewrittenForward, ShapeGuardError
 from rewriters.labels import Labelled
-from rewriters.proxies import TraceError
 from rewriters.resizing import Cut, Resizer
 from rewriters.tracing import trace
 from rewriters.verify import relative_error, run_eval
