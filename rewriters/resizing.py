@@ -278,15 +278,13 @@ class Resizer:
         )
 
     def _left_out(self, node: fx.Node, tensors: list[Tensor]) -> set[int]:
-        """Dimensions whose size has no part in a roll or a concatenation: without labels, and as long everywhere."""
+        """Dimensions that a roll or a concatenation can be compared without: nothing is labelled along them."""
         dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims")
         in_one_row = dims is None or dims in ((), [])
         ops, values = set(node.meta["ops"]), [self._labels(tensor) for tensor in tensors]
         if not ops <= _ROLLING_OR_JOINING or (ops <= _ROLLING and in_one_row) or len({v.ndim for v in values}) > 1:
             return set()
-        labelled = set[int]().union(*map(_labelled, values))
-        return {dim for dim, sizes in enumerate(zip(*(v.shape for v in values), strict=True))
-                if dim not in labelled and len(set(sizes)) == 1}  # fmt: skip
+        return set(range(values[0].ndim)).difference(*map(_labelled, values))
 
     def _reshapes(self, operand: Tensor, result: Tensor) -> bool:
         """As `_commutes`, for a tensor that is reshaped to the right shape."""

@@ -145,6 +145,8 @@ def test_a_layer_that_runs_for_each_channel_of_others_costs_by_their_count():
         Kernel("b", "b.weight", 1.0, 1, repeats=(2,)),
     )
     channel_map = ChannelMap(4, classes, sizes, kernels, (), ())
+    assert channel_map.reached(kernels[0])
+    assert not channel_map.reached(Kernel("a", "a.weight", 10.0, 1, repeats=(ALWAYS, ALWAYS)))
     flops = Flops(channel_map)
     assert flops.whole == 10 * 20 * 3 + 1 * 6 * 1
     live = torch.tensor([True, False, True, True])

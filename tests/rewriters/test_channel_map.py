@@ -146,8 +146,8 @@ def tokens(m: Net, x: torch.Tensor) -> torch.Tensor:
 def by_head(m: Net, x: torch.Tensor) -> torch.Tensor:
     """A layer that reads what is in a head: once for each head."""
     rows = m.a(x).flatten(2).transpose(1, 2).unflatten(2, (3, 2)).transpose(1, 2)
-    scores = (rows @ rows.transpose(2, 3)).softmax(-1) @ rows
-    return m.out(m.head(scores).transpose(1, 2).flatten(2).mean(1))
+    found = (rows @ rows.transpose(2, 3)).softmax(-1) @ rows
+    return m.out((found * m.head(found).sigmoid()).transpose(1, 2).flatten(2).mean(1))
 
 
 def by_image(m: Net, x: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ def by_image(m: Net, x: torch.Tensor) -> torch.Tensor:
 
 REPEATED = {
     "tokens": (tokens, {"wide": nn.Linear(64, 8), "narrow": nn.Linear(8, 4), "out": nn.Linear(6, 2)}),
-    "heads": (by_head, {"head": nn.Linear(2, 3), "out": nn.Linear(9, 2)}),
+    "heads": (by_head, {"head": nn.Linear(2, 1), "out": nn.Linear(6, 2)}),
     "images": (by_image, {"one": conv(1, 3, 3), "out": nn.Linear(6, 2)}),
     "several": (
         lambda m, x: m.out(m.wide(m.a(x).flatten(2)).mean(2)) + m.other(m.wide(m.b(x).flatten(2)).mean(2)),
@@ -180,6 +180,28 @@ def test_a_layer_that_runs_for_each_channel_of_others_costs_by_how_many_are_left
     left = recorded_flops(slimmed.model, ((x,), {}), of=PRODUCTS_WITH_KERNELS)
     cost = modelled(found, slimmed.plan.live)
     assert left < cost if name == "several" else left == cost
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_a_layer_runs_for_does_not_hang_on_the_batch(name):
+    forward, layers = REPEATED[name]
+    model = Net(forward, a=conv(3, 6), **copy.deepcopy(layers)).eval()
+    one, three = (analyse(model, (torch.randn(batch, 3, 8, 8),)).channel_map for batch in (1, 3))
+    assert one.kernels == three.kernels
+    if name != "several":
+        assert any(kernel.repeats for kernel in one.kernels) and all(map(one.reached, one.kernels))
+
+
+def test_what_runs_in_train_mode_too_is_counted_once():
+    """An auxiliary head makes a second recording, in train mode: the layer across tokens is in both."""
+    inner = Net(tokens, a=conv(3, 6), **copy.deepcopy(REPEATED["tokens"][1])).eval()
+    x = torch.randn(2, 3, 8, 8)
+    alone = analyse(inner, (x,)).channel_map.kernels
+    forward = lambda m, x: m.aux(m.inner(x)) if m.training else m.inner(x)  # noqa: E731
+    *both, aux = analyse(Net(forward, inner=inner, aux=nn.Linear(2, 2)).eval(), (x,)).channel_map.kernels
+    assert aux.weight == "aux.weight" and aux.macs == 0
+    assert [(kernel.macs, kernel.repeats) for kernel in both] == [(kernel.macs, kernel.repeats) for kernel in alone]
+    assert any(kernel.repeats for kernel in both)
 
 
 PLAIN = ("Plain", "Residual", "Depthwise", "Grouped", "CrossStage", "Res2", "Dense", "Ghost", "Transposed", "Shared")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriters.channel_map import ALWAYS
+from rewriters.rules import RULES, movement
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, analysed, classes, conv, image, is_pinned, mapped, reasons
 
@@ -14,6 +15,11 @@ def test_cat_concatenates_channels():
     found = mapped(lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1)), a=conv(3, 2), b=conv(3, 3), c=conv(5, 2))
     assert classes(found, "c.weight", 1) == classes(found, "a.weight", 0) + classes(found, "b.weight", 0)
     assert found.size == 5
+
+
+def test_every_rule_here_but_padding_is_checked_as_a_move():
+    rules = {rule for rule in RULES.values() if rule.__module__ == movement.__name__}
+    assert rules - {movement.pad} == set(movement.RULES_THAT_MOVE)
 
 
 def test_a_forward_that_only_reorders_dimensions_holds_no_size_and_is_not_traced():
