@@ -2,12 +2,14 @@
 
     python -m benchmarks.coverage --out runs/coverage.jsonl --jobs 2
     python -m benchmarks.coverage --sample one-per-file --out runs/sample.jsonl
-    python -m benchmarks.coverage --models "vit_*" "torchvision:*" --peer --out runs/some.jsonl
+    python -m benchmarks.coverage --models "vit_*" "torchvision:*" --out runs/some.jsonl
+    python -m benchmarks.coverage --method torch-pruning --out runs/peer.jsonl
 
 Each model is measured in a process of its own, under a limit of memory and of time, and gets a line of JSON.
 Models that the output file has already are passed over. Weights are random, norms' statistics too. Each process sees a
 small model first: imports, and what else is done once, are charged to none. Memory is read as Linux tells it. The
-line's fields are those of `Result`; `python -m benchmarks.coverage_table` writes docs/coverage.md from them.
+line's fields are those of `Result`, or `peer` for the other method; `python -m benchmarks.coverage_table` writes
+docs/coverage.md from the lines of both.
 """
 
 from __future__ import annotations
@@ -41,12 +43,13 @@ from benchmarks.model_lists import Listed, listed, smallest_of_each_file
 from benchmarks.parts import (
     PRODUCTS_WITH_KERNELS,
     append,
-    finalize_compared,
     kill,
     lines,
     randomise_constants,
     randomise_norms,
     recorded_flops,
+    settle_norms,
+    spread,
 )
 from benchmarks.peer import torch_pruning
 from rewriters.capture import capture
@@ -94,17 +97,18 @@ class Result:
             empty if in nothing.
         error: the failure's text.
         difference: largest relative difference of gated and slim outputs, in float32.
+        spread: how far the gated outputs of two samples lie apart, over their size: below it no difference counts.
         double_difference: the same in float64, where float32's is larger than `SINGLE`.
         reach: share of the FLOPs in layers with a gate on their input or output side.
         left: share of the FLOPs with half of the classes dead, mean of three patterns.
         classes: number of gates.
         prepare_s, finalize_s: seconds of processor time, on one thread.
-        prepare_bytes: by how much prepare's peak of memory lay above what the process had before it.
+        prepare_bytes: by how much prepare's peak of memory lay above what the process had before it, pages of
+            libraries' code not counted.
         model_bytes: of parameters and buffers.
         graph_bytes: by how much the process grew by capturing the model's graph.
         peak_bytes: the process's peak at the end.
         pinned: FLOPs out of gates' reach, as a share, by the op and reason that pin a side of such a layer.
-        peer: what torch-pruning did with the same model (see `benchmarks.peer`).
     """
 
     model: str
@@ -115,6 +119,7 @@ class Result:
     step: str = ""
     error: str = ""
     difference: float | None = None
+    spread: float | None = None
     double_difference: float | None = None
     reach: float | None = None
     left: float | None = None
@@ -126,7 +131,6 @@ class Result:
     graph_bytes: int | None = None
     peak_bytes: int | None = None
     pinned: dict[str, float] = field(default_factory=dict)
-    peer: dict[str, Any] = field(default_factory=dict)
 
 
 def build(one: Listed, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Inputs]:
@@ -153,25 +157,29 @@ def measure(one: Listed) -> Iterator[Result]:
     yield result
     result.step = "prepare"
     result.graph_bytes = _graph_bytes(model, inputs)
-    highest, before = _peak_bytes(), _forget_peak()
+    highest, before = _memory("VmHWM"), _memory("RssAnon")
+    _forget_peak()
     start = time.process_time()
     model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
-    result.prepare_s, result.prepare_bytes = time.process_time() - start, _peak_bytes() - before
+    result.prepare_s = time.process_time() - start
+    result.prepare_bytes = _memory("VmHWM") - _memory("RssFile") - before
     _read_summary(result, model, flops)
     yield result
     result.step = "kill"
     kill(model, DEAD, SEEDS[0])
+    settle_norms(model, inputs)
     result.step = "finalize"
     yield result
-    result.difference, result.finalize_s = _finalize(model, inputs)
+    result.difference, result.spread, result.finalize_s = _finalize(model, inputs)
     if not result.difference <= SINGLE:
         result.step = "float64"
         yield result
         model, inputs = build(one, torch.float64)
         model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
         kill(model, DEAD, SEEDS[0])
-        result.double_difference, _ = _finalize(model, inputs)
-    result.step, result.peak_bytes = "", max(highest, _peak_bytes())
+        settle_norms(model, inputs)
+        result.double_difference, *_ = _finalize(model, inputs)
+    result.step, result.peak_bytes = "", max(highest, _memory("VmHWM"))
     yield result
 
 
@@ -198,10 +206,15 @@ def small() -> tuple[nn.Module, torch.Tensor]:
     return Small(), torch.zeros(2, 3, 8, 8)
 
 
-def _forget_peak() -> int:
-    """From here on the process's peak of memory is counted anew; returns the bytes that it has now."""
+def _forget_peak() -> None:
+    """From here on the process's peak of memory is counted anew."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _peak_bytes()
+
+
+def _memory(of: str) -> int:
+    """Bytes of memory: "VmHWM", this process's peak; "RssAnon", what it has now; "RssFile", files mapped into it."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{of}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def _graph_bytes(model: nn.Module, inputs: Inputs) -> int | None:
@@ -222,25 +235,26 @@ def _graph_bytes(model: nn.Module, inputs: Inputs) -> int | None:
 
 
 def _tell_graph_bytes(model: nn.Module, inputs: Inputs, to: Connection) -> None:
-    before = _anonymous_bytes()
+    before = _memory("RssAnon")
     with contextlib.suppress(autogate.AutogateError):
         captured = capture(model.eval(), *inputs)
-        to.send(_anonymous_bytes() - before)
+        to.send(_memory("RssAnon") - before)
         del captured  # until here it has to live
 
 
-def _anonymous_bytes() -> int:
-    """Memory that this process has now, files that are mapped into it not counted."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
+    """(relative difference of the outputs that finalize compares, their spread, seconds); told and not judged."""
+    found: list[tuple[float, float]] = []
 
+    def note(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+        found.append((rewriters.relative_error(got, wanted), spread(wanted)))
+        return 0.0
 
-def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
-    """(relative difference, seconds); the difference is told and not judged."""
-    tolerant = dict.fromkeys(autogate.api.TOLERANCE, float("inf"))
-    with mock.patch.dict(autogate.api.TOLERANCE, tolerant):
+    with mock.patch.object(autogate.api, "relative_error", note):
         start = time.process_time()
-        return finalize_compared(model, inputs), time.process_time() - start
+        autogate.finalize(model, inputs[0] or inputs[1], warn=False)
+        ((difference, told),) = found
+        return difference, told, time.process_time() - start
 
 
 def _read_summary(result: Result, model: nn.Module, flops: float) -> None:
@@ -281,10 +295,6 @@ def _out_of_reach(channel_map: rewriters.ChannelMap) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure_here(one: Listed, out: Path) -> None:
     """Measure in this process; `out` holds what is known at any moment, for a process may be ended."""
     result = Result(one.name, one.family, one.arguments)
@@ -300,16 +310,28 @@ def measure_here(one: Listed, out: Path) -> None:
     out.write_text(json.dumps(asdict(result)))
 
 
-def measure_apart(one: Listed, peer: bool, limits: Limits) -> dict[str, Any]:
-    """Measure in processes of their own, autogate and the peer."""
+_TOLD = {"step", "error", "reach", "left", "difference", "double_difference", "spread", "prepare_s"}
+
+
+def measure_autogate(one: Listed, limits: Limits) -> dict[str, Any]:
+    """A line of `Result`, measured in a process of its own."""
     result, ended = _apart(measure_here, one, limits)
     result = result or asdict(Result(one.name, one.family, one.arguments, step="build"))
     if ended:
         result["error"], result["step"] = f"in {result['step']}: {ended}", "time" if limits.told in ended else "crash"
-    if peer:
-        done, ended = _apart(_measure_peer, one, replace(limits, seconds=min(limits.seconds, PEER_SECONDS)))
-        result["peer"] = done or {"seconds": None, "left": None, "error": ended}
+    print(one.name, {key: value for key, value in result.items() if value and key in _TOLD}, flush=True)
     return result
+
+
+def measure_peer(one: Listed, limits: Limits) -> dict[str, Any]:
+    """What Torch-Pruning does with a model (see `benchmarks.peer`), measured in a process of its own."""
+    done, ended = _apart(_measure_peer, one, replace(limits, seconds=min(limits.seconds, PEER_SECONDS)))
+    peer = done or {"seconds": None, "left": None, "error": ended}
+    print(f"{one.name}: {peer}", flush=True)
+    return {"model": one.name, "peer": peer}
+
+
+METHODS = {"autogate": measure_autogate, "torch-pruning": measure_peer}
 
 
 def _measure_peer(one: Listed, out: Path) -> None:
@@ -349,7 +371,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--memory", type=float, default=20.0, help="GiB a model may take")
     parser.add_argument("--timeout", type=int, default=600, help="seconds of processor time a model may take")
-    parser.add_argument("--peer", action="store_true", help="the same with torch-pruning")
+    parser.add_argument("--method", choices=list(METHODS), default="autogate")
     args = parser.parse_args()
     every = listed(args.size)
     models = list(dict.fromkeys(one for p in args.models for one in every if fnmatch.fnmatchcase(one.name, p)))
@@ -359,16 +381,9 @@ def main() -> None:
     left = [one for one in models if one.name not in done]
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(args.jobs))
-        apart = lambda one: measure_apart(one, args.peer, Limits(args.memory, args.timeout))  # noqa: E731
-        for number, future in enumerate(as_completed([pool.submit(apart, one) for one in left]), start=1):
-            result = future.result()
-            append(args.out, result)
-            told = f"{result['step']} {result['error']}"[:150] if result["step"] else _told(result)
-            print(f"{number}/{len(left)} {result['model']}: {told}", flush=True)
-
-
-def _told(result: dict[str, Any]) -> str:
-    return f"reach {result['reach']:.1%}, {result['left']:.3f} left, difference {result['difference']:.1e}"
+        apart = lambda one: METHODS[args.method](one, Limits(args.memory, args.timeout))  # noqa: E731
+        for future in as_completed([pool.submit(apart, one) for one in left]):
+            append(args.out, future.result())
 
 
 if __name__ == "__main__":

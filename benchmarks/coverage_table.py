@@ -1,6 +1,6 @@
 """docs/coverage.md from the lines that `benchmarks/coverage.py` measured.
 
-python -m benchmarks.coverage_table runs/coverage.jsonl --out docs/coverage.md
+python -m benchmarks.coverage_table runs/coverage.jsonl runs/peer.jsonl --out docs/coverage.md
 """
 
 from __future__ import annotations
@@ -44,6 +44,14 @@ the graph. A small model is prepared first: what a process does but once isn't c
 """
 
 
+def joined(found: Iterable[Line]) -> list[Line]:
+    """A line a model, of what both methods' files say of it; none for those that autogate hasn't been tried on."""
+    by_model: dict[str, Line] = {}
+    for line in found:
+        by_model.setdefault(line["model"], {}).update(line)
+    return [line for line in by_model.values() if "family" in line]
+
+
 def exact(line: Line) -> bool:
     """Whether gated and slim outputs are the same to rounding."""
     if line["step"]:
@@ -71,7 +79,7 @@ def document(results: list[Line], options: str) -> str:
         _low(tried),
         _shallow(tried),
     ]
-    if any(line["peer"] for line in tried):
+    if any(line.get("peer") for line in tried):
         parts.append(_peers(tried))
     return "\n".join(part for part in parts if part)
 
@@ -151,15 +159,16 @@ def _low(tried: list[Line]) -> str:
 
 
 def _shallow(tried: list[Line]) -> str:
-    shallow = [line for line in tried if line.get("arguments")]
-    if not shallow:
+    fewer = [(line["model"], {key: value for key, value in line["arguments"].items() if key != "img_size"})
+             for line in tried]  # fmt: skip
+    rows = [(model, arguments) for model, arguments in fewer if arguments]
+    if not rows:
         return ""
-    rows = [(line["model"], line["arguments"]) for line in shallow]
     return "## With fewer blocks\n\nWhole, these don't fit in 20 GiB.\n\n" + _table(("model", "built with"), rows)
 
 
 def _peers(tried: list[Line]) -> str:
-    both = [line for line in tried if line["peer"]]
+    both = [line for line in tried if line.get("peer")]
     theirs = [line for line in both if not line["peer"]["error"]]
     timed = [line for line in theirs if line["prepare_s"] is not None]
     rows = [
@@ -199,11 +208,11 @@ def _table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("results", type=Path, nargs="+", help="of both methods")
     parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
     parser.add_argument("--options", default="--out runs/coverage.jsonl", help="what benchmarks.coverage was given")
     args = parser.parse_args()
-    args.out.write_text(document([line for path in args.results for line in lines(path)], args.options))
+    args.out.write_text(document(joined(line for path in args.results for line in lines(path)), args.options))
 
 
 if __name__ == "__main__":

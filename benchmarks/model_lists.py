@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,9 @@ SHALLOW: dict[str, dict[str, Any]] = {
 }
 """Arguments of timm's for models that don't fit in 20 GiB with all their blocks, by patterns of their names."""
 
+RESIZED = ("vit_*_patch*", "eva*_patch*", "beit*_patch*", "deit*_patch*", "aimv2_*_patch*")
+"""Models of fixed image sizes that timm builds for any multiple of their patches: `img_size`."""
+
 
 class DenseParts(nn.Module):
     """Backbone, neck and heads of a detector of torchvision's, without what follows from the values of tensors."""
@@ -65,9 +69,12 @@ class Listed:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What timm is told beside the name: fewer blocks, where all of them don't fit."""
+        """What timm is told beside the name: fewer blocks, where all of them don't fit, and smaller images."""
         found = (arguments for pattern, arguments in SHALLOW.items() if fnmatch.fnmatchcase(self.name, pattern))
-        return next(found, {})
+        patches = re.search(r"_patch(\d+)", self.name)
+        if not self.side or not any(fnmatch.fnmatchcase(self.name, pattern) for pattern in RESIZED):
+            return next(found, {})
+        return {**next(found, {}), "img_size": self.side // int(patches[1]) * int(patches[1])}
 
     def build(self) -> nn.Module:
         if not self.name.startswith(TORCHVISION):
@@ -96,6 +103,8 @@ class Listed:
 
     def _resized(self, model: nn.Module) -> Tensor | None:
         """A batch of smaller images, where the model takes one; None where it doesn't."""
+        if "img_size" in self.arguments:
+            return None  # its own size is the smaller one
         config = model.default_cfg
         channels, own = config["input_size"][0], config["input_size"][-1]
         if not self.side or config.get("fixed_input_size") or self.side >= own:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import flop_registry
 
 import autogate
@@ -47,13 +47,53 @@ def randomise_vectors(model: nn.Module) -> None:
                     vector.uniform_(0.2, 0.7)
 
 
+TINY = 2e-3
+"""Standard deviation of a kernel that is as good as zero."""
+
+
 @torch.no_grad()
 def randomise_constants(model: nn.Module, seed: int = 0) -> None:
-    """Noise on parameters that begin as one number everywhere, as scales of branches and some classifiers do."""
+    """Noise on parameters that begin as one number everywhere, as scales of branches do, or as good as zero, as some
+    classifiers' kernels do."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+        if not parameter.is_floating_point() or not parameter.numel():
+            continue
+        if bool((parameter == parameter.flatten()[0]).all()) or (parameter.ndim > 1 and parameter.std() < TINY):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@torch.no_grad()
+def settle_norms(model: nn.Module, inputs: Inputs) -> None:
+    """Running statistics of batch norms as these inputs have them, and then changed a little.
+
+    Statistics that don't fit shrink what goes through layer by layer, until outputs are biases alone, and a comparison
+    of outputs can't tell a wrong network from a right one.
+    """
+    norms = [
+        module for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]  # fmt: skip
+    modes, momenta = set_modes(model, False), [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    model(*inputs[0], **inputs[1])
+    set_modes(model, modes)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.running_mean.add_(torch.randn_like(norm.running_mean) * 0.1 * norm.running_var.sqrt())
+        norm.running_var.mul_(torch.rand_like(norm.running_var) + 0.5)
+
+
+def spread(outputs: Iterable[Tensor]) -> float:
+    """How far outputs for the first two samples of a batch lie apart, over their size; of the output that says least.
+
+    Where it is nothing, a comparison of outputs tells nothing.
+    """
+    apart = [(out[0] - out[1]).abs().max() / out.abs().max() for out in outputs if out.is_floating_point()]
+    return float(min(apart))
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ is called several times) stays, one channel wide.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections import ChainMap, Counter
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -271,7 +271,7 @@ def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(traced.graph, copies))
-    known = dict(traced.known)
+    known = ChainMap({}, traced.known)
     used = [node for node in graph.nodes if node.users]
     for index, (node, value) in enumerate(zip(frontier, values, strict=False)):
         if value is not None:
@@ -280,7 +280,7 @@ def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor
     return replace(traced, graph=graph, known=known)
 
 
-def _put_constant(node: fx.Node, name: str, traced: Traced, known: dict[int, Labelled]) -> None:
+def _put_constant(node: fx.Node, name: str, traced: Traced, known: MutableMapping[int, Labelled]) -> None:
     """Let the varying users of `node` that can read a constant in its place."""
     full: Tensor = node.meta["val"]
     with node.graph.inserting_after(node):

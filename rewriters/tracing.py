@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,13 +70,13 @@ class _OpLog(TorchDispatchMode):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, captured: Capture, call: ModuleCall, labelling: Labelling, known: dict[int, Labelled]):
+    def __init__(self, captured: Capture, call: ModuleCall, labelling: Labelling, known: Mapping[int, Labelled]):
         super().__init__()
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
         self._alive: list[Any] = []  # ids of tensors are keys
         self._entered = call  # the child that ran last
-        self.known = known
+        self.known = ChainMap({}, known)  # its own in front: to copy all of them for each trace takes memory
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         # fx looks the forward up on the class; the instance may have one that was rewritten before.
@@ -225,7 +226,7 @@ def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[f
 
 
 def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
-          known: Mapping[int, Labelled]) -> tuple[fx.Graph, dict[int, Labelled]]:  # fmt: skip
+          known: Mapping[int, Labelled]) -> tuple[fx.Graph, Mapping[int, Labelled]]:  # fmt: skip
     """Trace `module`'s forward as it ran in `call`.
 
     Returns:
@@ -235,7 +236,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     Raises:
         TraceError: torch.fx cannot follow the forward; the message says why.
     """
-    tracer = _Tracer(captured, call, labelling, dict(known))
+    tracer = _Tracer(captured, call, labelling, known)
     try:
         with attributes_preserved([module]), followed(tracer):
             graph = tracer.trace(module)
