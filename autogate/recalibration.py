@@ -27,7 +27,7 @@ def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
     While gates close the running averages lag behind the weights, and an evaluation in the middle of a run
     sees a worse model than there is. This is fvcore's precise BN (Wu and Johnson, "Rethinking 'Batch' in
     BatchNorm", section 3): the weights stand still, and the batches' statistics are averaged. All but the
-    batch norms runs in eval mode meanwhile. A model without batch norms stays as it is.
+    batch norms runs in eval mode meanwhile. Norms that don't run then (those of auxiliary heads) stay as they are.
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
@@ -48,8 +48,10 @@ def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
     norms = _norms(trial)
     if not norms:
         return model
+    ran: set[nn.Module] = set()
     for norm in norms:
         norm.training = True
+        norm.register_forward_hook(lambda norm, *_: ran.add(norm))
     count = max(1, min(batches, _length(loader, batches)))
     try:
         update_bn_stats(_Caller(trial), itertools.islice(_again_and_again(loader), count), count)
@@ -60,7 +62,7 @@ def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
             remedy="Give a loader of at least one batch, and `batches` no larger than it has.",
         ) from error
     for norm, taken in zip(_norms(model), norms, strict=True):
-        for name in ("running_mean", "running_var"):
+        for name in ("running_mean", "running_var") if taken in ran else ():
             norm.get_buffer(name).copy_(taken.get_buffer(name))  # in place: compiled graphs hold the buffers
     return model
 

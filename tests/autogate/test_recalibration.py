@@ -92,3 +92,20 @@ def test_a_norm_that_runs_twice_is_refused_and_left_alone():
 def test_a_model_without_batch_norms_stays_as_it_is():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     assert autogate.recalibrate(model, []) is model
+
+
+def test_a_norm_that_runs_in_train_mode_only_keeps_its_statistics():
+    """fvcore estimates zeros for it."""
+
+    class WithAuxiliaryHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.auxiliary = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return (x, self.auxiliary(x)) if self.training else x
+
+    model = autogate.recalibrate(WithAuxiliaryHead(), batches())
+    assert (model.auxiliary.running_var == 1).all() and (model.auxiliary.running_mean == 0).all()
+    assert (model.norm.running_var != 1).all()
