@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.gates import GateBank
+from autogate.gates import GateBank, Progress
 from autogate.inputs import Inputs, as_call
 from autogate.schedule import DEFAULT_STEPS, Schedule
 from autogate.sharding import has_shards
@@ -264,18 +264,24 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         journal.undo()
         raise
     bank.detach()
-    if warn and not progress.settled:
-        short = [
-            f"{share:.1%} of the {name} for a target of {progress.targets[name]:.1%}"
-            for name, share in progress.shares.items()
-            if share > progress.targets[name]
-        ]
+    missed = _missed(progress, bank.schedule.tolerance)
+    if warn and missed:
         warnings.warn(
-            f"finalized at {' and '.join(short)}: {progress.step} of {progress.steps} steps were taken",
+            f"finalized at {missed}: {progress.step} of {progress.steps} steps were taken",
             BudgetNotMetWarning,
             stacklevel=2,
         )
     return model
+
+
+def _missed(progress: Progress, tolerance: float) -> str:
+    """Shares that are above their targets, by more than a settled run may end above them."""
+    above = tolerance if progress.settled else 0.0
+    return " and ".join(
+        f"{share:.1%} of the {name} for a target of {progress.targets[name]:.1%}"
+        for name, share in progress.shares.items()
+        if share > progress.targets[name] + above
+    )
 
 
 def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> None:

@@ -23,7 +23,7 @@ class Foldable(NamedTuple):
 
     alpha: Tensor
     folded: Tensor
-    live: Tensor
+    dead: Tensor
     epsilon: Tensor
 
 
@@ -33,13 +33,15 @@ class Folding:
     Args:
         kernels: the gated kernels.
         channel_map: where the classes lie.
+        start: the gates that the kernels hold now.
         keeps: the kernels are remembered as they were folded: nobody measures before the optimizer moves them.
     """
 
-    def __init__(self, kernels: GatedKernels, channel_map: ChannelMap, keeps: bool):
+    def __init__(self, kernels: GatedKernels, channel_map: ChannelMap, start: Foldable, keeps: bool):
         self._kernels = kernels
         self._channel_map = channel_map
         self._keeps = keeps
+        self._left = start.folded.clone(), start.epsilon.clone()
         self.forget()
 
     def forget(self) -> None:
@@ -75,15 +77,16 @@ class Folding:
         if self._versions(gates, gated) == self._folded_at and not stepped:
             return
         alpha, folded, epsilon = gates.alpha, gates.folded, gates.epsilon
+        own = stepped or self._left_as(folded, epsilon)
         gate = gate_value(alpha, epsilon)
-        live = gates.live & (gate != 0)
+        live = (gates.dead == 0) & (gate != 0)
         ratio = gate / folded
         ratio = torch.where(live & ((ratio - 1).abs() > _tolerance(gated)), ratio, 1.0)
         ratio = torch.where(live, ratio, 0.0)
         moved = (ratio != 1) & (folded != 0)
         scaled, died = self._where_to_scale(gates, moved, live)
         if died:
-            gates.live.logical_and_(live)
+            gates.dead.masked_fill_(~live, 1.0)
         if scaled or died or self._folded_at is None:
             alpha.masked_fill_(~live, 0.0)
             folded.copy_(torch.where(moved, gate, folded).masked_fill_(~live, 0.0))
@@ -91,22 +94,27 @@ class Folding:
             alpha.masked_fill_(~live, 0.0)
         factor = self._kernels.spread(ratio, 1.0)
         stand_ins = self._kernels.stand_ins()
-        dead = [*self._dead(gates.live, gated), *self._kernels.columns(~gates.live, stand_ins)]
+        dead = [*self._dead(gates.dead, gated), *self._kernels.columns(gates.dead > 0, stand_ins)]
         for side, columns in zip([*gated, *stand_ins], dead, strict=True):
-            if side.place in scaled:
+            if own and side.place in scaled:
                 self._kernels.scale(factor, side)
             self._kernels.zero(columns, side)
+        self._left = folded.clone(), epsilon.clone()
         self._folded_at = self._versions(gates, gated)
-        self.write_live(gates.live)
+        self.write_live(gates.dead)
         if self._keeps:
             self._kernels.keep(gated)
 
-    def write_live(self, live: Tensor) -> None:
+    def write_live(self, dead: Tensor) -> None:
         """Lets norms across channels look at the live ones, where a class has died since the last time."""
-        model, version = self._kernels.model(), (version_of(live), id(live))
+        model, version = self._kernels.model(), (version_of(dead), id(dead))
         if model is not None and self._channel_map.statistics and self._written_at != version:
-            write_live(model, self._channel_map, live)
+            write_live(model, self._channel_map, dead == 0)
             self._written_at = version
+
+    def _left_as(self, *values: Tensor) -> bool:
+        """Whether `folded` and `epsilon` are as folding left them, so that whoever wrote to alpha meant it."""
+        return all(torch.equal(value, left.to(value.device)) for value, left in zip(values, self._left, strict=True))
 
     def _sides(self, gates: Foldable) -> list[GatedSide]:
         return self._kernels.sides(gates.alpha.device)
@@ -118,8 +126,9 @@ class Folding:
     def _where_to_scale(self, gates: Foldable, moved: Tensor, live: Tensor) -> tuple[set[int], bool]:
         """Sides with a column whose gate moved, and whether a class died: all that the host must know."""
         counts = self._kernels.count(moved)
-        died = (gates.live & ~live).any()
-        broken = gates.live & ~torch.isfinite(gates.alpha)
+        before = gates.dead == 0
+        died = (before & ~live).any()
+        broken = before & ~torch.isfinite(gates.alpha)
         *columns, some_died, some_broke = torch.cat([counts, torch.stack([died, broken.any()]).to(counts)]).tolist()
         if some_broke:
             classes = torch.nonzero(broken).flatten().tolist()
@@ -130,11 +139,11 @@ class Folding:
             )
         return {place for place, count in enumerate(columns) if count}, bool(some_died)
 
-    def _dead(self, live: Tensor, gated: list[GatedSide]) -> list[Tensor]:
+    def _dead(self, dead: Tensor, gated: list[GatedSide]) -> list[Tensor]:
         """Indices of the dead columns of each gated side, among those that lie here."""
-        version = version_of(live), id(live), *(id(side.weight) for side in gated)
+        version = version_of(dead), id(dead), *(id(side.weight) for side in gated)
         if self._dead_columns is None or self._dead_columns[0] != version:
-            columns = [index.to(live.device) for index in self._kernels.columns(~live, gated)]
+            columns = [index.to(dead.device) for index in self._kernels.columns(dead > 0, gated)]
             self._dead_columns = (version, columns)
         return self._dead_columns[1]
 

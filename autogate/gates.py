@@ -87,7 +87,8 @@ class GateBank(nn.Module):
 
     The bank is registered as a submodule of the model that it gates, and its state, all in buffers, goes
     where the model's goes: state_dict, checkpoints, EMA copies, devices. The gated kernels stay plain
-    parameters under their own names.
+    parameters under their own names. All buffers are of floating-point types, and averages of them over a run's
+    course mean what they should: what has died in the model is dead in an average of it.
 
     Channels are killed by hand with `bank.alpha[classes] = 0` (under `torch.no_grad()`); the model's next
     forward finds them closed (one that torch.compile has compiled after `bank.fold()` only). Nothing brings
@@ -111,15 +112,15 @@ class GateBank(nn.Module):
         learner: the mathematics of a step.
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
         folded: float32, shape (classes,): the gates that the kernels hold at this moment.
-        live: bool, shape (classes,).
+        dead: float32, shape (classes,): above 0 for the classes that have died.
         epsilon: 0-dim float64.
         sensitivity: float64, shape (classes,): how much the loss depends on each gate.
-        step_count: 0-dim int64, steps taken.
+        step_count: 0-dim float64, steps taken.
         balance: 0-dim float64, lambda of the latest step.
         integral: 0-dim float64, the controller's memory.
-        settled: 0-dim bool, the targets have been met.
+        settled: 0-dim float64, above 0 once the targets have been met.
         peak: 0-dim float64, the largest learning rate of the kernels so far.
-        layout: 0-dim int64, a checksum of where the classes lie: a checkpoint's gates load only where they
+        layout: 0-dim float64, a checksum of where the classes lie: a checkpoint's gates load only where they
             belong.
 
     Raises:
@@ -129,7 +130,7 @@ class GateBank(nn.Module):
 
     alpha: Tensor
     folded: Tensor
-    live: Tensor
+    dead: Tensor
     epsilon: Tensor
     sensitivity: Tensor
     step_count: Tensor
@@ -164,15 +165,15 @@ class GateBank(nn.Module):
         self.register_buffer("epsilon", start.epsilon)
         self.register_buffer("sensitivity", start.sensitivity)
         self.register_buffer("folded", gate_value(start.alpha, start.epsilon))
-        self.register_buffer("live", start.live)
-        self.register_buffer("step_count", torch.tensor(0))
+        self.register_buffer("dead", torch.zeros(size))
+        self.register_buffer("step_count", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("balance", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("integral", torch.tensor(0.0, dtype=torch.float64))
-        self.register_buffer("settled", torch.tensor(False))
+        self.register_buffer("settled", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("peak", torch.tensor(0.0, dtype=torch.float64))
-        self.register_buffer("layout", torch.tensor(channel_map.checksum()))
+        self.register_buffer("layout", torch.tensor(channel_map.checksum(), dtype=torch.float64))
         self._kernels = GatedKernels(model, channel_map)
-        self._folding = Folding(self._kernels, channel_map, keeps=not follows)
+        self._folding = Folding(self._kernels, channel_map, self._foldable(), keeps=not follows)
         self._forget()
         self.to(next(iter(self.kernels()), self.alpha).device)
         self.hook = model.register_forward_pre_hook(self._before_forward)
@@ -205,7 +206,7 @@ class GateBank(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         layout = state_dict.get(f"{prefix}layout")
-        if layout is not None and int(layout) != int(self.layout):
+        if layout is not None and round(float(layout)) != round(float(self.layout)):
             error_msgs.append(
                 f"{prefix.rstrip('.')}: these gates belong to another model, or to this one prepared in another way "
                 "(other inputs, `ignore`, `shortcuts` or `embed`). Prepare it as for the checkpoint's run."
@@ -214,7 +215,7 @@ class GateBank(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._folding.write_live(self.live)
+        self._folding.write_live(self.dead)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GateBank:
         # half() and bfloat16() are for the model's numbers: epsilon ends at 5e-8, below what half can hold.
@@ -230,6 +231,11 @@ class GateBank(nn.Module):
         """Ends the gates' life: no optimizer step and no forward reaches the bank any more."""
         hooks.unregister(self)
         self.hook.remove()
+
+    @property
+    def live(self) -> Tensor:
+        """The classes that live, bool, shape (classes,)."""
+        return self.dead == 0
 
     def gates(self) -> Tensor:
         """The gates g(alpha), float32, shape (classes,); zero for dead classes."""
@@ -289,7 +295,9 @@ class GateBank(nn.Module):
         """Brings the kernels in line with alpha; cheap if nothing has changed since the last time.
 
         Classes of zero alpha die, the columns of dead classes become exactly zero whatever moved them, and
-        the others are multiplied by the ratio of their gate to the one folded before.
+        the others are multiplied by the ratio of their gate to the one folded before. Where not alpha alone was
+        written to, but `folded` and `epsilon` also (in an average of the model, by a checkpoint), the kernels are what
+        they shall be, and no column is scaled.
 
         Args:
             stepped: an optimizer has stepped: not every one that writes to a kernel leaves a trace in its version (a
@@ -301,7 +309,7 @@ class GateBank(nn.Module):
         self._folding.fold(self._foldable(), stepped)
 
     def _foldable(self) -> Foldable:
-        return Foldable(self.alpha, self.folded, self.live, self.epsilon)
+        return Foldable(self.alpha, self.folded, self.dead, self.epsilon)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and self._folding.wanted(self._foldable()):
@@ -403,7 +411,7 @@ class GateBank(nn.Module):
 
     def _stand(self) -> Standing:
         """Where the classes that live now stand."""
-        version = version_of(self.live), id(self.live)
+        version = version_of(self.dead), id(self.dead)
         if self._standing is None or self._standing[0] != version:
             self._standing = (version, self.learner.stand(self.live))
         return self._standing[1]

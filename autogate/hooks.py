@@ -86,8 +86,9 @@ def register(bank: GateBank) -> None:
     global _installed
     _turns[bank] = _Turn()
     if not _installed:
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
+        # Where an optimizer's step is compiled, Dynamo would trace the gates' step with it, which reads values.
+        register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+        register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
         _installed = True
 
 

@@ -119,4 +119,23 @@ def test_no_tensor_of_the_model_ever_moves(hooks):
         autogate.gates(model).alpha[:2] = 0
         model(batch(0)[0])
     assert addresses() == before
-    assert {f"autogate.{name}" for name in ("alpha", "folded", "live", "epsilon")} <= before.keys()
+    assert {f"autogate.{name}" for name in ("alpha", "folded", "dead", "epsilon")} <= before.keys()
+
+
+def test_a_compiled_optimizer_leaves_the_gates_step_out():
+    def trained(compiled: bool, counter: CompileCounterWithBackend) -> autogate.GateBank:
+        model = prepared()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        step = torch.compile(optimizer.step, backend=counter) if compiled else optimizer.step
+        for number in range(12):
+            images, labels = batch(number)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            step()
+        return autogate.gates(model)
+
+    counter = CompileCounterWithBackend("eager")
+    plain, bank = trained(False, counter), trained(True, counter)
+    assert bank.progress().step == 12 and torch.equal(bank.live, plain.live)
+    torch.testing.assert_close(bank.alpha, plain.alpha)
+    assert counter.frame_count <= 3  # with the gates' step traced it were dozens

@@ -178,5 +178,5 @@ def test_sharded_kernels_learn_the_gates_of_one_process(tmp_path):
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     assert_same(*states)
     alone = model.state_dict()
-    assert (~alone["autogate.live"]).any() and torch.equal(states[0]["autogate.live"], alone["autogate.live"])
+    assert alone["autogate.dead"].any() and torch.equal(states[0]["autogate.dead"], alone["autogate.dead"])
     torch.testing.assert_close(states[0]["autogate.alpha"], alone["autogate.alpha"], rtol=1e-3, atol=1e-4)

@@ -45,7 +45,7 @@ def test_building_a_bank_changes_no_number():
 def test_state_dict_keeps_the_models_names():
     plain = set(ConvNet().state_dict())
     net, _ = gated_net()
-    added = "alpha folded live epsilon sensitivity step_count balance integral settled peak layout"
+    added = "alpha folded dead epsilon sensitivity step_count balance integral settled peak layout"
     assert set(net.state_dict()) - plain == {f"autogate.{name}" for name in added.split()}
     assert dict(net.named_parameters()).keys() == dict(ConvNet().named_parameters()).keys()
 

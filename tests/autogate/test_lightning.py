@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint, WeightAveraging
 from torch import nn
 
 import autogate
@@ -104,3 +104,16 @@ def test_a_lightning_module_can_be_gated_itself(tmp_path):
 def test_asked_for_the_gates_of_the_module_around_it_names_the_network():
     with pytest.raises(autogate.AutogateError, match="Give its 'network'"):
         autogate.finalize(classifier())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("average", [EMAWeightAveraging(decay=0.9), WeightAveraging()], ids=["EMA", "SWA"])
+def test_averaged_weights_keep_the_dead(average, tmp_path):
+    """Both average buffers too, as they come, and put the average in the model's place at the end."""
+    model, seen = classifier(), []
+    watch = LambdaCallback(on_train_batch_end=lambda *_: seen.append(autogate.gates(model.network).live))
+    trainer(tmp_path, average, watch).fit(model, batches(BATCHES))
+    bank = autogate.gates(model.network)
+    assert not seen[-1].all() and torch.equal(bank.live, seen[-1])
+    assert abs(bank.shares()["FLOPs"] - 0.5) <= 0.01
+    autogate.finalize(model.network)

@@ -11,7 +11,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -80,7 +80,13 @@ def train(model: nn.Module, steps: int, after=lambda: None, lr: float = 0.05) ->
 AVERAGES = {
     "AveragedModel": AveragedModel,
     "AveragedModel by EMA": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
+    "AveragedModel with buffers": lambda model: AveragedModel(model, use_buffers=True),
+    "AveragedModel by EMA with buffers": lambda model: AveragedModel(
+        model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9)
+    ),
+    "ModelEmaV2": lambda model: ModelEmaV2(model, decay=0.9),
     "ModelEmaV3": lambda model: ModelEmaV3(model, decay=0.9),
+    "ModelEmaV3, slow": lambda model: ModelEmaV3(model, decay=0.98),
 }
 
 
@@ -100,6 +106,27 @@ def test_what_is_dead_in_the_model_is_dead_in_its_average(name):
         assert weight.index_select(side.dim, dead.nonzero().flatten()).abs().sum() == 0
     assert_exact(average.module, example)
     assert_exact(model, example)
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_computes_with_the_averaged_kernels(name):
+    """Averages of alpha, epsilon and gates don't fit each other; the kernels are averaged, and not to be scaled."""
+    model, example = net(flops=0.5, steps=40)
+    average = AVERAGES[name](model)
+    update = getattr(average, "update_parameters", None) or average.update
+    train(model, 50, lambda: update(model))
+    bank, state = autogate.gates(model), {key: value.clone() for key, value in average.module.state_dict().items()}
+    assert (~bank.live).any()
+    plain = timm.create_model("test_resnet", num_classes=4)
+    plain.load_state_dict({key: value for key, value in state.items() if not key.startswith("autogate.")})
+    with torch.no_grad():
+        for side in bank.channel_map.gated:
+            dead = torch.cat([~bank.live, torch.zeros(1, dtype=torch.bool)])[bank.channel_map.classes[side]]
+            plain.get_parameter(side.tensor).index_fill_(side.dim, dead.nonzero().flatten(), 0)
+    loaded, _ = net(flops=0.5, steps=40)
+    loaded.load_state_dict(state)
+    for averaged in (average.module, loaded):
+        torch.testing.assert_close(output(averaged, example), output(plain, example), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -288,12 +315,12 @@ def test_every_process_of_a_distributed_run_has_the_same_gates(world, tmp_path):
     torch.multiprocessing.spawn(_train_share, (world, _free_port(), str(tmp_path)), nprocs=world)
     alone = torch.load(tmp_path / "1_0.pt")
     states = [torch.load(tmp_path / f"{world}_{rank}.pt") for rank in range(world)]
-    assert (~alone["autogate.live"]).any()
+    assert alone["autogate.dead"].any()
     joined = [torch.load(path) for path in sorted(tmp_path.glob("join_*.pt"))]
     assert len(joined) == (2 if world == 2 else 0)
     for first, *others in filter(None, (states, joined)):
         for state in others:
             for key, value in state.items():
                 assert torch.equal(value, first[key]), f"{key} differs between processes"
-    assert torch.equal(states[0]["autogate.live"], alone["autogate.live"])
+    assert torch.equal(states[0]["autogate.dead"], alone["autogate.dead"])
     torch.testing.assert_close(states[0]["autogate.alpha"], alone["autogate.alpha"], rtol=1e-3, atol=1e-4)
