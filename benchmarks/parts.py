@@ -68,7 +68,8 @@ def settle_norms(model: nn.Module, inputs: Inputs) -> None:
     """Running statistics of batch norms as these inputs have them, and then changed a little.
 
     Statistics that don't fit shrink what goes through layer by layer, until outputs are biases alone, and a comparison
-    of outputs can't tell a wrong network from a right one.
+    of outputs can't tell a wrong network from a right one. No variance is much smaller than those of other channels: in
+    two samples a channel may be the same everywhere by chance, and norms would blow its rounding errors up.
     """
     norms = [
         module for module in model.modules()
@@ -84,6 +85,7 @@ def settle_norms(model: nn.Module, inputs: Inputs) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.running_mean.add_(torch.randn_like(norm.running_mean) * 0.1 * norm.running_var.sqrt())
+        norm.running_var.clamp_(min=float(norm.running_var.mean()) / 10)
         norm.running_var.mul_(torch.rand_like(norm.running_var) + 0.5)
 
 
