@@ -18,6 +18,7 @@ from rewriters.channel_map import ChannelMap, Kernel, Side
 from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
 from rewriters.forward import RewrittenForward
+from rewriters.fusing import follow_widths, widths_in_blocks
 from rewriters.journal import Journal
 from rewriters.preserving import drop_caches, without_caches
 from rewriters.rules.mixing import normalises_whole_groups
@@ -161,6 +162,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     """
     take_off(model, journal)
     drop_caches(model.modules(), journal)
+    widths = widths_in_blocks(model)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))
@@ -194,6 +196,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
         journal.remove(model.get_submodule(parent)._modules, own_name)
+    follow_widths(model, widths, journal)
 
 
 def _owner(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tuple[nn.Module, str]:
