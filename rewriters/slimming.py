@@ -200,7 +200,10 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
 
 
 def _owner(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tuple[nn.Module, str]:
-    """The module, and the name in it, that a tensor's shape tells of: of a parametrized kernel the layer."""
+    """The module, and the name in it, that a tensor's shape tells of: of a kernel under a parametrization, or the older
+    `torch.nn.utils.weight_norm`, the layer and what the kernel is called there."""
+    if own_name.endswith("_v") and own_name.removesuffix("_v") + "_g" in module._parameters:
+        return module, own_name.removesuffix("_v")
     if isinstance(module, ParametrizationList):
         originals = [tensor for key, tensor in module._parameters.items() if key.startswith("original")]
         if getattr(module, own_name).shape == max((one.shape for one in originals), key=torch.Size.numel):
