@@ -84,7 +84,7 @@ def plan(
         with without_caches(model):
             pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
         removed = frozenset[str]().union(*(one.removed for one in pruned))
-        gone = _tensors_under(model, removed)
+        gone = _tensors_under(model, removed) | _computed_under(channel_map, removed)
         survivors = channel_map.survivors(live, gone)
         if torch.equal(survivors, live):
             break
@@ -107,6 +107,11 @@ def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
         under = is_under(name, paths)
         inside[id(tensor)] = under and inside.get(id(tensor), True)
     return {name for name, _, _, tensor in tensor_slots(model) if inside[id(tensor)]}
+
+
+def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
+    """What kernels that are no tensors are called, of these modules."""
+    return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
 
 
 def _rewrite(
