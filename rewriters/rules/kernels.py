@@ -238,7 +238,9 @@ def _note_matrix(
         input_dim = 1 - out.dim if out.dim < 2 else 1
     else:
         input_dim = 1
-    note = Kernel(call.module, weight.source, macs, input_dim, gate, macs, (1 - input_dim,))
+    pairs = prod(call.space.blocks.get(Side(str(weight.source), dim), (0, 1))[1] for dim in (input_dim, 1 - input_dim))
+    each = macs * prod(weight.shape[-2:]) / pairs  # a pair has several elements where other dimensions were flattened
+    note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (1 - input_dim,))
     call.findings.kernels.append(KernelCall(note, rows))
     if gate and into is not None:
         call.findings.gated.add(into)
