@@ -24,11 +24,18 @@ class Widths:
 
 def widths(model: nn.Module) -> Widths:
     """The widths as the layers have them, None where there is no such layer."""
-    get_classifier = getattr(model, "get_classifier", None)
-    classifier = get_classifier() if callable(get_classifier) else None
     heads = (getattr(model, name, None) for name in _HEADS)
     layers = (layer for head in heads if isinstance(head, nn.Module) for layer in head.modules())
-    return Widths(_inputs(classifier), next((_inputs(layer) for layer in layers if _inputs(layer)), None))
+    return Widths(_inputs(_classifier(model)), next((_inputs(layer) for layer in layers if _inputs(layer)), None))
+
+
+def _classifier(model: nn.Module) -> object:
+    """What the model calls its classifier; None where it doesn't find it, as when its head was fused into one layer."""
+    get_classifier = getattr(model, "get_classifier", None)
+    try:
+        return get_classifier() if callable(get_classifier) else None
+    except AttributeError:
+        return None
 
 
 def _inputs(layer: object) -> int | None:

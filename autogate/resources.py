@@ -329,7 +329,8 @@ class Activations(OfChannels):
 
     Args:
         channel_map: classes and kernels.
-        model: what it was made from; an output's elements are of its kernel's type.
+        model: what it was made from; an output's elements are of its kernel's type, or the model's first
+            tensor's where the kernel is computed.
         added: weights of layers that were not in the user's model: see `Flops`.
     """
 
@@ -339,7 +340,7 @@ class Activations(OfChannels):
         tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
         products = (
             Product(
-                kernel.outputs * tensors[kernel.weight].element_size(),
+                kernel.outputs * tensors[next(iter(tensors)) if kernel.computed else kernel.weight].element_size(),
                 (*(Side(kernel.weight, dim) for dim in kernel.output_dims), *_repeats(kernel)),
                 kernel.weight not in added,
             )

@@ -67,16 +67,19 @@ def summarise(model: nn.Module, bank: GateBank) -> Summary:
     """The state of `model` under `bank`'s gates as they stand (alphas set by hand included)."""
     channel_map, live = bank.channel_map, (bank.live & (bank.alpha != 0)).cpu()
     layers = tuple(_layer(channel_map, live, kernel) for kernel in channel_map.kernels)
-    gated = {kernel.module for kernel in channel_map.kernels if channel_map.reached(kernel)}
     added = {kernel.module for kernel in channel_map.kernels if kernel.weight in bank.added}
     shortcuts = tuple(layer for layer in layers if layer.module in added)
     total = sum(layer.all_macs for layer in layers if layer.module not in added)
+    reached = sum(
+        layer.all_macs for layer, kernel in zip(layers, channel_map.kernels, strict=True)
+        if channel_map.reached(kernel) and layer.module not in added
+    )  # fmt: skip
     return Summary(
         flops=sum(layer.macs for layer in layers),
         all_flops=total,
         params=sum(_left(channel_map, live, name, p.shape) for name, p in model.named_parameters()),
         all_params=sum(p.numel() for name, p in model.named_parameters() if name not in bank.added),
-        reach=sum(layer.all_macs for layer in layers if layer.module in gated - added) / total if total else 0.0,
+        reach=reached / total if total else 0.0,
         layers=layers,
         shortcuts=shortcuts,
         pins=channel_map.pins,

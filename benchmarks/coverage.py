@@ -41,13 +41,11 @@ import rewriters
 from autogate.inputs import Inputs
 from benchmarks.model_lists import Listed, listed, smallest_of_each_file
 from benchmarks.parts import (
-    PRODUCTS_WITH_KERNELS,
     append,
     kill,
     lines,
     randomise_constants,
     randomise_norms,
-    recorded_flops,
     settle_norms,
     spread,
 )
@@ -153,7 +151,6 @@ def measure(one: Listed) -> Iterator[Result]:
     result.image = "x".join(str(size) for size in one.shape(inputs))
     result.params = sum(parameter.numel() for parameter in model.parameters())
     result.model_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    flops = recorded_flops(model, inputs, of=PRODUCTS_WITH_KERNELS)
     yield result
     result.step = "prepare"
     result.graph_bytes = _graph_bytes(model, inputs)
@@ -163,7 +160,7 @@ def measure(one: Listed) -> Iterator[Result]:
     model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
     result.prepare_s = time.process_time() - start
     result.prepare_bytes = _memory("VmHWM") - _memory("RssFile") - before
-    _read_summary(result, model, flops)
+    _read_summary(result, model)
     yield result
     result.step = "kill"
     kill(model, DEAD, SEEDS[0])
@@ -257,20 +254,16 @@ def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
         return difference, told, time.process_time() - start
 
 
-def _read_summary(result: Result, model: nn.Module, flops: float) -> None:
+def _read_summary(result: Result, model: nn.Module) -> None:
     summary, channel_map = autogate.summary(model), autogate.gates(model).channel_map
-    whole = max(summary.all_flops, flops)
-    result.classes = channel_map.size
-    result.reach = summary.reach * summary.all_flops / whole
-    unseen = whole - summary.all_flops
+    whole = summary.all_flops
+    result.classes, result.reach = channel_map.size, summary.reach
     left = []
     for seed in SEEDS:
         live = torch.rand(channel_map.size, generator=torch.Generator().manual_seed(seed)) >= DEAD
-        left.append((_left(channel_map, live) + unseen) / whole)
+        left.append(_left(channel_map, live) / whole)
     result.left = sum(left) / len(left)
     result.pinned = {place: macs / whole for place, macs in _out_of_reach(channel_map).items()}
-    if unseen > 0.001 * whole:
-        result.pinned["kernels that are no parameter"] = unseen / whole
 
 
 def _left(channel_map: rewriters.ChannelMap, live: torch.Tensor) -> float:
@@ -290,7 +283,8 @@ def _out_of_reach(channel_map: rewriters.ChannelMap) -> dict[str, float]:
         sides = {kernel.input_side, kernel.output_side}
         if not channel_map.reached(kernel):
             macs = channel_map.macs(kernel, everything)
-            for place in set().union(*(places.get(side, set()) for side in sides)) or {"no pin"}:
+            computed = {"a kernel that is no parameter"} if kernel.computed else set()
+            for place in computed.union(*(places.get(side, set()) for side in sides)) or {"no pin"}:
                 found[place] = found.get(place, 0.0) + macs
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 

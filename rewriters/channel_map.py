@@ -20,6 +20,8 @@ from torch import Tensor
 ALWAYS = -1
 """Class of an index that always stays."""
 
+_COMPUTED = "(computed)"
+
 
 class Side(NamedTuple):
     """One dimension of one parameter or buffer, by its qualified name."""
@@ -47,6 +49,9 @@ class Kernel:
     A layer may run once for each channel of others: a mixer's layers across tokens do. `repeats` are the
     classes of those channels then, and `macs` and `outputs` are for one of them: macs * live_0 * live_1 *
     live in `repeats`.
+
+    A kernel that is computed from several tensors, as a mixture of others is, has no weight of its own (`computed`).
+    Its sides are of one index that always stays, and it runs once for each output channel that may go (`repeats`).
     """
 
     module: str
@@ -57,6 +62,16 @@ class Kernel:
     outputs: float = 0.0
     output_dims: tuple[int, ...] = (0,)
     repeats: tuple[int, ...] = ()
+
+    @classmethod
+    def without_weight(cls, module: str, macs: float, outputs: float) -> Kernel:
+        """A computed kernel, with all that it costs and gives."""
+        return cls(module, f"{module}.{_COMPUTED}".lstrip("."), macs, input_dim=1, mixes=False, outputs=outputs)
+
+    @property
+    def computed(self) -> bool:
+        """Whether `weight` names no tensor."""
+        return self.weight.endswith(_COMPUTED)
 
     @property
     def input_side(self) -> Side:

@@ -18,6 +18,7 @@ from rewriters.channel_map import ChannelMap, Kernel, Side
 from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
 from rewriters.forward import RewrittenForward
+from rewriters.fusing import follow_widths, widths_in_blocks
 from rewriters.journal import Journal
 from rewriters.preserving import drop_caches, without_caches
 from rewriters.rules.mixing import normalises_whole_groups
@@ -83,7 +84,7 @@ def plan(
         with without_caches(model):
             pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
         removed = frozenset[str]().union(*(one.removed for one in pruned))
-        gone = _tensors_under(model, removed)
+        gone = _tensors_under(model, removed) | _computed_under(channel_map, removed)
         survivors = channel_map.survivors(live, gone)
         if torch.equal(survivors, live):
             break
@@ -106,6 +107,11 @@ def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
         under = is_under(name, paths)
         inside[id(tensor)] = under and inside.get(id(tensor), True)
     return {name for name, _, _, tensor in tensor_slots(model) if inside[id(tensor)]}
+
+
+def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
+    """What kernels that are no tensors are called, of these modules."""
+    return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
 
 
 def _rewrite(
@@ -161,6 +167,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     """
     take_off(model, journal)
     drop_caches(model.modules(), journal)
+    widths = widths_in_blocks(model)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))
@@ -194,10 +201,14 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
         journal.remove(model.get_submodule(parent)._modules, own_name)
+    follow_widths(model, widths, journal)
 
 
 def _owner(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tuple[nn.Module, str]:
-    """The module, and the name in it, that a tensor's shape tells of: of a parametrized kernel the layer."""
+    """The module, and the name in it, that a tensor's shape tells of: of a kernel under a parametrization, or the older
+    `torch.nn.utils.weight_norm`, the layer and what the kernel is called there."""
+    if own_name.endswith("_v") and own_name.removesuffix("_v") + "_g" in module._parameters:
+        return module, own_name.removesuffix("_v")
     if isinstance(module, ParametrizationList):
         originals = [tensor for key, tensor in module._parameters.items() if key.startswith("original")]
         if getattr(module, own_name).shape == max((one.shape for one in originals), key=torch.Size.numel):

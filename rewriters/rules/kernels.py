@@ -76,7 +76,7 @@ def convolution(call: OpCall) -> Labelled:
     if groups == 1:
         out = second if transposed else first
         gate = _consume(call, channels, kernel, 0 if transposed else 1)
-        _note_conv(call, kernel, positions, mixes=gate)
+        _note_conv(call, kernel, positions, mixes=gate, made=out)
     else:
         out = _grouped(call, channels, first, second, kernel, groups, positions)
     if bias is not None and out is not None:
@@ -86,8 +86,12 @@ def convolution(call: OpCall) -> Labelled:
     return Labelled(call.shape, (*layers, out.view(along)) if out is not None else tuple(layers))
 
 
-def _note_conv(call: OpCall, kernel: Labelled, macs: float, mixes: bool) -> None:
-    if kernel.source is not None:
+def _note_conv(call: OpCall, kernel: Labelled, macs: float, mixes: bool, made: Tensor | None = None) -> None:
+    """`made` are the labels of what a kernel makes that is computed from several tensors; None where they all stay."""
+    if kernel.source is None:
+        note = Kernel.without_weight(call.module, macs * prod(kernel.shape[:2]), prod(call.shape))
+        call.findings.kernels.append(KernelCall(note, made))
+    else:
         transposed, groups = call.args[6], call.args[8]
         pixels = call.shape[0] * prod(call.shape[2:])
         outputs, dims = (pixels, (1 if transposed else 0,))
@@ -234,7 +238,9 @@ def _note_matrix(
         input_dim = 1 - out.dim if out.dim < 2 else 1
     else:
         input_dim = 1
-    note = Kernel(call.module, weight.source, macs, input_dim, gate, macs, (1 - input_dim,))
+    pairs = prod(call.space.blocks.get(Side(str(weight.source), dim), (0, 1))[1] for dim in (input_dim, 1 - input_dim))
+    each = macs * prod(weight.shape[-2:]) / pairs  # a pair has several elements where other dimensions were flattened
+    note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (1 - input_dim,))
     call.findings.kernels.append(KernelCall(note, rows))
     if gate and into is not None:
         call.findings.gated.add(into)

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
@@ -13,7 +14,7 @@ from benchmarks.parts import PRODUCTS_WITH_KERNELS, recorded_flops
 from rewriters.analysis import analyse
 from rewriters.channel_map import ALWAYS, Side, distinct, gather
 from tests.rewriters.exactness import random_live, slim
-from tests.rewriters.helpers import Net, conv
+from tests.rewriters.helpers import Net, conv, image
 from tests.rewriters.random_networks import build, random_recipe
 
 
@@ -220,3 +221,25 @@ def test_costs_of_random_blocks_are_what_fvcore_counts(name):
     slimmed = slim(network.model, args, share=0.5, seed=1, analysis=analysis)
     if torch.equal(slimmed.plan.live, live) and not slimmed.plan.removed:
         assert modelled(analysis.channel_map, live) == counted(slimmed.model, args, {})
+
+
+def test_matrix_products_with_flattened_and_with_sliced_kernels_are_counted():
+    """A patch embedding as a matrix product, and a kernel used in two halves."""
+
+    def forward(net, x):
+        patches = F.linear(net.stem(x).flatten(1), net.patch.flatten(1)).relu()
+        return net.head(F.linear(patches, net.halves[:5]) * F.linear(patches, net.halves[5:]))
+
+    torch.manual_seed(0)
+    model = Net(
+        forward, stem=conv(3, 8), patch=nn.Parameter(torch.randn(12, 8, 4, 4)),
+        halves=nn.Parameter(torch.randn(10, 12)), head=nn.Linear(5, 2),
+    ).eval()  # fmt: skip
+    inputs = ((image(),), {})
+    dense = recorded_flops(model, inputs, of=PRODUCTS_WITH_KERNELS)
+    slimmed = slim(model, (image(),))
+    found = slimmed.analysis.channel_map
+    assert modelled(found, torch.ones(found.size, dtype=torch.bool)) == pytest.approx(dense, rel=1e-12)
+    left = recorded_flops(model, inputs, of=PRODUCTS_WITH_KERNELS)
+    assert modelled(found, slimmed.plan.live) == pytest.approx(left, rel=1e-12)
+    assert left < dense

@@ -1,5 +1,7 @@
 """Kernels that are computed from their parameter in the forward: standardised, normalised, scaled."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,11 @@ def weight_normed(into, out, kernel, **options):
     return parametrizations.weight_norm(conv(into, out, kernel, **options))
 
 
+def old_weight_normed(into, out, kernel, **options):
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return nn.utils.weight_norm(conv(into, out, kernel, **options))
+
+
 def standardised(kind):
     return lambda into, out, kernel, **options: kind(into, out, kernel, padding=kernel // 2, **options)
 
@@ -69,7 +76,10 @@ def standardised(kind):
 KINDS = {
     kind.__name__: standardised(kind) for kind in (Standardised, WrittenOut, WithoutMean, UnitNorm, Scaled, Squashed)
 }
-KINDS["weight_norm"] = weight_normed
+KINDS |= {"weight_norm": weight_normed, "old weight_norm": old_weight_normed}
+
+PARAMETERS = {"weight_norm": "parametrizations.weight.original1", "old weight_norm": "weight_v"}
+"""Where the kernel's channels lie; in the others it is the weight."""
 
 
 class Bottleneck(nn.Module):
@@ -85,14 +95,16 @@ class Bottleneck(nn.Module):
 
 def network(name, groups=1):
     torch.manual_seed(0)
-    return Bottleneck(KINDS[name], groups).double().eval()
+    model = Bottleneck(KINDS[name], groups).double().eval()
+    run_eval(model, (image(size=6).double(),))  # the older weight norm's hook leaves a kernel that can be copied
+    return model
 
 
-@pytest.mark.parametrize("groups", [1, 2, 16])
+@pytest.mark.parametrize("groups", [1, 2, 8, 16])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_derived_kernel_loses_channels_on_both_sides_exactly(name, groups):
     slimmed = assert_exact(network(name, groups), (image(size=6).double(),))
-    kernel = "parametrizations.weight.original1" if name == "weight_norm" else "weight"
+    kernel = PARAMETERS.get(name, "weight")
     free = set(slimmed.analysis.channel_map.classes)
     assert {Side(f"{layer}.{kernel}", dim) for layer in ("into", "out") for dim in (0, 1)} <= free
     assert Side(f"middle.{kernel}", 0) in free
@@ -121,6 +133,28 @@ def analysed_model(model, example):
     from rewriters.analysis import analyse
 
     return analyse(model, example)
+
+
+@pytest.mark.parametrize("groups", [2, 8, 16])
+@pytest.mark.parametrize("name", KINDS)
+def test_fields_of_a_slim_grouped_layer(name, groups):
+    middle = slim(network(name, groups), (image(size=6).double(),), share=0.5, seed=1).model.middle
+    assert middle.out_channels == middle.weight.shape[0] < 16
+    assert middle.in_channels == middle.weight.shape[1] * middle.groups < 16
+
+
+@pytest.mark.parametrize("normed", [nn.utils.spectral_norm, parametrizations.spectral_norm])
+def test_spectral_norm_keeps_its_own_channels_only(normed):
+    torch.manual_seed(0)
+    model = Net(
+        lambda net, x: net.head(net.after(F.relu(net.middle(F.relu(net.before(F.relu(net.stem(x)))))))),
+        stem=conv(3, 12), before=conv(12, 8), middle=normed(conv(8, 8, 3)), after=conv(8, 12), head=conv(12, 4),
+    ).double()  # fmt: skip
+    channel_map = assert_exact(model, (image(size=6).double(),)).analysis.channel_map
+    for side in (Side("stem.weight", 0), Side("before.weight", 1), Side("after.weight", 0), Side("head.weight", 1)):
+        assert (channel_map.classes[side] >= 0).all()
+    assert Side("before.weight", 0) not in channel_map.classes
+    assert Side("after.weight", 1) not in channel_map.classes
 
 
 def test_a_derived_kernel_of_a_linear_layer():

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rewriters.channel_map import ALWAYS
+import autogate
+from benchmarks.parts import finalize_compared, kill
+from rewriters.channel_map import ALWAYS, Side
 from tests.rewriters.helpers import classes, conv, image, is_pinned, mapped, reasons
 
 
@@ -100,3 +102,29 @@ def test_an_op_nobody_described_pins_and_says_so():
     found = mapped(lambda m, x: m.b(m.a(x).cumprod(1)), image(), a=conv(3, 4), b=conv(4, 2))
     assert is_pinned(found, "a.weight", 0)
     assert reasons(found, "a.weight", 0) == ["aten.cumprod.default: no rule describes this op"]
+
+
+class Odd(nn.Module):
+    """Ends in an op that no rule describes."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = conv(16, 16)
+
+    def forward(self, x):
+        return self.c(x).cumprod(1)
+
+
+def test_an_op_without_a_rule_pins_its_borders_only():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 32), nn.ReLU(), conv(32, 16), Odd(), conv(16, 32), conv(32, 4))
+    summary = autogate.summary(autogate.prepare(model, image(), flops=1.0))
+    (pin,) = (pin for pin in summary.pins if pin.reason == "no rule describes this op")
+    assert (pin.module, pin.op) == ("3", "aten.cumprod.default")
+    assert set(pin.sides) == {Side("3.c.weight", 0), Side("3.c.bias", 0)}
+    assert summary.progress.classes == 32 + 16 + 32
+    assert "cumprod" in str(summary)
+    kill(model, 0.5)
+    assert finalize_compared(model, ((image(),), {})) <= 1e-6
+    assert model[2].out_channels < 16
+    assert model[3].c.out_channels == model[4].in_channels == 16
