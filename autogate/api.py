@@ -5,53 +5,26 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from autogate.gates import GateBank, Progress
-from autogate.inputs import Inputs, as_call
+from autogate.finalizing import Origin, check_finite, check_whole, on_device, take_out, verify
+from autogate.gates import BANK, GateBank, Progress
+from autogate.inputs import as_call
 from autogate.schedule import DEFAULT_STEPS, Schedule
 from autogate.sharding import has_shards
-from autogate.slimming import Asked, analyse_whole, carry_out, put_shortcuts
+from autogate.slimming import Asked, analyse_whole, put_shortcuts
 from autogate.summary import Summary, summarise
 from autogate.targets import ResourceMaker, Shares
-from autogate.wrappers import is_wrapped, take_off_autocast, unwrap
-from rewriters import (
-    AutogateError,
-    Journal,
-    Shortcut,
-    VerificationError,
-    relative_error,
-    run_eval,
-)
-
-BANK = "autogate"
-"""Name of the submodule that holds the gates while they train."""
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest relative difference that finalize accepts between the gated and the slim model's outputs."""
+from autogate.wrappers import is_wrapped, unwrap
+from rewriters import AutogateError, Journal, Shortcut, run_eval
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class BudgetNotMetWarning(UserWarning):
     """The model was finalized before its gates had come down to the budget."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What prepare was called with, for finalize to read the same channels again."""
-
-    asked: Asked
-    shortcuts: tuple[Shortcut, ...] = ()
-
-    @property
-    def inputs(self) -> Inputs:
-        return self.asked.inputs
 
 
 def prepare(
@@ -243,27 +216,17 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
         AutogateError: no gates, a weight or gate that is not finite, a layer that was changed since
             `prepare`, or a model sharded by FSDP2: the message tells how to gather it.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
-        VerificationError: the outputs would differ by more than `TOLERANCE`.
+        VerificationError: the outputs would differ by more than `finalizing.TOLERANCE`, and not by the rounding
+            of float32 alone: in float64 too.
     """
     model, bank = unwrap(model), gates(model)
-    _check_whole(model)
-    _check_finite(model)
+    check_whole(model)
+    check_finite(model)
     bank.fold()
     origin: Origin = bank.origin
-    inputs = _on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
+    inputs = on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
     progress = bank.progress()
-    journal = Journal()
-    try:
-        take_off_autocast(model, journal)
-        wanted = run_eval(model, *inputs)
-        journal.remove(model._modules, BANK)
-        journal.remove(model._forward_pre_hooks, bank.hook.id)
-        _slim(model, bank, journal)
-        _verify(model, inputs, wanted, "the slim model")
-    except BaseException:
-        journal.undo()
-        raise
-    bank.detach()
+    take_out(model, bank, inputs)
     missed = _missed(progress, bank.schedule.tolerance)
     if warn and missed:
         warnings.warn(
@@ -282,20 +245,6 @@ def _missed(progress: Progress, tolerance: float) -> str:
         for name, share in progress.shares.items()
         if share > progress.targets[name] + above
     )
-
-
-def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> None:
-    origin: Origin = bank.origin
-    asked = origin.asked._replace(inputs=_on_device(origin.inputs, model))
-    analysis = analyse_whole(model, asked)
-    changed = bank.channel_map.difference(analysis.channel_map)
-    if changed is not None:
-        raise AutogateError(
-            "this layer is not what it was when the model was prepared.",
-            where=changed,
-            remedy="Change layers before prepare, or prepare the changed model anew.",
-        )
-    carry_out(model, analysis, bank.live, asked, origin.shortcuts, journal)
 
 
 def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tuple[Shortcut, ...]:
@@ -321,26 +270,13 @@ def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tupl
             stacklevel=3,
         )
         return ()
-    _verify(model, asked.inputs, wanted, "the model with convolutions on its shortcuts")
+    verify(model, asked.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
     return f"Did you mean {' or '.join(map(repr, near))}?" if near else "See model.named_modules()."
-
-
-def _verify(model: nn.Module, inputs: Inputs, wanted: list[Tensor], what: str) -> None:
-    """Raises unless the outputs are what they were."""
-    error = relative_error(run_eval(model, *inputs), wanted)
-    allowed = max((TOLERANCE.get(value.dtype, 0.0) for value in wanted), default=0.0)
-    if not error <= allowed:
-        raise VerificationError(
-            f"the outputs of {what} differ by {error:.1e} of their size, more than {allowed:.0e}; "
-            "the model is as it was.",
-            where=type(model).__name__,
-            remedy="Please report the model. `prepare(..., ignore=[...])` keeps a module's channels.",
-        )
 
 
 def _check_model(model: Any) -> None:
@@ -383,31 +319,3 @@ def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
             )
         named += found
     return named
-
-
-def _check_whole(model: nn.Module) -> None:
-    if has_shards(model):
-        raise AutogateError(
-            "its parameters are sharded over processes, and a slim model is made of whole ones.",
-            where=type(model).__name__,
-            remedy="Gather them, state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
-            "cpu_offload=True)) from torch.distributed.checkpoint.state_dict, on all ranks; on one of them prepare "
-            "the plain model as before, load_state_dict(state) and finalize that.",
-        )
-
-
-def _check_finite(model: nn.Module) -> None:
-    """Parameters are to be finite; a buffer may hold an infinity (of a mask, of a range without an end)."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        broken = ~torch.isfinite(tensor) if isinstance(tensor, nn.Parameter) else torch.isnan(tensor)
-        if tensor.is_floating_point() and broken.any():
-            raise AutogateError(
-                f"{int(broken.sum())} of its {tensor.numel()} values are not finite.",
-                where=name,
-                remedy="Go back to a checkpoint from before training diverged.",
-            )
-
-
-def _on_device(inputs: Inputs, model: nn.Module) -> Inputs:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)

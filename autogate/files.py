@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.api import BANK
 from autogate.building import Build, build, how_to_build
+from autogate.gates import BANK
 from autogate.history import (
     ATTRIBUTE,
     History,

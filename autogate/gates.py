@@ -33,6 +33,9 @@ from autogate.targets import Targets
 from rewriters.channel_map import ChannelMap, Side
 from rewriters.errors import AutogateError
 
+BANK = "autogate"
+"""Name of the submodule that holds the gates while they train."""
+
 NEARLY_CLOSED = 0.5
 """Below this gate a column follows the optimizer only in part: see `GateBank.measure`."""
 

@@ -1,0 +1,66 @@
+"""Outputs are compared before finalize returns: what float32 rounds by is told from other differences."""
+
+import pytest
+import torch
+from torch import nn
+
+import autogate
+from autogate import finalizing
+
+EXAMPLE = torch.linspace(-1, 1, 32).view(4, 8)
+
+
+class Magnifying(nn.Module):
+    """Rounding errors of its layers come out ten thousand times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1e4 * self.second(self.first(x).relu())).sin()
+
+
+def prepared() -> nn.Module:
+    model = autogate.prepare(Magnifying(), EXAMPLE, flops=1.0)
+    with torch.no_grad():
+        autogate.gates(model).alpha[::2] = 0
+    return model
+
+
+def test_rounding_is_no_reason_to_refuse(monkeypatch):
+    model = prepared()
+    with monkeypatch.context() as patch, pytest.raises(autogate.VerificationError, match="more than 1e-05"):
+        patch.setattr(finalizing, "EXACT_IN_FLOAT64", -1.0)
+        autogate.finalize(model, warn=False)
+    slim = autogate.finalize(model, warn=False)
+    assert slim is model and not hasattr(slim, "autogate") and not slim._forward_pre_hooks
+    assert slim.first.out_features == 32 and slim.first.weight.dtype == torch.float32
+
+
+def test_a_difference_that_float64_has_too_is_refused(monkeypatch):
+    def carry_out_wrongly(model, *args):
+        carry_out(model, *args)
+        args[-1].set_attribute(model, "second", nn.Linear(32, 8, dtype=model.first.weight.dtype))
+
+    model, carry_out = prepared(), finalizing.carry_out
+    gated = model(EXAMPLE)
+    with monkeypatch.context() as patch, pytest.raises(autogate.VerificationError):
+        patch.setattr(finalizing, "carry_out", carry_out_wrongly)
+        autogate.finalize(model, warn=False)
+    assert torch.equal(model(EXAMPLE), gated) and autogate.gates(model).channel_map.size == 64
+    autogate.finalize(model, warn=False)
+
+
+def test_a_model_that_runs_in_float32_only_is_refused():
+    class Single(Magnifying):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.float())
+
+    model = autogate.prepare(Single(), EXAMPLE, flops=1.0)
+    with torch.no_grad():
+        autogate.gates(model).alpha[::2] = 0
+    with pytest.raises(autogate.VerificationError):
+        autogate.finalize(model, warn=False)
+    assert autogate.gates(model).follows
