@@ -27,7 +27,7 @@ from autogate.kernels import GatedKernels, GatedSide, HeldBack
 from autogate.learning import Gates, Learner, Standing
 from autogate.polarization import gate_value
 from autogate.schedule import Pressure, Schedule
-from autogate.selection import groups_of
+from autogate.selection import groups_of, with_needed
 from autogate.sharding import local
 from autogate.targets import Targets
 from rewriters.channel_map import ChannelMap, Side
@@ -127,8 +127,8 @@ class GateBank(nn.Module):
             belong.
 
     Raises:
-        AutogateError: if a target lies below what is left when every class is dead, or a gated kernel is
-            not a parameter of the model.
+        AutogateError: if a target lies below what is left when every class is dead, or all that outputs don't
+            need, or a gated kernel is not a parameter of the model.
     """
 
     alpha: Tensor
@@ -161,7 +161,8 @@ class GateBank(nn.Module):
                 f"left when every channel that may go has gone. {channel_map.why_pinned()}",
                 remedy="Ask for a larger share.",
             )
-        self.learner = Learner(targets, schedule, groups_of(channel_map, schedule.round_to))
+        groups = with_needed(groups_of(channel_map, schedule.round_to), channel_map, targets)
+        self.learner = Learner(targets, schedule, groups)
         size = channel_map.size
         start = Gates.fresh(size)
         self.register_buffer("alpha", start.alpha)

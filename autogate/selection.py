@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from autogate.lifelines import lifelines
 from autogate.schedule import PATIENCE, Schedule
 from autogate.targets import ROUNDING, Targets
 from rewriters.channel_map import ALWAYS, ChannelMap
+from rewriters.errors import AutogateError
 
 WIDTH_RESOLUTION = 0.005
 """How closely the width is sought that all layers would have alike."""
@@ -29,10 +31,12 @@ class Group:
         classes: their indices.
         pace: so many of them die together, for the widths of all layers to stay on multiples of the
             schedule's `round_to`.
+        needed: outputs depend on inputs through it alone (see `lifelines`): it doesn't die as a whole.
     """
 
     classes: tuple[int, ...]
     pace: int = 1
+    needed: bool = False
 
 
 def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
@@ -97,13 +101,38 @@ def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -
     """How many classes of each group learning leaves alive, int64, shape (groups,).
 
     `schedule.keep` of those that are left when all groups are narrowed alike until the targets are met; one
-    at least, and whole bundles. None at all if the targets can't be met with every group alive.
+    at least, and whole bundles. If the targets can't be met with every group alive, a bundle of those that are needed,
+    and none of the others.
     """
     narrowing = Narrowing(groups)
     alike = part_alike(narrowing, targets)
     if alike is None:
-        return torch.zeros(len(groups), dtype=torch.int64)
+        return narrowing.counts(0.0) * torch.tensor([group.needed for group in groups])
     return narrowing.counts(schedule.keep * alike)
+
+
+def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targets) -> list[Group]:
+    """The groups, those marked that are needed, if the targets can't be met with every group alive.
+
+    Raises:
+        AutogateError: they can't be met with the needed ones alive.
+    """
+    narrowing = Narrowing(groups)
+    if targets.distance(narrowing.live(0.0)) <= 0:
+        return list(groups)
+    needed = lifelines(channel_map, [group.classes for group in groups])
+    marked = [replace(group, needed=number in needed) for number, group in enumerate(groups)]
+    live = narrowing.live(0.0)
+    for group in marked:
+        live[list(group.classes)] &= group.needed
+    shares, wanted = targets.shares(live), targets.wanted()
+    for name in (name for name, share in shares.items() if share > wanted[name] + ROUNDING):
+        raise AutogateError(
+            f"{wanted[name]:.3f} of the {name} can't be reached: {shares[name]:.3f} are left with as few channels as "
+            f"outputs need to depend on inputs ({max(group.pace for group in groups)} at a time).",
+            remedy="Ask for a larger share, or channels in smaller multiples (`round_to`).",
+        )
+    return marked
 
 
 @dataclass(frozen=True)
