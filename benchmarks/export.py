@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import autogate
 import rewriters
 from autogate.exporting import to_onnx, to_torch_export
-from benchmarks.parts import kill, measure_missing, randomise_norms
+from benchmarks.parts import kill, measure_missing, randomise_norms, settle_norms
 
 _SMALL: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 6}
 _SHORT: dict[str, Any] = {"layers": (1, 1, 1, 1)}
@@ -68,8 +68,10 @@ def slim_model(name: str) -> nn.Module:
     timm_name, side, options = MODELS[name]
     model = timm.create_model(timm_name, num_classes=10, **options)
     randomise_norms(model)
-    model = autogate.prepare(model, torch.randn(2, 3, side, side), flops=0.99)
+    example = torch.randn(2, 3, side, side)
+    model = autogate.prepare(model, example, flops=0.99)
     kill(model, 0.5)
+    settle_norms(model, ((example,), {}))
     return autogate.finalize(model, warn=False).eval()
 
 

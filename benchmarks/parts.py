@@ -68,8 +68,8 @@ def settle_norms(model: nn.Module, inputs: Inputs) -> None:
     """Running statistics of batch norms as these inputs have them, and then changed a little.
 
     Statistics that don't fit shrink what goes through layer by layer, until outputs are biases alone, and a comparison
-    of outputs can't tell a wrong network from a right one. No variance is much smaller than those of other channels: in
-    two samples a channel may be the same everywhere by chance, and norms would blow its rounding errors up.
+    of outputs can't tell a wrong network from a right one. No variance lies below the mean of all: a channel that comes
+    out nearly the same everywhere would have its rounding errors blown up, layer by layer.
     """
     norms = [
         module for module in model.modules()
@@ -85,7 +85,7 @@ def settle_norms(model: nn.Module, inputs: Inputs) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.running_mean.add_(torch.randn_like(norm.running_mean) * 0.1 * norm.running_var.sqrt())
-        norm.running_var.clamp_(min=float(norm.running_var.mean()) / 10)
+        norm.running_var.clamp_(min=float(norm.running_var.mean()))
         norm.running_var.mul_(torch.rand_like(norm.running_var) + 0.5)
 
 
@@ -106,9 +106,20 @@ def kill(model: nn.Module, share: float, seed: int = 0) -> None:
     alpha[dead.to(alpha.device)] = 0
 
 
+LEAST_SPREAD = 1e-3
+"""Outputs that two samples have nearer to each other say too little of the network to be compared."""
+
+
 def finalize_compared(model: nn.Module, inputs: Inputs) -> float:
-    """Finalize a prepared model; the largest relative difference between its outputs before and after."""
+    """Settle a prepared model's norms and finalize it; the largest relative difference of its outputs before and after.
+
+    Raises:
+        ValueError: the gated outputs hardly depend on the inputs, and would be the same of a wrong network.
+    """
+    settle_norms(model, inputs)
     gated = rewriters.run_eval(model, *inputs)
+    if not spread(gated) > LEAST_SPREAD:
+        raise ValueError(f"outputs of two samples differ by {spread(gated):.0e} of their size: nothing to compare")
     slim = autogate.finalize(model, warn=False)
     return rewriters.relative_error(rewriters.run_eval(slim, *inputs), gated)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import autogate
 import rewriters
-from benchmarks.parts import kill, randomise_norms
+from benchmarks.parts import LEAST_SPREAD, kill, randomise_norms, settle_norms, spread
 
 transformers = pytest.importorskip("transformers", reason="transformers isn't installed: pip install autogate[test]")
 
@@ -79,7 +79,9 @@ def test_slim_outputs_are_the_gated_models(seed, name):
     assert torch.equal(model(**inputs).logits, wanted)
     assert autogate.summary(model).reach >= 0.85
     kill(model, (0.3, 0.5, 0.7)[seed % 3], seed)
+    settle_norms(model, ((), inputs))
     gated = rewriters.run_eval(model, (), inputs)
+    assert spread(gated) > LEAST_SPREAD
     slim = autogate.finalize(model, warn=False)
     assert rewriters.relative_error(rewriters.run_eval(slim, (), inputs), gated) <= 1e-10
     assert type(slim(**inputs)) is type(model(**inputs))
@@ -103,13 +105,15 @@ def test_detection_with_queries_and_a_backbone():
     config = transformers.DetrConfig(
         use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
         encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=20, decoder_ffn_dim=20, num_queries=3, num_labels=3,
+        encoder_ffn_dim=20, decoder_ffn_dim=20, num_queries=3, num_labels=3, init_std=0.5, init_xavier_std=2.0,
     )  # fmt: skip
     model, inputs = randomised(transformers.DetrForObjectDetection(config)), {"pixel_values": images(64)}
     model = autogate.prepare(model, inputs, flops=0.9)
     assert autogate.summary(model).reach >= 0.85
     kill(model, 0.5, 0)
+    settle_norms(model, ((), inputs))
     gated = rewriters.run_eval(copy.deepcopy(model), (), inputs)
+    assert spread(gated) > LEAST_SPREAD
     slim = autogate.finalize(model, warn=False)
     assert rewriters.relative_error(rewriters.run_eval(slim, (), inputs), gated) <= 1e-10
     assert slim(**inputs).pred_boxes.shape == (2, 3, 4)
