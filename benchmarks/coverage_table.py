@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.coverage import DOUBLE, PEER_SECONDS, SINGLE
-from benchmarks.parts import lines
+from benchmarks.parts import LEAST_SPREAD, lines
 
 WANTED = 0.9
 """Models whose gates reach less of the FLOPs are listed, with what keeps the rest."""
@@ -27,20 +27,18 @@ HEADER = """# Coverage
 
 Written by
 
-    python -m benchmarks.coverage OPTIONS
-    python -m benchmarks.coverage_table runs/coverage.jsonl --out docs/coverage.md
+{commands}
 
-with the options `{options}`.
-(`--sample one-per-file`: of timm's and torchvision's models, that with the fewest parameters of each file. Of
-torchvision's detectors backbone, neck and heads are run.)
+Models are timm's and torchvision's, of its detectors backbone, neck and heads; with `--size` on smaller images, where
+a model takes any. Each is prepared, a random half of its classes is killed, batch norms are given the statistics of a
+batch, and it is finalized, in a process of its own; weights are random.
 
-Every model is prepared, a random half of its classes is killed, and it is finalized, in a process of its own; weights
-and norms' statistics are random. *Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's
-rounding is larger than that, by 1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers
-with a gate on their input or output side, the smallest of the family. *Left*: the share of FLOPs with half of the
-classes dead, the median. Times are medians of seconds of processor time on one thread; memory is the most that
-`prepare` took at its peak, over the bytes of the model's tensors and those that the process grew by when it captured
-the graph. A small model is prepared first: what a process does but once isn't counted.
+*Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's rounding is larger than that, by
+1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers with a gate on their input or output
+side, the smallest of the family. *Left*: the share of FLOPs with half of the classes dead, the median. Times are medians
+of seconds of processor time on one thread; memory is the most that `prepare` took at its peak, over the bytes of the
+model's tensors and those that the process grew by when it captured the graph; pages of libraries' code, and what a
+process does but once, are in neither.
 """
 
 
@@ -59,6 +57,11 @@ def exact(line: Line) -> bool:
     return line["difference"] <= SINGLE or (line["double_difference"] or 1.0) <= DOUBLE
 
 
+def _blind(line: Line) -> bool:
+    """Whether it is exact, but would be if it were wrong: outputs hardly depend on inputs."""
+    return exact(line) and not line["spread"] > LEAST_SPREAD
+
+
 def nothing_to_prune(line: Line) -> bool:
     return "no channel of it can go" in line["error"]
 
@@ -68,11 +71,13 @@ def memory_taken(line: Line) -> float:
     return line["prepare_bytes"] / (line["model_bytes"] + line["graph_bytes"])
 
 
-def document(results: list[Line], options: str) -> str:
-    """The whole page, for what was measured with these options."""
+def document(results: list[Line], options: Iterable[str], files: Iterable[Path]) -> str:
+    """The whole page, for what was measured with these options and is in these files."""
+    commands = [f"    python -m benchmarks.coverage {one}" for one in options]
+    commands.append(f"    python -m benchmarks.coverage_table {' '.join(map(str, files))} --out docs/coverage.md")
     tried = [line for line in results if line["step"] != "memory"]
     parts = [
-        HEADER.replace("{options}", options),
+        HEADER.replace("{commands}", "\n".join(commands)),
         _totals(tried),
         _by_family(tried),
         _failures(tried),
@@ -90,6 +95,10 @@ def _totals(tried: list[Line]) -> str:
         ("models tried", len(tried)),
         ("families (files) they are from", len({line["family"] for line in tried})),
         ("exact", sum(map(exact, tried))),
+        (
+            f"of these, outputs of two samples differ by less than {LEAST_SPREAD:g} of their size",
+            sum(map(_blind, tried)),
+        ),
         ("nothing to prune", sum(map(nothing_to_prune, tried))),
         (f"reach of at least {WANTED:.0%}", sum(line["reach"] >= WANTED for line in done)),
         ("FLOPs left with half of the classes dead, median", f"{median(line['left'] for line in done):.3f}"),
@@ -210,9 +219,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="of both methods")
     parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
-    parser.add_argument("--options", default="--out runs/coverage.jsonl", help="what benchmarks.coverage was given")
+    parser.add_argument(
+        "--options", nargs="+", default=["--out runs/coverage.jsonl"], help="of each run, in one string"
+    )
     args = parser.parse_args()
-    args.out.write_text(document(joined(line for path in args.results for line in lines(path)), args.options))
+    args.out.write_text(
+        document(joined(line for path in args.results for line in lines(path)), args.options, args.results)
+    )
 
 
 if __name__ == "__main__":
