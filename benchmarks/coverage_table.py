@@ -34,8 +34,8 @@ a model takes any. Each is prepared, a random half of its classes is killed, bat
 batch, and it is finalized, in a process of its own; weights are random.
 
 *Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's rounding is larger than that, by
-1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers with a gate on their input or output
-side, the smallest of the family. *Left*: the share of FLOPs with half of the classes dead, the median. Times are medians
+1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers with a gate on their inputs or
+outputs, the smallest of the family. *Left*: that with half of the classes dead, the median. Times are medians
 of seconds of processor time on one thread; memory is the most that `prepare` took at its peak, over the bytes of the
 model's tensors and those that the process grew by when it captured the graph; pages of libraries' code, and what a
 process does but once, are in neither.
