@@ -77,14 +77,14 @@ def reshaped(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Ten
         return labels.expand(tuple(before)).reshape(tuple(after))
     wide: list[int] = []
     narrow: list[int] = []
-    for old, new in _parts(before, after):
+    for old, new in parts(before, after):
         varies = labels.shape[old].numel() > 1
         wide += before[old] if varies else labels.shape[old]
         narrow += after[new] if varies else [1] * len(after[new])
     return labels.expand(wide).reshape(narrow).expand(tuple(after))
 
 
-def _parts(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+def parts(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     """Dimensions of two shapes that have as many elements, in the smallest parts that become one another."""
     old = new = 0
     while old < len(before) or new < len(after):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rewriters.errors import SurgeryError
 from rewriters.following import AUTOCAST
 from rewriters.forward import guard, in_places
-from rewriters.labels import Labelled, reshaped, varying
+from rewriters.labels import Labelled, parts, reshaped, varying
 from rewriters.rules import RULES, Look, Rule, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import run_call
@@ -76,12 +76,11 @@ class Cut:
             sizes[dim] = int(self.kept(value, dim).sum())
         return tuple(sizes)
 
-    def slim(self, tensor: Tensor, value: Labelled) -> Tensor:
-        """The tensor without the indices that go."""
+    def slim(self, tensor: Tensor, value: Labelled, first: int = 0) -> Tensor:
+        """The tensor without the indices that go; its dimensions are those of `value` from `first` on."""
         for dim in _labelled(value):
-            kept = self.kept(value, dim)
-            if not kept.all():
-                tensor = tensor.index_select(dim, kept.nonzero().flatten().to(tensor.device))
+            if first <= dim < first + tensor.ndim and not (kept := self.kept(value, dim)).all():
+                tensor = tensor.index_select(dim - first, kept.nonzero().flatten().to(tensor.device))
         return tensor
 
 
@@ -287,12 +286,25 @@ class Resizer:
         return set(range(values[0].ndim)).difference(*map(_labelled, values))
 
     def _reshapes(self, operand: Tensor, result: Tensor) -> bool:
-        """As `_commutes`, for a tensor that is reshaped to the right shape."""
-        numbers = _numbers(self._labels(operand), 0)
-        before = reshaped(numbers, operand.shape, result.shape)
-        slim = self._cut.slim(numbers, self._labels(operand))
-        after = reshaped(slim, self._shape(operand), self._shape(result))
-        return _equal(self._cut.slim(_once(before, self._labels(result)), self._labels(result)), after)
+        """As `_commutes`, for a tensor that is reshaped to the right shape.
+
+        Where the same dimensions become one another before and after slimming, each part is looked at by itself: a
+        kernel that is flattened along its inputs has as many numbers as inputs and outputs, and not one an element.
+        """
+        slim = self._shape(operand), self._shape(result)
+        found = list(parts(operand.shape, result.shape))
+        if 0 in slim[0] or list(parts(*slim)) != found:
+            found = [(slice(0, operand.ndim), slice(0, result.ndim))]
+        return all(self._part_reshapes(operand, result, old, new) for old, new in found)
+
+    def _part_reshapes(self, operand: Tensor, result: Tensor, old: slice, new: slice) -> bool:
+        """Whether these dimensions of one tensor become those of another, index by index."""
+        of, to = self._labels(operand), self._labels(result)
+        numbers = _numbers(of, 0, old)
+        before = reshaped(numbers, operand.shape[old], result.shape[new])
+        slim = self._cut.slim(numbers, of, old.start)
+        after = reshaped(slim, self._shape(operand)[old], self._shape(result)[new])
+        return _equal(self._cut.slim(_once(before, to, new.start), to, new.start), after)
 
 
 def sweep(graph: fx.Graph, used: Iterable[fx.Node]) -> None:
@@ -319,9 +331,12 @@ def _swap(value: Any, others: Mapping[int, Tensor]) -> Any:
     return tree_map(lambda leaf: others[id(leaf)] if isinstance(leaf, Tensor) else leaf, value)
 
 
-def _numbers(value: Labelled, start: int) -> Tensor:
-    """Numbers from `start` on, one for each combination of labelled indices, of size 1 along the other dimensions."""
-    along = [size if value.layer(dim) is not None else 1 for dim, size in enumerate(value.shape)]
+def _numbers(value: Labelled, start: int, dims: slice = slice(None)) -> Tensor:
+    """Numbers from `start` on, one for each combination of labelled indices, of size 1 along the other dimensions.
+
+    With `dims` for some of its dimensions only.
+    """
+    along = [value.shape[dim] if value.layer(dim) is not None else 1 for dim in range(value.ndim)[dims]]
     return torch.arange(start, start + prod(along), dtype=torch.int32).view(along)
 
 
@@ -330,10 +345,10 @@ def _repeated(numbers: Tensor, shape: tuple[int, ...], once: set[int]) -> Tensor
     return numbers.expand([1 if dim in once else size for dim, size in enumerate(shape)])
 
 
-def _once(numbers: Tensor, value: Labelled) -> Tensor:
-    """Repeated numbers once, along dimensions without labels."""
+def _once(numbers: Tensor, value: Labelled, first: int = 0) -> Tensor:
+    """Repeated numbers once, along dimensions without labels; they are those of `value` from `first` on."""
     for dim in range(numbers.ndim):
-        if numbers.shape[dim] > 1 and numbers.stride(dim) == 0 and value.layer(dim) is None:
+        if numbers.shape[dim] > 1 and numbers.stride(dim) == 0 and value.layer(first + dim) is None:
             numbers = numbers.narrow(dim, 0, 1)
     return numbers
 
