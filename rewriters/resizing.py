@@ -44,6 +44,9 @@ _GROUPED = {F.group_norm}
 
 _RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
 
+_TO_ANOTHERS_SHAPE = {"view_as", "reshape_as"}
+"""Calls whose first operand is reshaped, and whose second gives its shape alone."""
+
 
 class Unwritable(SurgeryError):
     """A node that holds a size and cannot be written for what is left."""
@@ -255,8 +258,8 @@ class Resizer:
         results = _tensors(node.meta["val"])
         if target == node.target and all(self._shape(leaf) == leaf.shape for leaf in (*operands.values(), *results)):
             return True  # nothing is cut here
-        if len(operands) == 1 and ops <= _RESHAPING:
-            return self._reshapes(*operands.values(), *results)
+        if ops <= _RESHAPING and (len(operands) == 1 or target in _TO_ANOTHERS_SHAPE):
+            return self._reshapes(next(iter(operands.values())), *results)
         once = self._left_out(node, [*operands.values(), *results])
         full, slim, start = {}, {}, 0
         for key, leaf in operands.items():

@@ -13,6 +13,7 @@ from rewriters.analysis import analyse
 from rewriters.rehearsal import rehearse
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, conv
+from tests.rewriters.test_derived_kernels import Standardised
 
 SIDE = 16
 
@@ -60,3 +61,12 @@ def test_no_tensor_is_as_large_as_what_goes_through_a_layer(forward):
     assert analysis.channel_map.size
     assert 0 < largest.elements < 2 * 8 * SIDE**2 / 2
     assert_exact(model.double(), (x.double(),))
+
+
+def test_no_tensor_is_as_large_as_a_kernel_that_is_reshaped():
+    layers = nn.Sequential(conv(3, 32), Standardised(32, 32, 3, padding=1), Standardised(32, 32, 3), conv(32, 2)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    with Largest() as largest:
+        analysis = rehearse(layers, analyse(layers, (x,)), (x,))
+    assert analysis.channel_map.size == 3 * 32
+    assert 0 < largest.elements < 32 * 32 * 9 / 2
