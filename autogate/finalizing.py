@@ -104,7 +104,7 @@ def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> None:
     origin: Origin = bank.origin
     asked = origin.asked._replace(inputs=on_device(origin.inputs, model))
     analysis = analyse_whole(model, asked)
-    changed = bank.channel_map.difference(analysis.channel_map)
+    changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:
         raise AutogateError(
             "this layer is not what it was when the model was prepared.",

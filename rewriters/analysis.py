@@ -58,6 +58,11 @@ class Analysis:
     sites: list[Site] = field(default_factory=list)
     channel_map: ChannelMap = field(init=False)
 
+    @property
+    def opaque(self) -> frozenset[str]:
+        """Paths of the modules that couldn't be recorded."""
+        return frozenset(path for captured in self.captures for path in captured.opaque)
+
     def cut(self, live: Tensor) -> Cut:
         """What stays of every tensor when the classes in `live` (bool, shape (classes,)) do."""
         return Cut(self.labelling.stays(live))
@@ -93,15 +98,15 @@ def analyse(
 
     Args:
         model: any module; nothing in it changes, but buffers that its forward makes anew for inputs of another
-            size (a table of places): it is run once then. Where its statistics are taken over live channels, it
-            is analysed as if they were not.
+            size (a table of places): it is run once then, and once where a module in it can't be recorded. Where
+            its statistics are taken over live channels, it is analysed as if they were not.
         args: example inputs by position.
         kwargs: example inputs by name.
         ignore: names of parameters and buffers to keep whole, with the reason.
         embed: whether channels that a norm across channels looks at may die.
 
     Raises:
-        CaptureError: the forward's control flow depends on the values of tensors.
+        CaptureError: the forward fails, or its own control flow depends on the values of tensors.
     """
     with plain_statistics(model), without_caches(model):
         return _analyse(model, args, kwargs, ignore, embed)

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from rewriters.analysis import Analysis
-from rewriters.capture import ModuleCall
+from rewriters.capture import Capture, ModuleCall
 from rewriters.channel_map import ALWAYS
 from rewriters.errors import SurgeryError, TraceError
 from rewriters.forward import bind_arguments, out_of_place
@@ -156,7 +156,7 @@ def _prune(
         graphs = by_mode(forwards, lambda one: one.resize(cut).graph)
     except Unwritable:  # an op that refuses tensors without channels
         return
-    removed = _uncalled(call, captured.calls(), graphs.values())
+    removed = _uncalled(call, captured, graphs.values())
     if removed:
         named = {_constant_name(index): value for index, value in enumerate(values) if value is not None}
         constants = {
@@ -295,11 +295,12 @@ def _put_constant(node: fx.Node, name: str, traced: Traced, known: MutableMappin
             user.replace_input_with(node, constant)
 
 
-def _uncalled(call: ModuleCall, calls: Iterator[ModuleCall], graphs: Iterable[fx.Graph]) -> frozenset[str]:
-    """Modules called in `call` that none of the rewritten graphs calls, nor anything else."""
+def _uncalled(call: ModuleCall, captured: Capture, graphs: Iterable[fx.Graph]) -> frozenset[str]:
+    """Modules called in `call` that none of the rewritten graphs calls, nor anything else, an opaque module say."""
     called = (node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
     still = {f"{call.path}.{target}".lstrip(".") for target in called}
     gone = {child.path for child in call.children} - still
     inside = {id(inner) for child in call.children if child.path in gone for inner in child.walk()}
-    elsewhere = {other.path for other in calls if id(other) not in inside}
+    elsewhere = {other.path for other in captured.calls() if id(other) not in inside}
+    elsewhere = elsewhere.union(*(captured.opaque[path].inside for path in elsewhere & captured.opaque.keys()))
     return frozenset(path for path in gone if not any(is_under(other, {path}) for other in elsewhere))

@@ -8,31 +8,33 @@ has to know what each of them was called with and what its children gave back.
 from __future__ import annotations
 
 import contextlib
-import sys
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
+from rewriters.explaining import explain, why_unrecordable
+from rewriters.opaque import (
+    FailsForRealError,
+    Opaque,
+    RealCall,
+    Replies,
+    as_they_ran,
+    opaque_call,
+    run_for_real,
+    smallest,
+    tensors_in,
+)
 from rewriters.preserving import attributes_preserved
 from rewriters.without_data import on_fakes, stand_in
-
-_OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 @dataclass(eq=False)
@@ -71,6 +73,7 @@ class Capture:
         tensors: fake tensors of parameters and buffers, by qualified name.
         mode: the fake tensor mode everything here belongs to.
         exchanged: buffers in whose place the forward has put others.
+        opaque: modules that couldn't be recorded, by path; each of their calls is one node, an `opaque_call`.
     """
 
     graph: fx.Graph
@@ -79,6 +82,7 @@ class Capture:
     tensors: Mapping[str, Tensor]
     mode: FakeTensorMode
     exchanged: tuple[str, ...] = ()
+    opaque: Mapping[str, Opaque] = field(default_factory=dict)
 
     def calls(self) -> Iterator[ModuleCall]:
         return self.root.walk()
@@ -94,12 +98,21 @@ class Recorder(TorchDispatchMode):
         self.nodes: dict[int, fx.Node] = {}
         self.call: ModuleCall | None = None
         self.exchanged: list[str] = []
+        self.failed: list[ModuleCall] = []
+        self._error: Exception | None = None
         self._real = real
         self._alive: list[Tensor] = []
 
     def began_with(self, tensor: Tensor) -> bool:
         """Whether it is a parameter or buffer that the model had before it ran."""
         return id(tensor) in self._real
+
+    def note_failure(self, error: Exception) -> None:
+        """Note that the call that runs failed: `failed` are all that an error passed through, the innermost first."""
+        if self._error not in (error, error.__context__):
+            self.failed = []  # the former error was caught
+        self._error = error
+        self.failed += [self.call] if self.call is not None else []
 
     def add_input(self, name: str, value: Tensor) -> fx.Node:
         node = self.graph.placeholder(name)
@@ -131,6 +144,16 @@ class Recorder(TorchDispatchMode):
         out = on_fakes(self._mode, func, args, kwargs)
         if restrides or not (isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))):
             return out  # not a step of the forward, or a question about a tensor (its device, its layout)
+        self._write(func, args, kwargs, out)
+        return out
+
+    def write_opaque(self, reason: str, given: Iterable[Tensor], own: Iterable[Tensor], output: Any) -> None:
+        """Write the call of an opaque module, which gives the tensors in `output`."""
+        given, own = ([*{id(tensor): tensor for tensor in tensors}.values()] for tensors in (given, own))
+        out = tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        self._write(opaque_call, (reason, given, own), {}, out)
+
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         node_args, node_kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda value: self.node_of(value) if isinstance(value, Tensor) else value
         )
@@ -142,7 +165,6 @@ class Recorder(TorchDispatchMode):
                     self._own(self.graph.call_function(_getitem, (node, index)), item)
         if self.call is not None:
             self.call.nodes.append(node)
-        return out
 
 
 def only_restrides(op: Any, args: tuple[Any, ...]) -> bool:
@@ -167,9 +189,18 @@ def is_getitem(node: fx.Node) -> bool:
 
 
 @contextlib.contextmanager
-def _module_calls(recorder: Recorder, names: Mapping[nn.Module, list[str]]) -> Iterator[list[ModuleCall]]:
+def _module_calls(
+    recorder: Recorder, names: Mapping[nn.Module, list[str]], opaque: Mapping[str, Opaque], replies: Replies
+) -> Iterator[list[ModuleCall]]:
     roots: list[ModuleCall] = []
     plain_call = nn.Module.__call__
+    inside = {path: [module for module, own in names.items() if own[0] in opaque[path].inside] for path in opaque}
+
+    def reply(call: ModuleCall) -> Any:
+        output = replies.next(call.path, call.args, call.kwargs)
+        own = (tensor for module in inside[call.path] for tensor in (*module.parameters(), *module.buffers()))
+        recorder.write_opaque(opaque[call.path].reason, tensors_in(call.args, call.kwargs), own, output)
+        return output
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if module not in names:
@@ -178,8 +209,13 @@ def _module_calls(recorder: Recorder, names: Mapping[nn.Module, list[str]]) -> I
         inner = ModuleCall(tuple(names[module]), args, kwargs)
         (outer.children if outer else roots).append(inner)
         recorder.call = inner
-        inner.output = plain_call(module, *args, **kwargs)
-        recorder.call = outer
+        try:
+            inner.output = reply(inner) if inner.path in opaque else plain_call(module, *args, **kwargs)
+        except Exception as error:
+            recorder.note_failure(error)
+            raise
+        finally:
+            recorder.call = outer
         if outer is None:
             recorder.exchanged = [name for name, buffer in module.named_buffers() if not recorder.began_with(buffer)]
         return inner.output
@@ -208,14 +244,6 @@ def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping
     }
 
 
-def user_line() -> str:
-    """File, line and text of the user's code that the current exception passed through last."""
-    frames = [
-        frame for frame in traceback.extract_tb(sys.exc_info()[2]) if not frame.filename.startswith((*_OWN_CODE, "<"))
-    ]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-
-
 @contextlib.contextmanager
 def _without_fast_paths() -> Iterator[None]:
     """Attention in its parts, not as one fused kernel that hides them."""
@@ -227,49 +255,102 @@ def _without_fast_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _explain(error: Exception, where: str) -> CaptureError:
-    """What went wrong in a forward that ran on fake tensors, in the user's terms."""
-    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-        return CaptureError(
-            f"the forward depends on the values of a tensor, at {user_line()}.",
-            where=where,
-            remedy="Keep that part outside the model that is prepared, or write the branch as torch.where.",
-        )
-    return CaptureError(
-        f"the forward fails on the example inputs: {type(error).__name__}: {error}, at {user_line()}.",
-        where=where,
-        remedy="Give example inputs of the shape, dtype and device that the model is run with.",
-    )
+class _Unrecordable(Exception):
+    """A recording that failed: the error to raise if nothing can be done, and what may be.
+
+    Args:
+        error: for the caller.
+        reason: why a module of these would be opaque.
+        paths: of the modules whose calls failed, the innermost first.
+    """
+
+    def __init__(self, error: CaptureError, reason: str, paths: list[str]):
+        super().__init__(reason)
+        self.error, self.reason, self.paths = error, reason, paths
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Capture:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
+    opaque: Mapping[str, Opaque] | None = None,
+) -> Capture:  # fmt: skip
     """Record `model(*args, **kwargs)` in the mode (train or eval) that the model is in.
 
     Nothing is computed and nothing in the model changes: parameters, buffers and inputs are replaced by
-    fake tensors for the time of the call.
+    fake tensors for the time of the call. Only where a module inside can't be recorded the model runs for real, once;
+    what it does to buffers and random numbers is taken back, and the module is opaque.
+
+    Args:
+        model: any module.
+        args: example inputs by position.
+        kwargs: example inputs by name.
+        opaque: modules that couldn't be recorded before. Nothing is run for real then: they are all there are.
 
     Raises:
-        CaptureError: the forward fails, or its control flow depends on a tensor's values; the message names
+        CaptureError: the forward fails, or its own control flow depends on a tensor's values; the message names
             the module and the line.
     """
+    known, run = dict(opaque or {}), None
+    while True:
+        try:
+            return _record(model, args, kwargs or {}, known)
+        except _Unrecordable as failure:
+            if opaque is None and run is None and any(failure.paths):
+                run = _run_for_real(model, args, kwargs or {}, failure)
+            path = None if run is None else smallest(failure.paths, run, known)
+            if run is None or path is None:
+                raise failure.error from failure.__cause__
+            known = as_they_ran(run, {path: failure.reason, **{old: one.reason for old, one in known.items()}})
+
+
+def _run_for_real(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], failure: _Unrecordable
+) -> RealCall | None:
+    """The calls when the model ran for real, after a recording that failed; None where inputs have no values.
+
+    Raises:
+        CaptureError: it fails for real too. Where that is in the module that the recording failed in, it is the
+            recording's error.
+    """
+    real = named_tensors(model)
+    try:
+        with _without_fast_paths():
+            return run_for_real(model, in_every_place(model, real, real), args, kwargs, _names(model))
+    except FailsForRealError as failed:
+        error = failed.__cause__
+        if failed.path in failure.paths[:1] or not isinstance(error, Exception):
+            raise failure.error from failure.__cause__
+        raise explain(error, failed.path) from error
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All names of each module."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
+) -> Capture:
+    """Record a forward in which some modules are opaque (raises `_Unrecordable`)."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = named_tensors(model)
     fakes = {name: stand_in(mode, tensor) for name, tensor in real.items()}
     recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()})
-    fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs or {})))
+    fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
     for name, fake in fakes.items():
         recorder._own(recorder.graph.create_node("get_attr", name), fake)
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+    names = _names(model)
+    replies = Replies(opaque, lambda noted: noted.fake(mode))
     try:
         with (
             attributes_preserved(names),
             _without_fast_paths(),
             torch.no_grad(),
             mode,
-            _module_calls(recorder, names) as roots,
+            _module_calls(recorder, names, opaque, replies) as roots,
             recorder,
         ):
             output = functional_call(
@@ -278,6 +359,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] |
     except AutogateError:
         raise
     except Exception as error:
-        raise _explain(error, recorder.call.path if recorder.call else "") from error
+        paths = [call.path for call in recorder.failed]
+        raise _Unrecordable(explain(error, paths[0] if paths else ""), why_unrecordable(error), paths) from error
     recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
-    return Capture(recorder.graph, roots[0], recorder.nodes, fakes, mode, tuple(recorder.exchanged))
+    return Capture(recorder.graph, roots[0], recorder.nodes, fakes, mode, tuple(recorder.exchanged), opaque)

@@ -19,6 +19,7 @@ from rewriters.analysis import Analysis, pin_call, samples_in
 from rewriters.capture import capture, in_every_place, named_tensors
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.journal import Journal
+from rewriters.opaque import Opaque, stood_in_for
 from rewriters.preserving import attributes_preserved, set_modes
 from rewriters.slimming import apply, plan
 from rewriters.trials import trial_pattern
@@ -70,7 +71,7 @@ def _refusal(
         live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
         slim = plan(model, analysis, live, args, kwargs)
         apply(model, slim, journal, with_values=False)
-        after = _output_shapes(model, args, kwargs or {})
+        after = _output_shapes(model, args, kwargs or {}, analysis.captures[0].opaque)
     except AutogateError as error:
         return error.where, error
     finally:
@@ -80,21 +81,24 @@ def _refusal(
     return None if before == after else ("", SurgeryError("its outputs change their shapes"))
 
 
-def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Size]:
+def _output_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
+) -> list[torch.Size]:
     """Shapes of what the model gives out (raises `CaptureError`).
 
     It runs on meta tensors, which takes a fraction of the time of recording. What they can't do (a value is asked for,
-    tensors are made on a device by name) recording may: so it is what has the last word on a forward that fails.
+    tensors are made on a device by name) recording may: so it is what has the last word on a forward that fails. Opaque
+    modules aren't run: they give what they gave when the model was recorded.
     """
     real = named_tensors(model)
     metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in real.items()}
     places = in_every_place(model, real, metas)
     meta_args, meta_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
     try:
-        with attributes_preserved(model.modules()), torch.no_grad(), WithoutData():
+        with attributes_preserved(model.modules()), torch.no_grad(), stood_in_for(model, opaque), WithoutData():
             return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
     except Exception:
-        return _shapes(capture(model, args, kwargs).root.output)
+        return _shapes(capture(model, args, kwargs, opaque).root.output)
 
 
 def _shapes(outputs: Any) -> list[torch.Size]:

@@ -1,6 +1,6 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
-from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent
+from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent, unrecorded
 from rewriters.rules.registry import RULES, Crossing, Findings, KernelCall, Look, OpCall, Rule, find_rule, rule
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "picking",
     "recurrent",
     "rule",
+    "unrecorded",
 ]

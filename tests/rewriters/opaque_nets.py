@@ -1,0 +1,94 @@
+"""Modules whose forward can't be recorded, each for another reason."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import torch
+from torch import Tensor, nn
+
+from tests.rewriters.helpers import conv
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+class Pick(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x  # the line that the pin must name
+
+
+class Scale(nn.Module):
+    """Asks for a number, with a layer and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = conv(8, 8)
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.layer(x) * (1 + abs(x.mean().item()))
+
+
+class Positive(nn.Module):
+    """Zero where x is negative, by the places of those that aren't."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten()
+        places = (flat > 0).nonzero().flatten()
+        return torch.zeros_like(flat).index_add(0, places, flat[places]).view_as(x)
+
+
+class Outside(nn.Module):
+    """Computes with numpy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(abs(x.detach().numpy()))
+
+
+@torch.library.custom_op("autogate_tests::turned", mutates_args=())
+def turned(x: Tensor) -> Tensor:
+    return x.flip(-1).clone()
+
+
+class OwnOp(nn.Module):
+    """Calls an op of its own that tells no shapes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return turned(x)
+
+
+class Several(nn.Module):
+    """Gives tensors in containers, and nothing beside."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> dict[str, object]:
+        first, second = pair
+        flipped = first if first.sum() > 0 else -first
+        return {"both": [flipped, second * 2], "pair": Pair(first + second, None)}
+
+
+class Number(nn.Module):
+    def forward(self, x: Tensor) -> float:
+        return x.mean().item()
+
+
+class Scaled(nn.Module):
+    """Its child gives a number, so it can't be told apart from its child."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = Number()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.number(x)
+
+
+class Parent(nn.Module):
+    """One child can't be recorded, its siblings can."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.pick, self.b, self.c = conv(8, 8), Pick(), conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.pick(self.a(x))).relu())
