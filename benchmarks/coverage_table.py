@@ -54,7 +54,8 @@ def exact(line: Line) -> bool:
     """Whether gated and slim outputs are the same to rounding."""
     if line["step"]:
         return False
-    return line["difference"] <= SINGLE or (line["double_difference"] or 1.0) <= DOUBLE
+    double = line["double_difference"]
+    return line["difference"] <= SINGLE or (double is not None and double <= DOUBLE)
 
 
 def _blind(line: Line) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 import autogate
@@ -63,13 +64,22 @@ def randomise_constants(model: nn.Module, seed: int = 0) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
+NOISE = 1e-5
+MOST_GROWTH = 1e3
+"""How much larger a small change of the inputs may come out, relative to what it is added to."""
+
+RAISES = 24
+"""How often variances are raised at most."""
+
+
 @torch.no_grad()
 def settle_norms(model: nn.Module, inputs: Inputs) -> None:
     """Running statistics of batch norms as these inputs have them, and then changed a little.
 
     Statistics that don't fit shrink what goes through layer by layer, until outputs are biases alone, and a comparison
-    of outputs can't tell a wrong network from a right one. No variance lies below the mean of all: a channel that comes
-    out nearly the same everywhere would have its rounding errors blown up, layer by layer.
+    of outputs can't tell a wrong network from a right one. On the other hand deep random networks are chaotic: layer by
+    layer they blow up rounding errors. So no variance lies below the mean of all, as that of a channel that comes out
+    nearly the same everywhere, and all are raised until the network is calm (`MOST_GROWTH`).
     """
     norms = [
         module for module in model.modules()
@@ -87,6 +97,21 @@ def settle_norms(model: nn.Module, inputs: Inputs) -> None:
         norm.running_mean.add_(torch.randn_like(norm.running_mean) * 0.1 * norm.running_var.sqrt())
         norm.running_var.clamp_(min=float(norm.running_var.mean()))
         norm.running_var.mul_(torch.rand_like(norm.running_var) + 0.5)
+    for _ in range(RAISES):
+        if not norms or growth(model, inputs) <= MOST_GROWTH:
+            break
+        for norm in norms:
+            norm.running_var.mul_(1.2)
+
+
+def growth(model: nn.Module, inputs: Inputs) -> float:
+    """How much larger noise of `NOISE` of the inputs comes out, relative to the outputs; of the worst output."""
+
+    def noisy(tensor: Tensor) -> Tensor:
+        return tensor * (1 + NOISE * torch.randn_like(tensor)) if tensor.is_floating_point() else tensor
+
+    changed = rewriters.run_eval(model, *tree_map_only(Tensor, noisy, inputs))
+    return rewriters.relative_error(changed, rewriters.run_eval(model, *inputs)) / NOISE
 
 
 def spread(outputs: Iterable[Tensor]) -> float:
