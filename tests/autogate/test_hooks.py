@@ -203,6 +203,22 @@ def test_a_step_that_the_scaler_skips_moves_no_gate(fused):
             assert torch.equal(value, before[name]), name
 
 
+def test_a_loss_that_is_nan_moves_no_gate_and_no_later_one_does():
+    """The weights are lost from there on; the gates are those of the last good step."""
+    net, bank = gated_net(0.5, steps=40)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    train(net, optimizer, 20)
+    assert (~bank.live).any()
+    before = {name: value.clone() for name, value in bank.named_buffers()}
+    backward(net, 20, scale=float("nan"))
+    optimizer.step()
+    train(net, optimizer, 2, first=21)
+    for name, value in bank.named_buffers():
+        assert torch.equal(value, before[name]), name
+    dead = torch.nonzero(~bank.live[:16]).flatten()
+    assert net.conv2.weight.isnan().any() and net.conv2.weight[:, dead].abs().sum() == 0
+
+
 def test_alpha_goes_with_the_learning_rate_of_most_gated_kernels():
     ways = []
     for slow_head in (False, True):
