@@ -361,8 +361,9 @@ class GateBank(nn.Module):
         A bank that follows the optimizers has both `measure` and this called by their steps (see
         `autogate.hooks`). One that doesn't measures now, on the kernels as they were kept.
 
-        If a gradient is not finite, nothing moves, and the step doesn't count. Once the budget's steps are
-        over alpha stays as it is. In every case the dead columns are exactly zero afterwards.
+        If a gradient is not finite, nothing moves, and the step doesn't count; nor does one of no gradient at no
+        rate, by which torch.distributed.checkpoint makes an optimizer's state. Once the budget's steps are over
+        alpha stays as it is. In every case the dead columns are exactly zero afterwards.
 
         Args:
             lr: the kernels' learning rate; alpha's follows its course, from `learning.ALPHA_RATE` at the peak.
@@ -373,7 +374,7 @@ class GateBank(nn.Module):
         if measured is not None:
             self._kernels.release(measured.held)
             gradient = self._gradient_now() if measured.gradient is None else measured.gradient
-            if torch.isfinite(gradient).all():
+            if torch.isfinite(gradient).all() and (lr or gradient.any()):
                 self._learn(gradient, lr)
         self.fold(stepped=True)
 

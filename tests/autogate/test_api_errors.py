@@ -79,10 +79,10 @@ def test_steps_must_be_positive():
     assert "steps" in refused(net(), example(), steps=0)
 
 
-def test_a_share_out_of_reach_names_the_least():
+def test_a_share_out_of_reach_names_the_least_and_what_keeps_it():
     message = refused(net(), example(), flops=0.1, ignore=["layer2", "layer3", "layer4"])
-    assert "can't be reached" in message
-    assert "0.254 are left" in message
+    assert "0.100 of the FLOPs can't be reached: 0.254 are left" in message
+    assert "layer2.0.conv1: the caller asked for it" in message
 
 
 def test_unknown_name_in_ignore_suggests_the_near_ones():

@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -92,7 +93,7 @@ def _run(rank: int, port: int, folder: str) -> None:
     assert autogate.gates(model).progress().settled
 
     _a_loop_without_hooks_takes_the_same_course(rank, end)
-    _a_resumed_run_ends_the_same(rank, end)
+    _a_resumed_run_ends_the_same(rank, end, folder)
     _alphas_set_by_hand_are_folded(rank)
     _dead_columns_stay_zero_whatever_the_optimizer(rank)
     _a_gathered_model_is_finalized(model, end)
@@ -106,22 +107,32 @@ def _a_loop_without_hooks_takes_the_same_course(rank: int, end: dict[str, torch.
     assert_same(gathered(model), end)
 
 
-def _a_resumed_run_ends_the_same(rank: int, end: dict[str, torch.Tensor]) -> None:
-    """From a full checkpoint of the middle, on a model whose gates have never moved."""
-    options = StateDictOptions(full_state_dict=True)
+def _a_resumed_run_ends_the_same(rank: int, end: dict[str, torch.Tensor], folder: str) -> None:
+    """From a checkpoint of the middle, full or in shards, on a model whose gates have never moved."""
     first = sharded()
     optimizer = optimizer_of(first)
     train(first, optimizer, range(STEPS // 2), rank, WORLD)
-    state, optimizer_state = get_state_dict(first, optimizer, options=options)
-    for hooks in (True, False):
+    full = StateDictOptions(full_state_dict=True)
+    states = get_state_dict(first, optimizer, options=full)
+    checkpoint.save(_named(first, optimizer), checkpoint_id=f"{folder}/middle")
+    for hooks, options in ((True, full), (False, full), (True, None)):
         second = sharded(hooks=hooks)
         optimizer = optimizer_of(second)
+        if not options:
+            read = _named(second, optimizer)
+            checkpoint.load(read, checkpoint_id=f"{folder}/middle")
+            states = read["model"], read["optimizer"]
         set_state_dict(
-            second, optimizer, model_state_dict=state, optim_state_dict=optimizer_state, options=options
+            second, optimizer, model_state_dict=states[0], optim_state_dict=states[1], options=options
         )  # fmt: skip
         after = (lambda: None) if hooks else (lambda model=second: autogate.step(model, lr=0.3))
         train(second, optimizer, range(STEPS // 2, STEPS), rank, WORLD, after)
         assert_same(gathered(second), end)
+
+
+def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """This process's shards, to be written or read into."""
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
 
 
 @torch.no_grad()

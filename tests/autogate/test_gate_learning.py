@@ -68,7 +68,7 @@ def test_gates_that_the_threshold_spared_open_again_without_pressure():
     bank.alpha[:8] = 1e-5
     bank.alpha[4:8] *= -1
     for _step in range(50):
-        bank.step(0.0)
+        bank.step(0.1)
     assert bank.live.all() and bank.folded.min() > 0.9
     assert (bank.alpha[:4] > 0).all() and (bank.alpha[4:8] < 0).all()
 

@@ -4,6 +4,8 @@ import copy
 import io
 import os
 import pickle
+import random
+import signal
 import time
 from pathlib import Path
 
@@ -173,18 +175,24 @@ def _train_with_checkpoints(folder: str, steps: int) -> None:
         os.replace(path.with_suffix(".new"), path)
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+def test_a_run_killed_at_random_steps_goes_on_where_it_was(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     _train_with_checkpoints(str(whole), 40)
-    process = torch.multiprocessing.get_context("spawn").Process(target=_train_with_checkpoints, args=(str(killed), 40))
-    process.start()
-    while not (killed / "latest.pt").exists():
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
+    latest = killed / "latest.pt"
+    processes = torch.multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])  # to import takes seconds
+    for least in sorted(random.Random(3).sample(range(1, 35), 2)):
+        process = processes.Process(target=_train_with_checkpoints, args=(str(killed), 40))
+        process.start()
+        while not latest.exists() or torch.load(latest)["step"] < least:
+            assert process.is_alive()
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and torch.load(latest)["step"] < 40
     _train_with_checkpoints(str(killed), 40)
     first, second = (torch.load(folder / "latest.pt")["model"] for folder in (whole, killed))
     assert first["autogate.dead"].any()
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from autogate import hooks
 from tests.autogate.gated_nets import ConvNet, backward, batch, gated_net, train
@@ -201,6 +202,35 @@ def test_a_step_that_the_scaler_skips_moves_no_gate(fused):
     for name, value in net.state_dict().items():
         if "running" not in name and "tracked" not in name:
             assert torch.equal(value, before[name]), name
+
+
+def test_a_loss_that_is_nan_moves_no_gate_and_no_later_one_does():
+    """The weights are lost from there on; the gates are those of the last good step."""
+    net, bank = gated_net(0.5, steps=40)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    train(net, optimizer, 20)
+    assert (~bank.live).any()
+    before = {name: value.clone() for name, value in bank.named_buffers()}
+    backward(net, 20, scale=float("nan"))
+    optimizer.step()
+    train(net, optimizer, 2, first=21)
+    for name, value in bank.named_buffers():
+        assert torch.equal(value, before[name]), name
+    dead = torch.nonzero(~bank.live[:16]).flatten()
+    assert net.conv2.weight.isnan().any() and net.conv2.weight[:, dead].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_step_that_makes_an_optimizers_state_is_none_of_the_gates(kind):
+    """torch.distributed.checkpoint takes it where there is no state yet: gradients and learning rate are zero."""
+    net, bank = gated_net(0.5, steps=40)
+    train(net, torch.optim.SGD(net.parameters(), 0.1), 10)
+    net.zero_grad()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    get_optimizer_state_dict(net, kind(net.parameters(), 0.1))
+    assert bank.step_count == 10
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_alpha_goes_with_the_learning_rate_of_most_gated_kernels():

@@ -1,6 +1,7 @@
 """Latency as a resource: tables between measured widths, timings that stay on disk."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from autogate.resources import Activations, Products, SideCounts
 from rewriters import analyse
 from rewriters.channel_map import Side
 from tests.autogate.gated_nets import ConvNet, conv_net_map
+from tests.autogate.small_nets import EXAMPLE, Residual, batches
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +127,19 @@ def test_a_narrowed_layer_runs_and_the_layer_is_as_it_was(layer, widths, whole_g
     assert str(layer) == text and torch.equal(layer.weight, weight)
 
 
+def test_a_call_is_warmed_up_and_its_median_counts(monkeypatch):
+    """By a clock that the call itself puts forward: far at first, and by more than usual now and then."""
+    spent: list[float] = []
+
+    def call() -> None:
+        spent.append(60.0 if not spent else 5.0 if len(spent) % 3 == 0 else 1.0)
+
+    monkeypatch.setattr(timing, "Timer", partial(timing.Timer, timer=lambda: sum(spent)))
+    monkeypatch.setattr(timing, "SECONDS", 20.0)
+    assert timing.seconds(call) == 1
+    assert sum(spent[1:]) >= 20 and 5 in spent
+
+
 def test_timings_are_kept_on_disk_and_taken_once(cache):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(16, 2))
@@ -133,7 +148,7 @@ def test_timings_are_kept_on_disk_and_taken_once(cache):
     first = Latency.measure(channel_map, net, inputs)
     (file,) = cache.iterdir()
     kept = json.loads(file.read_text())
-    assert len(kept["seconds"]) == 5 + 5 * 4 + 5 and kept["machine"]["torch"]  # of 4 channels an eighth is 1, too
+    assert len(kept["seconds"]) == 5 + 5 * 4 + 5  # of 4 channels an eighth is 1, too
     assert min(kept["seconds"].values()) > 0
     kept["seconds"] = dict.fromkeys(kept["seconds"], 1.0)
     file.write_text(json.dumps(kept))
@@ -141,6 +156,33 @@ def test_timings_are_kept_on_disk_and_taken_once(cache):
     assert again.whole == pytest.approx(3) and first.whole < 3  # a second for each layer, off the disk
     file.write_text("{ torn")
     assert Latency.measure(channel_map, net, inputs).whole < 3
+
+
+def test_each_machine_has_a_file_that_names_it(cache, monkeypatch):
+    layer = nn.Linear(4, 2)
+    hosts = ("here", "there")
+    for host in hosts:
+        monkeypatch.setattr("platform.node", lambda host=host: host)
+        with timing.Timings(timing.machine(layer)) as timings:
+            timings.layer(layer, (2, 4), False, torch.randn(2, 4))
+        assert timings.taken
+    for host, file in zip(hosts, sorted(cache.iterdir()), strict=True):
+        assert file.name.startswith(f"latency-{host}-") and file.suffix == ".json"
+        named = json.loads(file.read_text())["machine"]
+        assert (named["host"], named["torch"]) == (host, torch.__version__)
+
+
+def test_training_ends_on_a_latency_target(monkeypatch):
+    by_macs(monkeypatch)
+    torch.manual_seed(0)
+    model = autogate.prepare(Residual(), EXAMPLE, latency=0.6, steps=60)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for images, labels in batches(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    progress = autogate.gates(model).progress()
+    assert progress.settled and abs(progress.shares["latency"] - 0.6) <= 0.01
 
 
 def test_measuring_leaves_the_model_as_it_was():

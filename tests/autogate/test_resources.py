@@ -1,8 +1,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from autogate.resources import Activations, Flops, Params, Products, SideCounts, Term
+from autogate.resources import Activations, Flops, Params, Products, Resource, SideCounts, Term
+from rewriters import analyse
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from rewriters.errors import AutogateError
 from tests.autogate.gated_nets import ConvNet, conv_net_map
@@ -155,6 +158,35 @@ def test_a_layer_that_runs_for_each_channel_of_others_costs_by_their_count():
     assert flops.drop(live)[2].item() == 6
     model = nn.ModuleDict({"a": nn.Linear(5, 4), "b": nn.Linear(3, 2)})
     assert Activations(channel_map, model).value(live).item() == 4 * 2.0 * 4 * 2
+
+
+class Touched(TorchDispatchMode):
+    """Counts the elements that ops read and write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += sum(leaf.numel() for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor))
+        return out
+
+
+def touched(kind: type[Resource], depth: int, width: int) -> float:
+    """Elements, for each class of so many linear layers, that a resource's answers take."""
+    net = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+    channel_map = analyse(net, (torch.randn(2, width),), {}).channel_map
+    resource, live = kind(channel_map, net), some_live(channel_map.size)
+    assert channel_map.size == (depth - 1) * width
+    with Touched() as counter:
+        resource.value(live), resource.price(live), resource.drop(live)
+    return counter.count / channel_map.size
+
+
+@pytest.mark.parametrize("kind", [Flops, Params, Activations])
+@pytest.mark.parametrize(("depth", "width"), [(5, 640), (41, 64)])
+def test_what_it_takes_is_linear_in_the_classes(kind, depth, width):
+    """Ten times the classes, of wider layers or of more of them."""
+    assert touched(kind, depth, width) <= 1.1 * touched(kind, 5, 64)
 
 
 def test_a_map_without_classes_has_a_value():

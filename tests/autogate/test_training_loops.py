@@ -17,6 +17,7 @@ from torch.distributed.algorithms.join import Join
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import autogate
+from tests.autogate.small_nets import EXAMPLE, Residual, batches
 
 
 def net(**options) -> tuple[nn.Module, torch.Tensor]:
@@ -42,17 +43,24 @@ def assert_exact(model: nn.Module, example: torch.Tensor) -> None:
 
 
 OPTIMIZERS = {
-    "sgd": 0.05, "nesterov": 0.05, "momentum": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "lamb": 5e-3,
+    "sgd": 0.05, "momentum": 0.05, "nesterov": 0.05, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "lamb": 5e-3,
     "lion": 1e-4, "adan": 1e-3,
 }  # fmt: skip
+FUSED = ("sgd", "momentum", "nesterov", "adam", "adamw")
+
+
+def optimizer_of(model: nn.Module, name: str, **way: bool) -> torch.optim.Optimizer:
+    """As timm makes it, with two parameter groups; its "sgd" is Nesterov's, ours the plain one."""
+    kind = {"opt": "momentum", "momentum": 0.0} if name == "sgd" else {"opt": name}
+    return create_optimizer_v2(model, **kind, lr=OPTIMIZERS[name], weight_decay=1e-4, **way)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_timms_optimizers_meet_the_budget(name):
-    """With timm's two parameter groups and its scheduler, which warms up from next to nothing."""
+    """With timm's scheduler, which warms up from next to nothing."""
     steps = 80
     model, example = net(flops=0.5, steps=steps)
-    optimizer = create_optimizer_v2(model, opt=name, lr=OPTIMIZERS[name], weight_decay=1e-4)
+    optimizer = optimizer_of(model, name)
     schedule = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=5, warmup_lr_init=1e-7, t_in_epochs=False)
     for step in range(steps):
         model.train()
@@ -65,6 +73,36 @@ def test_timms_optimizers_meet_the_budget(name):
     assert progress.step == steps and progress.settled
     assert abs(progress.shares["FLOPs"] - 0.5) <= 0.01
     assert_exact(model, example)
+
+
+def trained_by(name: str, steps: int = 40, flops: float = 0.5, hooks: bool = True, **way: bool) -> nn.Module:
+    """A small network after some steps of an optimizer; without hooks, its loop steps the gates."""
+    torch.manual_seed(0)
+    model = autogate.prepare(Residual(), EXAMPLE, flops=flops, steps=40, hooks=hooks)
+    optimizer = optimizer_of(model, name, **way)
+    for images, labels in batches(steps, size=8):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        if not hooks:
+            autogate.step(model, lr=optimizer.param_groups[0]["lr"])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [*((name, "foreach") for name in OPTIMIZERS), *((name, "fused") for name in FUSED)]
+)
+def test_foreach_and_fused_steps_leave_the_gates_of_the_plain_one(name, way):
+    bank, plain = (autogate.gates(trained_by(name, **options)) for options in ({way: True}, {"foreach": False}))
+    assert (~bank.live).any() and torch.equal(bank.live, plain.live)
+    torch.testing.assert_close(bank.alpha, plain.alpha, rtol=1e-3, atol=1e-5)
+
+
+def test_alphas_first_step_is_the_same_under_every_optimizer():
+    """Its rate is its own: of the kernels' only the part of their peak counts."""
+    first, *others = (autogate.gates(trained_by(name, steps=1, flops=1.0)).alpha for name in OPTIMIZERS)
+    assert (first != 1).any()
+    assert all(torch.equal(alpha, first) for alpha in others)
 
 
 def train(model: nn.Module, steps: int, after=lambda: None, lr: float = 0.05) -> None:
@@ -129,28 +167,41 @@ def test_an_average_computes_with_the_averaged_kernels(name):
         torch.testing.assert_close(output(averaged, example), output(plain, example), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_loop_without_hooks_takes_the_same_course(optimizer):
-    def build(**options):
-        model, example = net(flops=0.5, steps=40, **options)
-        if optimizer == "sgd":
-            return model, example, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
-        return model, example, torch.optim.AdamW(model.parameters(), 1e-3)
-
-    hooked, example, first = build()
-    called, _, second = build(hooks=False)
-    for step in range(40):
-        for model, each in ((hooked, first), (called, second)):
-            model.train()
-            each.zero_grad()
-            loss_of(model, step).backward()
-            each.step()
-        autogate.step(called, lr=second.param_groups[0]["lr"])
-    assert torch.equal(autogate.gates(hooked).alpha, autogate.gates(called).alpha)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loop_without_hooks_takes_the_same_course(name):
+    hooked, called = trained_by(name), trained_by(name, hooks=False)
     state = called.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in hooked.state_dict().items())
+    for key, value in hooked.state_dict().items():
+        assert torch.equal(value, state[key]), key
     assert (~autogate.gates(called).live).any()
-    assert_exact(called, example)
+    assert_exact(called, EXAMPLE)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_hooks_a_step_that_the_scaler_skips_is_left_out(fused):
+    """The loop sees by the scale that falls whether the step was taken."""
+
+    def trained(hooks: bool) -> autogate.GateBank:
+        torch.manual_seed(0)
+        model = autogate.prepare(Residual(), EXAMPLE, flops=0.5, steps=30, hooks=hooks)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step, (images, labels) in enumerate(batches(31, size=8)):
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(images), labels)).backward()
+            if step == 9:
+                model.stem[0].weight.grad[0] = float("inf")
+            before = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            if not hooks and scaler.get_scale() >= before:
+                autogate.step(model, lr=1e-3)
+        assert scaler.get_scale() == 512
+        return autogate.gates(model)
+
+    hooked, called = trained(hooks=True), trained(hooks=False)
+    assert called.progress().step == 30 and called.progress().settled
+    assert torch.equal(called.alpha, hooked.alpha)
 
 
 def test_without_hooks_no_optimizer_moves_a_gate():
