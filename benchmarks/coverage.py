@@ -8,8 +8,8 @@
 Each model is measured in a process of its own, under a limit of memory and of time, and gets a line of JSON.
 Models that the output file has already are passed over. Weights are random, norms' statistics too. Each process sees a
 small model first: imports, and what else is done once, are charged to none. Memory is read as Linux tells it. The
-line's fields are those of `Result`, or `peer` for the other method; `python -m benchmarks.coverage_table` writes
-docs/coverage.md from the lines of both.
+line's fields are those of `Result`, or `peer` for the other method, with what `prepare` takes beside it;
+`python -m benchmarks.coverage_table` writes docs/coverage.md from the lines of both.
 """
 
 from __future__ import annotations
@@ -156,9 +156,7 @@ def measure(one: Listed) -> Iterator[Result]:
     result.graph_bytes = _graph_bytes(model, inputs)
     highest, before = _memory("VmHWM"), _memory("RssAnon")
     _forget_peak()
-    start = time.process_time()
-    model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
-    result.prepare_s = time.process_time() - start
+    model, result.prepare_s = _prepared(model, inputs)
     result.prepare_bytes = _memory("VmHWM") - _memory("RssFile") - before
     _read_summary(result, model)
     yield result
@@ -237,6 +235,13 @@ def _tell_graph_bytes(model: nn.Module, inputs: Inputs, to: Connection) -> None:
         captured = capture(model.eval(), *inputs)
         to.send(_memory("RssAnon") - before)
         del captured  # until here it has to live
+
+
+def _prepared(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, float]:
+    """The prepared model, and the seconds of processor time it took."""
+    start = time.process_time()
+    model = autogate.prepare(model, inputs[0] or inputs[1], flops=1.0)
+    return model, time.process_time() - start
 
 
 def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
@@ -329,9 +334,15 @@ METHODS = {"autogate": measure_autogate, "torch-pruning": measure_peer}
 
 
 def _measure_peer(one: Listed, out: Path) -> None:
+    """The peer's figures, and beside its seconds those that `prepare` takes in the same process."""
     model, example = small()
     torch_pruning(model, ((example,), {}))
-    out.write_text(json.dumps(torch_pruning(*build(one))))
+    peer = torch_pruning(*build(one))
+    out.write_text(json.dumps(peer | {"prepare_s": None}))
+    with contextlib.suppress(autogate.AutogateError):
+        autogate.prepare(*small())
+        _, seconds = _prepared(*build(one))
+        out.write_text(json.dumps(peer | {"prepare_s": seconds}))
 
 
 def _apart(target: Callable[[Listed, Path], None], one: Listed, limits: Limits) -> tuple[dict[str, Any] | None, str]:

@@ -180,7 +180,7 @@ def _shallow(tried: list[Line]) -> str:
 def _peers(tried: list[Line]) -> str:
     both = [line for line in tried if line.get("peer")]
     theirs = [line for line in both if not line["peer"]["error"]]
-    timed = [line for line in theirs if line["prepare_s"] is not None]
+    timed = [line for line in theirs if line["peer"]["prepare_s"] is not None]
     rows = [
         ("models", len(both), len(both)),
         ("slim model runs", sum(line["step"] == "" for line in both), len(theirs)),
@@ -191,19 +191,19 @@ def _peers(tried: list[Line]) -> str:
         ),
         (
             "seconds, median where both run",
-            f"{median(line['prepare_s'] for line in timed):.2f}",
+            f"{median(line['peer']['prepare_s'] for line in timed):.2f}",
             f"{median(line['peer']['seconds'] for line in timed):.2f}",
         ),
         (
             "quicker, of those where both run",
-            sum(line["prepare_s"] <= line["peer"]["seconds"] for line in timed),
-            sum(line["prepare_s"] > line["peer"]["seconds"] for line in timed),
+            sum(line["peer"]["prepare_s"] <= line["peer"]["seconds"] for line in timed),
+            sum(line["peer"]["prepare_s"] > line["peer"]["seconds"] for line in timed),
         ),
     ]
     text = (
         "## Torch-Pruning\n\nThe general part of its timm example: `MetaPruner` with importance by magnitude, half of "
         "all channels, the classifier ignored.\nIts seconds are those of graph and pruner's step, autogate's those of "
-        f"`prepare`. It may take {PEER_SECONDS} s for a model.\n\n"
+        f"`prepare`, in the same process. It may take {PEER_SECONDS} s for a model.\n\n"
     )
     return text + _table(("", "autogate", "Torch-Pruning"), rows)
 
