@@ -4,13 +4,15 @@
 
 Each model is prepared, a random half of its classes dies, and it is finalized; what is left is written as a
 torch.export program and as an ONNX file, each read back and run beside it on batches of two and three samples, and
-compiled as one graph. A line a model tells the largest relative difference of each, or what went wrong. Models that the
-output file has already are passed over.
+compiled as one graph. A line a model tells the largest relative difference of each, or what went wrong, and how much
+float32 alone rounds (the slim model's outputs beside those it has in float64). Models that the output file has already
+are passed over.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,10 +22,11 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import autogate
 import rewriters
-from autogate.exporting import to_onnx, to_torch_export
+from autogate.exporting import inputs_of, to_onnx, to_torch_export
 from benchmarks.parts import kill, measure_missing, randomise_norms, settle_norms
 
 _SMALL: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 6}
@@ -86,6 +89,14 @@ def compiled(model: nn.Module, side: int, backend: str) -> float:
     return rewriters.relative_error([got] if isinstance(got, Tensor) else list(got), wanted)
 
 
+def rounding(model: nn.Module) -> float:
+    """Relative difference of a model's outputs in float32 from those in float64, the largest of several samples."""
+    args, kwargs = inputs_of(model, 16)
+    in_double = tree_map_only(Tensor, Tensor.double, (args, kwargs))
+    wanted = rewriters.run_eval(copy.deepcopy(model).double(), *in_double)
+    return rewriters.relative_error(rewriters.run_eval(model, args, kwargs), wanted)
+
+
 def _tried(step: Callable[[], float]) -> float | str:
     try:
         return step()
@@ -100,6 +111,7 @@ def measure(name: str, backend: str) -> dict[str, Any]:
             "rewritten": sum("forward" in vars(module) for module in model.modules()),
             "torch.export": _tried(lambda: to_torch_export(model, Path(folder) / "slim.pt2")),
             "onnx": _tried(lambda: to_onnx(model, Path(folder) / "slim.onnx")),
+            "rounding": rounding(model),
             f"compile ({backend})": _tried(lambda: compiled(model, MODELS[name][1], backend)),
         }
 

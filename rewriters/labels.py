@@ -34,13 +34,11 @@ class Labelled:
             are zero, so are these.
         derived: they are computed from the parameter `source` in another way, each of its columns from that
             column but for statistics: where its columns are zero, these are something else.
-        uniform: dimensions along which one number was expanded: any index can go with what it meets.
     """
 
     shape: tuple[int, ...]
     layers: tuple[Tensor, ...] = ()
     source: str | None = None
-    uniform: tuple[int, ...] = ()
     derived: bool = False
 
     @property
@@ -135,6 +133,10 @@ class LabelSpace:
         self.count += count
         return torch.arange(self.count - count, self.count, dtype=torch.int32)
 
+    def fresh_along(self, shape: Sequence[int], dim: int) -> Tensor:
+        """New labels along one dimension of a tensor of this shape, of size 1 along the others."""
+        return self.fresh(shape[dim]).view([size if other == dim else 1 for other, size in enumerate(shape)])
+
     def own(self, name: str, shape: Sequence[int]) -> Labelled:
         """Labels for a parameter or buffer: a layer for each dimension longer than 1."""
         layers = []
@@ -148,6 +150,14 @@ class LabelSpace:
                 along = [size if other == dim else 1 for other in range(len(shape))]
                 layers.append(torch.arange(start, start + size, dtype=torch.int32).view(along))
         return Labelled(tuple(shape), tuple(layers), source=name)
+
+    def owned(self, labels: Tensor) -> bool:
+        """Whether any of these labels goes with a parameter's."""
+        roots = self.roots()
+        owned = np.zeros(self.count, bool)
+        for start, size in self.blocks.values():
+            owned[roots[start : start + size]] = True
+        return bool(owned[roots[labels.numpy()]].any())
 
     def side_of(self, labels: Tensor) -> Side | None:
         """The side whose labels these are, each once and in order, or None."""

@@ -66,21 +66,48 @@ class Resize:
 
 
 def reshape(resize: Resize) -> Call:
-    """x.view(sizes), x.reshape(sizes), x.expand(sizes), torch.reshape(x, sizes)."""
+    """x.view(sizes), x.reshape(sizes), torch.reshape(x, sizes)."""
+
+    def sizes(given: Any) -> list[Any]:
+        found = resize.sizes(given)
+        if resize.full[0][:1] != resize.slim[0][:1] and -1 not in found:
+            found[0] = -1  # the batch is folded into it, and batches may be of any size
+        return found
+
+    return _with_sizes(resize, sizes)
+
+
+def expand(resize: Resize) -> Call:
+    """x.expand(sizes)."""
+    return _with_sizes(resize, resize.sizes)
+
+
+def _with_sizes(resize: Resize, sizes: Callable[[Any], list[Any]]) -> Call:
     given = resize.node.args[1:]
     if not given:
         name = next(name for name in ("size", "shape") if name in resize.node.kwargs)
-        return resize.with_args(**{name: _shape(resize, resize.node.kwargs[name])})
+        return resize.with_args(**{name: sizes(resize.node.kwargs[name])})
     if isinstance(given[0], (tuple, list)):
-        return resize.with_args(resize.x, _shape(resize, given[0]))
-    return resize.with_args(resize.x, *_shape(resize, given))
+        return resize.with_args(resize.x, sizes(given[0]))
+    return resize.with_args(resize.x, *sizes(given))
 
 
-def _shape(resize: Resize, given: Any) -> list[Any]:
-    sizes = resize.sizes(given)
-    if resize.full[0][:1] != resize.slim[0][:1] and -1 not in sizes:
-        sizes[0] = -1  # the batch is folded into it, and batches may be of any size
-    return sizes
+def repeat(resize: Resize) -> Call:
+    """x.repeat(times), x.repeat_interleave(times, dim): one number becomes as many as are left."""
+    one = {dim for dim, size in enumerate(reversed(resize.value(resize.x).shape), 1) if size == 1}
+    left = {dim: size for dim, size in enumerate(reversed(resize.slim[0]), 1) if dim in one}
+    if resize.node.target in _INTERLEAVED:
+        times, dim = (resize.argument(i, name) for i, name in ((1, "repeats"), (2, "dim")))
+        if dim is None:  # all elements in a row
+            return resize.with_args()
+        behind = len(resize.full[0]) - dim % len(resize.full[0])
+        return resize.node.target, (resize.x, left.get(behind, times), dim), {}
+    given = resize.argument(1, "repeats")
+    times = list(given) if isinstance(given, (tuple, list)) else list(resize.node.args[1:])
+    return "repeat", (resize.x, [left.get(len(times) - place, size) for place, size in enumerate(times)]), {}
+
+
+_INTERLEAVED = ("repeat_interleave", torch.repeat_interleave)
 
 
 def create(resize: Resize) -> Call:
@@ -219,7 +246,9 @@ _CONVOLUTIONS = [
 ]  # fmt: skip
 
 FAMILIES: dict[Any, Callable[[Resize], Call]] = {
-    **dict.fromkeys(["view", "reshape", "expand", torch.reshape], reshape),
+    **dict.fromkeys(["view", "reshape", torch.reshape], reshape),
+    "expand": expand,
+    **dict.fromkeys(["repeat", *_INTERLEAVED], repeat),
     **dict.fromkeys(["new_zeros", "new_ones", "new_empty", "new_full"], create),
     **dict.fromkeys([torch.zeros, torch.ones, torch.full, torch.empty], create),
     **dict.fromkeys(["unflatten", torch.unflatten], unflatten),

@@ -12,9 +12,5 @@ from rewriters.rules.registry import OpCall, rule
 )  # fmt: skip
 def create(call: OpCall) -> Labelled:
     """The same number everywhere: any index can go without the others changing."""
-    layers = []
-    for dim, size in enumerate(call.shape):
-        if size > 1:
-            along = [size if other == dim else 1 for other in range(len(call.shape))]
-            layers.append(call.space.fresh(size).view(along))
+    layers = [call.space.fresh_along(call.shape, dim) for dim, size in enumerate(call.shape) if size > 1]
     return Labelled(call.shape, tuple(layers))

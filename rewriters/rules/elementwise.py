@@ -77,7 +77,7 @@ def meet(call: OpCall, operands: list[Labelled], crossing: bool = False) -> tupl
     for operand in operands:
         for dim, size in enumerate(operand.shape, start=ndim - operand.ndim):
             own_dim = dim - ndim + operand.ndim
-            if size > 1 and own_dim not in operand.uniform and operand.layer(own_dim) is None:
+            if size > 1 and operand.layer(own_dim) is None:
                 for layer in [layer for layer in merged if layer.shape[dim] > 1]:
                     merged = _drop_dim(call, merged, layer, dim)
     return tuple(merged)

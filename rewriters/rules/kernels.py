@@ -219,7 +219,9 @@ def attention(call: OpCall) -> Result:
 
 
 def _for_each_head(value: Labelled, heads: int) -> Labelled:
-    """Keys or values of groups of heads, once for each head."""
+    """Keys or values of groups of heads, once for each head; those of all heads need no repeating."""
+    if value.shape[-3] == 1:
+        return value
     times = heads // value.shape[-3]
     layers = (x.repeat_interleave(times, -3) if x.shape[-3] > 1 else x for x in value.layers)
     return Labelled((*value.shape[:-3], heads, *value.shape[-2:]), tuple(layers))

@@ -50,7 +50,7 @@ def _as_list(value: Any) -> list[Tensor]:
 
 @rule(
     "aten.slice.Tensor", "aten.select.int", "aten.split.Tensor", "aten.split_with_sizes", "aten.unbind.int",
-    "aten.squeeze", "aten.squeeze_", "aten.narrow", "aten.diagonal", "aten.unfold", "aten.repeat", "aten.chunk",
+    "aten.squeeze", "aten.squeeze_", "aten.narrow", "aten.diagonal", "aten.unfold", "aten.chunk",
     "aten.repeat_interleave.self_int", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.unsafe_split.Tensor",
     "aten.unsafe_split_with_sizes",
 )  # fmt: skip
@@ -79,13 +79,14 @@ def roll(call: OpCall) -> Result:
     return _moved(call, value, [[layer.roll(shifts, dims)] for layer in value.layers])
 
 
-@rule("aten.expand")
+@rule("aten.expand", "aten.repeat")
 def expand(call: OpCall) -> Labelled:
-    """As `move`; where a number was repeated, any of its places can go."""
-    moved = move(call)
-    assert isinstance(moved, Labelled)
+    """As `move`; the places of one number that is repeated are nobody's channels, that may go with those they meet."""
+    moved = _one(move(call))
     before = (1,) * (moved.ndim - call.args[0].ndim) + call.args[0].shape
-    return replace(moved, uniform=tuple(dim for dim, size in enumerate(moved.shape) if before[dim] == 1 < size))
+    repeated = [dim for dim, size in enumerate(moved.shape) if before[dim] == 1 < size]
+    own = [call.space.fresh_along(moved.shape, dim) for dim in repeated]
+    return replace(moved, layers=(*moved.layers, *own))
 
 
 @rule("aten.channel_shuffle", "aten.native_channel_shuffle")
@@ -104,7 +105,7 @@ def reshape(call: OpCall) -> Result:
     value = call.args[0]
     results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
     moved = _one(_moved(call, value, results))
-    if value.source is not None and any(len(_along(moved, dim)) > 1 for dim in range(moved.ndim)):
+    if value.source is not None and any(len(_owned_along(call, moved, dim)) > 1 for dim in range(moved.ndim)):
         value = call.without_positions(value)
         results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
         moved = _one(_moved(call, value, results))
@@ -120,16 +121,31 @@ def _along(value: Labelled, dim: int) -> list[Tensor]:
     return [layer for layer in value.layers if layer.shape[dim] > 1]
 
 
+def _owned_along(call: OpCall, value: Labelled, dim: int) -> list[Tensor]:
+    return [layer for layer in _along(value, dim) if call.space.owned(layer)]
+
+
 def _apart(call: OpCall, value: Labelled) -> Labelled:
-    """Two labelled dimensions flattened into one can't be told apart by one index: pin both."""
+    """Two labelled dimensions flattened into one can't be told apart by one index: all but one stay.
+
+    That is the outermost of those that are a parameter's.
+    """
     for dim in range(value.ndim):
         layers = _along(value, dim)
         if len(layers) > 1:
+            kept = max(layers, key=lambda layer: (call.space.owned(layer), _repeats(layer, dim)))
             for layer in layers:
-                call.pin(layer, "two labelled dimensions are flattened into one")
-            rest = tuple(layer for layer in value.layers if layer.shape[dim] == 1)
+                if layer is not kept:
+                    call.pin(layer, "two labelled dimensions are flattened into one")
+            rest = tuple(layer for layer in value.layers if layer is kept or layer.shape[dim] == 1)
             return _apart(call, replace(value, layers=rest))
     return value
+
+
+def _repeats(layer: Tensor, dim: int) -> int:
+    """How many times the first label along a dimension stands there before another does."""
+    along = layer.movedim(dim, 0).reshape(layer.shape[dim], -1)
+    return int((along != along[0]).any(1).nonzero()[0])
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -28,11 +29,9 @@ def test_torch_export_for_batches_of_any_size(slim: Path, tmp_path: Path):
 
 
 def test_onnx_for_batches_of_any_size(slim: Path, tmp_path: Path):
-    pytest.importorskip("onnxscript", reason="ONNX is an optional extra: pip install autogate[onnx]")
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX is an optional extra: pip install autogate[onnx]")
     told = invoke(slim, "--onnx", tmp_path / "slim.onnx")
     assert told.exit_code == 0, told.output
-    session, batch = runtime.InferenceSession(str(tmp_path / "slim.onnx")), torch.rand(5, 3, 64, 64)
+    session, batch = onnxruntime.InferenceSession(str(tmp_path / "slim.onnx")), torch.rand(5, 3, 64, 64)
     (got,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
     assert torch.allclose(torch.from_numpy(got), autogate.load(slim)(batch), atol=1e-4)
 

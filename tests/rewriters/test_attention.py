@@ -37,6 +37,29 @@ def attend(m, q, k, v, bias=0.0):
     return m.proj(mixed.transpose(1, 2).flatten(2))
 
 
+def joined(m, heads):
+    return m.proj(heads.transpose(1, 2).flatten(2))
+
+
+def linear(m, q, k, v):
+    """Katharopoulos et al., "Transformers are RNNs", section 3.2."""
+    q, k = q.relu(), k.relu()
+    return joined(m, q @ (k.transpose(-2, -1) @ v) / (q @ k.sum(-2).unsqueeze(-1) + 1e-6))
+
+
+def linear_padded(m, q, k, v):
+    """As `linear`; keys are summed by a column of ones beside the values."""
+    both = q.relu() @ (k.relu().transpose(-2, -1) @ F.pad(v, (0, 1), value=1.0))
+    return joined(m, both[..., :-1] / (both[..., -1:] + 1e-6))
+
+
+def cross_covariance(m, q, k, v):
+    """El-Nouby et al., "XCiT: Cross-Covariance Image Transformers", section 3.2."""
+    q, k = (F.normalize(y, dim=-2) for y in (q, k))
+    mixed = (q.transpose(-2, -1) @ k * m.temperature).softmax(-1) @ v.transpose(-2, -1)
+    return m.proj(mixed.permute(0, 3, 1, 2).flatten(2))
+
+
 def fused(m, q, k, v):
     return m.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -88,6 +111,12 @@ FORMS = {
     "a bias for each head": (
         lambda m, x: attend(m, *split_heads(m, x), bias=m.table[m.index].permute(2, 0, 1)),
         {"table": nn.Parameter(torch.randn(9, HEADS)), "index": torch.arange(TOKENS * TOKENS).view(TOKENS, -1) % 9},
+    ),
+    "linear": (lambda m, x: linear(m, *split_heads(m, x)), {}),
+    "linear with a column of ones": (lambda m, x: linear_padded(m, *split_heads(m, x)), {}),
+    "cross-covariance": (
+        lambda m, x: cross_covariance(m, *split_heads(m, x)),
+        {"temperature": nn.Parameter(torch.rand(HEADS, 1, 1) + 0.5)},
     ),
 }  # fmt: skip
 
@@ -148,6 +177,91 @@ def test_heads_that_share_keys_and_values_die_with_them(spread):
     found = analyse(net, (tokens(),)).channel_map
     assert classes(found, "k.weight", 0) == classes(found, "v.weight", 0) == [g for g in range(2) for _ in range(WIDTH)]
     assert classes(found, "q.weight", 0) == [g for g in range(2) for _ in range(2 * WIDTH)]
+    assert_exact(net, (tokens(),))
+
+
+def one_for_all(m, x, spread):
+    """Heads all of which read the same keys and values."""
+    q = m.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    return joined(m, spread(q, m.k(x)[:, None], m.v(x)[:, None]))
+
+
+def mixed(q, k, v):
+    return ((q * WIDTH**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def as_rows(m, x):
+    """The heads' queries in one matrix."""
+    q = m.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).flatten(1, 2)
+    return joined(m, mixed(q, m.k(x), m.v(x)).unflatten(1, (HEADS, -1)))
+
+
+def by_einsum(m, x):
+    scores = torch.einsum("bnhd,bmd->bhnm", m.q(x).unflatten(-1, (HEADS, -1)) * WIDTH**-0.5, m.k(x))
+    return m.proj(torch.einsum("bhnm,bmd->bnhd", scores.softmax(-1), m.v(x)).flatten(2))
+
+
+MULTI_QUERY = {
+    "broadcast": lambda m, x: one_for_all(m, x, mixed),
+    "broadcast, fused": lambda m, x: one_for_all(m, x, F.scaled_dot_product_attention),
+    "expanded": lambda m, x: one_for_all(
+        m, x, lambda q, *kv: F.scaled_dot_product_attention(q, *(y.expand(-1, HEADS, -1, -1) for y in kv))
+    ),
+    "expanded, not fused": lambda m, x: one_for_all(
+        m, x, lambda q, *kv: mixed(q, *(y.expand(-1, HEADS, -1, -1) for y in kv))
+    ),
+    "expanded as another": lambda m, x: one_for_all(m, x, lambda q, *kv: mixed(q, *(y.expand_as(q) for y in kv))),
+    "repeated": lambda m, x: one_for_all(m, x, lambda q, *kv: mixed(q, *(y.repeat(1, HEADS, 1, 1) for y in kv))),
+    "repeated one by one": lambda m, x: one_for_all(
+        m, x, lambda q, *kv: mixed(q, *(y.repeat_interleave(HEADS, 1) for y in kv))
+    ),
+    "grouped": lambda m, x: one_for_all(m, x, lambda *qkv: F.scaled_dot_product_attention(*qkv, enable_gqa=True)),
+    "rows": as_rows,
+    "einsum": by_einsum,
+}  # fmt: skip
+"""Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need", section 3."""
+
+
+@pytest.mark.parametrize("name", MULTI_QUERY)
+def test_heads_die_whose_keys_and_values_are_all_heads(name):
+    layers = {"q": nn.Linear(EMBED, INNER), "k": nn.Linear(EMBED, WIDTH), "v": nn.Linear(EMBED, WIDTH)}
+    net = Net(MULTI_QUERY[name], **layers, proj=nn.Linear(INNER, 2)).double()
+    found = analyse(net, (tokens(),)).channel_map
+    assert (
+        classes(found, "q.weight", 0) == classes(found, "proj.weight", 1) == [h for h in range(3) for _ in range(WIDTH)]
+    )
+    assert is_pinned(found, "k.weight", 0) and is_pinned(found, "v.weight", 0)
+    assert_exact(net, (tokens(),))
+
+
+def test_channels_die_one_by_one_where_all_are_weighed_alike():
+    """Mehta and Rastegari, "Separable Self-attention for Mobile Vision Transformers", section 3.1."""
+
+    def forward(m, x):
+        query, k, v = m.qkv(x).split([1, INNER, INNER], -1)
+        context = (query.softmax(1) * k).sum(1, keepdim=True)
+        return m.proj(v.relu() * context.expand_as(v))
+
+    net = Net(forward, qkv=nn.Linear(EMBED, 1 + 2 * INNER), proj=nn.Linear(INNER, 2)).double()
+    found = analyse(net, (tokens(),)).channel_map
+    assert classes(found, "proj.weight", 1) == list(range(INNER))
+    assert classes(found, "qkv.weight", 0) == [ALWAYS, *range(INNER), *range(INNER)]
+    assert_exact(net, (tokens(),))
+
+
+def test_a_single_head_of_some_channels_loses_places_of_its_values():
+    """Yun and Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design", section 3.2."""
+
+    def forward(m, x):
+        own, rest = x.split([4, EMBED - 4], -1)
+        return m.proj(torch.cat([mixed(*m.qkv(own).split([WIDTH, WIDTH, 4], -1)), rest], -1).relu())
+
+    inside = Net(forward, qkv=nn.Linear(4, 2 * WIDTH + 4), proj=nn.Linear(EMBED, 2))
+    net = nn.Sequential(nn.Linear(EMBED, EMBED), inside).double()
+    found = analyse(net, (tokens(),)).channel_map
+    embedding, joint = classes(found, "0.weight", 0), classes(found, "1.proj.weight", 1)
+    assert len({*embedding, *joint}) == EMBED + 4 and embedding[4:] == joint[4:]
+    assert classes(found, "1.qkv.weight", 0) == [ALWAYS] * 2 * WIDTH + joint[:4]
     assert_exact(net, (tokens(),))
 
 

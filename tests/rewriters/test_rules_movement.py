@@ -117,14 +117,34 @@ def test_views_that_split_channels_let_whole_rows_or_columns_die(dims, expected)
     assert classes(found, "a.weight", 0) == expected
 
 
-def test_two_labelled_dimensions_flattened_into_one_pin():
+def test_of_two_labelled_dimensions_flattened_into_one_the_inner_one_stays():
     def outer(m, x):
         a, b = m.a(x).flatten(2), m.b(x).flatten(2)
         return m.fc((a @ b.transpose(1, 2)).flatten(1))
 
-    found = mapped(outer, a=conv(3, 2), b=conv(3, 3), fc=nn.Linear(6, 2))
-    assert is_pinned(found, "a.weight", 0)
-    assert any("two labelled dimensions" in reason for reason in reasons(found, "a.weight", 0))
+    members = {"a": conv(3, 2), "b": conv(3, 3), "fc": nn.Linear(6, 2)}
+    found = mapped(outer, **members)
+    assert classes(found, "a.weight", 0) == [0, 1]
+    assert classes(found, "fc.weight", 1) == [0, 0, 0, 1, 1, 1]
+    assert is_pinned(found, "b.weight", 0)
+    assert any("two labelled dimensions" in reason for reason in reasons(found, "b.weight", 0))
+    assert_exact(Net(outer, **members).double().eval(), (image().double(),))
+
+
+@pytest.mark.parametrize("repeat", [lambda y: y.expand(-1, 3, -1, -1, -1), lambda y: y.repeat(1, 3, 1, 1, 1)])
+def test_a_repeated_number_s_places_yield_to_channels_that_they_are_flattened_with(repeat):
+    forward = lambda m, x: m.b(repeat(m.a(x)[:, None]).flatten(1, 2))  # noqa: E731
+    found = mapped(forward, a=conv(3, 4), b=conv(12, 2))
+    assert classes(found, "a.weight", 0) == [0, 1, 2, 3]
+    assert classes(found, "b.weight", 1) == 3 * [0, 1, 2, 3]
+    assert_exact(Net(forward, a=conv(3, 4), b=conv(12, 2)).double().eval(), (image().double(),))
+
+
+def test_one_number_for_all_of_a_parameter():
+    forward = lambda m, x: m.b(m.a(x) * m.scale.expand(4).view(4, 1, 1))  # noqa: E731
+    members = {"a": conv(3, 4), "b": conv(4, 2), "scale": nn.Parameter(torch.rand(1))}
+    assert classes(mapped(forward, **members), "a.weight", 0) == [0, 1, 2, 3]
+    assert_exact(Net(forward, **members).double().eval(), (image().double(),))
 
 
 def test_a_single_channel_picked_pins_it():

@@ -26,6 +26,11 @@ def forwards():
     yield "reshape by keyword", lambda m, y: torch.reshape(input=y, shape=(-1, 8, y.shape[2] * y.shape[3])).view_as(y)
     yield "expand", lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, 8, *y.shape[2:])
     yield "expand new", lambda m, y: y.mean(0, keepdim=True).expand(y.shape[0], 8, y.shape[2], y.shape[3])
+    yield "expand one", lambda m, y: y * y.mean(1, keepdim=True).expand(-1, 8, -1, -1)
+    yield "repeat", lambda m, y: y * y.mean(1, keepdim=True).repeat(1, 8, 1, 1)
+    yield "repeat by keyword", lambda m, y: y * y.mean(1, keepdim=True).repeat(repeats=[1, 8, 1, 1])
+    yield "repeat interleaved", lambda m, y: y * y.mean(1, keepdim=True).repeat_interleave(8, 1)
+    yield "torch.repeat_interleave", lambda m, y: y * torch.repeat_interleave(y.mean(1, True), repeats=8, dim=-3)
     yield "new_zeros", lambda m, y: y + y.new_zeros(1, 8, 1, 1)
     yield "new_full", lambda m, y: y * y.new_full((8, 1, 1), 0.5)
     yield "zeros", lambda m, y: y + torch.zeros(y.shape[0], 8, 1, 1, dtype=y.dtype)
@@ -117,7 +122,7 @@ def test_every_family_has_a_test():
     families = {family.__name__ for family in FAMILIES.values()}
     assert families == {
         "reshape", "create", "unflatten", "split", "index", "narrow", "pad", "roll", "channel_shuffle", "convolve",
-        "layer_norm", "group_norm",
+        "layer_norm", "group_norm", "repeat", "expand",
     }  # fmt: skip
 
 
