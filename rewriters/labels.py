@@ -153,11 +153,17 @@ class LabelSpace:
 
     def owned(self, labels: Tensor) -> bool:
         """Whether any of these labels goes with a parameter's."""
+        mine = labels.flatten().numpy()
+        if self._on_a_side(mine).any():
+            return True
         roots = self.roots()
-        owned = np.zeros(self.count, bool)
-        for start, size in self.blocks.values():
-            owned[roots[start : start + size]] = True
-        return bool(owned[roots[labels.numpy()]].any())
+        return bool(self._on_a_side(np.flatnonzero(np.isin(roots, roots[mine]))).any())
+
+    def _on_a_side(self, labels: np.ndarray) -> np.ndarray:
+        """Whether each is one of a parameter's own."""
+        blocks = np.array([(0, 0), *self.blocks.values()])
+        starts, sizes = blocks[np.searchsorted(blocks[:, 0], labels, "right") - 1].T
+        return labels - starts < sizes
 
     def side_of(self, labels: Tensor) -> Side | None:
         """The side whose labels these are, each once and in order, or None."""

@@ -105,7 +105,7 @@ def reshape(call: OpCall) -> Result:
     value = call.args[0]
     results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
     moved = _one(_moved(call, value, results))
-    if value.source is not None and any(len(_owned_along(call, moved, dim)) > 1 for dim in range(moved.ndim)):
+    if value.source is not None and any(_several_owned(call, moved, dim) for dim in range(moved.ndim)):
         value = call.without_positions(value)
         results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
         moved = _one(_moved(call, value, results))
@@ -121,8 +121,9 @@ def _along(value: Labelled, dim: int) -> list[Tensor]:
     return [layer for layer in value.layers if layer.shape[dim] > 1]
 
 
-def _owned_along(call: OpCall, value: Labelled, dim: int) -> list[Tensor]:
-    return [layer for layer in _along(value, dim) if call.space.owned(layer)]
+def _several_owned(call: OpCall, value: Labelled, dim: int) -> bool:
+    layers = _along(value, dim)
+    return len(layers) > 1 and sum(map(call.space.owned, layers)) > 1
 
 
 def _apart(call: OpCall, value: Labelled) -> Labelled:

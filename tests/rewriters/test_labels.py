@@ -82,6 +82,19 @@ def test_a_pin_holds_the_whole_class():
     assert space.pinned_roots()[space.roots()].tolist() == [False, True, False, True]
 
 
+def test_labels_are_owned_once_they_go_with_a_parameters():
+    space = LabelSpace()
+    early, own = space.fresh(3), space.own("weight", (4, 1)).layers[0].flatten()
+    late = space.fresh(4)
+    assert space.owned(own) and space.owned(own[3:])
+    assert not space.owned(early) and not space.owned(late)
+    space.merge(late[2:], early[:2])
+    assert not space.owned(early) and not space.owned(late)
+    space.merge(early[1:2], own[2:3])
+    assert space.owned(early) and space.owned(late)
+    assert not space.owned(early[:1]) and not space.owned(late[:3])
+
+
 def test_a_fork_leaves_the_space_as_it_is():
     space = LabelSpace()
     labels = space.fresh(4)
