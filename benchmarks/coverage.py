@@ -19,6 +19,7 @@ import contextlib
 import fnmatch
 import json
 import multiprocessing
+import random
 import re
 import resource
 import signal
@@ -370,7 +371,7 @@ def _limited(target: Callable[[Listed, Path], None], one: Listed, out: Path, lim
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["*"], help="patterns of names, as fnmatch reads them")
-    parser.add_argument("--sample", choices=["all", "one-per-file"], default="all")
+    parser.add_argument("--sample", default="all", help="all, one-per-file, or a number: so many, drawn at random")
     parser.add_argument("--size", type=int, default=0, help="side of the images, where a model takes any; 0: its own")
     parser.add_argument("--out", type=Path, default=Path("runs/coverage.jsonl"))
     parser.add_argument("--jobs", type=int, default=1)
@@ -382,6 +383,8 @@ def main() -> None:
     models = list(dict.fromkeys(one for p in args.models for one in every if fnmatch.fnmatchcase(one.name, p)))
     if args.sample == "one-per-file":
         models = smallest_of_each_file(models, args.out.parent / "parameters.json")
+    elif args.sample != "all":
+        models = random.Random(0).sample(models, int(args.sample))
     done = {line["model"] for line in lines(args.out)}
     left = [one for one in models if one.name not in done]
     with contextlib.ExitStack() as stack:
