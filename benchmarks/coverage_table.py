@@ -31,7 +31,8 @@ Written by
 
 Models are timm's and torchvision's, of its detectors backbone, neck and heads; with `--size` on smaller images, where
 a model takes any. Each is prepared, a random half of its classes is killed, batch norms are given the statistics of a
-batch, and it is finalized, in a process of its own; weights are random.
+batch (variances are raised where a small change of the inputs would come out a thousand times as large), and it is
+finalized, in a process of its own; weights are random. Of several files that have a model the last counts.
 
 *Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's rounding is larger than that, by
 1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers with a gate on their inputs or
