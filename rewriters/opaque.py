@@ -31,7 +31,7 @@ def opaque_call(reason: str, given: list[Tensor], own: list[Tensor]) -> tuple[Te
         given: all tensors that go in.
         own: parameters and buffers of the module, and of those that it calls.
     """
-    raise NotImplementedError(reason)
+    raise RuntimeError(f"a recorded graph is not run through an opaque module: {reason}")
 
 
 @dataclass(frozen=True)

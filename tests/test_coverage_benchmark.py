@@ -29,3 +29,12 @@ def test_a_model_gets_one_line_which_tells_that_it_is_exact(tmp_path, monkeypatc
     coverage_table.main()
     assert "| resnet | 1 | 1 | 100.0% |" in page.read_text()
     assert "| slim model runs | 1 | 1 |" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("difference", "double", "is_exact"),
+    [(1e-6, None, True), (1e-4, None, False), (1e-4, 0.0, True), (1e-4, 1e-12, True), (1e-4, 1e-8, False)],
+)
+def test_where_float32_rounds_by_more_float64_decides(difference, double, is_exact):
+    line = {"step": "", "difference": difference, "double_difference": double}
+    assert coverage_table.exact(line) == is_exact

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from tests.rewriters.helpers import conv
 
@@ -46,7 +46,7 @@ class Outside(nn.Module):
         return torch.from_numpy(abs(x.detach().numpy()))
 
 
-@torch.library.custom_op("autogate_tests::turned", mutates_args=())
+@library.custom_op("opaque_nets::turned", mutates_args=())
 def turned(x: Tensor) -> Tensor:
     return x.flip(-1).clone()
 
@@ -92,3 +92,14 @@ class Parent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c(self.b(self.pick(self.a(x))).relu())
+
+
+class Borrowing(nn.Module):
+    """Calls a layer that belongs elsewhere."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.borrowed = [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.borrowed[0](x) if x.isfinite().all() else x
