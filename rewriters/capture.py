@@ -33,7 +33,7 @@ from rewriters.opaque import (
     smallest,
     tensors_in,
 )
-from rewriters.preserving import attributes_preserved
+from rewriters.preserving import attributes_preserved, random_numbers_kept
 from rewriters.without_data import on_fakes, stand_in
 
 
@@ -347,6 +347,7 @@ def _record(
     try:
         with (
             attributes_preserved(names),
+            random_numbers_kept(),
             _without_fast_paths(),
             torch.no_grad(),
             mode,

@@ -7,20 +7,18 @@ data, of the shapes that it gave, and all channels that it touches stay.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from rewriters.preserving import attributes_preserved
+from rewriters.preserving import attributes_preserved, random_numbers_kept
 
 
 def opaque_call(reason: str, given: list[Tensor], own: list[Tensor]) -> tuple[Tensor, ...]:
@@ -156,7 +154,7 @@ def run_for_real(
     devices = {tensor.device for tensor in present if tensor.is_cuda}
     noting = _Noting(names)
     try:
-        with attributes_preserved(names), _random_numbers_kept(devices), torch.no_grad(), noting.calls():
+        with attributes_preserved(names), random_numbers_kept(devices), torch.no_grad(), noting.calls():
             functional_call(model, _buffers_copied(tensors), args, kwargs, tie_weights=False)
     except Exception as error:
         raise FailsForRealError(noting.failed_in(error)) from error
@@ -167,17 +165,6 @@ def _buffers_copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters, and copies of the buffers for the forward to write to; what is shared stays shared."""
     copies = {id(one): one.clone() for one in tensors.values() if not isinstance(one, nn.Parameter)}
     return {name: copies.get(id(one), one) for name, one in tensors.items()}
-
-
-@contextlib.contextmanager
-def _random_numbers_kept(devices: Collection[torch.device]) -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 class _Noting:

@@ -6,11 +6,14 @@ import contextlib
 import functools
 import itertools
 import operator
+import random
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rewriters.journal import Journal
@@ -103,6 +106,18 @@ def _restore(container: Any, content: Any) -> None:
 
 def _entries(container: Any) -> Iterable[Any]:
     return itertools.chain(container, container.values()) if isinstance(container, dict) else container
+
+
+@contextlib.contextmanager
+def random_numbers_kept(devices: Collection[torch.device] = ()) -> Iterator[None]:
+    """Random numbers come afterwards as they would have come, on the processor and on these devices."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def drop_caches(modules: Iterable[nn.Module], journal: Journal) -> None:

@@ -20,7 +20,7 @@ from rewriters.capture import capture, in_every_place, named_tensors
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.journal import Journal
 from rewriters.opaque import Opaque, stood_in_for
-from rewriters.preserving import attributes_preserved, set_modes
+from rewriters.preserving import attributes_preserved, random_numbers_kept, set_modes
 from rewriters.slimming import apply, plan
 from rewriters.trials import trial_pattern
 from rewriters.without_data import WithoutData
@@ -95,7 +95,10 @@ def _output_shapes(
     places = in_every_place(model, real, metas)
     meta_args, meta_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
     try:
-        with attributes_preserved(model.modules()), torch.no_grad(), stood_in_for(model, opaque), WithoutData():
+        with (
+            attributes_preserved(model.modules()), random_numbers_kept(), torch.no_grad(),
+            stood_in_for(model, opaque), WithoutData(),
+        ):  # fmt: skip
             return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
     except Exception:
         return _shapes(capture(model, args, kwargs, opaque).root.output)

@@ -25,7 +25,7 @@ from rewriters.errors import TraceError
 from rewriters.following import AUTOCAST, followed, unfollowed
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
-from rewriters.preserving import attributes_preserved
+from rewriters.preserving import attributes_preserved, random_numbers_kept
 from rewriters.propagate import Labelling
 from rewriters.proxies import Valued
 from rewriters.rules import Findings, OpCall
@@ -238,7 +238,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, known)
     try:
-        with attributes_preserved([module]), followed(tracer):
+        with attributes_preserved([module]), random_numbers_kept(), followed(tracer):
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error

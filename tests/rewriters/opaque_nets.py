@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections import namedtuple
 
+import numpy as np
 import torch
 from torch import Tensor, library, nn
 
@@ -103,3 +105,30 @@ class Borrowing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.borrowed[0](x) if x.isfinite().all() else x
+
+
+class Drawing(nn.Module):
+    """Draws random numbers wherever they come from."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + random.random() + np.random.rand() + torch.rand(()).item())
+
+
+class Careful(nn.Module):
+    """Catches its child's error, and asks for values itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrong = Wrong()
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = self.wrong(x)
+        except ValueError:
+            x = x + 1
+        return x if x.sum() > 0 else -x
+
+
+class Wrong(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("caught")

@@ -4,6 +4,7 @@ import copy
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,19 @@ from rewriters.errors import AutogateError, CaptureError
 from rewriters.opaque import stood_in_for
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, reasons
-from tests.rewriters.opaque_nets import Borrowing, Outside, OwnOp, Parent, Pick, Positive, Scale, Scaled, Several
+from tests.rewriters.opaque_nets import (
+    Borrowing,
+    Careful,
+    Drawing,
+    Outside,
+    OwnOp,
+    Parent,
+    Pick,
+    Positive,
+    Scale,
+    Scaled,
+    Several,
+)
 
 
 def around(*middle: nn.Module) -> nn.Sequential:
@@ -123,10 +136,12 @@ def test_tensors_in_an_object_are_seen_to_go_in():
         def forward(self, holder):
             return holder.tensors if holder.tensors.sum() > 0 else -holder.tensors
 
-    found = analyse(
-        Net(lambda m, x: m.b(m.held(Holder(m.a(x)))), a=conv(3, 4), held=Held(), b=conv(4, 2)).eval(), (image(),)
-    ).channel_map
-    assert is_pinned(found, "a.weight", 0)
+    def forward(m, x):
+        y = m.a(x)
+        return m.b(y) + m.c(m.held(Holder(y)))
+
+    members = {"a": conv(3, 4), "b": conv(4, 2), "held": Held(), "c": conv(4, 2)}
+    assert is_pinned(analyse(Net(forward, **members).eval(), (image(),)).channel_map, "a.weight", 0)
 
 
 def test_a_layer_that_is_called_inside_and_belongs_elsewhere_is_kept():
@@ -154,17 +169,18 @@ def test_its_own_parameters_stay_and_count_as_kept():
 
 
 def test_running_for_real_changes_nothing():
-    model = around(nn.BatchNorm2d(8), nn.Dropout(), Scale(), Outside()).train()
+    model = around(nn.BatchNorm2d(8), nn.Dropout(), Scale(), Outside(), Drawing()).train()
     before = copy.deepcopy(model.state_dict())
     names = [set(vars(module)) for module in model.modules()]
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     example = image().requires_grad_()
     kept = example.detach().clone()
     captured = capture(model, (example,))
-    assert set(captured.opaque) == {"5", "6"}
+    assert set(captured.opaque) == {"5", "6", "7"}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [set(vars(module)) for module in model.modules()] == names
     assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
     assert torch.equal(example, kept) and example.grad is None
 
 
@@ -254,23 +270,10 @@ def test_inputs_without_values_are_refused():
 
 
 def test_an_error_that_the_forward_catches_is_not_the_one_that_is_told():
-    class Wrong(nn.Module):
-        def forward(self, x):
-            raise ValueError("caught")
-
-    class Careful(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wrong = Wrong()
-
-        def forward(self, x):
-            try:
-                x = self.wrong(x)
-            except ValueError:
-                x = x + 1
-            return x if x.sum() > 0 else -x
-
     assert list(capture(around(Careful()), (image(),)).opaque) == ["3"]
+    with pytest.raises(CaptureError, match="depends on the values of a tensor") as error:
+        capture(Careful(), (image(),))
+    assert error.value.where == ""
 
 
 def test_as_many_rows_as_the_values_ask_for():

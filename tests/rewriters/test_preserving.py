@@ -1,12 +1,16 @@
 """What forwards keep of earlier calls doesn't hide what it was computed from, and doesn't outlive it."""
 
 import functools
+import random
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rewriters.analysis import analyse
 from rewriters.channel_map import Side
+from rewriters.rehearsal import rehearse
 from rewriters.verify import run_eval
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import conv, image
@@ -112,3 +116,28 @@ def test_a_buffer_that_the_forward_makes_anew_is_that_of_the_example_inputs():
         assert analysis.channel_map.size == 6
         slimmed = assert_exact(model, (x,))
         assert "" in slimmed.plan.forwards
+
+
+class Jittered(nn.Module):
+    """Drops its second half now and then in train mode, as Python's, numpy's and torch's random numbers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = conv(3, 8), conv(8, 2), conv(8, 2)
+
+    def forward(self, x):
+        first, second = self.a(x).chunk(2, 1)
+        scale = random.random() + np.random.rand() if self.training else 1.0
+        y = torch.cat([first, F.dropout(second, 0.1, self.training) * scale], 1)
+        return (self.b(y), self.last(y)) if self.training else self.b(y)
+
+
+def test_random_numbers_come_as_they_would_have_come():
+    model, x = Jittered(), image()
+    draw = lambda: (random.random(), float(np.random.rand()), float(torch.rand(())))  # noqa: E731
+    drawn = []
+    for look in (lambda: None, lambda: rehearse(model, analyse(model, (x,)), (x,))):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        look()
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]

@@ -140,6 +140,13 @@ def test_a_repeated_number_s_places_yield_to_channels_that_they_are_flattened_wi
     assert_exact(Net(forward, a=conv(3, 4), b=conv(12, 2)).double().eval(), (image().double(),))
 
 
+def test_rows_that_each_sample_gets_keep_their_columns_free_when_samples_and_rows_are_flattened():
+    forward = lambda m, x: m.b(m.rows.expand(len(x), -1, -1).flatten(0, 1)) + x.mean()  # noqa: E731
+    members = {"rows": nn.Parameter(torch.randn(1, 4, 6)), "b": nn.Linear(6, 2)}
+    assert classes(mapped(forward, **members), "rows", 2) == [0, 1, 2, 3, 4, 5]
+    assert_exact(Net(forward, **members).double().eval(), (image().double(),))
+
+
 def test_one_number_for_all_of_a_parameter():
     forward = lambda m, x: m.b(m.a(x) * m.scale.expand(4).view(4, 1, 1))  # noqa: E731
     members = {"a": conv(3, 4), "b": conv(4, 2), "scale": nn.Parameter(torch.rand(1))}

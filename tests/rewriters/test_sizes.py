@@ -27,6 +27,7 @@ def forwards():
     yield "expand", lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, 8, *y.shape[2:])
     yield "expand new", lambda m, y: y.mean(0, keepdim=True).expand(y.shape[0], 8, y.shape[2], y.shape[3])
     yield "expand one", lambda m, y: y * y.mean(1, keepdim=True).expand(-1, 8, -1, -1)
+    yield "expand first", lambda m, y: y * m.one.expand(8, 1, 1)
     yield "repeat", lambda m, y: y * y.mean(1, keepdim=True).repeat(1, 8, 1, 1)
     yield "repeat by keyword", lambda m, y: y * y.mean(1, keepdim=True).repeat(repeats=[1, 8, 1, 1])
     yield "repeat interleaved", lambda m, y: y * y.mean(1, keepdim=True).repeat_interleave(8, 1)
@@ -95,6 +96,7 @@ def network(name: str) -> nn.Module:
     torch.manual_seed(0)
     held = FORWARDS[name]
     more = {"grouped": nn.Parameter(torch.randn(8, 2, 3, 3)), "vector": nn.Parameter(torch.randn(8))}
+    more["one"] = nn.Parameter(torch.rand(1, 1, 1) + 0.5)
     return Net(lambda m, x: m.b(held(m, m.a(x))), a=conv(3, 8), three=conv(8, 3), b=conv(8, 2), **more).double().eval()
 
 

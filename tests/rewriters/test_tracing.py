@@ -16,7 +16,7 @@ from rewriters.channel_map import Side
 from rewriters.errors import TraceError
 from rewriters.forward import RewrittenForward, ShapeGuardError
 from rewriters.labels import Labelled
-from rewriters.resizing import Cut, Resizer
+from rewriters.resizing import Cut, Resizer, Unwritable
 from rewriters.tracing import trace
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
@@ -255,6 +255,19 @@ def test_a_cut_knows_shapes():
     value = Labelled((2, 4, 5), (torch.arange(4).view(1, 4, 1),))
     assert cut.shape(value) == (2, 3, 5)
     assert cut.slim(torch.zeros(2, 4, 5), value).shape == (2, 3, 5)
+
+
+def test_a_reshape_of_as_many_elements_but_others_is_refused():
+    """Rows 0 and 1 and columns 0 and 2 of what goes in are not rows 0 and 1 and columns 0 and 1 of what comes out."""
+    graph = traced(Net(lambda m, x: x.view(3, 4)), torch.randn(4, 3))
+    (view,) = (node for node in graph.nodes if node.target == "view")
+    before, after = view.args[0].meta["val"], view.meta["val"]
+    elements = torch.arange(12)
+    known = {id(tensor): Labelled(tuple(tensor.shape), (elements.view(tensor.shape),)) for tensor in (before, after)}
+    cut = Cut((elements == 0) | (elements == 5))
+    assert cut.shape(known[id(before)]) == cut.shape(known[id(after)]) == (2, 2)
+    with pytest.raises(Unwritable, match="no form for the channels that are left"):
+        Resizer(graph, known, cut, "").run()
 
 
 @torch.fx.wrap
