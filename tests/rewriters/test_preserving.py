@@ -119,7 +119,7 @@ def test_a_buffer_that_the_forward_makes_anew_is_that_of_the_example_inputs():
 
 
 class Jittered(nn.Module):
-    """Drops its second half now and then in train mode, as Python's, numpy's and torch's random numbers have it."""
+    """Scales and drops its second half in train mode, as Python's, numpy's and torch's random numbers have it."""
 
     def __init__(self):
         super().__init__()
@@ -127,13 +127,22 @@ class Jittered(nn.Module):
 
     def forward(self, x):
         first, second = self.a(x).chunk(2, 1)
-        scale = random.random() + np.random.rand() if self.training else 1.0
+        drawn = random.random() + np.random.rand()
+        scale = drawn if self.training else 1.0
         y = torch.cat([first, F.dropout(second, 0.1, self.training) * scale], 1)
         return (self.b(y), self.last(y)) if self.training else self.b(y)
 
 
+class Drawing(nn.Module):
+    """Draws and uses nothing of it: its forward is left as it is."""
+
+    def forward(self, x):
+        random.random(), np.random.rand()
+        return x
+
+
 def test_random_numbers_come_as_they_would_have_come():
-    model, x = Jittered(), image()
+    model, x = nn.Sequential(Drawing(), Jittered()), image()
     draw = lambda: (random.random(), float(np.random.rand()), float(torch.rand(())))  # noqa: E731
     drawn = []
     for look in (lambda: None, lambda: rehearse(model, analyse(model, (x,)), (x,))):
