@@ -15,7 +15,7 @@ from autogate.files import in_place_of
 from autogate.history import History, history_of, read_inputs
 from autogate.inputs import Inputs
 from rewriters import AutogateError, VerificationError, relative_error
-from rewriters.verify import run_eval
+from rewriters.verify import full_precision, run_eval
 
 TOLERANCE = 1e-4
 """Largest relative difference that is accepted between the model's outputs and the exported one's."""
@@ -126,7 +126,8 @@ def _compare(slim: nn.Module, side: int | None, path: Path, run: Callable[[Any, 
     for batch in (2, 3):
         args, kwargs = inputs_of(slim, batch, side)
         wanted = run_eval(slim, args, kwargs)
-        got = [leaf for leaf in tree_leaves(run(args, kwargs)) if isinstance(leaf, Tensor)]
+        with full_precision():
+            got = [leaf for leaf in tree_leaves(run(args, kwargs)) if isinstance(leaf, Tensor)]
         worst = max(worst, relative_error(got, [leaf.cpu() for leaf in wanted] if _on_cpu(got) else wanted))
     if not worst <= TOLERANCE:
         raise VerificationError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,13 +14,47 @@ from rewriters.preserving import set_modes
 
 
 def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """Tensors that the model returns in eval mode; its modes are as before afterwards."""
+    """Tensors that the model returns in eval mode, float32 not rounded; its modes are as before afterwards."""
     before = set_modes(model, False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             return [leaf for leaf in tree_leaves(model(*args, **(kwargs or {}))) if isinstance(leaf, Tensor)]
     finally:
         set_modes(model, before)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions and matrix products take float32 as it is.
+
+    On a GPU convolutions round their operands to ten bits (TF32) by default, and products where the caller has asked
+    for it: two ways of computing the same differ by 1e-4 then.
+    """
+    try:
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller has set `fp32_precision`, operator by operator, which these can't tell
+        with _ieee(torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
+            yield
+        return
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+@contextmanager
+def _ieee(*operators: Any) -> Iterator[None]:
+    before = [operator.fp32_precision for operator in operators]
+    try:
+        for operator in operators:
+            operator.fp32_precision = "ieee"
+        yield
+    finally:
+        for operator, precision in zip(operators, before, strict=True):
+            operator.fp32_precision = precision
 
 
 @torch.no_grad()

@@ -1,0 +1,61 @@
+"""Outputs are compared at the precision that their type has, whatever the caller lets a GPU round."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rewriters import run_eval
+from rewriters.verify import full_precision
+
+
+class Telling(nn.Module):
+    """Notes the precision that it runs with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.told = by_operator()
+        return x
+
+
+def by_operator() -> list[str]:
+    operators = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    return [operator.fp32_precision for operator in operators]
+
+
+@contextmanager
+def settings_kept():
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "tf32"
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch can't tell it by operator")
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+@pytest.mark.parametrize("convolutions", ["tf32", "ieee", "mixed"])
+def test_outputs_to_compare_are_in_full_precision(convolutions, products):
+    model = Telling()
+    with settings_kept():
+        torch.set_float32_matmul_precision(products)
+        if convolutions == "mixed":
+            torch.backends.cudnn.conv.fp32_precision = "ieee"  # rnn stays: what the older names can't tell
+        else:
+            torch.backends.cudnn.allow_tf32 = convolutions == "tf32"
+        before = by_operator()
+        run_eval(model, (torch.ones(1),))
+        assert not {"tf32", "bf16"} & set(model.told)
+        assert by_operator() == before
+        assert torch.get_float32_matmul_precision() == products
+
+
+def test_precision_is_given_back_after_an_error():
+    before = by_operator()
+    with pytest.raises(ValueError), full_precision():
+        raise ValueError
+    assert by_operator() == before
