@@ -74,8 +74,19 @@ class Folding:
     def fold(self, gates: Foldable, stepped: bool = False) -> None:
         """As `GateBank.fold`, which has the contract."""
         gated = self._sides(gates)
-        if self._versions(gates, gated) == self._folded_at and not stepped:
+        versions = self._versions(gates, gated)
+        if versions == self._folded_at and not stepped:
             return
+        if self._folded_at is None or versions[: len(gates)] != self._folded_at[: len(gates)]:
+            self._fold(gates, gated, stepped)
+        self._zero_dead(gates.dead, gated)
+        self._folded_at = self._versions(gates, gated)
+        self.write_live(gates.dead)
+        if self._keeps:
+            self._kernels.keep(gated)
+
+    def _fold(self, gates: Foldable, gated: list[GatedSide], stepped: bool) -> None:
+        """What the gates have come to since the last time: deaths are noted, columns scaled."""
         alpha, folded, epsilon = gates.alpha, gates.folded, gates.epsilon
         own = stepped or self._left_as(folded, epsilon)
         gate = gate_value(alpha, epsilon)
@@ -92,18 +103,19 @@ class Folding:
             folded.copy_(torch.where(moved, gate, folded).masked_fill_(~live, 0.0))
         elif not self.knows(alpha):
             alpha.masked_fill_(~live, 0.0)
-        factor = self._kernels.spread(ratio, 1.0)
-        stand_ins = self._kernels.stand_ins()
-        dead = [*self._dead(gates.dead, gated), *self._kernels.columns(gates.dead > 0, stand_ins)]
-        for side, columns in zip([*gated, *stand_ins], dead, strict=True):
-            if own and side.place in scaled:
-                self._kernels.scale(factor, side)
-            self._kernels.zero(columns, side)
+        if own and scaled:
+            factor = self._kernels.spread(ratio, 1.0)
+            for side in [*gated, *self._kernels.stand_ins()]:
+                if side.place in scaled:
+                    self._kernels.scale(factor, side)
         self._left = folded.clone(), epsilon.clone()
-        self._folded_at = self._versions(gates, gated)
-        self.write_live(gates.dead)
-        if self._keeps:
-            self._kernels.keep(gated)
+
+    def _zero_dead(self, dead: Tensor, gated: list[GatedSide]) -> None:
+        """Dead columns are exactly zero, whatever has moved them."""
+        stand_ins = self._kernels.stand_ins()
+        columns = [*self._dead(dead, gated), *self._kernels.columns(dead > 0, stand_ins)]
+        for side, of_side in zip([*gated, *stand_ins], columns, strict=True):
+            self._kernels.zero(of_side, side)
 
     def write_live(self, dead: Tensor) -> None:
         """Lets norms across channels look at the live ones, where a class has died since the last time."""

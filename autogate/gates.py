@@ -94,8 +94,8 @@ class GateBank(nn.Module):
     course mean what they should: what has died in the model is dead in an average of it.
 
     Channels are killed by hand with `bank.alpha[classes] = 0` (under `torch.no_grad()`); the model's next
-    forward finds them closed (one that torch.compile has compiled after `bank.fold()` only). Nothing brings
-    a dead class back.
+    forward finds them closed (one that is compiled, or captured in a CUDA graph, after `bank.fold()` only).
+    Nothing brings a dead class back.
 
     Building a bank changes no number of the model: the initial gate counts as folded into the kernels.
 
@@ -316,7 +316,8 @@ class GateBank(nn.Module):
         return Foldable(self.alpha, self.folded, self.dead, self.epsilon)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling() and self._folding.wanted(self._foldable()):
+        recorded = torch.compiler.is_compiling() or hooks.is_capturing()
+        if not recorded and self._folding.wanted(self._foldable()):
             self.fold()
 
     @torch.no_grad()
@@ -337,7 +338,7 @@ class GateBank(nn.Module):
         kernels = self._kernels.as_kept(self._gated())
         if not self._folding.knows(self.alpha):
             self.fold()  # alphas set by hand, before they enter the mathematics
-        if self._memory().steps < self.schedule.steps:
+        if not self._is_over():
             gated = self._gated()
             gradient = None if later else self._gradient(gated, kernels, scale)
             closing = self.live & (self.folded < NEARLY_CLOSED)
@@ -362,8 +363,9 @@ class GateBank(nn.Module):
         `autogate.hooks`). One that doesn't measures now, on the kernels as they were kept.
 
         If a gradient is not finite, nothing moves, and the step doesn't count; nor does one of no gradient at no
-        rate, by which torch.distributed.checkpoint makes an optimizer's state. Once the budget's steps are over
-        alpha stays as it is. In every case the dead columns are exactly zero afterwards.
+        rate, by which torch.distributed.checkpoint makes an optimizer's state. Once the targets are met and epsilon is
+        at its end, or the budget's steps are over, alpha stays as it is, and nothing is read off gradients. In every
+        case the dead columns are exactly zero afterwards.
 
         Args:
             lr: the kernels' learning rate; alpha's follows its course, from `learning.ALPHA_RATE` at the peak.
@@ -376,6 +378,8 @@ class GateBank(nn.Module):
             gradient = self._gradient_now() if measured.gradient is None else measured.gradient
             if torch.isfinite(gradient).all() and (lr or gradient.any()):
                 self._learn(gradient, lr)
+        elif lr:
+            self._stand_still()
         self.fold(stepped=True)
 
     def _gradient(
@@ -413,6 +417,18 @@ class GateBank(nn.Module):
         self.peak.fill_(after.peak)
         memory = _Memory(after.count, after.pressure.integral, after.pressure.settled, after.peak)
         self._read = (self._memory_version(), memory)
+
+    def _is_over(self) -> bool:
+        memory = self._memory()
+        return self.learner.is_over(memory.steps, memory.settled)
+
+    def _stand_still(self) -> None:
+        """A step in which no gate learns: it counts, as long as the run goes on."""
+        memory = self._memory()
+        if memory.steps < self.schedule.steps:
+            self.step_count.fill_(memory.steps + 1)
+            self.balance.zero_()
+            self._read = (self._memory_version(), memory._replace(steps=memory.steps + 1))
 
     def _stand(self) -> Standing:
         """Where the classes that live now stand."""

@@ -24,6 +24,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from rewriters.errors import AutogateError
+
 if TYPE_CHECKING:
     from autogate.gates import GateBank
 
@@ -97,6 +99,11 @@ def unregister(bank: GateBank) -> None:
     _turns.pop(bank, None)
 
 
+def is_capturing() -> bool:
+    """Whether what runs now is captured in a CUDA graph, in which the host can't read a value."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _hold(optimizer: Optimizer, bank: GateBank) -> _Hold:
     kernels = {id(kernel) for kernel in bank.kernels()}
     total, most, lr = 0, 0, 0.0
@@ -128,6 +135,13 @@ def _before_step(
         # A step within a step (of a subclass's super(), of a wrapped optimizer) comes here again: the
         # innermost is the one that moves the kernels.
         within = turn.stepping is not None and turn.stepping() is optimizer
+        if hold.count and is_capturing():
+            raise AutogateError(
+                "a CUDA graph is to hold this step, and gates don't move in a replay: it calls no hook.",
+                where="optimizer.step",
+                remedy="Capture forward and backward alone, or call prepare(..., hooks=False), and autogate.step after "
+                "each replay.",
+            )
         if hold.count and bank.added:
             turn.note(optimizer, bank)
         if hold.count and (within or turn.leads(optimizer, hold.count)):

@@ -127,6 +127,14 @@ class Learner:
             balance=pressure.movement / rate if rate else 0.0,
         )
 
+    def is_over(self, count: int, settled: bool) -> bool:
+        """Whether gates have learned what they can after `count` steps, and stand still from here on.
+
+        The run is over, or the targets are met and epsilon is at its end: every live gate is open then, by 0.95 at the
+        least, and so steep near zero alone that no gradient moves it.
+        """
+        return count >= self.schedule.steps or (settled and count >= self.schedule.reach_steps)
+
     def descend(self, gates: Gates, gradient: Tensor, rate: float) -> Tensor:
         """Alpha after its bounded gradient step, equation 8, which neither crosses zero nor comes to it.
 
@@ -146,10 +154,11 @@ class Learner:
         """Equation 9 with the deaths chosen: alpha after it, and whether the targets are given up as met."""
         shrunk = soft_threshold(target, shrinkage(price, movement, self.schedule.step_bound))
         candidates = live & (shrunk == 0)
-        alpha = _away_from_zero(torch.where(candidates, target, shrunk), LEAST_ALPHA)
+        alpha = torch.where(candidates, target, shrunk)
         if not candidates.any():
-            return alpha, False
+            return _away_from_zero(alpha, LEAST_ALPHA), False
         deaths = self._selection.deaths(target.abs().cpu(), candidates.cpu(), live.cpu(), count)
+        alpha = _away_from_zero(alpha, OPEN_ALPHA if deaths.settled else LEAST_ALPHA)
         return alpha.index_fill_(0, deaths.classes.to(alpha.device), 0.0), deaths.settled
 
 

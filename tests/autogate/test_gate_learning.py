@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autogate.gates import GateBank
-from autogate.learning import ALPHA_RATE, Gates
+from autogate.learning import ALPHA_RATE, OPEN_ALPHA, Gates
 from autogate.polarization import EPSILON_END, EPSILON_START, gate_slope
 from autogate.sensitivity import observed
 from tests.autogate.gated_nets import backward, batch, gated_net
@@ -156,3 +156,50 @@ def test_the_bank_keeps_the_running_mean_of_squared_gradients_and_its_checkpoint
     again, other = gated_net(0.5, steps=100)
     again.load_state_dict(net.state_dict())
     assert torch.equal(other.sensitivity, expected)
+
+
+def test_gates_stand_still_once_the_targets_are_met_and_epsilon_is_at_its_end(monkeypatch):
+    _, bank = gated_net(0.5, steps=100)
+    generator = torch.Generator().manual_seed(0)
+
+    def take(steps: int) -> None:
+        for _ in range(steps):
+            random_gradients(bank, 1.0, False, generator)
+            bank.measure()
+            with torch.no_grad():
+                for kernel in bank.kernels():
+                    kernel.sub_(0.01 * kernel.grad)
+            bank.step(0.1)
+
+    while not (bank.progress().settled and bank.progress().step >= bank.schedule.reach_steps):
+        take(1)
+    done = bank.progress().step
+    assert done < 50 and bank.epsilon.item() == pytest.approx(EPSILON_END)
+    take(1)  # settled by what had died before it
+    alpha, folded, kept = bank.alpha.clone(), bank.folded.clone(), bank.sensitivity.clone()
+    assert folded[bank.live].min() >= 0.95
+    monkeypatch.setattr(type(bank._kernels), "products", None)  # gradients are not read any more
+    take(100 - done - 1)
+    assert torch.equal(bank.alpha, alpha) and torch.equal(bank.folded, folded) and torch.equal(bank.sensitivity, kept)
+    assert bank.progress().step == 100 and bank.progress().balance == 0
+    take(1)
+    assert bank.progress().step == 100
+    for side in bank._gated():
+        dead = bank._kernels.on_side(bank._kernels.spread(bank.dead > 0, False), side)
+        assert (side.weight.index_select(side.dim, torch.nonzero(dead).flatten()) == 0).all()
+    assert not bank.live.all()
+
+
+def test_targets_that_count_as_met_leave_every_live_gate_open():
+    """The step that settles for a little above the target is under pressure: it opens what that had nearly closed."""
+    _, bank = gated_net(0.5, steps=100)
+    chosen = bank.learner._selection.deaths
+    bank.learner._selection.deaths = lambda *args: replace(chosen(*args), settled=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        bank.alpha[1::2] = 2e-5
+    while not bank._memory().settled:
+        random_gradients(bank, 1e-3, False, generator)
+        bank.measure()
+        bank.step(0.1)
+    assert bank.alpha[bank.live].min() >= OPEN_ALPHA

@@ -4,6 +4,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from autogate import hooks
+from rewriters import AutogateError
 from tests.autogate.gated_nets import ConvNet, backward, batch, gated_net, train
 
 OPTIMIZERS = {
@@ -208,12 +209,12 @@ def test_a_loss_that_is_nan_moves_no_gate_and_no_later_one_does():
     """The weights are lost from there on; the gates are those of the last good step."""
     net, bank = gated_net(0.5, steps=40)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-    train(net, optimizer, 20)
+    train(net, optimizer, 12)
     assert (~bank.live).any()
     before = {name: value.clone() for name, value in bank.named_buffers()}
-    backward(net, 20, scale=float("nan"))
+    backward(net, 12, scale=float("nan"))
     optimizer.step()
-    train(net, optimizer, 2, first=21)
+    train(net, optimizer, 2, first=13)
     for name, value in bank.named_buffers():
         assert torch.equal(value, before[name]), name
     dead = torch.nonzero(~bank.live[:16]).flatten()
@@ -352,3 +353,26 @@ def test_nothing_dies_for_the_whole_of_the_flops():
     net, bank = gated_net(1.0, steps=60)
     train(net, torch.optim.SGD(net.parameters(), 0.1), 60)
     assert bank.live.all() and bank.folded.min() > 0.99
+
+
+def test_a_step_that_a_cuda_graph_is_to_hold_is_refused(monkeypatch):
+    """It would end in CUDA's own error about a value that is read. `test_cuda.py` has a real capture."""
+    net, _bank = gated_net(0.5, steps=40)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    backward(net)
+    monkeypatch.setattr(hooks, "is_capturing", lambda: True)
+    with pytest.raises(AutogateError, match="hooks=False"):
+        optimizer.step()
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1).step()
+
+
+def test_a_forward_that_is_captured_folds_nothing(monkeypatch):
+    net, bank = gated_net(0.5, steps=40)
+    with torch.no_grad():
+        bank.alpha[0] = 0
+    monkeypatch.setattr(hooks, "is_capturing", lambda: True)
+    net(batch(0)[0])
+    assert bank.live.all()
+    monkeypatch.undo()
+    net(batch(0)[0])
+    assert not bank.live[0]
