@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,8 @@ from torch import nn
 
 import autogate.api
 from autogate.schedule import Schedule
-from benchmarks.accuracy.__main__ import set_schedule
+from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.cases import set_schedule
 from benchmarks.accuracy.data import Data, held_out, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.models import MODELS, ResNet
@@ -108,3 +111,37 @@ def test_the_loss_is_the_mean_over_all_images():
     data = Data(torch.randint(0, 255, (7, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (7,)))
     wanted = F.cross_entropy(model(normalise(data.images)), data.labels).item()
     assert loss(model, data, batch=3) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_runs_side_by_side_leave_what_runs_one_by_one_leave(tmp_path, monkeypatch, capsys):
+    for split in ("train", "test"):
+        images = np.random.default_rng(0).integers(0, 255, (128, 32, 32, 3), np.uint8)
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(128) % 10)
+    told = {}
+    for jobs in ("1", "2"):
+        asked = [
+            "accuracy",
+            "run",
+            "--data",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / jobs),
+            "--epochs",
+            "1",
+            "--seeds",
+            "0",
+        ]
+        asked += ["1", "--methods", "dense", "--flops", "0.5", "0.3", "--jobs", jobs]
+        monkeypatch.setattr(sys, "argv", asked)
+        main()
+        told[jobs] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resnet20")]
+    assert told["1"] == told["2"] and len(told["2"]) == 4  # dense training has no target: one run a seed
+    left = [
+        {path.name: json.loads(path.read_text()) for path in (tmp_path / jobs / "test").glob("*.json")} for jobs in "12"
+    ]
+    assert {name: run["accuracy"] for name, run in left[0].items()} == {
+        name: run["accuracy"] for name, run in left[1].items()
+    }
+    monkeypatch.setattr("benchmarks.accuracy.cases.slim_run", None)  # what has a result isn't run again
+    monkeypatch.setattr(sys, "argv", [*asked[:-1], "1"])
+    main()

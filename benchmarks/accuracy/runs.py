@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +25,14 @@ def once(path: Path, run: Callable[[], dict]) -> dict:
     return json.loads(path.read_text())
 
 
-def dense_model(name: str, seed: int, train: Data, test: Data, recipe: Recipe, out: Path) -> nn.Module:
+class Dense(NamedTuple):
+    """A trained network, and its accuracy in percent."""
+
+    model: nn.Module
+    accuracy: float
+
+
+def dense_model(name: str, seed: int, train: Data, test: Data, recipe: Recipe, out: Path) -> Dense:
     """The trained network that all methods start from, from its file or trained now."""
     torch.manual_seed(seed)
     model = MODELS[name]().to(train.images.device, memory_format=torch.channels_last)
@@ -39,6 +47,5 @@ def dense_model(name: str, seed: int, train: Data, test: Data, recipe: Recipe, o
         return {"accuracy": accuracy(predict(model, test.images), test.labels)}
 
     result = once(weights.with_suffix(".json"), run)
-    print(f"{name}, seed {seed}: {result['accuracy']:.2f} % dense")
     model.load_state_dict(torch.load(weights, weights_only=True))
-    return model
+    return Dense(model, result["accuracy"])

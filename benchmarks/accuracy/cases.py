@@ -1,0 +1,135 @@
+"""One run: what it is asked, how its process is set up for it, what it tells."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import autogate.api
+from autogate.schedule import Schedule
+from benchmarks.accuracy.data import Data, held_out, load, normalise
+from benchmarks.accuracy.methods import METHODS, Task, count_flops
+from benchmarks.accuracy.recipe import Recipe, accuracy, fit, loss, predict
+from benchmarks.accuracy.runs import dense_model, once
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all runs of one call share.
+
+    Attributes:
+        data: folder of the images.
+        out: folder of results, of those on held-out images or of those on test images.
+        recipe: how networks are trained.
+        held_out: whether accuracy is read off held-out training images.
+        set, schedule: what isn't as it is by default, see `set_constant` and `set_schedule`.
+        threads: on the CPU; PyTorch's choice if None.
+    """
+
+    data: Path
+    out: Path
+    recipe: Recipe
+    held_out: bool
+    set: tuple[str, ...]
+    schedule: tuple[str, ...]
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a method on the network that a seed gave. The one that trains that network has no method."""
+
+    model: str
+    seed: int
+    method: str | None = None
+    flops: float = 1.0
+
+    def parts(self, changed: Sequence[str]) -> list[str]:
+        """What the run's file is named by."""
+        method = "start" if self.method is None else self.method.replace(", ", "_").replace(" ", "_")
+        return [self.model, method, str(self.flops), *changed, str(self.seed)]
+
+
+@lru_cache
+def set_up(options: Options) -> tuple[Data, Data]:
+    """Makes this process one that runs cases, once; the images to train on and those to read accuracy off."""
+    for assignment in options.set:
+        set_constant(assignment)
+    if options.schedule:
+        set_schedule(options.schedule)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    train = load(options.data, "train")
+    train, test = held_out(train) if options.held_out else (train, load(options.data, "test"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return train.to(device), test.to(device)
+
+
+def run_case(options: Options, case: Case) -> str:
+    """Runs a case that has no result yet; a line that tells the result."""
+    train, test = set_up(options)
+    dense = dense_model(case.model, case.seed, train, test, options.recipe, options.out)
+    changed = [*options.set, *options.schedule]
+    parts = case.parts(changed)
+    if case.method is None:
+        return f"{' '.join(parts)}: {dense.accuracy:.2f} %"
+    result = once(
+        options.out / f"{'_'.join(parts)}.json",
+        lambda: {"model": case.model, "set": changed} | slim_run(dense.model, case, train, test, options.recipe),
+    )
+    return f"{' '.join(parts)}: {result['accuracy']:.2f} %, {result['flops_left']:.4f} of the FLOPs"
+
+
+def slim_run(dense: torch.nn.Module, case: Case, train: Data, test: Data, recipe: Recipe) -> dict:
+    """One method on one trained network: its accuracy, and what of the FLOPs and parameters is left."""
+    model = copy.deepcopy(dense)
+    example = normalise(train.images[:2])
+    whole, params = count_flops(model, example), sum(parameter.numel() for parameter in model.parameters())
+
+    def report(epoch: int, loss: float) -> None:
+        print(f"  {case.method} {case.flops}, seed {case.seed}, epoch {epoch}: loss {loss:.3f}", flush=True)
+
+    def training(model: torch.nn.Module, epochs: int, **settings: Any) -> None:
+        fit(model, train, recipe, epochs, recipe.peak / 2, report, **settings)
+
+    torch.manual_seed(1000 + case.seed)
+    task = Task(case.flops, recipe.epochs, recipe.steps(train, recipe.epochs), example, training)
+    slim = METHODS[case.method](model, task)
+    return {
+        "method": case.method,
+        "flops_target": case.flops,
+        "seed": case.seed,
+        "epochs": recipe.epochs,
+        "accuracy": accuracy(predict(slim, test.images), test.labels),
+        "loss": loss(slim, test),
+        "flops_left": count_flops(slim, example) / whole,
+        "params_left": sum(parameter.numel() for parameter in slim.parameters()) / params,
+    }
+
+
+def set_constant(assignment: str) -> None:
+    """Gives a constant of an autogate module another value: `sensitivity.DAMPING=0.3`."""
+    place, _, value = assignment.partition("=")
+    module, _, name = place.rpartition(".")
+    home = importlib.import_module(f"autogate.{module}")
+    if not hasattr(home, name):
+        raise SystemExit(f"autogate.{module} has no {name}.")
+    setattr(home, name, type(getattr(home, name))(value))
+
+
+def set_schedule(assignments: Sequence[str]) -> None:
+    """Lets `prepare` make schedules with other values of these fields: `keep=0.5`."""
+    fields = {field.name: field.type for field in dataclasses.fields(Schedule)}
+    given = dict(assignment.split("=") for assignment in assignments)
+    if not given.keys() <= fields.keys():
+        raise SystemExit(f"A schedule has {', '.join(fields)}.")
+    values = {name: int(value) if fields[name] == "int" else float(value) for name, value in given.items()}
+    autogate.api.Schedule = partial(Schedule, **values)
