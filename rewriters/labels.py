@@ -18,7 +18,7 @@ from torch import Tensor
 from rewriters.channel_map import Side
 
 _JOINED_AT_ONCE = 2**18
-"""Pairs of labels that are joined in one go, at the least: it bounds the memory that joining takes."""
+"""Pairs of labels that are joined in one go, at the most: it bounds the memory that joining takes."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Labelled:
 
     Attributes:
         shape: the tensor's shape.
-        layers: int64 label tensors with the tensor's number of dimensions, of size 1 along each dimension
+        layers: int32 label tensors with the tensor's number of dimensions, of size 1 along each dimension
             they don't vary in. An element goes when its label in any of the layers goes. No two layers
             vary in the same dimension: an activation has one (its channels), a kernel one a dimension.
         source: name of the parameter whose elements these are, moved about or multiplied: where its columns
@@ -115,7 +115,7 @@ class LabelSpace:
         self.count = 0
         self.blocks: dict[Side, tuple[int, int]] = {}
         self.notes: list[PinNote] = []
-        self._roots = np.arange(0)
+        self._roots = np.zeros(0, np.int32)
         self._merged: list[tuple[Tensor, Tensor]] = []  # since these roots were found
         self._pinned = np.zeros(0, bool)  # of these roots, by the first so many notes
         self._noted = 0
@@ -171,7 +171,7 @@ class LabelSpace:
         first = int(flat[0])
         for side, (start, size) in self.blocks.items():
             if start == first and size == flat.numel():
-                return side if torch.equal(flat, torch.arange(start, start + size)) else None
+                return side if _counts_up(flat.numpy()) else None
         return None
 
     def sides_holding(self, labels: Tensor, tensor: str) -> list[Side]:
@@ -201,22 +201,27 @@ class LabelSpace:
         self.notes.append(PinNote(labels.flatten(), module, op, reason))
 
     def roots(self) -> np.ndarray:
-        """For each label the smallest label it was merged with, int64 of shape (count,)."""
+        """For each label the smallest label it was merged with, int32 of shape (count,)."""
         if self._merged or len(self._roots) != self.count:
-            self._roots = np.concatenate([self._roots, np.arange(len(self._roots), self.count)])
+            known, self._roots = self._roots, np.arange(self.count, dtype=np.int32)
+            self._roots[: len(known)] = known  # which a fork may have too
+            del known
             while self._merged:
                 first, second = (np.concatenate(ends) for ends in zip(*self._next_merged(), strict=True))
-                self._roots = connected(self._roots, first, second)
+                _join(self._roots, first, second)
+            _flatten(self._roots)
             self._pinned, self._noted = np.zeros(self.count, bool), 0
         return self._roots
 
     def _next_merged(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Merged labels, taken off the list: as many of them as are joined in one go."""
-        taken = 0
-        while self._merged and taken < _JOINED_AT_ONCE:
-            first, second = self._merged.pop()
-            taken += first.numel()
-            yield first.reshape(-1).numpy(), second.reshape(-1).numpy()
+        left = _JOINED_AT_ONCE
+        while self._merged and left > 0:
+            first, second = (labels.reshape(-1) for labels in self._merged.pop())
+            if len(first) > left:
+                self._merged.append((first[left:], second[left:]))
+            yield first[:left].numpy(), second[:left].numpy()
+            left -= len(first)
 
     def pinned_roots(self) -> np.ndarray:
         """Whether anything pins the class of a root, bool of shape (count,)."""
@@ -227,22 +232,58 @@ class LabelSpace:
         return self._pinned
 
 
+def _counts_up(labels: np.ndarray) -> bool:
+    """Whether each is the one before and one more."""
+    parts = (labels[start : start + _JOINED_AT_ONCE + 1] for start in range(0, len(labels), _JOINED_AT_ONCE))
+    return all((part[1:] - part[:-1] == 1).all() for part in parts)
+
+
 def connected(known: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Smallest member of each element's connected component under the edges (first[i], second[i]).
-
-    Hooks the larger root of every edge onto the smaller one and halves the paths, for all edges at once,
-    until nothing moves.
 
     Args:
         known: smallest members by edges that were there before: `np.arange(count)` for none.
         first, second: edges' ends.
     """
     root = known.copy()
-    while first.size:
-        a, b = root[first], root[second]
-        apart = a != b
-        first, second, a, b = first[apart], second[apart], a[apart], b[apart]
-        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
-        while not np.array_equal(halved := root[root], root):
-            root = halved
+    _join(root, first, second)
+    _flatten(root)
     return root
+
+
+def _join(root: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+    """Hooks the larger root of every edge onto the smaller one, for all edges at once, until nothing moves.
+
+    Paths are halved among the ends of these edges only: however many labels there are, it costs as edges do.
+    """
+    while first.size:
+        first, second = _top(root, first), _top(root, second)
+        apart = first != second
+        first, second = first[apart], second[apart]
+        np.minimum.at(root, np.maximum(first, second), np.minimum(first, second))
+        ends = np.concatenate([first, second])
+        while not np.array_equal(up := root[root[ends]], root[ends]):
+            root[ends] = up
+
+
+def _top(root: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The roots of these elements."""
+    while not np.array_equal(up := root[at], at):
+        at = up
+    return at
+
+
+def _flatten(root: np.ndarray) -> None:
+    """Lets every element point at its root, a part of them at a time, so that no second array of them is needed."""
+    for start in range(0, len(root), _JOINED_AT_ONCE):
+        part = slice(start, start + _JOINED_AT_ONCE)
+        root[part] = _top(root, root[part])
+
+
+def picked(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """values[index], a part at a time: numpy takes an index of its own type, for which it copies others."""
+    out = np.empty(index.shape, values.dtype)
+    for start in range(0, len(index), _JOINED_AT_ONCE):
+        part = slice(start, start + _JOINED_AT_ONCE)
+        out[part] = values[index[part]]
+    return out

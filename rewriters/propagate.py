@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
-from rewriters.labels import Labelled, LabelSpace
+from rewriters.labels import Labelled, LabelSpace, picked
 from rewriters.rules import Crossing, Findings, KernelCall, Look, OpCall, find_rule
 from rewriters.rules.kernels import PRODUCTS
 
@@ -33,6 +34,7 @@ class Labelling:
     findings: Findings = field(default_factory=Findings)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     looks: dict[fx.Node, list[Look]] = field(default_factory=dict)
+    _numbered: tuple[np.ndarray, tuple[int, int], np.ndarray] | None = field(default=None, init=False, repr=False)
 
     def run(self, captured: Capture, counted: bool = True) -> None:
         """Label every node of a captured model, whose outputs keep all their channels.
@@ -159,7 +161,7 @@ class Labelling:
         seen: set[bytes] = set()
         for grid in self.findings.grids:
             roots = self.space.roots()[grid.numpy()]
-            key = roots.tobytes() + str(roots.shape).encode()
+            key = hashlib.blake2b(np.ascontiguousarray(roots)).digest() + str(roots.shape).encode()
             if key in seen:
                 continue
             seen.add(key)
@@ -210,20 +212,28 @@ class Labelling:
         return self.space.pinned_roots()[self.space.roots()[labels.numpy()]]
 
     def numbering(self) -> np.ndarray:
-        """Class of each label: 0, 1, ... for those that may die, in order; `ALWAYS` for the others."""
+        """Class of each label, int32: 0, 1, ... for those that may die, in order; `ALWAYS` for the others.
+
+        It is kept until something is merged, pinned or gated: not to be written to.
+        """
         roots, pinned = self.space.roots(), self.space.pinned_roots()
-        mortal = np.zeros(self.space.count, bool)
-        for side in self.findings.gated:
-            start, size = self.space.blocks[side]
-            mortal[roots[start : start + size]] = True
-        mortal &= ~pinned
-        number = np.full(self.space.count, ALWAYS)
-        number[mortal] = np.arange(mortal.sum())
-        return number[roots]
+        if self._numbered is None or self._numbered[0] is not roots or self._numbered[1] != self._noted():
+            mortal = np.zeros(self.space.count, bool)
+            for side in self.findings.gated:
+                start, size = self.space.blocks[side]
+                mortal[roots[start : start + size]] = True
+            mortal &= ~pinned
+            number = np.full(self.space.count, ALWAYS, np.int32)
+            number[mortal] = np.arange(mortal.sum(), dtype=np.int32)
+            self._numbered = (roots, self._noted(), picked(number, roots))
+        return self._numbered[2]
+
+    def _noted(self) -> tuple[int, int]:
+        return len(self.space.notes), len(self.findings.gated)
 
     def stays(self, live: Tensor) -> Tensor:
         """Which labels stay when the classes in `live` do, bool of shape (labels,)."""
-        return torch.cat([live.cpu(), torch.ones(1, dtype=torch.bool)])[torch.from_numpy(self.numbering())]
+        return torch.from_numpy(picked(np.append(live.cpu().numpy(), True), self.numbering()))
 
     def channel_map(self, samples: int = 1) -> ChannelMap:
         """The partition of channels, from all that was merged and pinned so far.
@@ -248,13 +258,15 @@ class Labelling:
     def _pins(self) -> tuple[Pin, ...]:
         """Each note with the sides of its labels' classes, notes of the same place and reason together."""
         roots = self.space.roots()
-        noted: dict[tuple[str, str, str], np.ndarray] = {}
+        noted: dict[tuple[str, str, str], list[Tensor]] = {}
         for note in self.space.notes:
-            hit = noted.setdefault((note.module, note.op, note.reason), np.zeros(self.space.count, bool))
-            hit[roots[note.labels.numpy()]] = True
+            noted.setdefault((note.module, note.op, note.reason), []).append(note.labels)
         pins = []
-        for place, hit in noted.items():
-            by_label = hit[roots]
+        for place, labels in noted.items():
+            hit = np.zeros(self.space.count, bool)
+            for of_note in labels:
+                hit[roots[of_note.numpy()]] = True
+            by_label = picked(hit, roots)
             sides = [side for side, (at, size) in self.space.blocks.items() if by_label[at : at + size].any()]
             pins += [Pin(*place, tuple(sides))] if sides else []
         return tuple(pins)

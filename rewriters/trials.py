@@ -28,7 +28,7 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
     does, by chance.
     """
     live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
-    sides = (number[start : start + length] for start, length in labelling.space.blocks.values())
+    sides = (number[start : start + length] for start, length in _mortal_blocks(labelling, number))
     seen: set[bytes] = set()
     for side in {side.tobytes(): side for side in sides}.values():
         classes, _ = distinct(side)
@@ -38,9 +38,15 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
     return live
 
 
+def _mortal_blocks(labelling: Labelling, number: np.ndarray) -> list[tuple[int, int]]:
+    """Where the labels of sides lie on which something may die."""
+    blocks = labelling.space.blocks.values()
+    return [(start, length) for start, length in blocks if (number[start : start + length] != ALWAYS).any()]
+
+
 def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
     """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
-    blocks = list(labelling.space.blocks.values())
+    blocks = _mortal_blocks(labelling, number)
     kept = live.clone()
     if blocks:
         ends = np.concatenate([np.arange(start, start + length) for start, length in blocks])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rewriters.analysis import analyse
+from rewriters.channel_map import Side
+from rewriters.labels import LabelSpace
+from rewriters.propagate import Labelling
 from rewriters.rehearsal import rehearse
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, conv
@@ -70,3 +75,33 @@ def test_no_tensor_is_as_large_as_a_kernel_that_is_reshaped():
         analysis = rehearse(layers, analyse(layers, (x,)), (x,))
     assert analysis.channel_map.size == 3 * 32
     assert 0 < largest.elements < 32 * 32 * 9 / 2
+
+
+def test_labels_are_joined_a_part_at_a_time():
+    """Kernels that lie flattened in one dimension (CondConv's) have a label for each element."""
+    half = 2**20
+    space = LabelSpace()
+    labels = space.fresh(2 * half)
+    space.merge(labels[:half], labels[half:])
+    tracemalloc.start()
+    try:
+        roots = space.roots()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (roots[:half] == roots[half:]).all() and (roots[:half] == labels[:half].numpy()).all()
+    assert peak < 3 * roots.nbytes
+
+
+def test_classes_are_numbered_once_for_what_is_known():
+    labelling = Labelling()
+    kernel = labelling.space.own("a.weight", (4, 3))
+    labelling.findings.gated.add(Side("a.weight", 1))
+    first = labelling.numbering()
+    assert first.tolist() == [-1] * 4 + [0, 1, 2] and labelling.numbering() is first
+    labelling.findings.gated.add(Side("a.weight", 0))
+    assert labelling.numbering().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    labelling.space.merge(kernel.layers[1].flatten(), kernel.layers[0].flatten()[:3])
+    assert labelling.numbering().tolist() == [0, 1, 2, 3, 0, 1, 2]
+    labelling.space.pin(kernel.layers[0][3:], "a", "op", "reason")
+    assert labelling.numbering().tolist() == [0, 1, 2, -1, 0, 1, 2]
