@@ -280,6 +280,13 @@ def _flatten(root: np.ndarray) -> None:
         root[part] = _top(root, root[part])
 
 
+def give_members(values: np.ndarray, roots: np.ndarray) -> None:
+    """Gives every label the value of its root, in place: from the end, for a root is the smallest of its members."""
+    for start in reversed(range(0, len(roots), _JOINED_AT_ONCE)):
+        part = slice(start, start + _JOINED_AT_ONCE)
+        values[part] = values[roots[part]]
+
+
 def picked(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     """values[index], a part at a time: numpy takes an index of its own type, for which it copies others."""
     out = np.empty(index.shape, values.dtype)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
-from rewriters.labels import Labelled, LabelSpace, picked
+from rewriters.labels import Labelled, LabelSpace, give_members, picked
 from rewriters.rules import Crossing, Findings, KernelCall, Look, OpCall, find_rule
 from rewriters.rules.kernels import PRODUCTS
 
@@ -225,7 +225,8 @@ class Labelling:
             mortal &= ~pinned
             number = np.full(self.space.count, ALWAYS, np.int32)
             number[mortal] = np.arange(mortal.sum(), dtype=np.int32)
-            self._numbered = (roots, self._noted(), picked(number, roots))
+            give_members(number, roots)
+            self._numbered = (roots, self._noted(), number)
         return self._numbered[2]
 
     def _noted(self) -> tuple[int, int]:
@@ -266,8 +267,8 @@ class Labelling:
             hit = np.zeros(self.space.count, bool)
             for of_note in labels:
                 hit[roots[of_note.numpy()]] = True
-            by_label = picked(hit, roots)
-            sides = [side for side, (at, size) in self.space.blocks.items() if by_label[at : at + size].any()]
+            give_members(hit, roots)
+            sides = [side for side, (at, size) in self.space.blocks.items() if hit[at : at + size].any()]
             pins += [Pin(*place, tuple(sides))] if sides else []
         return tuple(pins)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rewriters import labels as labels_module
 from rewriters.channel_map import Side
-from rewriters.labels import LabelSpace, compress, connected, reshaped, varying
+from rewriters.labels import LabelSpace, compress, connected, give_members, picked, reshaped, varying
 
 
 @st.composite
@@ -164,3 +164,17 @@ def test_labels_are_joined_in_any_number_of_goes(monkeypatch):
         spaces.append(space.roots())
     assert np.array_equal(*spaces)
     assert 1 < len(np.unique(spaces[0])) < 50
+
+
+@given(graphs())
+def test_members_are_given_what_their_root_has_in_place(graph):
+    count, edges = graph
+    roots = connected(np.arange(count), *np.array(edges, np.int64).reshape(-1, 2).T)
+    for at_once in (1, 3, 2**18):
+        values = np.random.default_rng(0).integers(100, size=count)
+        wanted = values[roots]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(labels_module, "_JOINED_AT_ONCE", at_once)
+            give_members(values, roots)
+            assert np.array_equal(values, wanted)
+            assert np.array_equal(picked(wanted, roots), wanted)
