@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from autogate.finalizing import Origin, check_finite, check_whole, on_device, take_out, verify
-from autogate.gates import BANK, GateBank, Progress
+from autogate.gates import BANK, GateBank
 from autogate.inputs import as_call
+from autogate.progress import Progress
 from autogate.schedule import DEFAULT_STEPS, Schedule
 from autogate.sharding import has_shards
 from autogate.slimming import Asked, analyse_whole, put_shortcuts

@@ -26,6 +26,7 @@ from autogate.folding import Foldable, Folding, version_of
 from autogate.kernels import GatedKernels, GatedSide, HeldBack
 from autogate.learning import Gates, Learner, Standing
 from autogate.polarization import gate_value
+from autogate.progress import Progress
 from autogate.schedule import Pressure, Schedule
 from autogate.selection import groups_of, with_needed
 from autogate.sharding import local
@@ -38,34 +39,6 @@ BANK = "autogate"
 
 NEARLY_CLOSED = 0.5
 """Below this gate a column follows the optimizer only in part: see `GateBank.measure`."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a bank stands.
-
-    Attributes:
-        shares: the part that is left of each resource in the budget, by its name ("FLOPs", "parameters",
-            "activations", "latency").
-        targets: the part of it that shall be left.
-        step: optimizer steps taken.
-        steps: optimizer steps that the run takes.
-        balance: lambda of equation 7 in the latest step, with prices relative to their mean.
-        epsilon: the gates' smoothing constant.
-        classes: number of gates.
-        dead: number of closed ones.
-        settled: the targets have been met, the dead are final.
-    """
-
-    shares: dict[str, float]
-    targets: dict[str, float]
-    step: int
-    steps: int
-    balance: float
-    epsilon: float
-    classes: int
-    dead: int
-    settled: bool
 
 
 @dataclass(frozen=True)
@@ -241,6 +214,12 @@ class GateBank(nn.Module):
         """The classes that live, bool, shape (classes,)."""
         return self.dead == 0
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether the gates have learned what they can: see `Learner.is_over`."""
+        memory = self._memory()
+        return self.learner.is_over(memory.steps, memory.settled)
+
     def gates(self) -> Tensor:
         """The gates g(alpha), float32, shape (classes,); zero for dead classes."""
         return torch.where(self.live, gate_value(self.alpha, self.epsilon), 0.0)
@@ -338,7 +317,7 @@ class GateBank(nn.Module):
         kernels = self._kernels.as_kept(self._gated())
         if not self._folding.knows(self.alpha):
             self.fold()  # alphas set by hand, before they enter the mathematics
-        if not self._is_over():
+        if not self.stands_still:
             gated = self._gated()
             gradient = None if later else self._gradient(gated, kernels, scale)
             closing = self.live & (self.folded < NEARLY_CLOSED)
@@ -417,10 +396,6 @@ class GateBank(nn.Module):
         self.peak.fill_(after.peak)
         memory = _Memory(after.count, after.pressure.integral, after.pressure.settled, after.peak)
         self._read = (self._memory_version(), memory)
-
-    def _is_over(self) -> bool:
-        memory = self._memory()
-        return self.learner.is_over(memory.steps, memory.settled)
 
     def _stand_still(self) -> None:
         """A step in which no gate learns: it counts, as long as the run goes on."""

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from autogate.gates import GateBank, Progress
+from autogate.gates import GateBank
+from autogate.progress import Progress
 from rewriters.channel_map import ChannelMap, Kernel, Pin, Side
 
 

@@ -100,6 +100,23 @@ def resnet50(gated: bool) -> nn.Module:
     return autogate.prepare(model, flops=0.5, steps=1000) if gated else model
 
 
+def gates_times(steps: int) -> tuple[float, float]:
+    """Seconds that a step of a resnet50's gates takes by itself, while they learn and once they stand still."""
+    model = timm.create_model("resnet50").to(DEVICE)
+    bank = autogate.gates(autogate.prepare(model, flops=0.5, steps=steps))
+    for parameter in model.parameters():
+        parameter.grad = 1e-3 * torch.randn_like(parameter)
+
+    def step() -> None:
+        bank.measure()
+        bank.step(0.01)
+
+    learning, still = [], []
+    for _ in range(steps):
+        (still if bank.stands_still else learning).append(seconds(step))
+    return statistics.median(learning), statistics.median(still)
+
+
 def _peak(gated: bool, batch: int, size: int, answer) -> None:
     step = training_step(resnet50(gated), batch, size)
     for _ in range(3):
@@ -171,6 +188,8 @@ def main() -> None:
         args.rounds,
     )
     print(f"training step, resnet50: {found.first:.3f} s plain, {found.second:.3f} s gated; {found}")
+    learning, still = gates_times(3 * args.rounds)
+    print(f"of it the gates' own: {learning * 1e3:.0f} ms while they learn, {still * 1e3:.0f} ms afterwards")
     plain, gated = (peak_memory(gated, args.batch, args.size) for gated in (False, True))
     print(f"peak memory: {plain / 1e6:.0f} MB plain, {gated / 1e6:.0f} MB gated; ratio {gated / plain:.3f}")
     latency(5 * args.rounds)

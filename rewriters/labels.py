@@ -203,9 +203,7 @@ class LabelSpace:
     def roots(self) -> np.ndarray:
         """For each label the smallest label it was merged with, int32 of shape (count,)."""
         if self._merged or len(self._roots) != self.count:
-            known, self._roots = self._roots, np.arange(self.count, dtype=np.int32)
-            self._roots[: len(known)] = known  # which a fork may have too
-            del known
+            self._roots = _grown(self._roots, self.count)  # a new array: a fork may have the one before
             while self._merged:
                 first, second = (np.concatenate(ends) for ends in zip(*self._next_merged(), strict=True))
                 _join(self._roots, first, second)
@@ -238,17 +236,11 @@ def _counts_up(labels: np.ndarray) -> bool:
     return all((part[1:] - part[:-1] == 1).all() for part in parts)
 
 
-def connected(known: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Smallest member of each element's connected component under the edges (first[i], second[i]).
-
-    Args:
-        known: smallest members by edges that were there before: `np.arange(count)` for none.
-        first, second: edges' ends.
-    """
-    root = known.copy()
-    _join(root, first, second)
-    _flatten(root)
-    return root
+def _grown(root: np.ndarray, count: int) -> np.ndarray:
+    """So many elements, the new ones each their own root."""
+    grown = np.arange(count, dtype=np.int32)
+    grown[: len(root)] = root
+    return grown
 
 
 def _join(root: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
@@ -281,8 +273,8 @@ def _flatten(root: np.ndarray) -> None:
 
 
 def give_members(values: np.ndarray, roots: np.ndarray) -> None:
-    """Gives every label the value of its root, in place: from the end, for a root is the smallest of its members."""
-    for start in reversed(range(0, len(roots), _JOINED_AT_ONCE)):
+    """Gives every label the value of its root, in place: that of a root stays what it is."""
+    for start in range(0, len(roots), _JOINED_AT_ONCE):
         part = slice(start, start + _JOINED_AT_ONCE)
         values[part] = values[roots[part]]
 

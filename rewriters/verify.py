@@ -30,28 +30,31 @@ def full_precision() -> Iterator[None]:
     On a GPU convolutions round their operands to ten bits (TF32) by default, and products where the caller has asked
     for it: two ways of computing the same differ by 1e-4 then.
     """
-    try:
-        convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # the caller has set `fp32_precision`, operator by operator, which these can't tell
-        with _ieee(torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul):
+    with _kept_by_operator() as operators:
+        try:
+            convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        except RuntimeError:  # set operator by operator, so that these can't tell
+            for operator in operators:
+                operator.fp32_precision = "ieee"
             yield
-        return
-    try:
-        torch.backends.cudnn.allow_tf32 = False
-        torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
+            return
+        try:
+            torch.backends.cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = convolutions
+            torch.set_float32_matmul_precision(products)
 
 
 @contextmanager
-def _ieee(*operators: Any) -> Iterator[None]:
+def _kept_by_operator() -> Iterator[list[Any]]:
+    """What PyTorch lets set its precision by operator (none did up to 2.8), which is as before afterwards."""
+    homes = ((torch.backends.cudnn, "conv"), (torch.backends.cudnn, "rnn"), (torch.backends.cuda, "matmul"))
+    operators = [operator for home, name in homes if hasattr(operator := getattr(home, name, None), "fp32_precision")]
     before = [operator.fp32_precision for operator in operators]
     try:
-        for operator in operators:
-            operator.fp32_precision = "ieee"
-        yield
+        yield operators
     finally:
         for operator, precision in zip(operators, before, strict=True):
             operator.fp32_precision = precision

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,13 @@ def test_runs_side_by_side_leave_what_runs_one_by_one_leave(tmp_path, monkeypatc
     for split in ("train", "test"):
         images = np.random.default_rng(0).integers(0, 255, (128, 32, 32, 3), np.uint8)
         np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(128) % 10)
-    told = {}
+    told, pools = {}, []
+
+    def pool(jobs: int, context: Any) -> ProcessPoolExecutor:
+        pools.append(jobs)
+        return ProcessPoolExecutor(jobs, context)
+
+    monkeypatch.setattr("benchmarks.accuracy.__main__.ProcessPoolExecutor", pool)
     for jobs in ("1", "2"):
         asked = [
             "accuracy",
@@ -135,6 +142,7 @@ def test_runs_side_by_side_leave_what_runs_one_by_one_leave(tmp_path, monkeypatc
         monkeypatch.setattr(sys, "argv", asked)
         main()
         told[jobs] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resnet20")]
+    assert pools == [2]
     assert told["1"] == told["2"] and len(told["2"]) == 4  # dense training has no target: one run a seed
     left = [
         {path.name: json.loads(path.read_text()) for path in (tmp_path / jobs / "test").glob("*.json")} for jobs in "12"

@@ -86,3 +86,16 @@ def test_onnx_that_is_not_installed_is_asked_for(slim: Path, monkeypatch: pytest
     monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
     result = invoke(slim, "--onnx", "x.onnx")
     assert result.exit_code == 1 and "pip install 'autogate[onnx]'" in " ".join(result.output.split())
+
+
+def test_what_is_exported_is_compared_in_full_precision(slim: Path, tmp_path: Path, monkeypatch):
+    """As the slim model is: on a GPU one of the two would be rounded otherwise."""
+    model, told = autogate.load(slim), []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    def run(args, kwargs):
+        told.append(torch.backends.cudnn.allow_tf32)
+        return model.eval()(*args, **kwargs)
+
+    assert exporting._compare(model, None, tmp_path, run) == 0
+    assert told == [False, False] and torch.backends.cudnn.allow_tf32

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rewriters import labels as labels_module
 from rewriters.channel_map import Side
-from rewriters.labels import LabelSpace, compress, connected, give_members, picked, reshaped, varying
+from rewriters.labels import LabelSpace, compress, give_members, picked, reshaped, varying
 
 
 @st.composite
@@ -22,13 +22,20 @@ def graphs(draw):
     return count, edges
 
 
-@given(graphs())
-def test_connected_components_are_those_of_networkx(graph):
+def joined(count: int, first: np.ndarray, second: np.ndarray, apart: int = 1) -> np.ndarray:
+    """Roots of labels merged along these edges, every so many of which are merged, and looked at, by themselves."""
+    space = LabelSpace()
+    space.fresh(count)
+    for part in range(apart):
+        space.merge(*(torch.from_numpy(ends[part::apart].copy()) for ends in (first, second)))
+        found = space.roots()
+    return found
+
+
+@given(graphs(), st.integers(1, 3))
+def test_connected_components_are_those_of_networkx(graph, apart):
     count, edges = graph
-    pairs = np.array(edges, np.int64).reshape(-1, 2)
-    found = connected(np.arange(count), pairs[:, 0], pairs[:, 1])
-    half = connected(np.arange(count), *pairs[::2].T)
-    assert np.array_equal(connected(half, *pairs[1::2].T), found)
+    found = joined(count, *np.array(edges, np.int32).reshape(-1, 2).T, apart)
     reference = nx.Graph()
     reference.add_nodes_from(range(count))
     reference.add_edges_from(edges)
@@ -39,11 +46,9 @@ def test_connected_components_are_those_of_networkx(graph):
 def test_long_chains_and_large_graphs():
     count = 20_000
     order = np.random.default_rng(0).permutation(count)
-    found = connected(np.arange(count), order[:-1], order[1:])
-    assert (found == 0).all()
-    assert np.array_equal(
-        connected(np.arange(count), np.arange(0, count, 2), np.arange(1, count, 2)), np.arange(count) // 2 * 2
-    )
+    assert (joined(count, order[:-1], order[1:]) == 0).all()
+    pairs = joined(count, np.arange(0, count, 2), np.arange(1, count, 2))
+    assert np.array_equal(pairs, np.arange(count) // 2 * 2)
 
 
 def test_a_parameter_owns_a_label_for_each_index_of_each_dimension():
@@ -169,7 +174,7 @@ def test_labels_are_joined_in_any_number_of_goes(monkeypatch):
 @given(graphs())
 def test_members_are_given_what_their_root_has_in_place(graph):
     count, edges = graph
-    roots = connected(np.arange(count), *np.array(edges, np.int64).reshape(-1, 2).T)
+    roots = joined(count, *np.array(edges, np.int32).reshape(-1, 2).T)
     for at_once in (1, 3, 2**18):
         values = np.random.default_rng(0).integers(100, size=count)
         wanted = values[roots]
@@ -178,3 +183,15 @@ def test_members_are_given_what_their_root_has_in_place(graph):
             give_members(values, roots)
             assert np.array_equal(values, wanted)
             assert np.array_equal(picked(wanted, roots), wanted)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 2**18])
+def test_a_side_is_known_by_labels_that_count_up_throughout(monkeypatch, at_once):
+    monkeypatch.setattr(labels_module, "_JOINED_AT_ONCE", at_once)
+    space = LabelSpace()
+    (labels,) = space.own("norm.weight", (7,)).layers
+    assert space.side_of(labels) == Side("norm.weight", 0)
+    for place in range(1, 7):
+        other = labels.clone()
+        other[place:] = other[place:].flip(0) if place < 6 else 0
+        assert space.side_of(other) is None

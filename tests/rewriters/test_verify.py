@@ -27,13 +27,14 @@ def by_operator() -> list[str]:
 
 @contextmanager
 def settings_kept():
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    before, products = by_operator(), torch.get_float32_matmul_precision()
     try:
         yield
     finally:
         torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "tf32"
-        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision(products)
+        torch.backends.cuda.matmul.fp32_precision = before[2]
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch can't tell it by operator")
@@ -51,11 +52,25 @@ def test_outputs_to_compare_are_in_full_precision(convolutions, products):
         run_eval(model, (torch.ones(1),))
         assert not {"tf32", "bf16"} & set(model.told)
         assert by_operator() == before
+        if convolutions != "mixed":
+            assert torch.backends.cudnn.allow_tf32 == (convolutions == "tf32")  # and can still be asked
         assert torch.get_float32_matmul_precision() == products
 
 
 def test_precision_is_given_back_after_an_error():
     before = by_operator()
+    assert "tf32" in before  # as convolutions are by default
     with pytest.raises(ValueError), full_precision():
         raise ValueError
     assert by_operator() == before
+
+
+def test_what_follows_the_setting_for_all_operators_still_does():
+    """ "none" is another thing than "ieee": such an operator follows `torch.backends.fp32_precision`."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("PyTorch can't tell it by operator")
+    model = Telling()
+    with settings_kept():
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        run_eval(model, (torch.ones(1),))
+        assert by_operator()[2] == "none" and model.told[2] != "tf32"
