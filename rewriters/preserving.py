@@ -20,6 +20,7 @@ from rewriters.journal import Journal
 
 _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
 _SIMPLE = frozenset((bool, int, float, str, tuple, type(None)))
+_NO_STATE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
 _REGISTRIES = (
     "_parameters", "_buffers",
     *(name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict)),
@@ -30,15 +31,15 @@ _REGISTRIES = (
 def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, forwards run on fake tensors or proxies; afterwards the modules' plain attributes are as before.
 
-    That goes for what an attribute is and, where it is a dict, a list or a set, for what it holds. What
-    `functools.lru_cache` keeps is dropped. Hooks that forwards have registered are gone, buffers that they have
-    exchanged are back; children are not looked at.
+    That goes for what an attribute is and, where it is a dict, a list, a set or an object of the user's, for what it
+    holds. What `functools.lru_cache` keeps is dropped. Hooks that forwards have registered are gone, buffers that they
+    have exchanged are back; children are not looked at.
     """
     modules = list(modules)
     before = [(module.__dict__, dict(_plain(module))) for module in modules]
-    containers = [value for _, plain in before for value in plain.values() if _holds(value)]
+    containers = [held for _, plain in before for value in plain.values() if (held := _held_in(value)) is not None]
     containers += [module.__dict__[name] for module in modules for name in _REGISTRIES]
-    held = [(container, type(container)(container) if container else ()) for container in containers]
+    contents = [(one, type(one)(one) if one else ()) for one in {id(one): one for one in containers}.values()]
     try:
         yield
     finally:
@@ -48,7 +49,7 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
             for name in added:
                 del attributes[name]
             attributes.update({name: value for name, value in plain.items() if attributes.get(name) is not value})
-        for container, content in held:
+        for container, content in contents:
             _restore(container, content)
 
 
@@ -90,8 +91,13 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def _holds(value: Any) -> bool:
-    return type(value) in (dict, list, set)
+def _held_in(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
+    """The container that an attribute's value is or, of an object that is no module, keeps its own attributes in."""
+    if type(value) in _SIMPLE:
+        return None
+    if type(value) in (dict, list, set):
+        return value
+    return None if isinstance(value, _NO_STATE) else getattr(value, "__dict__", None)
 
 
 def _restore(container: Any, content: Any) -> None:

@@ -238,7 +238,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, known)
     try:
-        with attributes_preserved([module]), random_numbers_kept(), followed(tracer):
+        with attributes_preserved(module.modules()), random_numbers_kept(), followed(tracer):
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error

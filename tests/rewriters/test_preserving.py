@@ -1,5 +1,6 @@
 """What forwards keep of earlier calls doesn't hide what it was computed from, and doesn't outlive it."""
 
+import copy
 import functools
 import random
 
@@ -87,6 +88,36 @@ def test_what_a_forward_leaves_elsewhere_is_gone_after_the_analysis():
     assert len(model.a._forward_hooks) == 1
     assert type(run_eval(model, (x,))[0]) is type(wanted[0]) is torch.Tensor
     assert torch.equal(run_eval(model, (x,))[0], wanted[0])
+
+
+class Note:
+    """An object that is no module."""
+
+    last = None
+
+
+class NotingElsewhere(nn.Module):
+    """Keeps what it saw on a child that it doesn't call, on an object of its own and on one of the child's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.pad = conv(3, 6), conv(6, 2), nn.Identity()
+        self.note, self.pad.note, self.pad.seen = Note(), Note(), []
+
+    def forward(self, x):
+        first, second = self.a(x).split([2, 4], 1)
+        self.pad.first = self.note.last = self.pad.note.last = first
+        self.pad.seen.append(first)
+        return self.b(torch.cat([second, self.pad.first], 1))
+
+
+def test_what_a_forward_leaves_on_children_and_objects_is_gone_after_the_analysis():
+    model = NotingElsewhere().eval()
+    slimmed = assert_exact(copy.deepcopy(model).double(), (image().double(),))
+    assert slimmed.analysis.traced
+    analyse(model, (image(),))
+    assert not vars(model.note) and not vars(model.pad.note) and not model.pad.seen
+    assert "first" not in vars(model.pad)
 
 
 class Fitting(nn.Module):
