@@ -1,9 +1,9 @@
 """Rewrite a traced forward for the channels that are left.
 
-Every node is run on stand-ins of the slimmed values. Where the call as it stands gives what slimming its
-result would give, it stays; where it doesn't, its sizes are written anew and it is run again. For calls
-that only move data this is checked index by index: moving and then slimming must be slimming and then
-moving.
+Every call that something goes of is run on stand-ins of the slimmed values. Where the call as it stands gives
+what slimming its result would give, it stays; where it doesn't, its sizes are written anew and it is run
+again. For calls that only move data this is checked index by index: moving and then slimming must be slimming
+and then moving.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ _GROUPED = {F.group_norm}
 """Calls whose result has the right shape with another number of groups too: they are always written anew."""
 
 _RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
+
+_PLAIN = frozenset((bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device))
+"""Types of values that are what they are equal to."""
 
 _TO_ANOTHERS_SHAPE = {"view_as", "reshape_as"}
 """Calls whose first operand is reshaped, and whose second gives its shape alone."""
@@ -105,6 +108,7 @@ class Resizer:
     def __init__(self, graph: fx.Graph, known: Mapping[int, Labelled], cut: Cut, where: str):
         self._known, self._cut, self._where = known, cut, where
         self._slim: dict[fx.Node, Any] = {}
+        self._whole: set[fx.Node] = set()  # of whose values nothing goes
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._copies: dict[fx.Node, fx.Node] = {}
         self.graph = fx.Graph()
@@ -120,6 +124,8 @@ class Resizer:
         """
         for node in self._source.nodes:
             self._visit(node)
+            if node in self._slim and self._is_whole(node):
+                self._whole.add(node)
         sweep(self.graph, [copy for node, copy in self._copies.items() if node.users])
         return self.graph
 
@@ -152,11 +158,27 @@ class Resizer:
                 self.changed = True  # it spoke of a size that is no more
         elif (look := self._by_place(node)) is not None:
             self._put_in_places(node, look)
+        elif self._is_untouched(node):
+            self._slim[node] = self._expected(node)
+            self._copy(node)
         elif node.target not in _GROUPED and self._agrees(node, node.target, node.args, node.kwargs):
             self._copy(node)
             self._keep_factors(node)
         else:
             self._rewrite(node)
+
+    def _is_whole(self, node: fx.Node) -> bool:
+        """Whether a node's value is the same slimmed, every tensor in it of the same shape."""
+        full, slim = tree_leaves(node.meta["val"]), tree_leaves(self._slim[node])
+        return len(full) == len(slim) and all(
+            one.shape == other.shape if isinstance(one, Tensor) else type(one) in _PLAIN and one == other
+            for one, other in zip(full, slim, strict=True)
+        )
+
+    def _is_untouched(self, node: fx.Node) -> bool:
+        """Whether nothing goes of what a call is given and gives: as it stands it gives what it gave."""
+        given = (source in self._whole for source in node.all_input_nodes)
+        return all(given) and all(self._shape(leaf) == leaf.shape for leaf in _tensors(node.meta["val"]))
 
     def _by_place(self, node: fx.Node) -> Look | None:
         """The channels that a call knows by their places, if some of them go."""

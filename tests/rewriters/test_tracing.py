@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import pickle
 
 import pytest
@@ -11,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rewriters import resizing
 from rewriters.analysis import analyse
 from rewriters.channel_map import Side
 from rewriters.errors import TraceError
 from rewriters.forward import RewrittenForward, ShapeGuardError
 from rewriters.labels import Labelled
 from rewriters.resizing import Cut, Resizer, Unwritable
-from rewriters.tracing import trace
+from rewriters.tracing import run_call, trace
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, conv, image
@@ -248,6 +250,30 @@ def test_a_rewriting_that_cuts_nothing_changes_nothing():
     resizer.run()
     assert not resizer.changed
     assert str(resizer.graph) == str(graph)
+
+
+def test_only_calls_from_which_something_goes_are_run_anew(monkeypatch):
+    """Where a forward is computed on the way, on coordinates say, nothing of it is labelled."""
+
+    def forward(m, x):
+        first, second = m.a(x).chunk(2, 1)
+        weight = torch.tanh(x.mean(1, keepdim=True))
+        return m.b(torch.cat([second, F.relu(first) * weight], 1))
+
+    analysis = analyse(Net(forward, a=conv(3, 8), b=conv(8, 2)), (image(),))
+    (one,) = analysis.traced
+    ran = []
+
+    def noting(op, target, *rest):
+        ran.append(target)
+        return run_call(op, target, *rest)
+
+    monkeypatch.setattr(resizing, "run_call", noting)
+    one.resize(analysis.cut(random_live(analysis.channel_map.size, 0.5, 0)))
+    assert {"chunk", F.relu, operator.mul, torch.cat} <= set(ran) and not {"mean", torch.tanh} & set(ran)
+    ran.clear()
+    resizer = one.resize(analysis.cut(torch.ones(analysis.channel_map.size, dtype=torch.bool)))
+    assert not ran and str(resizer.graph) == str(one.graph)
 
 
 def test_a_cut_knows_shapes():
