@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from autogate.files import in_place_of
 from autogate.history import History, history_of, read_inputs
 from autogate.inputs import Inputs
 from rewriters import AutogateError, VerificationError, relative_error
+from rewriters.leaves import tensors_of
 from rewriters.verify import full_precision, run_eval
 
 TOLERANCE = 1e-4
@@ -34,7 +35,7 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
     if not isinstance(history, History) or history.slimmings[-1].inputs is None:
         raise AutogateError("it remembers no example inputs.", where=type(slim).__name__)
     inputs = read_inputs(history.slimmings[-1].inputs)
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors = tensors_of(inputs)
     if side is not None and (len(tensors) != 1 or tensors[0].ndim != 4):
         raise AutogateError("it takes other inputs than images.", where=type(slim).__name__)
     samples = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
@@ -97,7 +98,7 @@ def to_onnx(slim: nn.Module, path: Path, side: int | None = None) -> float:
         names = [entry.name for entry in session.get_inputs()]
 
         def run(args: Any, kwargs: Any) -> list[Tensor]:
-            given = [leaf.cpu().numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            given = [tensor.cpu().numpy() for tensor in tensors_of((args, kwargs))]
             return [torch.from_numpy(out) for out in session.run(None, dict(zip(names, given, strict=True)))]
 
         return _compare(slim, side, path, run)
@@ -106,9 +107,9 @@ def to_onnx(slim: nn.Module, path: Path, side: int | None = None) -> float:
 def _program(slim: nn.Module, side: int | None) -> torch.export.ExportedProgram:
     args, kwargs = inputs_of(slim, 2, side)
     shapes = torch.export.ShapesCollection()
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            shapes[leaf] = {0: torch.export.Dim.AUTO}
+    for tensor in tensors_of((args, kwargs)):
+        if tensor.ndim:
+            shapes[tensor] = {0: torch.export.Dim.AUTO}
     training = {module: module.training for module in slim.modules()}
     slim.eval()
     try:
@@ -127,7 +128,7 @@ def _compare(slim: nn.Module, side: int | None, path: Path, run: Callable[[Any, 
         args, kwargs = inputs_of(slim, batch, side)
         wanted = run_eval(slim, args, kwargs)
         with full_precision():
-            got = [leaf for leaf in tree_leaves(run(args, kwargs)) if isinstance(leaf, Tensor)]
+            got = tensors_of(run(args, kwargs))
         worst = max(worst, relative_error(got, [leaf.cpu() for leaf in wanted] if _on_cpu(got) else wanted))
     if not worst <= TOLERANCE:
         raise VerificationError(

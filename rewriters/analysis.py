@@ -21,6 +21,7 @@ from rewriters.errors import TraceError
 from rewriters.following import patched
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
+from rewriters.leaves import tensors_of
 from rewriters.preserving import set_modes, without_caches
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut
@@ -138,7 +139,7 @@ def _analyse(
 
 def samples_in(args: Any, kwargs: Any) -> int:
     """Length of the first dimension of the first tensor among the inputs."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    tensors = [tensor for tensor in tensors_of((args, kwargs)) if tensor.ndim]
     return max(1, tensors[0].shape[0]) if tensors else 1
 
 
@@ -324,7 +325,6 @@ def pin_call(analysis: Analysis, path: str, reason: str) -> None:
     for captured in analysis.captures:
         for call in captured.calls():
             if call.path == path:
-                leaves = tree_leaves((call.args, call.kwargs, call.output))
-                tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+                tensors = tensors_of((call.args, call.kwargs, call.output))
                 tensors += [tensor for node in call.nodes for tensor in tensors_at(node)]
                 analysis.labelling.pin_values(tensors, known, path, "forward", reason)

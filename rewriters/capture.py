@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.explaining import explain, why_unrecordable
+from rewriters.leaves import tensors_of
 from rewriters.opaque import (
     FailsForRealError,
     Opaque,
@@ -142,7 +143,7 @@ class Recorder(TorchDispatchMode):
             raise TypeError(f"the input is {args[0].dtype} and the kernel {args[1].dtype}")
         restrides = only_restrides(func, args)
         out = on_fakes(self._mode, func, args, kwargs)
-        if restrides or not (isinstance(out, Tensor) or any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))):
+        if restrides or not tensors_of(out):
             return out  # not a step of the forward, or a question about a tensor (its device, its layout)
         self._write(func, args, kwargs, out)
         return out
@@ -150,8 +151,7 @@ class Recorder(TorchDispatchMode):
     def write_opaque(self, reason: str, given: Iterable[Tensor], own: Iterable[Tensor], output: Any) -> None:
         """Write the call of an opaque module, which gives the tensors in `output`."""
         given, own = ([*{id(tensor): tensor for tensor in tensors}.values()] for tensors in (given, own))
-        out = tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-        self._write(opaque_call, (reason, given, own), {}, out)
+        self._write(opaque_call, (reason, given, own), {}, tuple(tensors_of(output)))
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         node_args, node_kwargs = fx.node.map_aggregate(

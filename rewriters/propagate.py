@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
 from rewriters.labels import Labelled, LabelSpace, give_members, picked
+from rewriters.leaves import tensors_of
 from rewriters.rules import Crossing, Findings, KernelCall, Look, OpCall, find_rule
 from rewriters.rules.kernels import PRODUCTS
 
@@ -86,7 +86,7 @@ class Labelling:
 
     def apply(self, op: Any, args: Any, kwargs: Any, value: Any, path: str, findings: Findings) -> Any:
         """Labels of `value`, the result of `op` on arguments whose tensors are given as `Labelled`."""
-        shapes = [tuple(item.shape) for item in tree_leaves(value) if isinstance(item, Tensor)]
+        shapes = [tuple(tensor.shape) for tensor in tensors_of(value)]
         result = find_rule(op)(OpCall(op, args, kwargs, shapes, path, self.space, findings))
         results = result if isinstance(result, list) else [result]
         if isinstance(value, Tensor):

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from rewriters.analysis import Analysis, pin_call, samples_in
 from rewriters.capture import capture, in_every_place, named_tensors
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.journal import Journal
+from rewriters.leaves import tensors_of
 from rewriters.opaque import Opaque, stood_in_for
 from rewriters.preserving import attributes_preserved, random_numbers_kept, set_modes
 from rewriters.slimming import apply, plan
@@ -105,4 +106,4 @@ def _output_shapes(
 
 
 def _shapes(outputs: Any) -> list[torch.Size]:
-    return [value.shape for value in tree_leaves(outputs) if isinstance(value, Tensor)]
+    return [tensor.shape for tensor in tensors_of(outputs)]

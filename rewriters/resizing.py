@@ -22,6 +22,7 @@ from rewriters.errors import SurgeryError
 from rewriters.following import AUTOCAST
 from rewriters.forward import guard, in_places
 from rewriters.labels import Labelled, parts, reshaped, varying
+from rewriters.leaves import tensors_of
 from rewriters.rules import RULES, Look, Rule, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import run_call
@@ -131,7 +132,7 @@ class Resizer:
 
     def cuts(self) -> bool:
         """Whether any tensor in the graph loses something."""
-        tensors = (leaf for node in self._source.nodes for leaf in _tensors(node.meta.get("val")))
+        tensors = (leaf for node in self._source.nodes for leaf in tensors_of(node.meta.get("val")))
         return any(self._shape(tensor) != tuple(tensor.shape) for tensor in tensors)
 
     def _copy(self, node: fx.Node) -> None:
@@ -178,7 +179,7 @@ class Resizer:
     def _is_untouched(self, node: fx.Node) -> bool:
         """Whether nothing goes of what a call is given and gives: as it stands it gives what it gave."""
         given = (source in self._whole for source in node.all_input_nodes)
-        return all(given) and all(self._shape(leaf) == leaf.shape for leaf in _tensors(node.meta["val"]))
+        return all(given) and all(self._shape(leaf) == leaf.shape for leaf in tensors_of(node.meta["val"]))
 
     def _by_place(self, node: fx.Node) -> Look | None:
         """The channels that a call knows by their places, if some of them go."""
@@ -202,7 +203,7 @@ class Resizer:
 
     def _keep_factors(self, node: fx.Node) -> None:
         """A number that a tensor is computed with stays what it was: attention is scaled by the width it had."""
-        if not _tensors(node.meta["val"]):
+        if not tensors_of(node.meta["val"]):
             return
         kinds = (int, float) if all(find_rule(op) is elementwise.elementwise for op in node.meta["ops"]) else (float,)
         changed = {
@@ -224,7 +225,7 @@ class Resizer:
         family = FAMILIES.get(node.target)
         if family is None:
             raise Unwritable(node, self._where, f"{node.format_node()} holds a size that slimming changes.")
-        full = [leaf for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
+        full = tensors_of(node.meta["val"])
         slim = [self._shape(t) for t in full]
         resize = Resize(node, [tuple(t.shape) for t in full], slim, self._kept, self._left)
         target, args, kwargs = family(resize)
@@ -251,7 +252,7 @@ class Resizer:
     def _expected(self, node: fx.Node) -> Any:
         """A node's value, every tensor in it slimmed (its shape, that is)."""
         value = node.meta["val"]
-        return _swap(value, {id(leaf): _stand_in(leaf, self._shape(leaf)) for leaf in _tensors(value)})
+        return _swap(value, {id(leaf): _stand_in(leaf, self._shape(leaf)) for leaf in tensors_of(value)})
 
     def _agrees(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
         """Whether this call on slimmed values gives the slimmed result; notes the result."""
@@ -260,12 +261,11 @@ class Resizer:
                 got = run_call(node.op, target, args, kwargs, self._slim.__getitem__)
         except Exception:  # the op itself refuses its arguments
             return False
-        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta["val"])):
+        if not tensors_of(node.meta["val"]):
             self._slim[node] = got
             return True
         expected = self._expected(node)
-        got_shapes = [tuple(t.shape) for t in tree_leaves(got) if isinstance(t, Tensor)]
-        if got_shapes != [tuple(t.shape) for t in tree_leaves(expected) if isinstance(t, Tensor)]:
+        if [tensor.shape for tensor in tensors_of(got)] != [tensor.shape for tensor in tensors_of(expected)]:
             return False
         self._slim[node] = expected
         moves = node.meta["ops"] and set(node.meta["ops"]) <= _MOVES
@@ -276,8 +276,8 @@ class Resizer:
         ops = set(node.meta["ops"])
         if ops <= _REORDERING:
             return True
-        operands = {id(leaf): leaf for source in node.all_input_nodes for leaf in _tensors(source.meta["val"])}
-        results = _tensors(node.meta["val"])
+        operands = {id(leaf): leaf for source in node.all_input_nodes for leaf in tensors_of(source.meta["val"])}
+        results = tensors_of(node.meta["val"])
         if target == node.target and all(self._shape(leaf) == leaf.shape for leaf in (*operands.values(), *results)):
             return True  # nothing is cut here
         if ops <= _RESHAPING and (len(operands) == 1 or target in _TO_ANOTHERS_SHAPE):
@@ -294,11 +294,13 @@ class Resizer:
         before = run_call(node.op, moves[0], node.args, node.kwargs, lambda n: _swap(n.meta["val"], full))
         after = run_call(
             node.op, moves[1], args, kwargs,
-            lambda n: _swap(n.meta["val"], slim) if _tensors(n.meta["val"]) else self._slim[n],
+            lambda n: _swap(n.meta["val"], slim) if tensors_of(n.meta["val"]) else self._slim[n],
         )  # fmt: skip
         return all(
             _equal(self._cut.slim(_once(moved, labels), labels), got)
-            for moved, got, labels in zip(_tensors(before), _tensors(after), map(self._labels, results), strict=True)
+            for moved, got, labels in zip(
+                tensors_of(before), tensors_of(after), map(self._labels, results), strict=True
+            )
         )
 
     def _left_out(self, node: fx.Node, tensors: list[Tensor]) -> set[int]:
@@ -341,12 +343,6 @@ def sweep(graph: fx.Graph, used: Iterable[fx.Node]) -> None:
 
 def _stand_in(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):  # as it mostly is
-        return [value]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _swap(value: Any, others: Mapping[int, Tensor]) -> Any:

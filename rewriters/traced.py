@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, ModuleCall
 from rewriters.errors import TraceError
 from rewriters.forward import stands_in
 from rewriters.labels import Labelled
+from rewriters.leaves import tensors_of
 from rewriters.preserving import set_modes
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Resizer
@@ -75,10 +75,9 @@ def trace_modes(
 def tensors_at(node: fx.Node) -> list[Tensor]:
     """Tensors that go into a node, and those that come out."""
     values = [source.meta["val"] for source in node.all_input_nodes] + [node.meta["val"]]
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return tensors_of(values)
 
 
 def all_tensors(graph: fx.Graph) -> list[Tensor]:
     """Every tensor that a node of the graph stands for."""
-    leaves = [leaf for node in graph.nodes for leaf in tree_leaves(node.meta.get("val"))]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [tensor for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))]

@@ -25,6 +25,7 @@ from rewriters.errors import TraceError
 from rewriters.following import AUTOCAST, followed, unfollowed
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
+from rewriters.leaves import tensors_of
 from rewriters.preserving import attributes_preserved, random_numbers_kept
 from rewriters.propagate import Labelling
 from rewriters.proxies import Valued
@@ -62,7 +63,7 @@ class _OpLog(TorchDispatchMode):
         restrides = only_restrides(func, args)
         out = on_fakes(self._mode, func, args, kwargs or {})
         # A call that gives no tensor is a question (its device, its layout).
-        if not restrides and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+        if not restrides and tensors_of(out):
             self.calls.append((func, args, kwargs or {}, out))
         return out
 
@@ -174,7 +175,7 @@ class _Tracer(fx.Tracer):
             self.link(given, (self._entered.args, self._entered.kwargs))
 
     def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings) -> None:
-        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        tensors = tensors_of(out)
         if not tensors:
             return
         self._alive.append(out)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from rewriters.channel_map import ALWAYS, distinct, empty_ends
+from rewriters.leaves import tensors_of
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Unwritable
 from rewriters.traced import Traced, all_tensors, tensors_at
@@ -128,6 +128,6 @@ def _sizes_read(node: fx.Node) -> list[Tensor]:
         if at not in seen:
             seen.add(at)
             open_ends.extend(at.all_input_nodes)
-            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(at.meta["val"])):
+            if not tensors_of(at.meta["val"]):
                 tensors.extend(tensors_at(at))
     return tensors

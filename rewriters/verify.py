@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from rewriters.leaves import tensors_of
 from rewriters.preserving import set_modes
 
 
@@ -18,7 +18,7 @@ def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] 
     before = set_modes(model, False)
     try:
         with torch.no_grad(), full_precision():
-            return [leaf for leaf in tree_leaves(model(*args, **(kwargs or {}))) if isinstance(leaf, Tensor)]
+            return tensors_of(model(*args, **(kwargs or {})))
     finally:
         set_modes(model, before)
 
