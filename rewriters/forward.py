@@ -6,11 +6,13 @@ shadowed on the instance.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import linecache
 import operator
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +68,28 @@ class _ModuleName:
     name: str
 
 
+class _Code:
+    """Generated code; tracebacks show its lines for as long as it is there."""
+
+    def __init__(self, source: str):
+        name = f"<autogate rewritten forward {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        weakref.finalize(self, linecache.cache.pop, name, None)
+        self.code = compile(source, name, "exec")
+
+
+_CODES: weakref.WeakValueDictionary[str, _Code] = weakref.WeakValueDictionary()
+"""By source: the blocks of a network, and both modes, mostly have the same."""
+
+
+def _compiled(source: str) -> _Code:
+    """The code of a source, compiled unless a forward that is there has the same."""
+    code = _CODES.get(source)
+    if code is None:
+        code = _CODES[source] = _Code(source)
+    return code
+
+
 class RewrittenForward:
     """Runs generated code in the place of a module's forward; picklable and copied with its module.
 
@@ -82,18 +106,16 @@ class RewrittenForward:
         self._compile()
 
     def _compile(self) -> None:
+        self._codes = {training: _compiled(source) for training, source in self.sources.items()}
         self._functions = {training: self.function(training) for training in self.sources}
         signature = inspect.signature(next(iter(self._functions.values())))  # the same in both modes
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def function(self, training: bool) -> Callable[..., Any]:
         """The generated function, taking the module as its first argument."""
-        name = f"<autogate rewritten forward {id(self)} {training}>"
-        source = self.sources[training]
-        linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # for tracebacks
         scope = dict(self.globals[training])
-        exec(compile(source, name, "exec"), scope)
-        return scope["forward"]
+        exec(self._codes[training].code, scope)
+        return scope.pop("forward")  # which has the scope
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._functions[self.owner.training](self.owner, *args, **kwargs)
@@ -104,7 +126,7 @@ class RewrittenForward:
         return self._functions[self.owner.training].__code__
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "_functions"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_codes", "_functions")}
         # Modules (torch, math) don't pickle and go by name.
         names = {
             training: {key: _ModuleName(value.__name__) if isinstance(value, types.ModuleType) else value

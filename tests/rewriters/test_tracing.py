@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import linecache
 import operator
 import pickle
+import traceback
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from rewriters.channel_map import Side
 from rewriters.errors import TraceError
 from rewriters.forward import RewrittenForward, ShapeGuardError
 from rewriters.labels import Labelled
+from rewriters.rehearsal import rehearse
 from rewriters.resizing import Cut, Resizer, Unwritable
 from rewriters.tracing import run_call, trace
 from rewriters.verify import relative_error, run_eval
@@ -90,6 +94,38 @@ def test_signature_defaults_and_keywords_survive():
     args = (image(batch=3).double(),)
     for kwargs in ({"power": 2.0}, {"scale": None, "power": 3.0}):
         assert relative_error(run_eval(slim_model, args, kwargs), run_eval(gated, args, kwargs)) <= TOLERANCE
+
+
+def lines_kept() -> int:
+    return sum(name.startswith("<autogate") for name in linecache.cache)
+
+
+def test_what_is_rewritten_for_a_trial_leaves_nothing_behind():
+    gc.collect()
+    before = lines_kept()
+    model = Split().eval()
+    rehearse(model, analyse(model, (image(),)), (image(),))
+    gc.disable()  # forwards go without it
+    try:
+        assert lines_kept() == before
+        slim_model, _ = slim_and_gated(Split, image().double())
+        assert lines_kept() == before + 1
+        del slim_model
+    finally:
+        gc.enable()
+    gc.collect()
+    assert lines_kept() == before
+
+
+def test_forwards_of_the_same_code_share_it():
+    blocks = [rewritten(Split(), image()) for _ in range(2)]
+    codes = {block.forward.function(training).__code__ for block in blocks for training in (False, True)}
+    assert len({id(code) for code in codes}) == 1
+    other = rewritten(Split(), image(), scale=2.0)
+    assert other.forward.__code__ not in codes
+    with pytest.raises(ShapeGuardError) as raised:
+        other(image(size=16), scale=2.0)
+    assert "guard(" in "".join(traceback.format_tb(raised.tb))
 
 
 def test_the_module_stays_what_it_was():
