@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from autogate import bookkeeping
-from autogate.frozen_heap import frozen_heap
 from autogate.history import (
     ATTRIBUTE,
     History,
@@ -41,6 +40,7 @@ from rewriters import (
     replace_shortcuts,
     restore,
 )
+from rewriters.frozen_heap import frozen_heap
 from rewriters.slimming import like, tensor_slots
 from rewriters.statistics import plain_statistics
 

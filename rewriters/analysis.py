@@ -127,9 +127,10 @@ def _analyse(
     labelling.settle_grids()
     labelling.settle_zeroed()
     analysis = Analysis(captures, labelling)
+    known = labelling.by_tensor()
     with patched():
-        looking = _trace_statistics(model, analysis)
-        _trace_size_holders(model, analysis, looking)
+        looking = _trace_statistics(model, analysis, known)
+        _trace_size_holders(model, analysis, known, looking)
     _settle_repeated_calls(analysis)
     labelling.settle_grids()
     pin_unwritable(labelling, analysis.traced)
@@ -169,7 +170,7 @@ def _has_unseen_parameters(model: nn.Module, captured: Capture) -> bool:
     )
 
 
-def _trace_statistics(model: nn.Module, analysis: Analysis) -> dict[int, list[Traced]]:
+def _trace_statistics(model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled]) -> dict[int, list[Traced]]:
     """Trace the modules that take statistics along labels that may die; returns the traces by the call's id.
 
     Where one can't be rewritten to take them over live channels, all that it looks at stays.
@@ -179,7 +180,7 @@ def _trace_statistics(model: nn.Module, analysis: Analysis) -> dict[int, list[Tr
     every = [look for found in looks.values() for look in found]
     if not every:
         return {}
-    number, known = labelling.numbering(), labelling.by_tensor()
+    number = labelling.numbering()
     calls_of: dict[str, list[tuple[Capture, ModuleCall]]] = {
         look.module: [] for look in every if (number[look.labels.numpy()] != ALWAYS).any()
     }
@@ -219,13 +220,14 @@ def _site(
     return found[0]
 
 
-def _trace_size_holders(model: nn.Module, analysis: Analysis, traces: Mapping[int, list[Traced]]) -> None:
+def _trace_size_holders(
+    model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], traces: Mapping[int, list[Traced]]
+) -> None:
     """Trace the modules in which a call that may hold a size meets labels that may die.
 
     A norm may be composed of ops that hold none: what was traced for its statistics is looked through too.
     """
     for captured in analysis.captures:
-        known = analysis.labelling.by_tensor()
         for call in captured.calls():
             module = model.get_submodule(call.path)
             by_place = any(look.places for look in _looks_in(analysis.labelling, call))

@@ -147,6 +147,29 @@ class RewrittenForward:
         self._compile()
 
 
+class InterpretedForward:
+    """Runs rewritten graphs node by node, in the place of a `RewrittenForward` that would run but once.
+
+    To compile a long forward takes more memory than all that is known of the model.
+
+    Args:
+        owner, graphs: as for a `RewrittenForward`.
+    """
+
+    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph]):
+        self.owner, self.graphs = owner, graphs
+        self.__signature__ = inspect.signature(types.MethodType(own_forward(owner), owner))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        graph = self.graphs[self.owner.training]
+        interpreter = fx.Interpreter(self.owner, graph=graph)
+        interpreter.extra_traceback = False
+        placeholders = graph.find_nodes(op="placeholder")
+        return interpreter.run(initial_env={node: bound.arguments[node.target.lstrip("*")] for node in placeholders})
+
+
 class LiveForward(RewrittenForward):
     """A forward whose statistics are taken over live channels, for as long as gates train.
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rewriters.channel_map import Side
 
-_JOINED_AT_ONCE = 2**18
-"""Pairs of labels that are joined in one go, at the most: it bounds the memory that joining takes."""
+_JOINED_AT_ONCE = 2**13
+"""Pairs of labels that are joined in one go, at the most: it bounds the memory that joining takes, and fits caches."""
 
 
 @dataclass(frozen=True)

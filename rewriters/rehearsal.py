@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis, pin_call, samples_in
 from rewriters.capture import capture, in_every_place, named_tensors
 from rewriters.errors import AutogateError, SurgeryError
+from rewriters.frozen_heap import collect
 from rewriters.journal import Journal
 from rewriters.leaves import tensors_of
 from rewriters.opaque import Opaque, stood_in_for
@@ -48,6 +49,7 @@ def rehearse(
     pinned: set[str] = set()
     while analysis.channel_map.size:
         refused = _refusal(model, analysis, args, kwargs)
+        collect()
         if refused is None:
             return analysis
         path, error = refused
@@ -71,6 +73,7 @@ def _refusal(
         channel_map = analysis.channel_map
         live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
         slim = plan(model, analysis, live, args, kwargs)
+        collect()
         apply(model, slim, journal, with_values=False)
         after = _output_shapes(model, args, kwargs or {}, analysis.captures[0].opaque)
     except AutogateError as error:

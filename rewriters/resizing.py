@@ -84,11 +84,22 @@ class Cut:
         return tuple(sizes)
 
     def slim(self, tensor: Tensor, value: Labelled, first: int = 0) -> Tensor:
-        """The tensor without the indices that go; its dimensions are those of `value` from `first` on."""
-        for dim in _labelled(value):
-            if first <= dim < first + tensor.ndim and not (kept := self.kept(value, dim)).all():
-                tensor = tensor.index_select(dim - first, kept.nonzero().flatten().to(tensor.device))
-        return tensor
+        """The tensor without the indices that go; its dimensions are those of `value` from `first` on.
+
+        What is expanded along a dimension stays so: it takes no memory.
+        """
+        expanded = [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim]]
+        sizes = list(tensor.shape)
+        for dim in expanded:
+            tensor = tensor.narrow(dim, 0, 1)
+        for dim in range(tensor.ndim):
+            kept = self.kept(value, first + dim)
+            if kept.all():
+                continue
+            sizes[dim] = int(kept.sum())
+            if dim not in expanded:
+                tensor = tensor.index_select(dim, kept.nonzero().flatten().to(tensor.device))
+        return tensor.expand(sizes) if expanded else tensor
 
 
 def _labelled(value: Labelled) -> set[int]:
@@ -375,8 +386,10 @@ def _once(numbers: Tensor, value: Labelled, first: int = 0) -> Tensor:
 
 
 def _equal(numbers: Tensor, got: Tensor) -> bool:
+    if any(size not in (1, other) for size, other in zip(numbers.shape, got.shape, strict=True)):
+        return False  # some ops give other shapes where nothing is left
+    numbers = numbers.expand(got.shape)
     for dim in range(got.ndim):
-        if numbers.shape[dim] == 1 and got.shape[dim] > 1 and got.stride(dim) == 0:
-            got = got.narrow(dim, 0, 1)
-    fits = all(size in (1, other) for size, other in zip(numbers.shape, got.shape, strict=True))
-    return fits and torch.equal(numbers.expand(got.shape), got)  # some ops give other shapes where nothing is left
+        if got.shape[dim] > 1 and numbers.stride(dim) == got.stride(dim) == 0:
+            numbers, got = numbers.narrow(dim, 0, 1), got.narrow(dim, 0, 1)
+    return torch.equal(numbers, got)

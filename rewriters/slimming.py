@@ -17,7 +17,7 @@ from rewriters.branches import Pruned, is_under, prune_branches
 from rewriters.channel_map import ChannelMap, Kernel, Side
 from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
-from rewriters.forward import RewrittenForward
+from rewriters.forward import InterpretedForward, RewrittenForward
 from rewriters.fusing import follow_widths, widths_in_blocks
 from rewriters.journal import Journal
 from rewriters.preserving import drop_caches, without_caches
@@ -188,7 +188,8 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
         keep_layers_apart(model, journal)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
-        journal.set_attribute(module, "forward", RewrittenForward(module, graphs))
+        kind = RewrittenForward if with_values else InterpretedForward
+        journal.set_attribute(module, "forward", kind(module, graphs))
     for path, forward in slim_plan.restored.items():
         module = model.get_submodule(path)
         if forward is None:

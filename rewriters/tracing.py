@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from rewriters.capture import Capture, ModuleCall, only_restrides
 from rewriters.errors import TraceError
@@ -32,6 +32,9 @@ from rewriters.proxies import Valued
 from rewriters.rules import Findings, OpCall
 from rewriters.rules.elementwise import meet
 from rewriters.without_data import on_fakes
+
+_AHEAD = 4
+"""How far to look for the recorded call that is traced: a forward may have made some that it doesn't make again."""
 
 
 class AskedMode:
@@ -77,6 +80,7 @@ class _Tracer(fx.Tracer):
         self._children = iter(call.children)
         self._alive: list[Any] = []  # ids of tensors are keys
         self._entered = call  # the child that ran last
+        self._recorded = call.nodes[::-1]  # what ran in it, the first last
         self.known = ChainMap({}, known)  # its own in front: to copy all of them for each trace takes memory
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
@@ -167,22 +171,50 @@ class _Tracer(fx.Tracer):
             node.meta["val"] = self._evaluate(node)
         node.meta["ops"] = [op for op, *_ in log.calls]
         findings = self._labelling.findings.apart()
+        same: dict[int, Tensor] = {}
         for call in log.calls:
-            self._label(*call, findings)
+            self._label(*call, findings, same)
+        node.meta["val"] = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), node.meta["val"])
         node.meta["looks"] = findings.looks
         if node.op == "call_module":
             given = fx.node.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
             self.link(given, (self._entered.args, self._entered.kwargs))
 
-    def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings) -> None:
-        tensors = tensors_of(out)
-        if not tensors:
-            return
-        self._alive.append(out)
-        args, kwargs = tree_map_only(Tensor, self._labels_of, (args, kwargs))
-        labels = self._labelling.apply(op, args, kwargs, out, self._call.path, findings)
+    def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings, same: dict[int, Tensor]) -> None:
+        """Label what a call gave.
+
+        Args:
+            same: takes the recorded tensors that are like those it gave, by the ids of these.
+        """
+        given = tree_map_only(Tensor, lambda tensor: self._labels_of(same.get(id(tensor), tensor)), (args, kwargs))
+        recorded = self._recorded_as(op, given)
+        if recorded is None:
+            labels = self._labelling.apply(op, *given, out, self._call.path, findings)
+        else:
+            labels = self._labelling.values[recorded]
+            findings.looks += self._labelling.looks.get(recorded, ())
+            pairs = zip(tensors_of(out), tensors_of(recorded.meta["val"]), strict=True)
+            same.update({id(tensor): other for tensor, other in pairs if _are_alike(tensor, other)})
         found = [label for label in (labels if isinstance(labels, list) else [labels]) if label is not None]
-        self.known.update({id(tensor): label for tensor, label in zip(tensors, found, strict=True)})
+        for traced, label in zip(tensors_of(out), found, strict=True):
+            tensor = same.get(id(traced), traced)
+            self._alive.append(tensor)
+            if self.known.get(id(tensor)) is not label:  # of a recorded tensor's, those before it was written to
+                self.known[id(tensor)] = label
+
+    def _recorded_as(self, op: Any, given: Any) -> fx.Node | None:
+        """The next recorded call if it was this one, on the same labels: what there is to find it has found."""
+        for place in range(len(self._recorded))[: -_AHEAD - 1 : -1]:
+            node = self._recorded[place]
+            if node.target is op and self._ran_on(node, given):
+                del self._recorded[place:]
+                return node
+        return None
+
+    def _ran_on(self, recorded: fx.Node, given: Any) -> bool:
+        theirs = fx.node.map_arg((recorded.args, recorded.kwargs), self._labelling.values.__getitem__)
+        (one, form), (other, other_form) = _flat(given), _flat(theirs)
+        return form == other_form and all(map(_are_one, one, other))
 
     def _labels_of(self, value: Tensor) -> Labelled:
         return self.known.get(id(value)) or Labelled(tuple(value.shape))
@@ -220,6 +252,24 @@ class _Tracer(fx.Tracer):
         return run_call(node.op, node.target, node.args, node.kwargs, lambda other: other.meta["val"])
 
 
+def _flat(arguments: Any) -> tuple[list[Any], Any]:
+    """What stands in arguments, and how, in containers of fx's kinds."""
+    return tree_flatten(fx.node.map_aggregate(arguments, lambda leaf: leaf))
+
+
+def _are_one(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same labels (none, for instance), or equal."""
+    if isinstance(one, Labelled):
+        return one is other or (not one.layers and one == other)
+    return one == other
+
+
+def _are_alike(tensor: Tensor, other: Tensor) -> bool:
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) == (
+        other.shape, other.stride(), other.dtype, other.device
+    )  # fmt: skip
+
+
 def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[fx.Node], Any]) -> Any:
     """Run a call_function or call_method with `value_of` each node among its arguments."""
     args, kwargs = fx.node.map_arg((args, kwargs), value_of)
@@ -247,5 +297,6 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
         raise TraceError(f"torch.fx cannot follow it ({error})", where=call.path) from error
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
     tracer.link(fx.node.map_arg(returned, lambda node: node.meta["val"]), call.output)
-    graph._autogate_tracer = tracer  # keeps the tensors alive whose ids are the keys
-    return graph, tracer.known
+    in_graph = {id(tensor) for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))}  # and stays alive
+    found, recorded = tracer.known.maps
+    return graph, ChainMap({key: labels for key, labels in found.items() if key in in_graph}, recorded)

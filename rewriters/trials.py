@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from rewriters.channel_map import ALWAYS, distinct, empty_ends
+from rewriters.frozen_heap import collect
 from rewriters.leaves import tensors_of
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Unwritable
@@ -69,7 +70,9 @@ def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
         size = int(number.max(initial=-1)) + 1
         for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
             cut = Cut(labelling.stays(_nowhere_empty(labelling, number, live)))
-            if not any(_refusal(traced, cut) for traced in unlike.values()):
+            refused = any(_refusal(traced, cut) for traced in unlike.values())
+            collect()
+            if not refused:
                 continue
             settled = False
             for traced in forwards:

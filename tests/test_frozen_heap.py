@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import autogate
-from autogate.frozen_heap import frozen_heap
+from rewriters.frozen_heap import frozen_heap
 
 
 class Cycle:

@@ -17,12 +17,15 @@ from torch import nn
 
 from rewriters import resizing
 from rewriters.analysis import analyse
-from rewriters.channel_map import Side
+from rewriters.capture import capture
+from rewriters.channel_map import ALWAYS, Side
 from rewriters.errors import TraceError
-from rewriters.forward import RewrittenForward, ShapeGuardError
+from rewriters.forward import InterpretedForward, RewrittenForward, ShapeGuardError
 from rewriters.labels import Labelled
+from rewriters.propagate import Labelling
 from rewriters.rehearsal import rehearse
 from rewriters.resizing import Cut, Resizer, Unwritable
+from rewriters.traced import all_tensors
 from rewriters.tracing import run_call, trace
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
@@ -33,6 +36,13 @@ def traced(model: nn.Module, *args, **kwargs):
     """The traced graph of a model's own forward."""
     analysis = analyse(model, args, kwargs)
     captured, labelling = analysis.captures[0], analysis.labelling
+    return trace(model, captured.root, captured, labelling, labelling.by_tensor())[0]
+
+
+def traced_in(model: nn.Module, training: bool, args, kwargs):
+    """The traced graph of a model's own forward in a mode."""
+    captured, labelling = capture(model.train(training), args, kwargs), Labelling()
+    labelling.run(captured)
     return trace(model, captured.root, captured, labelling, labelling.by_tensor())[0]
 
 
@@ -146,6 +156,60 @@ def test_a_rewritten_forward_is_copied_and_pickled_with_its_module():
         assert not torch.equal(run_eval(other, example)[0], run_eval(slim_model, example)[0])
 
 
+def test_a_recorded_tensor_stands_in_for_none_of_another_type():
+    model = Net(lambda m, x: m.a((x.double() if m.training else x).relu().float()), a=conv(3, 8))
+    captured, labelling = capture(model.eval(), (image(),)), Labelling()
+    labelling.run(captured)
+    model.train()
+    graph, _ = trace(model, captured.root, captured, labelling, labelling.by_tensor())
+    (relu,) = graph.find_nodes(op="call_method", target="relu")
+    assert relu.meta["val"].dtype == torch.float64
+
+
+class Writes(nn.Module):
+    """Writes to tensors that it made, in whole and in part."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = conv(3, 24), conv(24, 2)
+
+    def forward(self, x):
+        first, second = self.a(x).chunk(2, 1)
+        y = (first + second).mul_(2.0)
+        z = torch.cat([first, y], 1).relu_()
+        z[:, 12:] += second
+        return self.c(z)
+
+
+def test_forwards_that_write_in_place_are_traced_on_what_was_recorded():
+    slim_model, gated = slim_and_gated(Writes, image().double())
+    example = (image().double(),)
+    assert relative_error(run_eval(slim_model, example), run_eval(gated, example)) <= TOLERANCE
+
+
+def test_an_interpreted_forward_does_what_the_compiled_one_does():
+    class Block(Modes):
+        def __init__(self):
+            super().__init__()
+            self.again = self.c
+
+        def forward(self, x, *others, scale=1.0, **more):
+            x = sum(others, x) * scale + more.get("shift", 0.0)
+            out = super().forward(x)
+            return self.again(F.pad(out[0] if self.training else out, (0, 0, 0, 0, 0, 6)))
+
+    block = Block()
+    given, options = (image(), image()), {"scale": 2.0, "shift": 1.0}
+    graphs = {training: traced_in(block, training, given, options) for training in (False, True)}
+    assert str(graphs[True]) != str(graphs[False])
+    plain = {training: block.train(training)(*given, **options) for training in (False, True)}
+    for kind in (InterpretedForward, RewrittenForward):
+        forward = kind(block, graphs)
+        assert all(torch.equal(block.train(mode) and forward(*given, **options), plain[mode]) for mode in plain)
+        with pytest.raises(TypeError, match="missing"):
+            forward(scale=2.0)
+
+
 class Modes(nn.Module):
     def __init__(self):
         super().__init__()
@@ -167,6 +231,49 @@ def test_train_and_eval_keep_their_own_graphs():
     out, mean = slim_model.train()(example)
     assert out.shape == (2, 2, 4, 4)
     assert mean.shape[0] == 2
+
+
+ATEN = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("forward", "anew"),
+    [
+        (lambda m, x: torch.cat([part.mul(2.0) for part in m.a(x).split([3, 5], 1)], 1), []),
+        (lambda m, x: (m.a(x) * 2.0).add_(m.a(x)).relu(), []),
+        (lambda m, x: torch.cat(m.a(x).split([3, 5], 1)[:: -1 if m.training else 1], 1), [ATEN.cat]),
+        (
+            lambda m, x: torch.cat(m.a(x).split([5, 3] if m.training else [3, 5], 1), 1),
+            [ATEN.split_with_sizes, ATEN.cat],
+        ),
+        (lambda m, x: m.a(x).mul(2.0).relu() if m.training else m.a(x).mul(2.0), [ATEN.relu]),
+        (lambda m, x: m.a(x).mul(1.0).mul(2.0) if m.training else m.a(x).mul(2.0), [ATEN.mul, ATEN.mul]),
+        (lambda m, x: (m.a(x) if m.training else m.a(x).exp()).mul(2.0).relu(), [ATEN.mul, ATEN.relu]),
+        (lambda m, x: (m.a(x), m.training or x.exp())[0].mul(2.0).relu(), []),
+        (lambda m, x: m.a(x).softmax(1) if m.training else m.a(x).log_softmax(1), [ATEN._softmax]),
+    ],
+)
+def test_only_calls_that_did_not_run_when_it_was_recorded_are_labelled_anew(forward, anew, monkeypatch):
+    model = Net(lambda m, x: m.b(forward(m, x)), a=conv(3, 8), b=conv(8, 2)).eval()
+    captured, labelling = capture(model, (image(),)), Labelling()
+    labelling.run(captured)
+    recorded = labelling.by_tensor()
+    classes = labelling.numbering().copy()
+    apply, ran = Labelling.apply, []
+
+    def noting(self, op, *rest):
+        ran.append(op.overloadpacket)
+        return apply(self, op, *rest)
+
+    monkeypatch.setattr(Labelling, "apply", noting)
+    model.training = True
+    graph, known = trace(model, captured.root, captured, labelling, recorded)
+    assert ran == anew
+    if not anew:
+        labels = {id(labels) for labels in recorded.values()}
+        assert all(id(known[id(tensor)]) in labels for tensor in all_tensors(graph))
+        assert {id(tensor) for tensor in all_tensors(graph)} <= recorded.keys()
+        assert (labelling.numbering() == classes).all() and (classes != ALWAYS).any()
 
 
 def variadic(m, *xs, **options):
@@ -317,6 +424,15 @@ def test_a_cut_knows_shapes():
     value = Labelled((2, 4, 5), (torch.arange(4).view(1, 4, 1),))
     assert cut.shape(value) == (2, 3, 5)
     assert cut.slim(torch.zeros(2, 4, 5), value).shape == (2, 3, 5)
+
+
+def test_a_cut_leaves_expanded_dimensions_expanded():
+    cut = Cut(torch.tensor([True, False, True, True, False, False, True]))
+    value = Labelled((2, 3, 4, 5), (torch.arange(3).view(1, 3, 1, 1), torch.arange(3, 7).view(1, 1, 4, 1)))
+    whole = torch.randn(3).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    slim = cut.slim(whole, value)
+    assert slim.shape == (2, 2, 2, 5) and slim.untyped_storage().nbytes() == 2 * 4
+    assert torch.equal(slim, cut.slim(whole.contiguous(), value))
 
 
 def test_a_reshape_of_as_many_elements_but_others_is_refused():
