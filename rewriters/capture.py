@@ -98,6 +98,7 @@ class Recorder(TorchDispatchMode):
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.call: ModuleCall | None = None
+        self.roots: list[ModuleCall] = []
         self.exchanged: list[str] = []
         self.failed: list[ModuleCall] = []
         self._error: Exception | None = None
@@ -142,11 +143,26 @@ class Recorder(TorchDispatchMode):
             # A fake convolution would let it pass.
             raise TypeError(f"the input is {args[0].dtype} and the kernel {args[1].dtype}")
         restrides = only_restrides(func, args)
+        if reshapes_in_place(func) and not restrides:
+            self._keep_as_it_is(args[0])
         out = on_fakes(self._mode, func, args, kwargs)
         if restrides or not tensors_of(out):
             return out  # not a step of the forward, or a question about a tensor (its device, its layout)
         self._write(func, args, kwargs, out)
         return out
+
+    def _keep_as_it_is(self, value: Tensor) -> None:
+        """Let another tensor stand for it in what is recorded: its own shape changes now."""
+        before = on_fakes(self._mode, torch.ops.aten.alias.default, (value,), {})
+        self.nodes[id(before)] = self.node_of(value)
+        self._alive.append(before)
+        for node in self.graph.nodes:
+            if node.meta["val"] is value:
+                node.meta["val"] = before
+        for call in (call for root in self.roots for call in root.walk()):
+            call.args, call.kwargs, call.output = tree_map_only(
+                Tensor, lambda tensor: before if tensor is value else tensor, (call.args, call.kwargs, call.output)
+            )
 
     def write_opaque(self, reason: str, given: Iterable[Tensor], own: Iterable[Tensor], output: Any) -> None:
         """Write the call of an opaque module, which gives the tensors in `output`."""
@@ -165,6 +181,11 @@ class Recorder(TorchDispatchMode):
                     self._own(self.graph.call_function(_getitem, (node, index)), item)
         if self.call is not None:
             self.call.nodes.append(node)
+
+
+def reshapes_in_place(op: Any) -> bool:
+    """Whether a call gives the tensor that it is given another shape: `unsqueeze_`, say."""
+    return torch.Tag.inplace_view in op.tags and op is not torch.ops.aten.detach_.default
 
 
 def only_restrides(op: Any, args: tuple[Any, ...]) -> bool:
@@ -191,8 +212,7 @@ def is_getitem(node: fx.Node) -> bool:
 @contextlib.contextmanager
 def _module_calls(
     recorder: Recorder, names: Mapping[nn.Module, list[str]], opaque: Mapping[str, Opaque], replies: Replies
-) -> Iterator[list[ModuleCall]]:
-    roots: list[ModuleCall] = []
+) -> Iterator[None]:
     plain_call = nn.Module.__call__
     inside = {path: [module for module, own in names.items() if own[0] in opaque[path].inside] for path in opaque}
 
@@ -207,7 +227,7 @@ def _module_calls(
             return plain_call(module, *args, **kwargs)
         outer = recorder.call
         inner = ModuleCall(tuple(names[module]), args, kwargs)
-        (outer.children if outer else roots).append(inner)
+        (outer.children if outer else recorder.roots).append(inner)
         recorder.call = inner
         try:
             inner.output = reply(inner) if inner.path in opaque else plain_call(module, *args, **kwargs)
@@ -221,7 +241,7 @@ def _module_calls(
         return inner.output
 
     with mock.patch.object(nn.Module, "__call__", call):
-        yield roots
+        yield
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -351,7 +371,7 @@ def _record(
             _without_fast_paths(),
             torch.no_grad(),
             mode,
-            _module_calls(recorder, names, opaque, replies) as roots,
+            _module_calls(recorder, names, opaque, replies),
             recorder,
         ):
             output = functional_call(
@@ -363,4 +383,4 @@ def _record(
         paths = [call.path for call in recorder.failed]
         raise _Unrecordable(explain(error, paths[0] if paths else ""), why_unrecordable(error), paths) from error
     recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
-    return Capture(recorder.graph, roots[0], recorder.nodes, fakes, mode, tuple(recorder.exchanged), opaque)
+    return Capture(recorder.graph, recorder.roots[0], recorder.nodes, fakes, mode, tuple(recorder.exchanged), opaque)

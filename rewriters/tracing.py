@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from rewriters.capture import Capture, ModuleCall, only_restrides
+from rewriters.capture import Capture, ModuleCall, only_restrides, reshapes_in_place
 from rewriters.errors import TraceError
 from rewriters.following import AUTOCAST, followed, unfollowed
 from rewriters.forward import guard, own_forward
@@ -64,6 +64,8 @@ class _OpLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         restrides = only_restrides(func, args)
+        if reshapes_in_place(func) and not restrides:
+            raise TraceError(f"{func} changes the shape of a tensor in place")
         out = on_fakes(self._mode, func, args, kwargs or {})
         # A call that gives no tensor is a question (its device, its layout).
         if not restrides and tensors_of(out):

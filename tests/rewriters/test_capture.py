@@ -11,6 +11,7 @@ import autogate
 from rewriters.analysis import analyse
 from rewriters.capture import capture
 from rewriters.errors import CaptureError
+from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, classes, conv, image, mapped
 
 
@@ -115,6 +116,35 @@ def test_in_place_ops_couple_what_they_write_to():
 
     found = mapped(forward, a=conv(3, 4), b=conv(3, 4), c=conv(4, 2))
     assert classes(found, "a.weight", 0) == classes(found, "b.weight", 0) == classes(found, "c.weight", 1)
+
+
+def _as_video(m, x):
+    frames = m.a(x)
+    frames.unsqueeze_(1)
+    out = m.relu(frames)
+    out.squeeze_(1)
+    return out
+
+
+def _by_pixel(m, x):
+    pixels = m.a(x).flatten(2)
+    pixels.transpose_(1, 2)
+    return pixels.mean(1)[:, :, None, None]
+
+
+@pytest.mark.parametrize("forward", [_as_video, _by_pixel])
+def test_values_keep_the_shapes_they_had_before_an_op_gave_them_another_in_place(forward):
+    inner = Net(forward, a=conv(8, 6), relu=nn.ReLU())
+    model = Net(lambda m, x: m.c(m.inner(m.b(x))), inner=inner, b=conv(3, 8), c=conv(6, 2)).double().eval()
+    example = image().double()
+    captured = capture(model, (example,))
+    calls = {call.path: call for call in captured.calls()}
+    assert calls["inner.a"].output.shape == (2, 6, 4, 4)
+    for node in captured.graph.find_nodes(op="call_function", target=torch.ops.aten.unsqueeze_.default):
+        assert node.args[0].meta["val"] is calls["inner.a"].output and node.meta["val"].shape == (2, 1, 6, 4, 4)
+    channel_map = assert_exact(model, (example,)).analysis.channel_map
+    assert channel_map.size == 8  # between b and the inner network
+    assert any("in place" in pin.reason for pin in channel_map.pins)
 
 
 def test_in_place_writes_into_a_buffer_of_the_forward():
