@@ -3,6 +3,7 @@
     python -m benchmarks.coverage --out runs/coverage.jsonl --jobs 2
     python -m benchmarks.coverage --sample one-per-file --out runs/sample.jsonl
     python -m benchmarks.coverage --models "vit_*" "torchvision:*" --out runs/some.jsonl
+    python -m benchmarks.coverage --method prepare --out runs/prepared.jsonl
     python -m benchmarks.coverage --method torch-pruning --out runs/peer.jsonl
 
 Each model is measured in a process of its own, under a limit of memory and of time, and gets a line of JSON.
@@ -29,6 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,7 @@ def build(one: Listed, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, I
     return model.to(dtype), torch.utils._pytree.tree_map_only(torch.Tensor, cast, inputs)
 
 
-def measure(one: Listed) -> Iterator[Result]:
+def measure(one: Listed, prepare_only: bool = False) -> Iterator[Result]:
     """The result as far as it is known, again after each step: the last one counts."""
     result = Result(one.name, one.family, one.arguments, step="build")
     yield result
@@ -160,6 +162,10 @@ def measure(one: Listed) -> Iterator[Result]:
     model, result.prepare_s = _prepared(model, inputs)
     result.prepare_bytes = _memory("VmHWM") - _memory("RssFile") - before
     _read_summary(result, model)
+    if prepare_only:
+        result.step = ""
+        yield result
+        return
     yield result
     result.step = "kill"
     kill(model, DEAD, SEEDS[0])
@@ -296,11 +302,11 @@ def _out_of_reach(channel_map: rewriters.ChannelMap) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def measure_here(one: Listed, out: Path) -> None:
+def measure_here(one: Listed, out: Path, prepare_only: bool = False) -> None:
     """Measure in this process; `out` holds what is known at any moment, for a process may be ended."""
     result = Result(one.name, one.family, one.arguments)
     try:
-        for result in measure(one):
+        for result in measure(one, prepare_only):
             out.write_text(json.dumps(asdict(result)))
     except MemoryError as error:
         result.step, result.error = "memory", str(error)
@@ -314,9 +320,9 @@ def measure_here(one: Listed, out: Path) -> None:
 _TOLD = {"step", "error", "reach", "left", "difference", "double_difference", "spread", "prepare_s"}
 
 
-def measure_autogate(one: Listed, limits: Limits) -> dict[str, Any]:
+def measure_autogate(one: Listed, limits: Limits, prepare_only: bool = False) -> dict[str, Any]:
     """A line of `Result`, measured in a process of its own."""
-    result, ended = _apart(measure_here, one, limits)
+    result, ended = _apart(partial(measure_here, prepare_only=prepare_only), one, limits)
     result = result or asdict(Result(one.name, one.family, one.arguments, step="build"))
     if ended:
         result["error"], result["step"] = f"in {result['step']}: {ended}", "time" if limits.told in ended else "crash"
@@ -332,7 +338,11 @@ def measure_peer(one: Listed, limits: Limits) -> dict[str, Any]:
     return {"model": one.name, "peer": peer}
 
 
-METHODS = {"autogate": measure_autogate, "torch-pruning": measure_peer}
+METHODS: dict[str, Callable[[Listed, Limits], dict[str, Any]]] = {
+    "autogate": measure_autogate,
+    "prepare": partial(measure_autogate, prepare_only=True),
+    "torch-pruning": measure_peer,
+}
 
 
 def _measure_peer(one: Listed, out: Path) -> None:
@@ -390,8 +400,8 @@ def main() -> None:
     left = [one for one in models if one.name not in done]
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(args.jobs))
-        apart = lambda one: METHODS[args.method](one, Limits(args.memory, args.timeout))  # noqa: E731
-        for future in as_completed([pool.submit(apart, one) for one in left]):
+        limits = Limits(args.memory, args.timeout)
+        for future in as_completed([pool.submit(METHODS[args.method], one, limits) for one in left]):
             append(args.out, future.result())
 
 

@@ -31,6 +31,21 @@ def test_a_model_gets_one_line_which_tells_that_it_is_exact(tmp_path, monkeypatc
     assert "| slim model runs | 1 | 1 |" in page.read_text()
 
 
+def test_a_model_that_was_prepared_again_stays_exact(tmp_path, monkeypatch):
+    whole = measured(monkeypatch, tmp_path / "whole.jsonl")
+    prepared = measured(monkeypatch, tmp_path / "prepared.jsonl", "--method", "prepare")
+    assert prepared["step"] == "" and prepared["difference"] is None
+    assert prepared["reach"] == 1 and prepared["prepare_bytes"] > 0
+    (line,) = coverage_table.joined([whole | {"prepare_s": -1.0}, prepared])
+    assert coverage_table.exact(line) and line["prepare_s"] == prepared["prepare_s"] > 0
+    (line,) = coverage_table.joined([prepared])
+    assert not coverage_table.exact(line)
+    assert "Not done" not in coverage_table.document([line], [], [])
+    (line,) = coverage_table.joined([whole, prepared, prepared | {"step": "finalize", "error": "broken"}])
+    assert not coverage_table.exact(line)
+    assert "broken" in coverage_table.document([line], [], [])
+
+
 @pytest.mark.parametrize(
     ("difference", "double", "is_exact"),
     [(1e-6, None, True), (1e-4, None, False), (1e-4, 0.0, True), (1e-4, 1e-12, True), (1e-4, 1e-8, False)],
