@@ -226,11 +226,12 @@ def _module_calls(
         if module not in names:
             return plain_call(module, *args, **kwargs)
         outer = recorder.call
-        inner = ModuleCall(tuple(names[module]), args, kwargs)
+        inner = ModuleCall(tuple(names[module]), _as_they_are(args), _as_they_are(kwargs))
         (outer.children if outer else recorder.roots).append(inner)
         recorder.call = inner
         try:
-            inner.output = reply(inner) if inner.path in opaque else plain_call(module, *args, **kwargs)
+            output = reply(inner) if inner.path in opaque else plain_call(module, *args, **kwargs)
+            inner.output = _as_they_are(output)
         except Exception as error:
             recorder.note_failure(error)
             raise
@@ -238,10 +239,19 @@ def _module_calls(
             recorder.call = outer
         if outer is None:
             recorder.exchanged = [name for name, buffer in module.named_buffers() if not recorder.began_with(buffer)]
-        return inner.output
+        return output
 
     with mock.patch.object(nn.Module, "__call__", call):
         yield
+
+
+def _as_they_are(values: Any) -> Any:
+    """The same values in containers of their own: what is put into those later, or taken out, makes no difference."""
+    if type(values) in (list, tuple):
+        return type(values)(map(_as_they_are, values))
+    if type(values) is dict:
+        return {key: _as_they_are(value) for key, value in values.items()}
+    return values
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -161,7 +161,8 @@ class _Tracer(fx.Tracer):
         with unfollowed():
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
-        return proxy
+        # What a module gives in a list is in one here too, so that more can be put into it or taken out.
+        return self._argument(proxy) if kind == "call_module" and type(proxy.value) in (list, dict) else proxy
 
     def _follow(self, node: fx.Node) -> None:
         """Note a new node's value, the ATen ops it ran and the labels of what they gave."""

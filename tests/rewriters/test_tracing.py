@@ -181,6 +181,42 @@ class Writes(nn.Module):
         return self.c(z)
 
 
+def _swapped(m, parts):
+    first, second = torch.cat(parts, 1).split([12, 12], 1)
+    return m.d(torch.cat([second, first], 1))
+
+
+def _puts_more_in(m, x):
+    parts = m.inner(x)
+    parts.append(m.c(x))
+    return _swapped(m, parts)
+
+
+def _takes_out(m, x):
+    parts = m.inner(x)
+    return _swapped(m, [m.c(x), parts.pop(), parts.pop(0)])
+
+
+def _names_more(m, x):
+    parts = m.named(x)
+    parts["c"] = m.c(x)
+    return _swapped(m, list(parts.values()))
+
+
+@pytest.mark.parametrize("forward", [_puts_more_in, _takes_out, _names_more])
+def test_what_a_module_gives_in_a_list_or_a_dict_may_change_there(forward):
+    def build():
+        inner = Net(lambda m, x: [m.a(x), m.b(x)], a=conv(3, 8), b=conv(3, 8))
+        named = Net(lambda m, x: dict(zip("ab", m.inner(x), strict=True)), inner=inner)
+        return Net(forward, inner=inner, named=named, c=conv(3, 8), d=conv(24, 2))
+
+    slim_model, gated = slim_and_gated(build, image().double())
+    example = (image().double(),)
+    assert relative_error(run_eval(slim_model, example), run_eval(gated, example)) <= TOLERANCE
+    outputs = {call.path: call.output for call in capture(gated, example).calls()}
+    assert len(outputs["inner"]) == 2 and len(outputs.get("named", "ab")) == 2
+
+
 def test_forwards_that_write_in_place_are_traced_on_what_was_recorded():
     slim_model, gated = slim_and_gated(Writes, image().double())
     example = (image().double(),)
