@@ -16,6 +16,7 @@ from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -73,7 +74,43 @@ def prune_branches(
         for pruned in _prune(model, analysis, call, constant, live, args, kwargs, decided)
     ]
     gone = frozenset[str]().union(*(pruned.removed for pruned in found))
-    return [replace(one, removed=_outermost(one.removed)) for one in found if not is_under(one.path, gone)]
+    found = [replace(one, removed=_outermost(one.removed)) for one in found if not is_under(one.path, gone)]
+    if not found or decided is not None:
+        return found
+    missed = _read_elsewhere(model, found, args, kwargs)
+    return [one for one in found if not one.removed & missed]
+
+
+def _read_elsewhere(
+    model: nn.Module, found: list[Pruned], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> set[str]:
+    """Those of the modules to be taken out that code reads which isn't rewritten and doesn't go with them.
+
+    `nn.TransformerEncoder` asks its first layer's attention whether batches come first.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    gone = frozenset[str]().union(*(one.removed for one in found))
+    rewritten = {one.path for one in found}
+    running, read = [""], set[str]()
+    plain_call, plain_read = nn.Module.__call__, nn.Module.__getattr__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        running.append(paths.get(module, running[-1]))
+        try:
+            return plain_call(module, *args, **kwargs)
+        finally:
+            running.pop()
+
+    def noted(module: nn.Module, name: str) -> Any:
+        value = plain_read(module, name)
+        path = paths.get(value) if isinstance(value, nn.Module) else None
+        if path in gone and running[-1] not in rewritten and not is_under(running[-1], gone):
+            read.add(path)
+        return value
+
+    with mock.patch.object(nn.Module, "__call__", call), mock.patch.object(nn.Module, "__getattr__", noted):
+        run_eval(model, args, kwargs)
+    return read
 
 
 def is_under(path: str, paths: Set[str]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -279,6 +280,13 @@ def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[f
     return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
 
 
+def _drop_unused_reads(graph: fx.Graph) -> None:
+    """Erase what was only looked at: a parameter of a child, say, which may be taken out."""
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or node.target in (getattr, operator.getitem)):
+            graph.erase_node(node)
+
+
 def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
           known: Mapping[int, Labelled]) -> tuple[fx.Graph, Mapping[int, Labelled]]:  # fmt: skip
     """Trace `module`'s forward as it ran in `call`.
@@ -300,6 +308,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
         raise TraceError(f"torch.fx cannot follow it ({error})", where=call.path) from error
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
     tracer.link(fx.node.map_arg(returned, lambda node: node.meta["val"]), call.output)
+    _drop_unused_reads(graph)
     in_graph = {id(tensor) for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))}  # and stays alive
     found, recorded = tracer.known.maps
     return graph, ChainMap({key: labels for key, labels in found.items() if key in in_graph}, recorded)
