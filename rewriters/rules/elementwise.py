@@ -18,7 +18,7 @@ from rewriters.rules.registry import RULES, Crossing, OpCall, rule
     "aten.masked_fill", "aten.masked_fill_", "aten.where", "aten.fill_", "aten.zero_", "aten.hardswish",
     "aten.hardswish_", "aten.mish_", "aten.gelu_", "aten._prelu_kernel", "aten.log_sigmoid_forward",
     "aten.rsub", "aten.threshold_", "aten.zeros_like", "aten.ones_like", "aten.empty_like", "aten.full_like",
-    "aten.rand_like", "aten.randn_like",
+    "aten.rand_like", "aten.randn_like", "aten.complex", "aten.polar", "aten._conj", "aten._neg_view",
 )  # fmt: skip
 def elementwise(call: OpCall) -> Labelled | list[Labelled]:
     """y[i] depends on x[i] alone (add, relu, sigmoid, mul, dropout, copies ...)."""
@@ -36,6 +36,16 @@ def elementwise(call: OpCall) -> Labelled | list[Labelled]:
 
 
 RULES[torch.Tag.pointwise] = elementwise
+
+
+@rule("aten.glu")
+def gated_linear_unit(call: OpCall) -> Labelled:
+    """The first half of a dimension times the sigmoid of the second: their places go two by two."""
+    value, dim = call.args[0], call.arg(1, "dim", -1)
+    halves = [layer.chunk(2, dim) if layer.shape[dim] > 1 else (layer, layer) for layer in value.layers]
+    for first, second in halves:
+        call.space.merge(first, second)
+    return Labelled(call.shape, tuple(first for first, _ in halves))
 
 
 def _kernel_among(call: OpCall, operands: list[Labelled]) -> Labelled | None:

@@ -51,14 +51,19 @@ def _is_statistic(call: OpCall) -> bool:
     return call.op.overloadpacket in _STATISTICS
 
 
-@rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax.int", "aten.cumsum", "aten.sort",
-      "aten.glu")  # fmt: skip
+@rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax.int", "aten.cumsum", "aten.sort")
 def softmax(call: OpCall) -> Result:
     """Normalised along one dimension."""
     value, dim = call.args[0], call.arg(1, "dim", -1)
     layers = call.mix(value, [dim], "mixed along its channels")
     outs = [Labelled(shape, layers) for shape in call.shapes]
     return outs if len(outs) > 1 else outs[0]
+
+
+@rule("aten._fft_r2c", "aten._fft_c2r", "aten._fft_c2c")
+def fourier(call: OpCall) -> Labelled:
+    """A Fourier transform along some dimensions."""
+    return Labelled(call.shape, call.mix(call.args[0], call.args[1], "transformed along its channels"))
 
 
 @rule(

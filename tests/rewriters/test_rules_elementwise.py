@@ -10,7 +10,8 @@ from torch import nn
 import autogate
 from benchmarks.parts import finalize_compared, kill
 from rewriters.channel_map import ALWAYS, Side
-from tests.rewriters.helpers import classes, conv, image, is_pinned, mapped, reasons
+from tests.rewriters.exactness import assert_exact
+from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, mapped, reasons
 
 
 def two_into_one(combine):
@@ -96,6 +97,15 @@ def test_outputs_pin_what_the_model_returns():
     assert reasons(found, "a.weight", 0) == ["output: the model returns it"]
     assert found.size == 0
     assert classes(found, "a.weight", 0) == [ALWAYS] * 4
+
+
+def test_the_halves_of_a_gated_linear_unit_go_two_by_two():
+    model = Net(lambda m, x: m.b(F.glu(m.a(x), 1)), a=conv(3, 8), b=conv(4, 2))
+    channel_map = assert_exact(model.double(), (image().double(),)).analysis.channel_map
+    assert classes(channel_map, "a.weight", 0) == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert classes(channel_map, "b.weight", 1) == [0, 1, 2, 3]
+    along_positions = mapped(lambda m, x: m.b(F.glu(m.a(x), -1)), image(), a=conv(3, 8), b=conv(8, 2))
+    assert classes(along_positions, "a.weight", 0) == [*range(8)]
 
 
 def test_an_op_nobody_described_pins_and_says_so():

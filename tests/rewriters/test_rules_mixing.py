@@ -133,9 +133,35 @@ def test_maxout_lets_pairs_die():
     assert classes(found, "a.weight", 0) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_glu_pins_its_halves():
-    found = mapped(lambda m, x: m.b(F.glu(m.a(x), 1)), image(), a=conv(3, 8), b=conv(4, 2))
-    assert is_pinned(found, "a.weight", 0)
+def test_channels_go_through_fourier_transforms():
+    def filtered(m, x):
+        y = torch.fft.rfft2(m.a(x), norm="ortho") * torch.view_as_complex(m.filter)
+        return m.b(torch.fft.irfft2(y, s=x.shape[2:], norm="ortho"))
+
+    model = Net(filtered, a=conv(3, 6), b=conv(6, 2), filter=nn.Parameter(torch.randn(6, 4, 3, 2)))
+    assert assert_exact(model.double(), (image().double(),)).analysis.channel_map.size == 6
+
+    def convolved(m, x):
+        y = torch.fft.fft2(m.a(x))
+        parts = m.between(torch.cat([y.real, y.imag], 1)).relu()
+        y = torch.complex(*parts.chunk(2, 1))
+        return m.b(torch.fft.ifft2(y).real)
+
+    model = Net(convolved, a=conv(3, 6), between=conv(12, 8), b=conv(4, 2))
+    assert assert_exact(model.double(), (image().double(),)).analysis.channel_map.size == 6 + 4
+
+
+def test_fourier_transforms_along_channels_pin():
+    found = between(lambda m, y: torch.fft.fft(y, dim=1).real)
+    assert reasons(found, "a.weight", 0) == ["aten._fft_r2c.default: transformed along its channels"]
+
+
+def test_the_parts_of_complex_numbers_stay():
+    def one_number(m, x):
+        return m.b(torch.view_as_complex(m.a(x).movedim(1, -1).contiguous()).abs()[:, None])
+
+    found = mapped(one_number, image(), a=conv(3, 2), b=conv(1, 2))
+    assert "aten.view_as_complex.default: the parts of a complex number" in reasons(found, "a.weight", 0)
 
 
 def test_reductions_over_everything_are_exact():
