@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+from torch import jit, nn
 
 from autogate.finalizing import Origin, check_finite, check_whole, on_device, take_out, verify
 from autogate.gates import BANK, GateBank
@@ -291,6 +291,10 @@ def _check_model(model: Any) -> None:
     if has_shards(model):
         raise AutogateError(
             "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
+        )
+    if isinstance(model, jit.ScriptModule):
+        raise AutogateError(
+            "torch.jit has compiled it.", where=where, remedy="Prepare and finalize the model first, then script it."
         )
     if is_wrapped(model):
         raise AutogateError(

@@ -230,6 +230,8 @@ def _module_calls(
         (outer.children if outer else recorder.roots).append(inner)
         recorder.call = inner
         try:
+            if inner.path not in opaque and isinstance(module, torch.jit.ScriptModule):
+                raise TypeError("torch.jit has compiled it, which can't be changed any more")
             output = reply(inner) if inner.path in opaque else plain_call(module, *args, **kwargs)
             inner.output = _as_they_are(output)
         except Exception as error:

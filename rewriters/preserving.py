@@ -38,7 +38,8 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     modules = list(modules)
     before = [(module.__dict__, dict(_plain(module))) for module in modules]
     containers = [held for _, plain in before for value in plain.values() if (held := _held_in(value)) is not None]
-    containers += [module.__dict__[name] for module in modules for name in _REGISTRIES]
+    registries = (module.__dict__.get(name) for module in modules for name in _REGISTRIES)
+    containers += [one for one in registries if isinstance(one, dict)]  # those of torch.jit's modules are none
     contents = [(one, type(one)(one) if one else ()) for one in {id(one): one for one in containers}.values()]
     try:
         yield

@@ -52,6 +52,18 @@ def test_what_is_around_it_is_free_and_its_borders_stay():
     assert is_pinned(found, "2.weight", 0) and is_pinned(found, "4.weight", 1)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "compiled", [torch.jit.script, lambda module: torch.jit.trace(module, torch.randn(2, 8, 4, 4))]
+)
+def test_what_torch_jit_has_compiled_stays_as_it_is(compiled):
+    part = compiled(nn.Sequential(conv(8, 8), nn.BatchNorm2d(8), nn.ReLU()).eval())
+    model = slimmed(around(part), image())
+    assert model[3] is part and model[0].out_channels == 4 and model[2].out_channels == 8
+    with pytest.raises(AutogateError, match=r"torch\.jit has compiled it"):
+        autogate.prepare(compiled(conv(8, 8)), torch.randn(2, 8, 4, 4))
+
+
 def test_the_summary_names_it_with_its_line():
     model = autogate.prepare(around(Pick()), image())
     (pin,) = (pin for pin in autogate.summary(model).pins if pin.module == "3")
