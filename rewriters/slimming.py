@@ -274,6 +274,8 @@ def fields_after(
         yield "input_size", new[1]
     elif isinstance(module, nn.RNNBase) and name == "weight_hh_l0":
         yield "hidden_size", new[1]
+    elif isinstance(module, nn.modules.rnn.RNNCellBase) and name in ("weight_ih", "weight_hh"):
+        yield "input_size" if name == "weight_ih" else "hidden_size", new[1]
     elif isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         yield "num_heads", module.num_heads * new[0] // old[0]
         yield from ((width, new[1]) for width in ("embed_dim", "kdim", "vdim"))

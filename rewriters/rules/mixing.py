@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,41 @@ def softmax(call: OpCall) -> Result:
 def fourier(call: OpCall) -> Labelled:
     """A Fourier transform along some dimensions."""
     return Labelled(call.shape, call.mix(call.args[0], call.args[1], "transformed along its channels"))
+
+
+@rule("aten.im2col")
+def unfold(call: OpCall) -> Labelled:
+    """Windows of an image, (..., C, H, W) to (..., C x places in a window, windows), a channel's side by side."""
+    value, window = call.args[:2]
+    layers = call.mix(value, [-1, -2], "windows are cut out along it")
+    return Labelled(call.shape, tuple(_each_times(layer.flatten(-2), prod(window)) for layer in layers))
+
+
+def _each_times(layer: Tensor, times: int) -> Tensor:
+    return layer.repeat_interleave(times, -2) if layer.shape[-2] > 1 else layer
+
+
+@rule("aten.col2im")
+def fold(call: OpCall) -> Labelled:
+    """Windows added up to an image again: `unfold` backwards. All that is in a channel's windows goes together."""
+    value, window = call.args[0], call.args[2]
+    layers = []
+    for layer in call.mix(value, [-1], "windows are added up along it"):
+        if layer.shape[-2] > 1:
+            places = layer.unflatten(-2, (-1, prod(window)))
+            layer = call.space.merge_along(places, [places.ndim - 2]).squeeze(-2)
+        layers.append(layer.unsqueeze(-1))
+    return Labelled(call.shape, tuple(layer for layer in layers if varying(layer)))
+
+
+@rule("aten.view_as_complex", "aten.view_as_real")
+def complex_parts(call: OpCall) -> Labelled:
+    """A last dimension of two numbers as one complex number, or the other way round."""
+    value = call.args[0]
+    if len(call.shape) > value.ndim:
+        return Labelled(call.shape, tuple(layer.unsqueeze(-1) for layer in value.layers))
+    layers = call.mix(value, [-1], "the parts of a complex number")
+    return Labelled(call.shape, tuple(layer.squeeze(-1) for layer in layers))
 
 
 @rule(

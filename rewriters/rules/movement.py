@@ -193,16 +193,6 @@ def stack(call: OpCall) -> Labelled:
     return Labelled(call.shape, meet(call, lifted))
 
 
-@rule("aten.view_as_complex", "aten.view_as_real")
-def complex_parts(call: OpCall) -> Labelled:
-    """A last dimension of two numbers as one complex number, or the other way round."""
-    value = call.args[0]
-    if len(call.shape) > value.ndim:
-        return Labelled(call.shape, tuple(layer.unsqueeze(-1) for layer in value.layers))
-    layers = call.mix(value, [-1], "the parts of a complex number")
-    return Labelled(call.shape, tuple(layer.squeeze(-1) for layer in layers))
-
-
 @rule("aten.constant_pad_nd")
 def pad(call: OpCall) -> Labelled:
     """Padding along a labelled dimension adds channels of its own, which may die like any other."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriters.labels import Labelled, varying
+from rewriters.rules.elementwise import meet
 from rewriters.rules.registry import OpCall, rule
 
 _REASON = "picked by a tensor of indices"
@@ -31,6 +32,17 @@ def index_select(call: OpCall) -> Labelled:
 def embedding(call: OpCall) -> Labelled:
     """table[indices]."""
     return _picked(call, call.args[0], [call.args[1]])
+
+
+@rule("aten.gather")
+def gather(call: OpCall) -> Labelled:
+    """For each place an element along one dimension: a tensor of indices is as large as what is picked.
+
+    One that was expanded along the channels has labels of nobody's there, which go with theirs.
+    """
+    value, dim, indices = call.args[:3]
+    whole = [d for d in range(value.ndim) if d == dim % value.ndim or indices.shape[d] < value.shape[d]]
+    return Labelled(call.shape, meet(call, [Labelled(call.shape, call.mix(value, whole, _REASON)), indices]))
 
 
 def _picked(call: OpCall, value: Labelled, keys: list[Any]) -> Labelled:

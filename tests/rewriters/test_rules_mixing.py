@@ -167,3 +167,27 @@ def test_the_parts_of_complex_numbers_stay():
 def test_reductions_over_everything_are_exact():
     model = Net(lambda m, x: m.b(m.a(x)).mean() + m.a(x).sum((2, 3)).amax(1), a=conv(3, 4), b=conv(4, 2))
     assert_exact(model.double().eval(), (image().double(),))
+
+
+def test_windows_of_a_channel_are_cut_out_and_added_up_together():
+    """A convolution whose kernel each pixel computes for itself (involution)."""
+
+    def involution(m, x):
+        y = m.a(x)
+        kernel = m.kernel(x).flatten(2)[:, None]
+        windows = F.unfold(y, 3, padding=1).view(len(y), y.shape[1], 9, -1)
+        return m.b((windows * kernel).sum(2).view(y.shape))
+
+    model = Net(involution, a=conv(3, 8), kernel=conv(3, 9), b=conv(8, 2))
+    assert assert_exact(model.double(), (image().double(),)).analysis.channel_map.size == 8
+
+    def added_up(m, x):
+        return m.b(F.fold(F.unfold(m.a(x), 2, stride=2), (4, 4), 2, stride=2) + F.fold(m.c(x.flatten(2)), (4, 4), 1))
+
+    model = Net(added_up, a=conv(3, 8), c=nn.Conv1d(3, 8, 1), b=conv(8, 2))
+    assert assert_exact(model.double(), (image().double(),)).analysis.channel_map.size == 8
+
+
+def test_what_is_added_up_in_one_channel_goes_together():
+    found = mapped(lambda m, x: m.b(F.fold(m.a(x.flatten(2)), (8, 8), 2, stride=2)), a=nn.Conv1d(3, 8, 1), b=conv(2, 2))
+    assert classes(found, "a.weight", 0) == [0, 0, 0, 0, 1, 1, 1, 1]

@@ -66,3 +66,25 @@ def test_heads_may_all_go_in_a_view_that_leaves_a_size_open():
     found = mapped(forward, image(), **members)
     assert len(set(classes(found, "proj.weight", 1))) == 2
     assert_exact_in_double(Net(forward, **members), image())
+
+
+def _kept_tokens(m, x, times=None):
+    tokens = m.a(x).flatten(2).transpose(1, 2)
+    first = m.order[None, :5, None].expand(len(tokens), -1, 1)
+    return m.b(tokens.gather(1, first.repeat(1, 1, times or tokens.shape[2])).mean(1))
+
+
+def test_tokens_are_gathered_with_all_their_channels():
+    model = Net(_kept_tokens, a=conv(3, 8), b=nn.Linear(8, 2), order=torch.randperm(16))
+    assert assert_exact(model.double(), (image().double(),)).analysis.channel_map.size == 8
+
+
+def test_indices_of_their_own_for_each_channel_keep_it():
+    own = mapped(lambda m, x: m.b(m.a(x).gather(2, m.places)), a=conv(3, 8), b=conv(8, 2),
+                 places=torch.randint(4, (2, 8, 4, 4)))  # fmt: skip
+    assert is_pinned(own, "a.weight", 0)
+    along = mapped(lambda m, x: m.b(m.a(x).gather(1, m.places.expand(2, 8, 4, 4))), a=conv(3, 8), b=conv(8, 2),
+                   places=torch.randint(8, (1, 1, 4, 4)))  # fmt: skip
+    assert is_pinned(along, "a.weight", 0)
+    few = mapped(lambda m, x: _kept_tokens(m, x, 6), a=conv(3, 8), b=nn.Linear(6, 2), order=torch.randperm(16))
+    assert is_pinned(few, "a.weight", 0)

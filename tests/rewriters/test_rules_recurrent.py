@@ -54,3 +54,16 @@ def test_projected_hidden_units_stay():
         (torch.randn(2, 4, 5).double(),),
     )  # fmt: skip
     assert Side("rnn.weight_ih_l0", 0) not in slimmed.analysis.channel_map.classes
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_lose_inputs_and_hidden_units(kind):
+    def forward(m, x):
+        state = None
+        for step in m.a(x).unbind(1):
+            state = m.cell(step, state)
+        return m.b(state[0] if isinstance(state, tuple) else state)
+
+    model = Net(forward, a=nn.Linear(3, 8), cell=kind(8, 6), b=nn.Linear(6, 2))
+    slimmed = assert_exact(model.double(), (torch.randn(2, 4, 3).double(),))
+    assert slimmed.analysis.channel_map.size == 8 + 6
