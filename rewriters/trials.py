@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from rewriters.channel_map import ALWAYS, distinct, empty_ends
 from rewriters.frozen_heap import collect
+from rewriters.labels import picked
 from rewriters.leaves import tensors_of
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Unwritable
@@ -99,7 +100,10 @@ def _likeness(traced: Traced, number: np.ndarray) -> tuple[str, str, bytes]:
         own = traced.known[id(tensor)].layers if id(tensor) in traced.known else ()
         shapes.append((tuple(tensor.shape), [tuple(layer.shape) for layer in own]))
         for layer in own:
-            classes = number[layer.numpy().ravel()]
+            classes = picked(number, layer.numpy().ravel())
+            if (classes == ALWAYS).all():
+                coupled.update(b"all stay")
+                continue
             found, first = np.unique(classes, return_index=True)
             new = found[first.argsort()]
             new = new[in_order[new] < 0]
