@@ -11,17 +11,21 @@ class Journal:
     """Applies changes to modules and remembers what was there before."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._before: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {}  # by the id of what was changed
 
     def set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
         """`entries[key] = value`, for a module's `__dict__`, `_parameters`, `_buffers` or `_modules`."""
-        self._entries.append((entries, dict(entries)))
+        self._note(entries)
         entries[key] = value
 
     def remove(self, entries: dict[Any, Any], key: Any) -> None:
         """`del entries[key]`."""
-        self._entries.append((entries, dict(entries)))
+        self._note(entries)
         del entries[key]
+
+    def _note(self, entries: dict[Any, Any]) -> None:
+        if id(entries) not in self._before:
+            self._before[id(entries)] = (entries, dict(entries))
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Set a plain attribute (an int, a forward), past nn.Module's registration."""
@@ -32,8 +36,8 @@ class Journal:
         self.set(module._parameters if name in module._parameters else module._buffers, name, value)
 
     def undo(self) -> None:
-        """Take everything back, the latest first; entries are in the order they were in."""
-        for entries, before in reversed(self._entries):
+        """Take everything back; entries are in the order they were in."""
+        for entries, before in self._before.values():
             entries.clear()
             entries.update(before)
-        self._entries.clear()
+        self._before.clear()
