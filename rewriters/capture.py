@@ -8,6 +8,7 @@ has to know what each of them was called with and what its children gave back.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,6 +184,7 @@ class Recorder(TorchDispatchMode):
             self.call.nodes.append(node)
 
 
+@functools.cache  # tags are slow to read
 def reshapes_in_place(op: Any) -> bool:
     """Whether a call gives the tensor that it is given another shape: `unsqueeze_`, say."""
     return torch.Tag.inplace_view in op.tags and op is not torch.ops.aten.detach_.default

@@ -6,6 +6,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+_within = 0
+"""How many times `frozen_heap` has been entered and not left."""
+
 
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
@@ -14,14 +17,17 @@ def frozen_heap() -> Iterator[None]:
     With PyTorch and timm imported a search through all takes a quarter of a second, and the graphs of a large model
     start one each time. Who has frozen a heap already (`gc.freeze`, before a fork) keeps it as it is.
     """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
+    global _within
+    frozen_before = gc.get_freeze_count() > 0
+    if not frozen_before:
+        gc.freeze()
+    _within += 1
     try:
         yield
     finally:
-        gc.unfreeze()
+        _within -= 1
+        if not frozen_before:
+            gc.unfreeze()
 
 
 def collect() -> None:
@@ -29,5 +35,5 @@ def collect() -> None:
 
     They are cycles, which would stay until Python looks for some the next time.
     """
-    if gc.get_freeze_count():
+    if _within:  # Python counts frozen objects one by one
         gc.collect()
