@@ -26,7 +26,7 @@ from rewriters.analysis import Analysis
 from rewriters.capture import Capture, ModuleCall
 from rewriters.channel_map import ALWAYS
 from rewriters.errors import SurgeryError, TraceError
-from rewriters.forward import bind_arguments, out_of_place
+from rewriters.forward import bind_arguments, given_to, out_of_place
 from rewriters.labels import Labelled
 from rewriters.resizing import Cut, Unwritable, sweep
 from rewriters.rules import find_rule
@@ -84,7 +84,7 @@ def prune_branches(
 def _read_elsewhere(
     model: nn.Module, found: list[Pruned], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> set[str]:
-    """Those of the modules to be taken out that code reads which isn't rewritten and doesn't go with them.
+    """Those of the modules to be taken out that code reads which isn't rewritten.
 
     `nn.TransformerEncoder` asks its first layer's attention whether batches come first.
     """
@@ -104,7 +104,7 @@ def _read_elsewhere(
     def noted(module: nn.Module, name: str) -> Any:
         value = plain_read(module, name)
         path = paths.get(value) if isinstance(value, nn.Module) else None
-        if path in gone and running[-1] not in rewritten and not is_under(running[-1], gone):
+        if path in gone and running[-1] not in rewritten:
             read.add(path)
         return value
 
@@ -232,11 +232,7 @@ class _Values(fx.Interpreter):
     def __init__(self, module: nn.Module, graph: fx.Graph, names: list[str]):
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.found: dict[str, Tensor] = {}
-        self.given: dict[str, Any] = {}
         self._names = set(names)
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.given[target.lstrip("*")]  # fx itself would take **kwargs for *args
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -253,8 +249,8 @@ def _probe(
     values = _Values(module, graph, names)
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values.given = tree_map_only(Tensor, torch.clone, bind_arguments(module, args, kwargs))
-        values.run()
+        arguments = tree_map_only(Tensor, torch.clone, bind_arguments(module, args, kwargs))
+        values.run(initial_env=given_to(graph, arguments))
 
     handle = module.register_forward_pre_hook(run, with_kwargs=True)
     try:

@@ -150,7 +150,7 @@ class RewrittenForward:
 class InterpretedForward:
     """Runs rewritten graphs node by node, in the place of a `RewrittenForward` that would run but once.
 
-    To compile a long forward takes more memory than all that is known of the model.
+    To compile a long one takes memory: that of torchvision's RAFT 8 MB, where the captured graph takes 5.
 
     Args:
         owner, graphs: as for a `RewrittenForward`.
@@ -166,8 +166,7 @@ class InterpretedForward:
         graph = self.graphs[self.owner.training]
         interpreter = fx.Interpreter(self.owner, graph=graph)
         interpreter.extra_traceback = False
-        placeholders = graph.find_nodes(op="placeholder")
-        return interpreter.run(initial_env={node: bound.arguments[node.target.lstrip("*")] for node in placeholders})
+        return interpreter.run(initial_env=given_to(graph, bound.arguments))
 
 
 class LiveForward(RewrittenForward):
@@ -209,6 +208,11 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     if forward is not None:
         raise torch.fx.proxy.TraceError("its forward was replaced on the instance")
     return _WRITTEN_OUT.get(type(module), type(module).forward)
+
+
+def given_to(graph: fx.Graph, arguments: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """What a graph is given, for `fx.Interpreter` of a call's arguments by name: it takes **kwargs for *args itself."""
+    return {node: arguments[node.target.lstrip("*")] for node in graph.find_nodes(op="placeholder")}
 
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

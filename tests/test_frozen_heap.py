@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import autogate
-from rewriters.frozen_heap import frozen_heap
+from rewriters.frozen_heap import collect, frozen_heap
 
 
 class Cycle:
@@ -38,6 +38,23 @@ def test_inside_only_new_cycles_are_found():
         assert new() is None and before() is not None
     gc.collect()
     assert before() is None
+
+
+def test_cycles_are_collected_inside_and_not_outside():
+    gc.disable()
+    try:
+        new = weakref.ref(Cycle())
+        collect()
+        assert new() is not None
+        with pytest.raises(ZeroDivisionError), frozen_heap():
+            newer = weakref.ref(Cycle())
+            collect()
+            assert newer() is None and new() is not None
+            raise ZeroDivisionError
+        collect()
+        assert new() is not None
+    finally:
+        gc.enable()
 
 
 def test_a_heap_that_was_frozen_before_stays_so():
