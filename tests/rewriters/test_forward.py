@@ -69,6 +69,15 @@ def test_what_is_rewritten_for_a_trial_leaves_nothing_behind():
     assert lines_kept() == before
 
 
+def test_the_rehearsal_compiles_nothing(monkeypatch):
+    model = Split().eval()
+    analysis = analyse(model, (image(),))
+    monkeypatch.setattr(RewrittenForward, "_compile", lambda self: pytest.fail("compiled"))
+    rehearse(model, analysis, (image(),))
+    with pytest.raises(pytest.fail.Exception, match="compiled"):
+        slim_and_gated(Split, image().double())
+
+
 def test_forwards_of_the_same_code_share_it():
     blocks = [rewritten(Split(), image()) for _ in range(2)]
     codes = {block.forward.function(training).__code__ for block in blocks for training in (False, True)}
