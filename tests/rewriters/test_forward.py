@@ -70,12 +70,12 @@ def test_what_is_rewritten_for_a_trial_leaves_nothing_behind():
 
 
 def test_the_rehearsal_compiles_nothing(monkeypatch):
-    model = Split().eval()
+    model = Modes().eval()
     analysis = analyse(model, (image(),))
     monkeypatch.setattr(RewrittenForward, "_compile", lambda self: pytest.fail("compiled"))
     rehearse(model, analysis, (image(),))
     with pytest.raises(pytest.fail.Exception, match="compiled"):
-        slim_and_gated(Split, image().double())
+        slim_and_gated(Modes, image().double())
 
 
 def test_forwards_of_the_same_code_share_it():
