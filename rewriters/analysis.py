@@ -13,15 +13,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ALWAYS, ChannelMap
 from rewriters.errors import TraceError
-from rewriters.following import patched
+from rewriters.following import patches_held
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
-from rewriters.leaves import tensors_of
+from rewriters.leaves import leaves_of, tensors_of
 from rewriters.preserving import set_modes, without_caches
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut
@@ -34,7 +33,7 @@ from rewriters.verify import run_eval
 
 _RULES_WITH_SIZES = (
     creation.create, mixing.group_norm, mixing.layer_norm, movement.channel_shuffle, movement.expand, movement.move,
-    movement.reshape, movement.roll,
+    movement.pad, movement.reshape, movement.roll,
 )  # fmt: skip
 _TORCH_MODULES_WITH_SIZES = (
     nn.Unflatten, nn.ChannelShuffle, nn.MultiheadAttention, nn.modules.padding._ConstantPadNd,
@@ -128,7 +127,7 @@ def _analyse(
     labelling.settle_zeroed()
     analysis = Analysis(captures, labelling)
     known = labelling.by_tensor()
-    with patched():
+    with patches_held():
         looking = _trace_statistics(model, analysis, known)
         _trace_size_holders(model, analysis, known, looking)
     _settle_repeated_calls(analysis)
@@ -233,8 +232,9 @@ def _trace_size_holders(
             by_place = any(look.places for look in _looks_in(analysis.labelling, call))
             if _knows_its_sizes(module) and not by_place:
                 continue
-            readable = _sizes_to_read(analysis.labelling, call, known)
-            holders = [node for node in call.nodes if _may_hold_size(analysis.labelling, node, module, readable)]
+            holders = [node for node in call.nodes if _takes_sizes(node, module)]
+            readable = _sizes_to_read(analysis.labelling, call, known) if holders else set()
+            holders = [node for node in holders if _may_hold_size(analysis.labelling, node, readable)]
             if not holders and id(call) not in traces:
                 continue
             try:
@@ -261,7 +261,7 @@ def _settle_repeated_calls(analysis: Analysis) -> None:
 
 def _merge_calls(labelling: Labelling, first: Traced, second: Traced) -> None:
     for one, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
-        for a, b in zip(tree_leaves(one.meta.get("val")), tree_leaves(other.meta.get("val")), strict=True):
+        for a, b in zip(leaves_of(one.meta.get("val")), leaves_of(other.meta.get("val")), strict=True):
             if isinstance(a, Tensor) and isinstance(b, Tensor):
                 labelling.merge_values(first.known.get(id(a)), second.known.get(id(b)), first.path)
 
@@ -289,13 +289,21 @@ def _follows_weight(module: nn.Module) -> bool:
 
 def _sizes_to_read(labelling: Labelling, call: ModuleCall, known: Mapping[int, Labelled]) -> set[int]:
     """Lengths of what a module is given, along dimensions that slimming makes shorter: it may read them off it."""
-    given = [known[id(leaf)] for leaf in tree_leaves((call.args, call.kwargs)) if id(leaf) in known]
+    given = [known[id(leaf)] for leaf in leaves_of((call.args, call.kwargs)) if id(leaf) in known]
     mortal = [layer for value in given for layer in value.layers if not labelling.pinned(layer).all()]
     return {layer.shape[dim] for layer in mortal for dim in varying(layer)}
 
 
-def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module, readable: set[int]) -> bool:
-    """Whether a call may hold a number that slimming changes (a field that follows doesn't count).
+def _takes_sizes(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a call is one that takes numbers which slimming may change (a field that follows doesn't count)."""
+    found = find_rule(node.target)
+    if found is convolution:
+        return node.args[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
+    return found in _RULES_WITH_SIZES
+
+
+def _may_hold_size(labelling: Labelling, node: fx.Node, readable: set[int]) -> bool:
+    """Whether a call that takes sizes may be given one that slimming changes.
 
     Args:
         readable: sizes that change and may have been read elsewhere in the forward, though all stays here.
@@ -303,22 +311,17 @@ def _may_hold_size(labelling: Labelling, node: fx.Node, module: nn.Module, reada
     found = find_rule(node.target)
     if found in (creation.create, movement.expand, movement.reshape) and readable & set(node.meta["val"].shape):
         return True
-    if found is convolution:
-        holds = node.args[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
-    elif found is movement.pad:
+    if found is movement.pad:
         padded = {node.meta["val"].ndim - 1 - place // 2 for place, width in enumerate(node.args[1]) if width}
         layers = labelling.values[node.args[0]].layers
-        holds = any(padded & set(varying(layer)) for layer in layers)
-    else:
-        holds = found in _RULES_WITH_SIZES
-    return holds and any(
-        not labelling.pinned(layer).all() for value in _labels_at(labelling, node) for layer in value.layers
-    )
+        if not any(padded & set(varying(layer)) for layer in layers):
+            return False
+    return any(not labelling.pinned(layer).all() for value in _labels_at(labelling, node) for layer in value.layers)
 
 
 def _labels_at(labelling: Labelling, node: fx.Node) -> list[Labelled]:
     values = [labelling.values[source] for source in node.all_input_nodes] + [labelling.values[node]]
-    return [value for value in tree_leaves(values) if isinstance(value, Labelled)]
+    return [value for value in leaves_of(values) if isinstance(value, Labelled)]
 
 
 def pin_call(analysis: Analysis, path: str, reason: str) -> None:

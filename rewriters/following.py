@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import _symbolic_trace
-from torch.utils._pytree import tree_leaves
 
 from rewriters.errors import TraceError
+from rewriters.leaves import leaves_of
 from rewriters.proxies import Valued
 
 _FACTORIES = {
@@ -35,6 +36,10 @@ def _builtins(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
     torch.overrides.get_overridable_functions()  # reads the same names once, which should be when nothing is wrapped
     builtins = {name: value for name, value in vars(space).items() if isinstance(value, types.BuiltinFunctionType)}
     return {name: value for name, value in builtins.items() if not value.__name__.startswith("_")}
+
+
+MATH = tuple(_builtins(math).values())
+"""Functions that are recorded where a forward's module has them by their own names too, which torch.fx sees to."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ def _set_following(to: _Following | None) -> Iterator[None]:
 @contextlib.contextmanager
 def followed(tracer: fx.Tracer) -> Iterator[None]:
     """Inside, `tracer` is told of what a forward does."""
-    with patched(), _set_following(_Following(tracer)):
+    with patches_held() as patches, _set_following(_Following(tracer)):
+        patches.put()
         yield
 
 
@@ -73,37 +79,51 @@ def unfollowed() -> contextlib.AbstractContextManager[None]:
     return _set_following(None)
 
 
-_is_patched = False
+class _Patches(contextlib.ExitStack):
+    """All that has to be patched; taken off at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._are_put = False
+
+    def put(self) -> None:
+        """Where it isn't done yet."""
+        if not self._are_put:
+            self._are_put = True
+            for patch in (_functions_patched, _contexts_patched, _modules_patched, _leaves_patched):
+                self.enter_context(patch())
+
+
+_held: _Patches | None = None
 
 
 @contextlib.contextmanager
-def patched() -> Iterator[None]:
-    """Holds the patches over several traces: PyTorch tells thousands of classes that nn.Module has changed."""
-    global _is_patched
-    if _is_patched:
-        yield
+def patches_held() -> Iterator[_Patches]:
+    """What is patched for a trace inside stays for the next: PyTorch tells thousands of classes of every change."""
+    global _held
+    if _held is not None:
+        yield _held
         return
-    _is_patched = True
     try:
-        with _functions_patched(), _contexts_patched(), _modules_patched(), _leaves_patched():
-            yield
+        with _Patches() as _held:
+            yield _held
     finally:
-        _is_patched = False
+        _held = None
 
 
 @contextlib.contextmanager
 def _functions_patched() -> Iterator[None]:
-    """Torch's builtin functions are recorded by their arguments as they are.
+    """Torch's builtin functions, and math's, are recorded by their arguments as they are.
 
     Left to themselves they look into sizes given as proxies (which would guard them) before they ask the
     proxies for leave, and don't ask at all where there is no tensor among their arguments (torch.zeros).
     """
-    for space in (torch, F):
+    for space in (torch, F, math):
         vars(space).update(_recorders(space))
     try:
         yield
     finally:
-        for space in (torch, F):
+        for space in (torch, F, math):
             vars(space).update(_builtins(space))
 
 
@@ -114,7 +134,7 @@ def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
 
 def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if _following is not None and (
-        name in _FACTORIES or any(type(leaf) is Valued for leaf in tree_leaves((args, kwargs)))
+        name in _FACTORIES or any(type(leaf) is Valued for leaf in leaves_of((args, kwargs)))
     ):
         return _following.tracer.create_proxy("call_function", function, args, kwargs)
     return function(*args, **kwargs)

@@ -246,16 +246,17 @@ def _grown(root: np.ndarray, count: int) -> np.ndarray:
 def _join(root: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
     """Hooks the larger root of every edge onto the smaller one, for all edges at once, until nothing moves.
 
-    Paths are halved among the ends of these edges only: however many labels there are, it costs as edges do.
+    Paths are shortened for the roots that were hooked only: however many labels there are, it costs as edges do.
     """
-    while first.size:
-        first, second = _top(root, first), _top(root, second)
-        apart = first != second
+    first, second = _top(root, first), _top(root, second)
+    while (apart := first != second).any():
         first, second = first[apart], second[apart]
-        np.minimum.at(root, np.maximum(first, second), np.minimum(first, second))
-        ends = np.concatenate([first, second])
-        while not np.array_equal(up := root[root[ends]], root[ends]):
-            root[ends] = up
+        larger = np.maximum(first, second)
+        np.minimum.at(root, larger, np.minimum(first, second))
+        up = root[larger]
+        while not np.array_equal(above := root[up], up):
+            root[larger] = up = above
+        first, second = root[first], root[second]
 
 
 def _top(root: np.ndarray, at: np.ndarray) -> np.ndarray:

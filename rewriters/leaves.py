@@ -1,4 +1,4 @@
-"""Tensors in what calls are given and give: in one by itself, or anywhere in tuples, lists and dicts."""
+"""What stands in tuples, lists and dicts that calls are given and give, tensors above all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+_ONE = frozenset((bool, int, float, str, type(None)))
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """What pytree's `tree_leaves` gives, in a fraction of its time for what is usual."""
+    kind = type(value)
+    if kind in _ONE or isinstance(value, Tensor):
+        return [value]
+    if kind is tuple or kind is list:
+        return [leaf for item in value for leaf in leaves_of(item)]
+    if kind is dict:
+        return [leaf for item in value.values() for leaf in leaves_of(item)]
+    return tree_leaves(value)
+
 
 def tensors_of(value: Any) -> list[Tensor]:
     """All tensors in a value, in order."""
     if isinstance(value, Tensor):  # as it mostly is
         return [value]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
+from rewriters.leaves import leaves_of
 from rewriters.preserving import attributes_preserved, random_numbers_kept
 
 
@@ -121,8 +122,8 @@ class Replies:
 
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
     """Tensors among a call's arguments, also those in fields of objects that PyTorch doesn't look into."""
-    leaves = tree_leaves((args, kwargs))
-    hidden = (tree_leaves(vars(leaf)) for leaf in leaves if _hides_tensors(leaf))
+    leaves = leaves_of((args, kwargs))
+    hidden = (leaves_of(vars(leaf)) for leaf in leaves if _hides_tensors(leaf))
     return [leaf for leaf in (*leaves, *(leaf for found in hidden for leaf in found)) if isinstance(leaf, Tensor)]
 
 
@@ -205,7 +206,7 @@ class _Noting:
 
 
 def _noted(output: Any) -> Any:
-    leaves = tree_leaves(output)
+    leaves = leaves_of(output)
     plain = all(leaf is None or _is_plain(leaf) for leaf in leaves)
     if not plain or all(leaf is None for leaf in leaves):
         return None

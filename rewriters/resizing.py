@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from rewriters.errors import SurgeryError
 from rewriters.following import AUTOCAST
 from rewriters.forward import guard, in_places
 from rewriters.labels import Labelled, parts, reshaped, varying
-from rewriters.leaves import tensors_of
+from rewriters.leaves import leaves_of, tensors_of
 from rewriters.rules import RULES, Look, Rule, elementwise, find_rule, movement
 from rewriters.sizes import FAMILIES, Resize
 from rewriters.tracing import run_call
@@ -181,7 +181,7 @@ class Resizer:
 
     def _is_whole(self, node: fx.Node) -> bool:
         """Whether a node's value is the same slimmed, every tensor in it of the same shape."""
-        full, slim = tree_leaves(node.meta["val"]), tree_leaves(self._slim[node])
+        full, slim = leaves_of(node.meta["val"]), leaves_of(self._slim[node])
         return len(full) == len(slim) and all(
             one.shape == other.shape if isinstance(one, Tensor) else type(one) in _PLAIN and one == other
             for one, other in zip(full, slim, strict=True)

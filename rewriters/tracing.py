@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from rewriters.capture import Capture, ModuleCall, only_restrides, reshapes_in_place
 from rewriters.errors import TraceError
-from rewriters.following import AUTOCAST, followed, unfollowed
+from rewriters.following import AUTOCAST, MATH, followed, unfollowed
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
-from rewriters.leaves import tensors_of
+from rewriters.leaves import leaves_of, tensors_of
 from rewriters.preserving import attributes_preserved, random_numbers_kept
 from rewriters.propagate import Labelling
 from rewriters.proxies import Valued
@@ -78,11 +78,10 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, captured: Capture, call: ModuleCall, labelling: Labelling, known: Mapping[int, Labelled]):
-        super().__init__()
+        super().__init__(autowrap_modules=(), autowrap_functions=MATH)
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
         self._alive: list[Any] = []  # ids of tensors are keys
-        self._entered = call  # the child that ran last
         self._recorded = call.nodes[::-1]  # what ran in it, the first last
         self.known = ChainMap({}, known)  # its own in front: to copy all of them for each trace takes memory
 
@@ -167,22 +166,28 @@ class _Tracer(fx.Tracer):
 
     def _follow(self, node: fx.Node) -> None:
         """Note a new node's value, the ATen ops it ran and the labels of what they gave."""
+        node.meta.update(val=None, ops=[], looks=[])
         if node.target in AUTOCAST:
-            node.meta.update(val=None, ops=[], looks=[])
+            return
+        if node.op == "get_attr":
+            node.meta["val"] = self._attribute(node.target)
+            return
+        if node.op == "call_module":
+            child = self._next_child(node.target)
+            node.meta["val"] = child.output
+            given = fx.node.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
+            self.link(given, (child.args, child.kwargs))
             return
         log = _OpLog(self._captured.mode)
         with torch.no_grad(), self._captured.mode, log:
-            node.meta["val"] = self._evaluate(node)
+            value = run_call(node.op, node.target, node.args, node.kwargs, lambda other: other.meta["val"])
         node.meta["ops"] = [op for op, *_ in log.calls]
         findings = self._labelling.findings.apart()
         same: dict[int, Tensor] = {}
         for call in log.calls:
             self._label(*call, findings, same)
-        node.meta["val"] = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), node.meta["val"])
+        node.meta["val"] = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
         node.meta["looks"] = findings.looks
-        if node.op == "call_module":
-            given = fx.node.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
-            self.link(given, (self._entered.args, self._entered.kwargs))
 
     def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings, same: dict[int, Tensor]) -> None:
         """Label what a call gave.
@@ -190,7 +195,7 @@ class _Tracer(fx.Tracer):
         Args:
             same: takes the recorded tensors that are like those it gave, by the ids of these.
         """
-        given = tree_map_only(Tensor, lambda tensor: self._labels_of(same.get(id(tensor), tensor)), (args, kwargs))
+        given = fx.node.map_aggregate((args, kwargs), lambda leaf: self._labels_of(same.get(id(leaf), leaf)))
         recorded = self._recorded_as(op, given)
         if recorded is None:
             labels = self._labelling.apply(op, *given, out, self._call.path, findings)
@@ -216,11 +221,12 @@ class _Tracer(fx.Tracer):
         return None
 
     def _ran_on(self, recorded: fx.Node, given: Any) -> bool:
-        theirs = fx.node.map_arg((recorded.args, recorded.kwargs), self._labelling.values.__getitem__)
-        (one, form), (other, other_form) = _flat(given), _flat(theirs)
-        return form == other_form and all(map(_are_one, one, other))
+        return _are_one(given, fx.node.map_arg((recorded.args, recorded.kwargs), self._labelling.values.__getitem__))
 
-    def _labels_of(self, value: Tensor) -> Labelled:
+    def _labels_of(self, value: Any) -> Any:
+        """Labels in the place of a tensor; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
         return self.known.get(id(value)) or Labelled(tuple(value.shape))
 
     def link(self, traced: Any, captured: Any) -> None:
@@ -229,7 +235,7 @@ class _Tracer(fx.Tracer):
         They are the same but where an op made channels of its own (padding, zeros to concatenate): there the
         traced op made other ones than the captured op, which the rest of the model is coupled with.
         """
-        ours, theirs = tree_leaves(traced), tree_leaves(captured)
+        ours, theirs = leaves_of(traced), leaves_of(captured)
         if len(ours) != len(theirs):
             return  # only train mode returns as many
         for a, b in zip(ours, theirs, strict=True):
@@ -240,31 +246,30 @@ class _Tracer(fx.Tracer):
                 call = OpCall("forward", (), {}, shapes, self._call.path, labelling.space, labelling.findings)
                 meet(call, pair)
 
-    def _evaluate(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            name = f"{self._call.path}.{node.target}".lstrip(".")
-            if name not in self._captured.tensors:
-                raise TraceError(f"it reads {node.target}, which is no parameter or buffer")
-            return self._captured.tensors[name]
-        if node.op == "call_module":
-            path = f"{self._call.path}.{node.target}".lstrip(".")
-            child = next(self._children, None)
-            if child is None or path not in child.names:
-                raise TraceError(f"traced, it calls {path} where it ran {child.path if child else 'nothing'}")
-            self._entered = child
-            return child.output
-        return run_call(node.op, node.target, node.args, node.kwargs, lambda other: other.meta["val"])
+    def _attribute(self, name: str) -> Tensor:
+        """What stands for a parameter or buffer of the module."""
+        path = f"{self._call.path}.{name}".lstrip(".")
+        if path not in self._captured.tensors:
+            raise TraceError(f"it reads {name}, which is no parameter or buffer")
+        return self._captured.tensors[path]
 
-
-def _flat(arguments: Any) -> tuple[list[Any], Any]:
-    """What stands in arguments, and how, in containers of fx's kinds."""
-    return tree_flatten(fx.node.map_aggregate(arguments, lambda leaf: leaf))
+    def _next_child(self, name: str) -> ModuleCall:
+        """The recorded call of the child that is called now."""
+        path = f"{self._call.path}.{name}".lstrip(".")
+        child = next(self._children, None)
+        if child is None or path not in child.names:
+            raise TraceError(f"traced, it calls {path} where it ran {child.path if child else 'nothing'}")
+        return child
 
 
 def _are_one(one: Any, other: Any) -> bool:
-    """Whether two arguments are the same labels (none, for instance), or equal."""
+    """Whether two arguments are the same labels (none, for instance), or equal, or hold such in the same places."""
     if isinstance(one, Labelled):
         return one is other or (not one.layers and one == other)
+    if isinstance(one, (tuple, list)):
+        return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_are_one, one, other))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_are_one(one[k], other[k]) for k in one)
     return one == other
 
 

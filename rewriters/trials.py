@@ -63,7 +63,7 @@ def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
 
     Of forwards that are alike (the attention of each block) one is tried, and all of them if that one is refused.
     """
-    settled = False
+    settled = not forwards
     while not settled:
         settled = True
         number = labelling.numbering()

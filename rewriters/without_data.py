@@ -54,15 +54,15 @@ def _batch_norm(
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    """What native_layer_norm gives: values, and each position's mean and inverse deviation."""
+    """What native_layer_norm gives: values, and each position's mean and inverse deviation, contiguous all."""
     over = len(x.shape) - len(shape)
     parameters = [tensor for tensor in (weight, bias) if tensor is not None]
-    if not _alike(x, *parameters) or x.dtype not in _SINGLE_OR_DOUBLE:
+    if x.dtype not in _SINGLE_OR_DOUBLE or not all(_alike(tensor) and tensor.dtype == x.dtype for tensor in parameters):
         return NotImplemented
     if any(tuple(tensor.shape[-len(shape) :]) != tuple(shape) for tensor in (x, *parameters)):
         return NotImplemented
     kept = (*x.shape[:over], *(1 for _ in shape))
-    return _like(x), _new(x, kept), _new(x, kept)
+    return _new(x, x.shape), _new(x, kept), _new(x, kept)
 
 
 def _convolution(
@@ -156,9 +156,10 @@ TOLD: Mapping[Any, Callable[..., Any]] = {
     _aten.mean.dim: _mean,
     _aten._safe_softmax.default: _safe_softmax,
     **dict.fromkeys(
-        (_aten.elu.default, _aten.gelu.default, _aten.hardsigmoid.default, _aten.hardswish.default,
-         _aten.hardtanh.default, _aten.leaky_relu.default, _aten.mish.default, _aten.relu.default,
-         _aten.sigmoid.default, _aten.silu.default, _aten.tanh.default), _of_one
+        (_aten.elu.default, _aten.exp.default, _aten.gelu.default, _aten.hardsigmoid.default, _aten.hardswish.default,
+         _aten.hardtanh.default, _aten.leaky_relu.default, _aten.mish.default, _aten.pow.Tensor_Scalar,
+         _aten.relu.default, _aten.rsqrt.default, _aten.sigmoid.default, _aten.silu.default, _aten.sqrt.default,
+         _aten.tanh.default), _of_one
     ),
     **dict.fromkeys(
         (_aten.elu_.default, _aten.gelu_.default, _aten.hardsigmoid_.default, _aten.hardswish_.default,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriters import following
-from rewriters.following import patched
+from rewriters.following import patches_held
 from tests.rewriters.helpers import Net, analysed, conv
 
 METHODS = ((torch, "zeros"), (F, "conv2d"), (torch.autocast, "__enter__"), (torch._C, "_set_grad_enabled"),
@@ -57,7 +57,9 @@ def test_all_is_as_before_afterwards():
     before = [getattr(home, name) for home, name in METHODS]
     three_traces()
     assert [getattr(home, name) for home, name in METHODS] == before
-    with pytest.raises(KeyError), patched():
+    with pytest.raises(KeyError), patches_held() as patches:
+        assert [getattr(home, name) for home, name in METHODS] == before  # until something is traced
+        patches.put()
         assert all(getattr(home, name) != was for (home, name), was in zip(METHODS, before, strict=True))
         raise KeyError
     assert [getattr(home, name) for home, name in METHODS] == before
@@ -66,5 +68,6 @@ def test_all_is_as_before_afterwards():
 def test_who_is_not_followed_is_served_as_ever():
     net = Net(lambda m, x: m.a(torch.zeros(1, 3, 2, 2) + x).amax(), a=conv(3, 4))
     wanted = net(torch.ones(()))
-    with patched(), torch.autocast("cpu", enabled=False):
+    with patches_held() as patches, torch.autocast("cpu", enabled=False):
+        patches.put()
         assert torch.equal(net(torch.ones(())), wanted)

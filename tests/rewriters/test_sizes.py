@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,8 @@ def forwards():
     yield "view literal", lambda m, y: y.view(y.shape[0], 2, 4, y.shape[2], -1).mean(4).view(-1, 8, y.shape[2], 1)
     yield "view in a tuple", lambda m, y: y.view((y.size(0), 8, -1)).view(y.shape)
     yield "view of the batch", lambda m, y: y.view(y.shape[0] * 8, 1, *y.shape[2:]).relu().view(-1, 8, *y.shape[2:])
+    yield "view by math", lambda m, y: y.view(len(y), math.isqrt(y.shape[1] ** 2), -1).view(y.shape)
+    yield "scale by math", lambda m, y: y.view(len(y), 8, -1).view(y.shape) * math.sqrt(y.shape[1])
     yield "reshape", lambda m, y: y.reshape(y.shape[0], 8, -1).softmax(-1).reshape(-1, 8, *y.shape[2:])
     yield "torch.reshape", lambda m, y: torch.reshape(y, (y.shape[0], 4, 2, -1)).flatten(1, 2).view(y.shape)
     yield "reshape by keyword", lambda m, y: torch.reshape(input=y, shape=(-1, 8, y.shape[2] * y.shape[3])).view_as(y)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from math import ceil
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from rewriters.channel_map import Side
 from rewriters.errors import TraceError
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
-from tests.rewriters.forwards import Split, slim_and_gated, traced
+from tests.rewriters.forwards import Split, rewritten, slim_and_gated, traced
 from tests.rewriters.helpers import Net, conv, image
 
 
@@ -45,6 +47,22 @@ def test_loops_and_assertions_on_sizes_are_followed():
     model = Net(loops, a=conv(3, 8), b=conv(2, 2), scales=scales).double().eval()
     slimmed = assert_exact(model, (image().double(),))
     assert slimmed.analysis.channel_map.size == 2
+
+
+class Cropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 4), conv(4, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x)[:, :, : math.isqrt(x.shape[2]), : ceil(x.shape[3] / 2)])
+
+
+def test_functions_of_math_are_recorded_by_whatever_name():
+    """Computed where they stand, they would tie the forward to images of one size."""
+    model, x = Cropped(), image(size=16)
+    wanted = model(x)
+    assert torch.equal(rewritten(model, image(size=4))(x), wanted)
 
 
 def test_guards_on_sizes_that_slimming_changes_go():

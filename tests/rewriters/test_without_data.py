@@ -70,6 +70,7 @@ CALLS: dict[Any, list[tuple[Any, ...]]] = {
     aten.convolution.default: list(convolutions()),
     aten.addmm.default: [(bias, MATRIX.T, MATRIX) for bias in (MATRIX[0], VECTOR, torch.zeros(()))]
     + [(MATRIX[0], MATRIX, MATRIX)],
+    aten.pow.Tensor_Scalar: [(x, exponent) for x in LAYOUTS.values() for exponent in (2, 0.5, -1)],
     aten.mm.default: [(MATRIX.T, MATRIX), (MATRIX, MATRIX)],
     aten.bmm.default: [(ROWS, ROWS.transpose(1, 2)), (ROWS, ROWS), (ROWS, ROWS.half().transpose(1, 2))],
     aten.cat.default: [
