@@ -20,14 +20,14 @@ from rewriters.errors import TraceError
 from rewriters.following import patches_held
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
-from rewriters.leaves import leaves_of, tensors_of
+from rewriters.leaves import all_tensors, leaves_of, tensors_at, tensors_of
 from rewriters.preserving import set_modes, without_caches
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut
 from rewriters.rules import Findings, Look, creation, find_rule, mixing, movement
 from rewriters.rules.kernels import convolution
 from rewriters.statistics import Site, place, plain_statistics, site, statistics, take_off, write_live
-from rewriters.traced import Traced, all_tensors, by_mode, tensors_at, trace_modes
+from rewriters.traced import Traced, by_mode, trace_modes
 from rewriters.trials import pin_unwritable
 from rewriters.verify import run_eval
 

@@ -1,10 +1,10 @@
-"""What stands in tuples, lists and dicts that calls are given and give, tensors above all."""
+"""What stands in tuples, lists and dicts that calls are given and give, tensors above all, and in graphs of calls."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 _ONE = frozenset((bool, int, float, str, type(None)))
@@ -27,3 +27,14 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):  # as it mostly is
         return [value]
     return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
+
+
+def tensors_at(node: fx.Node) -> list[Tensor]:
+    """Tensors that go into a node, and those that come out."""
+    values = [source.meta["val"] for source in node.all_input_nodes] + [node.meta["val"]]
+    return tensors_of(values)
+
+
+def all_tensors(graph: fx.Graph) -> list[Tensor]:
+    """Every tensor that a node of the graph stands for."""
+    return [tensor for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))]

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rewriters.capture import Capture, ModuleCall
 from rewriters.errors import TraceError
 from rewriters.forward import stands_in
 from rewriters.labels import Labelled
-from rewriters.leaves import tensors_of
 from rewriters.preserving import set_modes
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Resizer
@@ -70,14 +69,3 @@ def trace_modes(
         return [traced((False,), False), traced((True,), True)]
     finally:
         set_modes(module, before)
-
-
-def tensors_at(node: fx.Node) -> list[Tensor]:
-    """Tensors that go into a node, and those that come out."""
-    values = [source.meta["val"] for source in node.all_input_nodes] + [node.meta["val"]]
-    return tensors_of(values)
-
-
-def all_tensors(graph: fx.Graph) -> list[Tensor]:
-    """Every tensor that a node of the graph stands for."""
-    return [tensor for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))]

@@ -26,7 +26,7 @@ from rewriters.errors import TraceError
 from rewriters.following import AUTOCAST, MATH, followed, unfollowed
 from rewriters.forward import guard, own_forward
 from rewriters.labels import Labelled
-from rewriters.leaves import leaves_of, tensors_of
+from rewriters.leaves import all_tensors, leaves_of, tensors_of
 from rewriters.preserving import attributes_preserved, random_numbers_kept
 from rewriters.propagate import Labelling
 from rewriters.proxies import Valued
@@ -314,6 +314,6 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
     tracer.link(fx.node.map_arg(returned, lambda node: node.meta["val"]), call.output)
     _drop_unused_reads(graph)
-    in_graph = {id(tensor) for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))}  # and stays alive
+    in_graph = set(map(id, all_tensors(graph)))  # these stay alive
     found, recorded = tracer.known.maps
     return graph, ChainMap({key: labels for key, labels in found.items() if key in in_graph}, recorded)

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from rewriters.channel_map import ALWAYS, distinct, empty_ends
 from rewriters.frozen_heap import collect
 from rewriters.labels import picked
-from rewriters.leaves import tensors_of
+from rewriters.leaves import all_tensors, tensors_at, tensors_of
 from rewriters.propagate import Labelling
 from rewriters.resizing import Cut, Unwritable
-from rewriters.traced import Traced, all_tensors, tensors_at
+from rewriters.traced import Traced
 
 
 def trial_pattern(size: int, seed: int) -> Tensor:

@@ -8,8 +8,8 @@ from torch import nn
 
 from rewriters.capture import capture
 from rewriters.channel_map import ALWAYS
+from rewriters.leaves import all_tensors
 from rewriters.propagate import Labelling
-from rewriters.traced import all_tensors
 from rewriters.tracing import trace
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE

@@ -34,6 +34,27 @@ def test_a_forward_unlike_the_others_is_tried_too():
     assert slimmed.analysis.channel_map.size == 6
 
 
+class OfAnothersShape(nn.Module):
+    """Has no form for fewer channels of the first, for it takes their number from the third."""
+
+    def forward(self, first, second, third):
+        moved = [one.flatten(2).transpose(1, 2).transpose(1, 2) for one in (first, second)]
+        return moved[0].reshape(third.shape), moved[1].reshape(second.shape)
+
+
+def test_forwards_of_whose_inputs_others_stay_are_not_alike():
+    def forward(m, x):
+        kept, third = m.kept(x), m.third(x)
+        first, _ = m.refuses(m.first(x), kept, third)
+        _, second = m.works(kept, m.second(x), third)
+        return m.a(first) + m.b(second), kept, third
+
+    convolutions = {name: conv(3, 4) for name in ("kept", "third", "first", "second")}
+    model = Net(forward, refuses=OfAnothersShape(), works=OfAnothersShape(), a=conv(4, 2), b=conv(4, 2), **convolutions)
+    slimmed = assert_exact(model.double().eval(), (image().double(),))
+    assert slimmed.analysis.channel_map.size == 4  # the second's
+
+
 def test_alike_forwards_are_tried_once(monkeypatch):
     tried = []
     refusal = trials._refusal
