@@ -15,8 +15,7 @@ from rewriters.capture import Capture, is_getitem
 from rewriters.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
 from rewriters.labels import Labelled, LabelSpace, give_members, picked
 from rewriters.leaves import tensors_of
-from rewriters.rules import Crossing, Findings, KernelCall, Look, OpCall, find_rule
-from rewriters.rules.kernels import PRODUCTS
+from rewriters.rules import PRODUCTS, Crossing, Findings, KernelCall, Look, OpCall, find_rule
 
 
 @dataclass

@@ -250,6 +250,14 @@ def like(old: Tensor, sliced: Tensor) -> Tensor:
     return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced
 
 
+def _is_convolution(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether the fields tell a kernel's shape as a convolution's do; torchvision's deformable one is no `_ConvNd`."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return True
+    outputs, inputs, groups = (vars(module).get(name) for name in ("out_channels", "in_channels", "groups"))
+    return all(type(width) is int for width in (outputs, inputs, groups)) and shape[:2] == (outputs, inputs // groups)
+
+
 def fields_after(
     module: nn.Module, name: str, old: torch.Size, new: torch.Size, whole_groups: bool
 ) -> Iterator[tuple[str, Any]]:
@@ -257,8 +265,9 @@ def fields_after(
 
     `whole_groups`: a grouped convolution loses whole groups, and not the same places in every group.
     """
-    if isinstance(module, nn.modules.conv._ConvNd) and name == "weight":
-        first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+    if name == "weight" and _is_convolution(module, old):
+        transposed = getattr(module, "transposed", False)
+        first, second = ("in_channels", "out_channels") if transposed else ("out_channels", "in_channels")
         groups = module.groups
         if groups > 1 and whole_groups:
             groups = new[0] * groups // old[0]

@@ -1,9 +1,13 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
-from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent, unrecorded
+from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent, unrecorded, vision
 from rewriters.rules.registry import RULES, Crossing, Findings, KernelCall, Look, OpCall, Rule, find_rule, rule
 
+PRODUCTS = (kernels.convolution, kernels.matmul, kernels.addmm, vision.deform_conv2d)
+"""Rules of ops that sum over channels with a kernel."""
+
 __all__ = [
+    "PRODUCTS",
     "RULES",
     "Crossing",
     "Findings",
@@ -21,4 +25,5 @@ __all__ = [
     "recurrent",
     "rule",
     "unrecorded",
+    "vision",
 ]

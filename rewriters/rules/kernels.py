@@ -246,7 +246,3 @@ def _note_matrix(
     call.findings.kernels.append(KernelCall(note, rows))
     if gate and into is not None:
         call.findings.gated.add(into)
-
-
-PRODUCTS = (convolution, matmul, addmm)
-"""Rules of ops that sum over channels with a kernel."""

@@ -1,8 +1,8 @@
 """One function a family of ops says what the op does to labels; this is where it is found.
 
 A rule takes an `OpCall` and returns the labels of the result: a `Labelled`, or a list of them for an op
-with several results. `@rule("aten.add.Tensor", ...)` registers it; names of ops that this version of torch
-doesn't have are passed over, so that one list serves every version.
+with several results. `@rule("aten.add.Tensor", ...)` registers it, also for an op that this version of torch
+doesn't have, so that one list serves every version, or that a library brings which isn't imported yet.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ Result = Labelled | list[Labelled]
 Rule = Callable[["OpCall"], Result]
 
 RULES: dict[Any, Rule] = {}
+
+_ABSENT: dict[str, Rule] = {}
+"""Rules of ops that weren't there when they were registered, by name."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ class OpCall:
 
 
 def overload(name: str) -> Any:
-    """The overload called e.g. "aten.add.Tensor", or None where this torch lacks it."""
+    """The overload called e.g. "aten.add.Tensor", or None where there is none."""
     found: Any = torch.ops
     for part in name.split("."):
         try:
@@ -236,6 +239,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         for name in names:
             found = overload(name)
             if found is None:
+                _ABSENT[name] = function
                 continue
             overloads = [found] if name.count(".") == 2 else [getattr(found, o) for o in found.overloads()]
             for each in overloads:
@@ -251,7 +255,8 @@ def find_rule(op: Any) -> Rule:
         return RULES[op]
     if torch.Tag.pointwise in getattr(op, "tags", ()):
         return RULES[torch.Tag.pointwise]
-    return unknown
+    name = str(op)
+    return _ABSENT.get(name) or _ABSENT.get(name.rpartition(".")[0]) or unknown
 
 
 def unknown(call: OpCall) -> Result:
