@@ -169,7 +169,7 @@ class LiveMean(LiveStatistic):
 
 
 class LiveVariance(LiveStatistic):
-    """`torch.var`, `torch.std` or `torch.var_mean` over the live channels."""
+    """`torch.var`, `torch.std`, `torch.var_mean` or `torch.std_mean` over the live channels."""
 
     def __init__(self, size: int, dim: int, like: Tensor, name: str):
         super().__init__(size, dim, like)
@@ -183,7 +183,8 @@ class LiveVariance(LiveStatistic):
         total = _count(x, dims)
         variance, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
         variance = variance * (total / (total * self.share() - correction))
-        return {"var": variance, "std": variance.sqrt(), "var_mean": (variance, mean)}[self.name]
+        spread = variance.sqrt() if self.name.startswith("std") else variance
+        return (spread, mean) if self.name.endswith("mean") else spread
 
 
 def _variance_arguments(
@@ -265,6 +266,7 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     **dict.fromkeys([torch.var, "var"], partial(LiveVariance, name="var")),
     **dict.fromkeys([torch.std, "std"], partial(LiveVariance, name="std")),
     torch.var_mean: partial(LiveVariance, name="var_mean"),
+    torch.std_mean: partial(LiveVariance, name="std_mean"),
     **{form: partial(LiveExtreme, name=name) for name in ("amax", "amin") for form in (name, getattr(torch, name))},
     F.normalize: partial(LiveOrZero, function=F.normalize),
     torch.linalg.vector_norm: partial(LiveOrZero, function=torch.linalg.vector_norm),

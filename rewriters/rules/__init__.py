@@ -1,9 +1,9 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
-from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent, unrecorded, vision
+from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent, sampling, unrecorded
 from rewriters.rules.registry import RULES, Crossing, Findings, KernelCall, Look, OpCall, Rule, find_rule, rule
 
-PRODUCTS = (kernels.convolution, kernels.matmul, kernels.addmm, vision.deform_conv2d)
+PRODUCTS = (kernels.convolution, kernels.matmul, kernels.addmm, sampling.deform_conv2d)
 """Rules of ops that sum over channels with a kernel."""
 
 __all__ = [
@@ -24,6 +24,6 @@ __all__ = [
     "picking",
     "recurrent",
     "rule",
+    "sampling",
     "unrecorded",
-    "vision",
 ]

@@ -15,7 +15,7 @@ from rewriters.rules.registry import OpCall, Result, Zeroed, rule
 @rule(
     "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.max.dim", "aten.min.dim",
     "aten.prod", "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm", "aten.any", "aten.all",
-    "aten.argmax", "aten.argmin", "aten.var_mean", "aten.max", "aten.min",
+    "aten.argmax", "aten.argmin", "aten.var_mean", "aten.std_mean", "aten.max", "aten.min",
 )  # fmt: skip
 def reduce(call: OpCall) -> Result:
     """A reduction: labels survive along the dimensions that stay."""
@@ -37,8 +37,8 @@ def reduce(call: OpCall) -> Result:
 
 
 _STATISTICS = {
-    torch.ops.aten.mean, torch.ops.aten.var, torch.ops.aten.std, torch.ops.aten.var_mean, torch.ops.aten.amax,
-    torch.ops.aten.amin,
+    torch.ops.aten.mean, torch.ops.aten.var, torch.ops.aten.std, torch.ops.aten.var_mean, torch.ops.aten.std_mean,
+    torch.ops.aten.amax, torch.ops.aten.amin,
 }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def complex_parts(call: OpCall) -> Labelled:
     "aten.adaptive_max_pool2d", "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d",
     "aten._upsample_nearest_exact2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d",
     "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa", "aten.reflection_pad2d",
-    "aten.replication_pad2d", "aten.grid_sampler_2d",
+    "aten.replication_pad2d",
 )  # fmt: skip
 def spatial2d(call: OpCall) -> Result:
     """Pooling, resizing and padding of images work on each channel alone."""
@@ -131,9 +131,22 @@ def spatial3d(call: OpCall) -> Result:
     return _spatial(call, 3)
 
 
+@rule("aten.max_unpool2d", "aten.max_unpool3d")
+def unpool(call: OpCall) -> Labelled:
+    """Pooled values back in their places, which are each channel's own."""
+    spatial = len(call.arg(2, "output_size"))
+    parts = [
+        Labelled((*part.shape[:-spatial], *[1] * spatial), call.mix(part, range(-spatial, 0), _POOLED))
+        for part in call.args[:2]
+    ]
+    return Labelled(call.shape, meet(call, parts))
+
+
+_POOLED = "pooled along its channels"
+
+
 def _spatial(call: OpCall, spatial_dims: int) -> Result:
-    value = call.args[0]
-    layers = call.mix(value, range(-spatial_dims, 0), "pooled along its channels")
+    layers = call.mix(call.args[0], range(-spatial_dims, 0), _POOLED)
     outs = [Labelled(shape, layers) for shape in call.shapes]
     return outs if len(outs) > 1 else outs[0]
 

@@ -63,7 +63,7 @@ def move(call: OpCall) -> Result:
 
 @rule(
     "aten.permute", "aten.permute_copy", "aten.movedim", "aten.transpose", "aten.transpose_", "aten.t",
-    "aten.unsqueeze", "aten.unsqueeze_", "aten.flip",
+    "aten.unsqueeze", "aten.unsqueeze_", "aten.flip", "aten.rot90",
 )  # fmt: skip
 def reorder(call: OpCall) -> Result:
     """As `move`; for whatever sizes the call is the same."""

@@ -38,6 +38,14 @@ class WrittenOut(Standardised):
         return (self.weight - mean) / torch.sqrt(variance + 1e-10)
 
 
+class ByDeviation(Standardised):
+    """As timm's older code has it."""
+
+    def kernel(self):
+        deviation, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
+        return (self.weight - mean) / (deviation + 1e-5)
+
+
 class WithoutMean(Standardised):
     def kernel(self):
         return self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -74,7 +82,8 @@ def standardised(kind):
 
 
 KINDS = {
-    kind.__name__: standardised(kind) for kind in (Standardised, WrittenOut, WithoutMean, UnitNorm, Scaled, Squashed)
+    kind.__name__: standardised(kind)
+    for kind in (Standardised, WrittenOut, ByDeviation, WithoutMean, UnitNorm, Scaled, Squashed)
 }
 KINDS |= {"weight_norm": weight_normed, "old weight_norm": old_weight_normed}
 

@@ -105,10 +105,11 @@ def test_group_norm_over_the_live_places_of_every_group(groups):
     torch.testing.assert_close(module(x, groups, w, b)[:, channels], wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_variance_with_its_mean():
+@pytest.mark.parametrize("function", [torch.var_mean, torch.std_mean])
+def test_spread_with_its_mean(function):
     x = images(-1)
-    got = written(FORMS[torch.var_mean], -1, x)(x, -1, keepdim=True)
-    for one, other in zip(got, torch.var_mean(living(x, -1), -1, keepdim=True), strict=True):
+    got = written(FORMS[function], -1, x)(x, -1, keepdim=True)
+    for one, other in zip(got, function(living(x, -1), -1, keepdim=True), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 

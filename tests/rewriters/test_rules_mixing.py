@@ -48,6 +48,8 @@ def test_softmax_over_channels_pins_and_says_so():
         lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
         lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
         lambda x: F.pad(x, (1, 1, 1, 1)), lambda x: F.instance_norm(x), lambda x: x.max(2, keepdim=True)[0],
+        lambda x: x / torch.std_mean(x, (2, 3), keepdim=True)[0], lambda x: x.rot90(1, (2, 3)),
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
     ],
 )  # fmt: skip
 def test_mixing_along_positions_passes_channels(op):
@@ -80,6 +82,7 @@ STATISTICS = [
     lambda x: x / x.norm(dim=1, keepdim=True), lambda x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True),
     lambda x: x * x.std(1, keepdim=True), lambda x: x / torch.var(x, (1, 2), keepdim=True),
     lambda x: x - torch.var_mean(x, 1, keepdim=True)[1], lambda x: F.layer_norm(x, x.shape[1:]),
+    lambda x: x / torch.std_mean(x, 1, keepdim=True)[0],
 ]  # fmt: skip
 
 
@@ -191,3 +194,26 @@ def test_windows_of_a_channel_are_cut_out_and_added_up_together():
 def test_what_is_added_up_in_one_channel_goes_together():
     found = mapped(lambda m, x: m.b(F.fold(m.a(x.flatten(2)), (8, 8), 2, stride=2)), a=nn.Conv1d(3, 8, 1), b=conv(2, 2))
     assert classes(found, "a.weight", 0) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_pooled_values_go_back_to_the_places_that_other_channels_had():
+    """SegNet's: the encoder's channels and the decoder's meet in the places."""
+
+    def forward(m, x):
+        pooled, places = F.max_pool2d(m.a(x), 2, return_indices=True)
+        return m.c(F.max_unpool2d(m.b(pooled), places, 2))
+
+    members = {"a": conv(3, 6), "b": conv(6, 6), "c": conv(6, 2)}
+    found = mapped(forward, **members)
+    assert classes(found, "a.weight", 0) == classes(found, "b.weight", 0) == classes(found, "c.weight", 1)
+    assert_exact(Net(forward, **members).double(), (image().double(),))
+
+
+def test_volumes_are_unpooled():
+    layer = nn.MaxUnpool3d(2)
+
+    def forward(m, x):
+        return m.b(layer(*F.max_pool3d(m.a(x), 2, return_indices=True)))
+
+    model = Net(forward, a=nn.Conv3d(3, 6, 1), b=nn.Conv3d(6, 2, 1)).double()
+    assert assert_exact(model, (torch.randn(2, 3, 4, 4, 4).double(),)).analysis.channel_map.size == 6

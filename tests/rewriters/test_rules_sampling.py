@@ -1,15 +1,39 @@
-"""torchvision's own ops: deformable convolution, and cutting boxes out of feature maps."""
+"""What sampling at computed positions does to channels: those of what is sampled go, positions keep their numbers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision import ops
 
 from rewriters.rules.registry import find_rule, rule, unknown
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, conv, image, is_pinned
+
+
+def test_channels_of_maps_on_a_grid_go_and_the_grid_stays():
+    """Its two coordinates are channels of a convolution here, and looked at by another."""
+
+    def forward(m, x):
+        y = m.a(x)
+        offsets = m.offsets(y)
+        return m.b(F.grid_sample(y, offsets.permute(0, 2, 3, 1), align_corners=False)) + m.c(offsets)
+
+    model = Net(forward, a=conv(3, 6), offsets=conv(6, 2), b=conv(6, 2), c=conv(2, 2)).double()
+    slimmed = assert_exact(model, (image().double(),))
+    assert slimmed.analysis.channel_map.size == 6
+    assert is_pinned(slimmed.analysis.channel_map, "offsets.weight", 0)
+
+
+def test_volumes_are_sampled_too():
+    grid = torch.rand(2, 2, 2, 2, 3).double()
+    model = Net(
+        lambda m, x: m.b(F.grid_sample(m.a(x), grid, align_corners=True)), a=nn.Conv3d(3, 6, 1), b=nn.Conv3d(6, 2, 1)
+    ).double()
+    slimmed = assert_exact(model, (torch.randn(2, 3, 4, 4, 4).double(),))
+    assert slimmed.analysis.channel_map.size == 6
 
 
 def deformable(masked: bool = True, offset_groups: int = 1, **options) -> nn.Module:

@@ -1,4 +1,4 @@
-"""torchvision's own ops: deformable convolution, and what is cut out of feature maps by boxes."""
+"""Feature maps that are sampled at computed positions: on a grid, by deformable convolution, in boxes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from rewriters.rules.kernels import convolution
 from rewriters.rules.registry import OpCall, Result, rule
 
 _POSITIONS = "sampled at positions that are computed"
+
+
+@rule("aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def grid_sampler(call: OpCall) -> Labelled:
+    """Maps (N, C, ...) at the positions of a grid, (N, ..., number of coordinates), which stays."""
+    x, grid = call.args[:2]
+    call.mix(grid, range(grid.ndim), _POSITIONS)
+    return Labelled(call.shape, call.mix(x, range(2, x.ndim), _POSITIONS))
 
 
 @rule("torchvision.deform_conv2d")
