@@ -209,13 +209,13 @@ class LiveOrZero(LiveStatistic):
 
 
 class LiveExtreme(LiveStatistic):
-    """`torch.amax` or `torch.amin` over the live channels."""
+    """`torch.amax`, `torch.amin`, or `torch.max` or `torch.min` along a dimension, over the live channels."""
 
     def __init__(self, size: int, dim: int, like: Tensor, name: str):
         super().__init__(size, dim, like)
-        self.name, self.beyond = name, float("-inf") if name == "amax" else float("inf")
+        self.name, self.beyond = name, float("-inf") if name.endswith("max") else float("inf")
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.plain():
             input = input.masked_fill(self.along(input) == 0, self.beyond)
         return getattr(torch, self.name)(input, *args, **kwargs)
@@ -267,7 +267,11 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     **dict.fromkeys([torch.std, "std"], partial(LiveVariance, name="std")),
     torch.var_mean: partial(LiveVariance, name="var_mean"),
     torch.std_mean: partial(LiveVariance, name="std_mean"),
-    **{form: partial(LiveExtreme, name=name) for name in ("amax", "amin") for form in (name, getattr(torch, name))},
+    **{
+        form: partial(LiveExtreme, name=name)
+        for name in ("amax", "amin", "max", "min")
+        for form in (name, getattr(torch, name))
+    },
     F.normalize: partial(LiveOrZero, function=F.normalize),
     torch.linalg.vector_norm: partial(LiveOrZero, function=torch.linalg.vector_norm),
     **dict.fromkeys([torch.norm, "norm"], partial(LiveOrZero, function=torch.norm)),

@@ -78,15 +78,21 @@ class Labelling:
         owner = node.meta["call"]
         path = owner.path if owner is not None else ""
         before = len(self.findings.looks)
-        result = self.apply(node.target, args, kwargs, node.meta["val"], path, self.findings)
+        result = self.apply(node.target, args, kwargs, node.meta["val"], path, self.findings, _unused(node))
         if len(self.findings.looks) > before:
             self.looks[node] = self.findings.looks[before:]
         return result
 
-    def apply(self, op: Any, args: Any, kwargs: Any, value: Any, path: str, findings: Findings) -> Any:
-        """Labels of `value`, the result of `op` on arguments whose tensors are given as `Labelled`."""
+    def apply(
+        self, op: Any, args: Any, kwargs: Any, value: Any, path: str, findings: Findings,
+        unused: frozenset[int] = frozenset(),
+    ) -> Any:  # fmt: skip
+        """Labels of `value`, the result of `op` on arguments whose tensors are given as `Labelled`.
+
+        Where there are several results, `unused` are the places of those that nothing is computed from.
+        """
         shapes = [tuple(tensor.shape) for tensor in tensors_of(value)]
-        result = find_rule(op)(OpCall(op, args, kwargs, shapes, path, self.space, findings))
+        result = find_rule(op)(OpCall(op, args, kwargs, shapes, path, self.space, findings, unused))
         results = result if isinstance(result, list) else [result]
         if isinstance(value, Tensor):
             return results[0]
@@ -270,6 +276,12 @@ class Labelling:
             sides = [side for side, (at, size) in self.space.blocks.items() if hit[at : at + size].any()]
             pins += [Pin(*place, tuple(sides))] if sides else []
         return tuple(pins)
+
+
+def _unused(node: fx.Node) -> frozenset[int]:
+    """Places of those of a call's several results that nothing is computed from."""
+    picked = [user for user in node.users if is_getitem(user)]
+    return frozenset(user.args[1] for user in picked if not user.users)
 
 
 def _counted(call: KernelCall, number: np.ndarray) -> Kernel:

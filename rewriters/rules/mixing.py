@@ -42,12 +42,17 @@ _STATISTICS = {
 }  # fmt: skip
 
 
+_EXTREMES_WITH_PLACES = {torch.ops.aten.max.dim, torch.ops.aten.min.dim}
+
+
 def _is_statistic(call: OpCall) -> bool:
     """Whether a slim model takes this reduction over the channels that are left as over all it ever had.
 
-    So it does a mean, an extreme, and a norm to which zeros add nothing. A sum may be divided by the number there
-    was.
+    So it does a mean, an extreme (not its place), and a norm to which zeros add nothing. A sum may be divided by the
+    number there was.
     """
+    if call.op in _EXTREMES_WITH_PLACES:
+        return 1 in call.unused
     if call.op.overloadpacket is torch.ops.aten.linalg_vector_norm:
         return call.arg(1, "ord", 2) > 0
     return call.op.overloadpacket in _STATISTICS

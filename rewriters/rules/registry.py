@@ -131,6 +131,7 @@ class OpCall:
         module: path of the module it runs in.
         space: labels, to merge and to pin.
         findings: where kernels are noted.
+        unused: places of those of several results that nothing is computed from.
     """
 
     op: Any
@@ -140,6 +141,7 @@ class OpCall:
     module: str
     space: LabelSpace
     findings: Findings
+    unused: frozenset[int] = frozenset()
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         """An argument by position or by name."""

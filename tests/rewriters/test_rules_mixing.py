@@ -19,7 +19,7 @@ def between(op, **members):
     "op",
     [
         lambda x: x.softmax(1) * x, lambda x: F.log_softmax(x, 1), lambda x: x.cumsum(1), lambda x: x.sort(1)[0],
-        lambda x: x * x.max(1, keepdim=True)[0],
+        lambda x: x * x.max(1, keepdim=True)[1],
         lambda x: x.argsort(1).float() + x, lambda x: F.local_response_norm(x, 3),
         lambda x: x / x.sum((1, 2, 3), keepdim=True), lambda x: x * x.logsumexp(1, keepdim=True),
         lambda x: x / torch.linalg.vector_norm(x, -1, dim=1, keepdim=True),
@@ -82,7 +82,8 @@ STATISTICS = [
     lambda x: x / x.norm(dim=1, keepdim=True), lambda x: x / torch.linalg.vector_norm(x, dim=1, keepdim=True),
     lambda x: x * x.std(1, keepdim=True), lambda x: x / torch.var(x, (1, 2), keepdim=True),
     lambda x: x - torch.var_mean(x, 1, keepdim=True)[1], lambda x: F.layer_norm(x, x.shape[1:]),
-    lambda x: x / torch.std_mean(x, 1, keepdim=True)[0],
+    lambda x: x / torch.std_mean(x, 1, keepdim=True)[0], lambda x: x * x.max(1, keepdim=True)[0],
+    lambda x: x - torch.min(x, dim=1, keepdim=True).values,
 ]  # fmt: skip
 
 

@@ -344,8 +344,25 @@ class SpatialAttention(nn.Module):
         return x * self.conv(seen).sigmoid()
 
 
-def test_extremes_over_channels_are_slimmed_exactly():
+class WithPlaces(SpatialAttention):
+    """As its authors' code has it, in which extremes come with their places."""
+
+    def forward(self, x):
+        largest, smallest = torch.max(x, 1)[0] - x.min(dim=1).values, x.min(1, keepdim=True)[0]
+        seen = torch.cat((largest.unsqueeze(1), torch.mean(x, 1).unsqueeze(1)), dim=1)
+        return x * (self.conv(seen) - smallest).sigmoid()
+
+
+@pytest.mark.parametrize("attention", [SpatialAttention, WithPlaces])
+def test_extremes_over_channels_are_slimmed_exactly(attention):
     torch.manual_seed(0)
-    model = nn.Sequential(conv(3, 8, 3), SpatialAttention(), conv(8, 4)).double().eval()
+    model = nn.Sequential(conv(3, 8, 3), attention(), conv(8, 4)).double().eval()
     slimmed = assert_exact(model, (image().double(),))
     assert Side("0.weight", 0) in slimmed.analysis.channel_map.classes
+
+
+def test_the_place_of_an_extreme_keeps_the_channels():
+    model = Net(lambda m, x: m.b(m.a(x)), a=conv(3, 8), b=conv(8, 2))
+    ranked = Net(lambda m, x: m.b(y := m.a(x)) * y.max(1, keepdim=True)[1], a=conv(3, 8), b=conv(8, 2))
+    assert analyse(model.eval(), (image(),)).channel_map.size == 8
+    assert analyse(ranked.eval(), (image(),)).channel_map.size == 0
