@@ -6,6 +6,7 @@ be patched to be seen; the patches do nothing but while a tracer follows.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import math
@@ -19,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import _symbolic_trace
+from torch.utils import checkpoint
 
 from rewriters.errors import TraceError
+from rewriters.forward import Applied
 from rewriters.leaves import leaves_of
 from rewriters.proxies import Valued
 
@@ -89,9 +92,12 @@ class _Patches(contextlib.ExitStack):
     def put(self) -> None:
         """Where it isn't done yet."""
         if not self._are_put:
-            self._are_put = True
-            for patch in (_functions_patched, _contexts_patched, _modules_patched, _leaves_patched):
+            for patch in (
+                _functions_patched, _contexts_patched, _modules_patched, _leaves_patched, _isinstance_patched,
+                _autograd_functions_patched,
+            ):  # fmt: skip
                 self.enter_context(patch())
+            self._are_put = True
 
 
 _held: _Patches | None = None
@@ -207,3 +213,49 @@ def _contexts_patched() -> Iterator[None]:
 def _leaves_patched() -> contextlib.AbstractContextManager[Any]:
     """Functions that were declared leaves (`torch.fx.wrap`) are looked into: proxies that know their values can."""
     return mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True)
+
+
+_PROXIES = frozenset((fx.Proxy, Valued))
+
+
+def _isinstance_patched() -> contextlib.AbstractContextManager[Any]:
+    """A proxy is an instance of what its value is one of; to torch.fx it is a proxy too."""
+    plain = isinstance
+
+    def of_value(instance: Any, kinds: Any) -> bool:
+        if type(instance) is not Valued:
+            return plain(instance, kinds)
+        return plain(instance.value, kinds) or not _PROXIES.isdisjoint(kinds if type(kinds) is tuple else (kinds,))
+
+    return mock.patch.object(builtins, "isinstance", of_value)
+
+
+@contextlib.contextmanager
+def _autograd_functions_patched() -> Iterator[None]:
+    """Functions with a backward of their own are recorded as they are; what they do in their forward would lose that.
+
+    What is checkpointed is followed as if it were not.
+    """
+    plain = vars(torch.autograd.Function)["apply"]  # a class's method, in C or in Python
+
+    def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+        if _following is None or not any(type(leaf) is Valued for leaf in leaves_of(args)):
+            return plain.__get__(None, function)(*args)
+        if function is checkpoint.CheckpointFunction:
+            run, _, *given = args
+            return run(*given)
+        return _following.tracer.create_proxy("call_function", Applied(function), args, {})
+
+    def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    steps = {name: nothing for name in _CHECKPOINTS_STEPS if hasattr(checkpoint, name)}
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+        mock.patch.multiple(checkpoint, **steps),
+    ):
+        yield
+
+
+_CHECKPOINTS_STEPS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+"""What `torch.utils.checkpoint` does before and after the function that it runs, by the version of torch."""

@@ -53,6 +53,20 @@ def in_places(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
     return x.new_zeros(shape).index_copy(dim, places, x)
 
 
+@dataclass(frozen=True)
+class Applied:
+    """Applies a function with a backward of its own; torch.fx would write its `apply` as if it were torch's."""
+
+    function: type[torch.autograd.Function]
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
+
+
 _OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
 
 

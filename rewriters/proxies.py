@@ -11,15 +11,15 @@ from rewriters.errors import TraceError
 
 
 class Valued(fx.Proxy):
-    """A proxy that knows the value it stands for."""
+    """A proxy that knows the value it stands for.
+
+    Asked by a traced forward, `isinstance` answers for the value (`rewriters.following`). It isn't made to by a
+    `__class__` of the value's: PyTorch's C++ would believe that too, and read memory that a tensor would have.
+    """
 
     @property
     def value(self) -> Any:
         return self.node.meta["val"]
-
-    @property
-    def __class__(self):  # isinstance(x, torch.Tensor) must answer for the value
-        return type(self.value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):

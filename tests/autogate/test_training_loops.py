@@ -229,6 +229,22 @@ def test_gradient_checkpointing_changes_nothing():
     assert_exact(saving, example)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:torch.utils.checkpoint")
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext"])
+def test_a_model_that_saves_memory_already_is_prepared(name):
+    """Its own forward is traced, and PyTorch's C++ is given what passes through the checkpoints."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **({"img_size": 32} if "vit" in name else {})).eval()
+    plain = autogate.prepare(copy.deepcopy(model), example := torch.randn(2, 3, 32, 32))
+    model.set_grad_checkpointing(True)
+    model = autogate.prepare(model, example)
+    assert autogate.gates(model).channel_map.checksum() == autogate.gates(plain).channel_map.checksum()
+    with torch.no_grad():
+        autogate.gates(model).alpha[::2] = 0
+    loss_of(model.train(), 0).backward()
+    assert_exact(model, example)
+
+
 @pytest.mark.parametrize("clip", ["norm", "value"])
 def test_accumulation_autocast_clipping_and_channels_last(clip):
     model, example = net(flops=0.5, steps=40)
