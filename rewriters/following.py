@@ -59,14 +59,33 @@ _PATCHED = "__fx_already_patched"
 """torch.fx leaves methods alone that bear this mark; if it didn't, it would patch them as ever."""
 
 
+_PROXIES = frozenset((fx.Proxy, Valued))
+
+_plain_isinstance = isinstance
+
+
+def _isinstance_of_value(instance: Any, kinds: Any) -> bool:
+    """A proxy is an instance of what its value is one of; to torch.fx it is a proxy too."""
+    if type(instance) is not Valued:
+        return _plain_isinstance(instance, kinds)
+    kinds_of_proxies = _PROXIES.intersection(kinds if type(kinds) is tuple else (kinds,))
+    return bool(kinds_of_proxies) or _plain_isinstance(instance.value, kinds)
+
+
 @contextlib.contextmanager
 def _set_following(to: _Following | None) -> Iterator[None]:
-    global _following
-    before, _following = _following, to
+    before = _following
+    _follow_by(to)
     try:
         yield
     finally:
-        _following = before
+        _follow_by(before)
+
+
+def _follow_by(to: _Following | None) -> None:
+    global _following
+    _following = to
+    builtins.isinstance = _plain_isinstance if to is None else _isinstance_of_value  # in all that is called
 
 
 @contextlib.contextmanager
@@ -93,8 +112,7 @@ class _Patches(contextlib.ExitStack):
         """Where it isn't done yet."""
         if not self._are_put:
             for patch in (
-                _functions_patched, _contexts_patched, _modules_patched, _leaves_patched, _isinstance_patched,
-                _autograd_functions_patched,
+                _functions_patched, _contexts_patched, _modules_patched, _leaves_patched, _autograd_functions_patched,
             ):  # fmt: skip
                 self.enter_context(patch())
             self._are_put = True
@@ -213,21 +231,6 @@ def _contexts_patched() -> Iterator[None]:
 def _leaves_patched() -> contextlib.AbstractContextManager[Any]:
     """Functions that were declared leaves (`torch.fx.wrap`) are looked into: proxies that know their values can."""
     return mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True)
-
-
-_PROXIES = frozenset((fx.Proxy, Valued))
-
-
-def _isinstance_patched() -> contextlib.AbstractContextManager[Any]:
-    """A proxy is an instance of what its value is one of; to torch.fx it is a proxy too."""
-    plain = isinstance
-
-    def of_value(instance: Any, kinds: Any) -> bool:
-        if type(instance) is not Valued:
-            return plain(instance, kinds)
-        return plain(instance.value, kinds) or not _PROXIES.isdisjoint(kinds if type(kinds) is tuple else (kinds,))
-
-    return mock.patch.object(builtins, "isinstance", of_value)
 
 
 @contextlib.contextmanager
