@@ -42,9 +42,10 @@ from autogate.slimming import cast, first_difference, replay
 from autogate.version import __version__
 from autogate.wrappers import unwrap
 from rewriters.errors import AutogateError
+from rewriters.fields import follow_tensors
 from rewriters.forward import RewrittenForward
 from rewriters.journal import Journal
-from rewriters.slimming import follow_tensors, like, tensor_slots
+from rewriters.slimming import like, tensor_slots
 
 _HEADER, _CHECKSUM = "autogate", "autogate_checksum"
 """Entries of the file's metadata: the header as JSON, and a checksum of that text."""

@@ -12,11 +12,12 @@ from rewriters.analysis import Analysis, analyse, samples_in
 from rewriters.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
 from rewriters.decisions import Decisions
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
+from rewriters.fields import fields_after
 from rewriters.journal import Journal
 from rewriters.rehearsal import rehearse
 from rewriters.restoring import restore
 from rewriters.shortcuts import Shortcut, replace_shortcuts
-from rewriters.slimming import SlimPlan, apply, fields_after, plan
+from rewriters.slimming import SlimPlan, apply, plan
 from rewriters.statistics import write_live
 from rewriters.verify import relative_error, run_eval
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from rewriters.analysis import Analysis
 from rewriters.attention import keep_layers_apart
@@ -17,11 +15,12 @@ from rewriters.branches import Pruned, is_under, prune_branches
 from rewriters.channel_map import ChannelMap, Kernel, Side
 from rewriters.decisions import Decisions
 from rewriters.errors import SurgeryError
+from rewriters.fields import fields_after, follow_tensors, owner_of, widths_of_bare_norms
 from rewriters.forward import InterpretedForward, RewrittenForward
 from rewriters.fusing import follow_widths, widths_in_blocks
 from rewriters.journal import Journal
 from rewriters.preserving import drop_caches, without_caches
-from rewriters.rules.mixing import normalises_whole_groups
+from rewriters.resizing import Cut
 from rewriters.statistics import take_off
 
 
@@ -40,6 +39,7 @@ class SlimPlan:
         restored: modules that run the forward again which they had before an earlier rewriting: that
             forward, or None for their class's own.
         decisions: what was read off the weights.
+        bare_norms: channels left to instance norms that have no tensors, by path.
     """
 
     live: Tensor
@@ -50,6 +50,7 @@ class SlimPlan:
     kernels: tuple[Kernel, ...]
     restored: Mapping[str, RewrittenForward | None] = field(default_factory=dict)
     decisions: Decisions = field(default_factory=Decisions)
+    bare_norms: Mapping[str, int] = field(default_factory=dict)
 
     def flops(self, channel_map: ChannelMap) -> float:
         """Multiply-adds of what is left, for one sample."""
@@ -95,9 +96,11 @@ def plan(
         if len(indices) < len(classes) and side.tensor not in gone:
             kept[side] = indices
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
-    forwards, constants = _rewrite(analysis, live, pruned)
+    cut = analysis.cut(live)
+    forwards, constants = _rewrite(analysis, cut, pruned)
+    norms = widths_of_bare_norms(model, analysis, cut)
     decisions = Decisions(branches={one.path: one.uniform for one in pruned})
-    return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions)
+    return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions, bare_norms=norms)
 
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
@@ -115,10 +118,9 @@ def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
 
 
 def _rewrite(
-    analysis: Analysis, live: Tensor, pruned: list[Pruned]
+    analysis: Analysis, cut: Cut, pruned: list[Pruned]
 ) -> tuple[dict[str, Mapping[bool, fx.Graph]], dict[str, Tensor]]:
     """Rewritten forwards of the modules whose own code doesn't do for this pattern, and the buffers they take."""
-    cut = analysis.cut(live)
     done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
     taken = [(one.path, one.constants) for one in pruned]
     gone = {path for one in pruned for path in one.removed}
@@ -179,7 +181,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
-            owner, its_name = _owner(model, name, module, own_name)
+            owner, its_name = owner_of(model, name, module, own_name)
             journal.set_tensor(module, own_name, sliced[id(tensor)])
             for field, value in fields_after(owner, its_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
                 journal.set_attribute(owner, field, value)
@@ -199,33 +201,12 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     for name, value in slim_plan.constants.items():
         path, _, own_name = name.rpartition(".")
         journal.set(model.get_submodule(path)._buffers, own_name, value)
+    for path, width in slim_plan.bare_norms.items():
+        journal.set_attribute(model.get_submodule(path), "num_features", width)
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
         journal.remove(model.get_submodule(parent)._modules, own_name)
     follow_widths(model, widths, journal)
-
-
-def _owner(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tuple[nn.Module, str]:
-    """The module, and the name in it, that a tensor's shape tells of: of a kernel under a parametrization, or the older
-    `torch.nn.utils.weight_norm`, the layer and what the kernel is called there."""
-    if own_name.endswith("_v") and own_name.removesuffix("_v") + "_g" in module._parameters:
-        return module, own_name.removesuffix("_v")
-    if isinstance(module, ParametrizationList):
-        originals = [tensor for key, tensor in module._parameters.items() if key.startswith("original")]
-        if getattr(module, own_name).shape == max((one.shape for one in originals), key=torch.Size.numel):
-            layer, _, attribute = name.rpartition(".")[0].rpartition(".parametrizations.")
-            return model.get_submodule(layer), attribute
-    return module, own_name
-
-
-def follow_tensors(model: nn.Module, journal: Journal) -> None:
-    """Let recurrent modules' own lists of their tensors hold those that they have now."""
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):
-            tensors = [getattr(module, name, None) for name in module._flat_weights_names]
-            journal.set_attribute(module, "_flat_weights", tensors)
-            references = [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
-            journal.set_attribute(module, "_flat_weight_refs", references)
 
 
 def _slice(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
@@ -248,56 +229,3 @@ def _unfilled(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
 def like(old: Tensor, sliced: Tensor) -> Tensor:
     """What stands in the place of `old`: a parameter, trained or frozen, where that is one."""
     return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced
-
-
-def _is_convolution(module: nn.Module, shape: torch.Size) -> bool:
-    """Whether the fields tell a kernel's shape as a convolution's do; torchvision's deformable one is no `_ConvNd`."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return True
-    outputs, inputs, groups = (vars(module).get(name) for name in ("out_channels", "in_channels", "groups"))
-    return all(type(width) is int for width in (outputs, inputs, groups)) and shape[:2] == (outputs, inputs // groups)
-
-
-def fields_after(
-    module: nn.Module, name: str, old: torch.Size, new: torch.Size, whole_groups: bool
-) -> Iterator[tuple[str, Any]]:
-    """(field, value) pairs of a module that follow from the new shape of one of its tensors.
-
-    `whole_groups`: a grouped convolution loses whole groups, and not the same places in every group.
-    """
-    if name == "weight" and _is_convolution(module, old):
-        transposed = getattr(module, "transposed", False)
-        first, second = ("in_channels", "out_channels") if transposed else ("out_channels", "in_channels")
-        groups = module.groups
-        if groups > 1 and whole_groups:
-            groups = new[0] * groups // old[0]
-            yield "groups", groups
-        yield first, new[0]
-        yield second, new[1] * groups
-    elif isinstance(module, nn.Linear) and name == "weight":
-        yield "out_features", new[0]
-        yield "in_features", new[1]
-    elif isinstance(module, nn.modules.batchnorm._NormBase) and name in ("weight", "running_mean"):
-        yield "num_features", new[0]
-    elif isinstance(module, nn.RNNBase) and name == "weight_ih_l0":
-        yield "input_size", new[1]
-    elif isinstance(module, nn.RNNBase) and name == "weight_hh_l0":
-        yield "hidden_size", new[1]
-    elif isinstance(module, nn.modules.rnn.RNNCellBase) and name in ("weight_ih", "weight_hh"):
-        yield "input_size" if name == "weight_ih" else "hidden_size", new[1]
-    elif isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
-        yield "num_heads", module.num_heads * new[0] // old[0]
-        yield from ((width, new[1]) for width in ("embed_dim", "kdim", "vdim"))
-    elif isinstance(module, nn.MultiheadAttention) and name == "q_proj_weight":
-        yield "num_heads", module.num_heads * new[0] // old[0]
-        yield "embed_dim", new[1]
-    elif isinstance(module, nn.MultiheadAttention) and name in ("k_proj_weight", "v_proj_weight"):
-        yield f"{name[0]}dim", new[1]
-    elif isinstance(module, nn.PReLU):
-        yield "num_parameters", new[0]
-    elif isinstance(module, nn.GroupNorm) and name == "weight":
-        if normalises_whole_groups(module.num_groups, old[0]):
-            yield "num_groups", module.num_groups * new[0] // old[0]
-        yield "num_channels", new[0]
-    elif name == "weight" and tuple(getattr(module, "normalized_shape", ())) == tuple(old):
-        yield "normalized_shape", tuple(new)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriters.analysis import analyse
-from tests.rewriters.exactness import assert_exact
+from tests.rewriters.exactness import assert_exact, slim
 from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, mapped, reasons
 
 
@@ -218,3 +218,13 @@ def test_volumes_are_unpooled():
 
     model = Net(forward, a=nn.Conv3d(3, 6, 1), b=nn.Conv3d(6, 2, 1)).double()
     assert assert_exact(model, (torch.randn(2, 3, 4, 4, 4).double(),)).analysis.channel_map.size == 6
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_instance_norm_without_parameters_is_told_its_width():
+    """PyTorch warns of every call for another."""
+    model = nn.Sequential(conv(3, 6), nn.InstanceNorm2d(6), nn.InstanceNorm2d(6), conv(6, 2)).double()
+    undone = assert_exact(model, (image().double(),)).model
+    assert undone[1].num_features == undone[2].num_features == 6
+    slimmed = slim(model, (image().double(),), share=0.6, seed=1).model
+    assert slimmed[1].num_features == slimmed[2].num_features == slimmed[0].out_channels < 6
