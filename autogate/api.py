@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import jit, nn
 
+from autogate.alone import alone
 from autogate.finalizing import Origin, check_finite, check_whole, on_device, take_out, verify
 from autogate.gates import BANK, GateBank
 from autogate.inputs import as_call
@@ -28,6 +29,7 @@ class BudgetNotMetWarning(UserWarning):
     """The model was finalized before its gates had come down to the budget."""
 
 
+@alone
 def prepare(
     model: M,
     example_inputs: Any = None,
@@ -200,6 +202,7 @@ def summary(model: nn.Module) -> Summary:
     return summarise(unwrap(model), gates(model))
 
 
+@alone
 def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     """Take the closed channels out of a prepared model; its outputs stay what they were.
 

@@ -12,6 +12,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
+from autogate.alone import alone
 from autogate.api import named_by
 from autogate.inputs import as_call
 from autogate.resources import Flops, Params
@@ -73,6 +74,7 @@ class Inspection:
     least: float
 
 
+@alone
 def inspect_model(
     model: nn.Module,
     example_inputs: Any = None,

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from autogate.alone import alone
 from autogate.building import Build, build, how_to_build
 from autogate.gates import BANK
 from autogate.history import (
@@ -140,6 +141,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
         save_file(tensors, temporary, metadata=metadata)
 
 
+@alone
 def load(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,

@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import functools
 import math
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -53,7 +54,13 @@ class _Following:
     parameters: dict[str, fx.Proxy] = field(default_factory=dict)
 
 
-_following: _Following | None = None
+class _Thread(threading.local):
+    """Whom a thread's calls are told to: other threads go on meanwhile."""
+
+    following: _Following | None = None
+
+
+_thread = _Thread()
 
 _PATCHED = "__fx_already_patched"
 """torch.fx leaves methods alone that bear this mark; if it didn't, it would patch them as ever."""
@@ -74,7 +81,7 @@ def _isinstance_of_value(instance: Any, kinds: Any) -> bool:
 
 @contextlib.contextmanager
 def _set_following(to: _Following | None) -> Iterator[None]:
-    before = _following
+    before = _thread.following
     _follow_by(to)
     try:
         yield
@@ -83,8 +90,7 @@ def _set_following(to: _Following | None) -> Iterator[None]:
 
 
 def _follow_by(to: _Following | None) -> None:
-    global _following
-    _following = to
+    _thread.following = to
     builtins.isinstance = _plain_isinstance if to is None else _isinstance_of_value  # in all that is called
 
 
@@ -157,10 +163,10 @@ def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
 
 
 def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _following is not None and (
+    if _thread.following is not None and (
         name in _FACTORIES or any(type(leaf) is Valued for leaf in leaves_of((args, kwargs)))
     ):
-        return _following.tracer.create_proxy("call_function", function, args, kwargs)
+        return _thread.following.tracer.create_proxy("call_function", function, args, kwargs)
     return function(*args, **kwargs)
 
 
@@ -170,13 +176,13 @@ def _modules_patched() -> Iterator[None]:
     plain_call, plain_getattr = nn.Module.__call__, nn.Module.__getattr__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _following is None:
+        if _thread.following is None:
             return plain_call(module, *args, **kwargs)
-        return _following.tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
+        return _thread.following.tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
 
     def get(module: nn.Module, name: str) -> Any:
-        value = plain_getattr(module, name)
-        return value if _following is None else _following.tracer.getattr(name, value, _following.parameters)
+        value, following = plain_getattr(module, name), _thread.following
+        return value if following is None else following.tracer.getattr(name, value, following.parameters)
 
     for patch in (call, get):
         setattr(patch, _PATCHED, True)
@@ -203,21 +209,20 @@ def _contexts_patched() -> Iterator[None]:
         context.device = device_type
 
     def enter(context: Any) -> Any:
-        if _following is None:
+        if _thread.following is None:
             return plain_enter(context)
         given = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
-        context._recorded = _following.tracer.create_proxy("call_function", torch.amp._enter_autocast, given, {})
+        context._recorded = _thread.following.tracer.create_proxy("call_function", torch.amp._enter_autocast, given, {})
         return context
 
     def leave(context: Any, *error: Any) -> Any:
-        if _following is None:
+        if _thread.following is None:
             return plain_exit(context, *error)
-        return (
-            _following.tracer.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {}) and None
-        )
+        _thread.following.tracer.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {})
+        return None
 
     def set_grad(mode: bool) -> None:
-        if _following is not None:
+        if _thread.following is not None:
             raise TraceError("it changes whether gradients are recorded")
         plain_set_grad(mode)
 
@@ -242,12 +247,12 @@ def _autograd_functions_patched() -> Iterator[None]:
     plain = vars(torch.autograd.Function)["apply"]  # a class's method, in C or in Python
 
     def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-        if _following is None or not any(type(leaf) is Valued for leaf in leaves_of(args)):
+        if _thread.following is None or not any(type(leaf) is Valued for leaf in leaves_of(args)):
             return plain.__get__(None, function)(*args)
         if function is checkpoint.CheckpointFunction:
             run, _, *given = args
             return run(*given)
-        return _following.tracer.create_proxy("call_function", Applied(function), args, {})
+        return _thread.following.tracer.create_proxy("call_function", Applied(function), args, {})
 
     def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
