@@ -24,9 +24,13 @@ class Valued(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
+        if isinstance(self.value, Tensor) and name == "dim":
+            return lambda: self.ndim
         if callable(getattr(self.value, name)):
             return Attribute(self, name)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        found = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        # A number of dimensions is a number: forms are looked up by it (in a dict, by einops), and slimming keeps it.
+        return self.tracer.concrete(found) if isinstance(self.value, Tensor) and name == "ndim" else found
 
     def __iter__(self):
         return iter([self[index] for index in range(len(self.value))])

@@ -14,6 +14,7 @@ from torch import nn
 from rewriters.analysis import analyse
 from rewriters.channel_map import Side
 from rewriters.errors import TraceError
+from rewriters.forward import ShapeGuardError
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
 from tests.rewriters.forwards import Split, rewritten, slim_and_gated, traced
@@ -63,6 +64,24 @@ def test_functions_of_math_are_recorded_by_whatever_name():
     model, x = Cropped(), image(size=16)
     wanted = model(x)
     assert torch.equal(rewritten(model, image(size=4))(x), wanted)
+
+
+@pytest.mark.parametrize("rank", [lambda y: y.ndim, lambda y: y.dim()], ids=["ndim", "dim()"])
+def test_what_is_looked_up_by_the_number_of_dimensions_is_found(rank):
+    """As einops looks for the form of a rearrangement; a proxy would be no key."""
+    forms = {3: None, 4: (0, 2, 3, 1)}
+
+    def forward(m, x):
+        y = m.a(x)
+        rows = y.permute(forms[rank(y)]).reshape(len(y), -1, 8)
+        return m.b(rows.transpose(1, 2).reshape(y.shape))
+
+    model = Net(forward, a=conv(3, 8), b=conv(8, 2)).double().eval()
+    slimmed = assert_exact(model, (image().double(),))
+    assert slimmed.analysis.channel_map.size == 8
+    slimmed = slim(model, (image().double(),), share=0.6, seed=1)
+    with pytest.raises(ShapeGuardError, match="4"):
+        slimmed.model(image().double()[0])
 
 
 def test_guards_on_sizes_that_slimming_changes_go():
