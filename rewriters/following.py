@@ -68,15 +68,23 @@ _PATCHED = "__fx_already_patched"
 
 _PROXIES = frozenset((fx.Proxy, Valued))
 
-_plain_isinstance = isinstance
+_PLAIN = {"isinstance": isinstance, "len": len}
 
 
-def _isinstance_of_value(instance: Any, kinds: Any) -> bool:
+def _isinstance(instance: Any, kinds: Any) -> bool:
     """A proxy is an instance of what its value is one of; to torch.fx it is a proxy too."""
+    of_plain = _PLAIN["isinstance"]
     if type(instance) is not Valued:
-        return _plain_isinstance(instance, kinds)
-    kinds_of_proxies = _PROXIES.intersection(kinds if type(kinds) is tuple else (kinds,))
-    return bool(kinds_of_proxies) or _plain_isinstance(instance.value, kinds)
+        return of_plain(instance, kinds)
+    return not _PROXIES.isdisjoint(kinds if type(kinds) is tuple else (kinds,)) or of_plain(instance.value, kinds)
+
+
+def _len(of: Any) -> Any:
+    """Python lets no `__len__` give a proxy."""
+    return of.length() if type(of) is Valued else _PLAIN["len"](of)
+
+
+_OF_VALUES = {"isinstance": _isinstance, "len": _len}
 
 
 @contextlib.contextmanager
@@ -91,7 +99,7 @@ def _set_following(to: _Following | None) -> Iterator[None]:
 
 def _follow_by(to: _Following | None) -> None:
     _thread.following = to
-    builtins.isinstance = _plain_isinstance if to is None else _isinstance_of_value  # in all that is called
+    vars(builtins).update(_PLAIN if to is None else _OF_VALUES)  # in all that is called
 
 
 @contextlib.contextmanager

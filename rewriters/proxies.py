@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor, fx
@@ -9,12 +10,15 @@ from torch.fx.proxy import Attribute
 
 from rewriters.errors import TraceError
 
+_len = len
+
 
 class Valued(fx.Proxy):
     """A proxy that knows the value it stands for.
 
-    Asked by a traced forward, `isinstance` answers for the value (`rewriters.following`). It isn't made to by a
-    `__class__` of the value's: PyTorch's C++ would believe that too, and read memory that a tensor would have.
+    Asked by a traced forward, `isinstance` and `len` answer for the value (`rewriters.following`). The former isn't
+    made to by a `__class__` of the value's: PyTorch's C++ would believe that too, and read memory that a tensor would
+    have.
     """
 
     @property
@@ -32,8 +36,13 @@ class Valued(fx.Proxy):
         # A number of dimensions is a number: forms are looked up by it (in a dict, by einops), and slimming keeps it.
         return self.tracer.concrete(found) if isinstance(self.value, Tensor) and name == "ndim" else found
 
+    def length(self) -> Any:
+        """What `len` is: of a tensor a size, which stays an expression; the number itself of anything else."""
+        of_tensor = isinstance(self.value, Tensor)
+        return self.tracer.create_proxy("call_function", _len, (self,), {}) if of_tensor else _len(self.value)
+
     def __iter__(self):
-        return iter([self[index] for index in range(len(self.value))])
+        return iter([self[index] for index in range(self.__len__())])
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """x[key] = y, written as what it does: y is copied into a view of x."""
@@ -43,7 +52,7 @@ class Valued(fx.Proxy):
         view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
 
     def __len__(self) -> int:
-        return len(self.value)
+        return self.length().__index__()
 
     def __bool__(self) -> bool:
         return bool(self.tracer.concrete(self))
@@ -58,7 +67,7 @@ class Valued(fx.Proxy):
         return self.tracer.concrete(self).__index__()
 
     def __contains__(self, item: Any) -> bool:
-        return item in self.tracer.concrete(self)
+        return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))
 
     def __format__(self, spec: str) -> str:
         return format(self.value, spec)

@@ -50,6 +50,33 @@ def test_loops_and_assertions_on_sizes_are_followed():
     assert slimmed.analysis.channel_map.size == 2
 
 
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(3, 8), conv(8, 2)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y.view(len(y), 8, -1).view(len(x), *y.shape[1:])) / len(x[0])
+
+
+def test_a_length_stays_an_expression():
+    """Python has `__len__` give a number: the forward would have been for batches of two alone."""
+    model, x = Counted(), image(batch=5)
+    wanted = model(x)
+    assert torch.equal(rewritten(model, image(batch=2))(x), wanted)
+
+
+def test_a_loop_over_samples_is_for_as_many():
+    def forward(m, x):
+        return m.b(torch.stack([y.view(8, -1).view(y.shape) for y in m.a(x)]))
+
+    slimmed = slim(Net(forward, a=conv(3, 8), b=conv(8, 2)).double().eval(), (image().double(),), share=0.6, seed=1)
+    assert slimmed.error <= TOLERANCE and "" in slimmed.plan.forwards
+    with pytest.raises(ShapeGuardError):
+        slimmed.model(image(batch=3).double())
+
+
 class Cropped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -82,6 +109,18 @@ def test_what_is_looked_up_by_the_number_of_dimensions_is_found(rank):
     slimmed = slim(model, (image().double(),), share=0.6, seed=1)
     with pytest.raises(ShapeGuardError, match="4"):
         slimmed.model(image().double()[0])
+
+
+def test_what_is_found_in_a_shape_is_guarded():
+    def forward(m, x):
+        y = m.a(x).reshape(len(x), 8, *x.shape[2:])
+        return m.b(y if 5 in y.shape else y.relu())
+
+    slimmed = slim(Net(forward, a=conv(3, 8), b=conv(8, 2)).double().eval(), (image().double(),), share=0.6, seed=1)
+    assert slimmed.error <= TOLERANCE and "" in slimmed.plan.forwards
+    slimmed.model(image(size=6, batch=3).double())
+    with pytest.raises(ShapeGuardError):
+        slimmed.model(image(size=5).double())
 
 
 def test_guards_on_sizes_that_slimming_changes_go():
