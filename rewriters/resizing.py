@@ -24,7 +24,7 @@ from rewriters.forward import guard, in_places
 from rewriters.labels import Labelled, parts, reshaped, varying
 from rewriters.leaves import leaves_of, tensors_of
 from rewriters.rules import RULES, Look, Rule, elementwise, find_rule, movement
-from rewriters.sizes import FAMILIES, Resize
+from rewriters.sizes import FAMILIES, Resize, Scaled, scaled
 from rewriters.tracing import run_call
 from rewriters.without_data import WithoutData
 
@@ -240,11 +240,18 @@ class Resizer:
         slim = [self._shape(t) for t in full]
         resize = Resize(node, [tuple(t.shape) for t in full], slim, self._kept, self._left)
         target, args, kwargs = family(resize)
-        if not self._agrees(node, target, args, kwargs):
+        numbers = fx.node.map_aggregate((args, kwargs), lambda arg: arg.value if isinstance(arg, Scaled) else arg)
+        if not self._agrees(node, target, *numbers):
             raise Unwritable(node, self._where, f"{node.format_node()} has no form for the channels that are left.")
         self.changed |= (target, args, kwargs) != (node.target, node.args, node.kwargs)
-        args, kwargs = fx.node.map_arg((args, kwargs), self._copies.__getitem__)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._written)
         self._copies[node] = self.graph.create_node(node.op, target, args, kwargs)
+
+    def _written(self, arg: Any) -> Any:
+        """An argument as it stands in the new graph."""
+        if isinstance(arg, Scaled):
+            return self.graph.call_function(scaled, (self._copies[arg.size], arg.value, arg.left))
+        return self._copies[arg] if isinstance(arg, fx.Node) else arg
 
     def _labels(self, tensor: Tensor) -> Labelled:
         return self._known.get(id(tensor)) or Labelled(tuple(tensor.shape))

@@ -20,6 +20,26 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """A size that is an expression (batch times heads) and comes to another number for the sizes that are left.
+
+    Attributes:
+        size: the expression.
+        value: what it has to come to.
+        left: what it comes to as it stands.
+    """
+
+    size: fx.Node
+    value: int
+    left: int
+
+
+def scaled(size: int, value: int, left: int) -> int:
+    """What a `Scaled` size is, for the size that its expression comes to."""
+    return size * value // left
+
+
+@dataclass(frozen=True)
 class Resize:
     """What a family needs to know.
 
@@ -52,13 +72,16 @@ class Resize:
         """The value an argument had when traced."""
         return fx.node.map_arg(arg, lambda node: node.meta["val"])
 
+    def size(self, given: Any, value: int) -> Any:
+        """A size as it was given, unless it comes to something else now than it has to."""
+        left = self.left(given)
+        if left in (value, -1):
+            return given
+        return Scaled(given, value, left) if isinstance(given, fx.Node) and isinstance(left, int) and left else value
+
     def sizes(self, given: Any, offset: int = 0) -> list[Any]:
-        """Sizes as they were given, those replaced by what is left that changed or come to something else now."""
-        pairs = zip(self.full[0][offset:], self.slim[0][offset:], strict=False)
-        return [
-            size if old == new and self.left(size) in (new, -1) else new
-            for size, (old, new) in zip(given, pairs, strict=False)
-        ]
+        """Sizes as they were given, those replaced by what is left that come to something else now."""
+        return [self.size(size, value) for size, value in zip(given, self.slim[0][offset:], strict=False)]
 
     def with_args(self, *args: Any, **kwargs: Any) -> Call:
         """The call with other positional arguments, or with keyword arguments changed."""
@@ -66,30 +89,14 @@ class Resize:
 
 
 def reshape(resize: Resize) -> Call:
-    """x.view(sizes), x.reshape(sizes), torch.reshape(x, sizes)."""
-
-    def sizes(given: Any) -> list[Any]:
-        found = resize.sizes(given)
-        if resize.full[0][:1] != resize.slim[0][:1] and -1 not in found:
-            found[0] = -1  # the batch is folded into it, and batches may be of any size
-        return found
-
-    return _with_sizes(resize, sizes)
-
-
-def expand(resize: Resize) -> Call:
-    """x.expand(sizes)."""
-    return _with_sizes(resize, resize.sizes)
-
-
-def _with_sizes(resize: Resize, sizes: Callable[[Any], list[Any]]) -> Call:
+    """x.view(sizes), x.reshape(sizes), torch.reshape(x, sizes), x.expand(sizes)."""
     given = resize.node.args[1:]
     if not given:
         name = next(name for name in ("size", "shape") if name in resize.node.kwargs)
-        return resize.with_args(**{name: sizes(resize.node.kwargs[name])})
+        return resize.with_args(**{name: resize.sizes(resize.node.kwargs[name])})
     if isinstance(given[0], (tuple, list)):
-        return resize.with_args(resize.x, sizes(given[0]))
-    return resize.with_args(resize.x, *sizes(given))
+        return resize.with_args(resize.x, resize.sizes(given[0]))
+    return resize.with_args(resize.x, *resize.sizes(given))
 
 
 def repeat(resize: Resize) -> Call:
@@ -101,10 +108,12 @@ def repeat(resize: Resize) -> Call:
         if dim is None:  # all elements in a row
             return resize.with_args()
         behind = len(resize.full[0]) - dim % len(resize.full[0])
-        return resize.node.target, (resize.x, left.get(behind, times), dim), {}
+        return resize.node.target, (resize.x, resize.size(times, left[behind]) if behind in left else times, dim), {}
     given = resize.argument(1, "repeats")
     times = list(given) if isinstance(given, (tuple, list)) else list(resize.node.args[1:])
-    return "repeat", (resize.x, [left.get(len(times) - place, size) for place, size in enumerate(times)]), {}
+    places = range(len(times), 0, -1)
+    sizes = [resize.size(size, left[dim]) if dim in left else size for size, dim in zip(times, places, strict=True)]
+    return "repeat", (resize.x, sizes), {}
 
 
 _INTERLEAVED = ("repeat_interleave", torch.repeat_interleave)
@@ -246,8 +255,7 @@ _CONVOLUTIONS = [
 ]  # fmt: skip
 
 FAMILIES: dict[Any, Callable[[Resize], Call]] = {
-    **dict.fromkeys(["view", "reshape", torch.reshape], reshape),
-    "expand": expand,
+    **dict.fromkeys(["view", "reshape", torch.reshape, "expand"], reshape),
     **dict.fromkeys(["repeat", *_INTERLEAVED], repeat),
     **dict.fromkeys(["new_zeros", "new_ones", "new_empty", "new_full"], create),
     **dict.fromkeys([torch.zeros, torch.ones, torch.full, torch.empty], create),

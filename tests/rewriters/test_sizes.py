@@ -25,6 +25,19 @@ def forwards():
     yield "view of the batch", lambda m, y: y.view(y.shape[0] * 8, 1, *y.shape[2:]).relu().view(-1, 8, *y.shape[2:])
     yield "view by math", lambda m, y: y.view(len(y), math.isqrt(y.shape[1] ** 2), -1).view(y.shape)
     yield "scale by math", lambda m, y: y.view(len(y), 8, -1).view(y.shape) * math.sqrt(y.shape[1])
+    yield "heads in the batch", lambda m, y: y.reshape(len(y) * 2, 4, -1).softmax(-1).reshape(y.shape)
+    yield (
+        "heads in the batch, second",
+        lambda m, y: y.reshape(1, len(y) * 2, 4, -1).softmax(-1).reshape(len(y), 8, *y.shape[2:]),
+    )
+    yield (
+        "heads in the batch, expanded",
+        lambda m, y: (y.reshape(len(y) * 2, 4, -1) * m.one.expand(len(y) * 2, 4, -1)).view(y.shape),
+    )
+    yield (
+        "heads in the batch, repeated",
+        lambda m, y: (y.reshape(-1, 4, y.shape[2] * y.shape[3]) * m.one.repeat(2 * y.shape[0], 1, 1)).view(y.shape),
+    )
     yield "reshape", lambda m, y: y.reshape(y.shape[0], 8, -1).softmax(-1).reshape(-1, 8, *y.shape[2:])
     yield "torch.reshape", lambda m, y: torch.reshape(y, (y.shape[0], 4, 2, -1)).flatten(1, 2).view(y.shape)
     yield "reshape by keyword", lambda m, y: torch.reshape(input=y, shape=(-1, 8, y.shape[2] * y.shape[3])).view_as(y)
@@ -128,7 +141,7 @@ def test_every_family_has_a_test():
     families = {family.__name__ for family in FAMILIES.values()}
     assert families == {
         "reshape", "create", "unflatten", "split", "index", "narrow", "pad", "roll", "channel_shuffle", "convolve",
-        "layer_norm", "group_norm", "repeat", "expand",
+        "layer_norm", "group_norm", "repeat",
     }  # fmt: skip
 
 
