@@ -135,8 +135,13 @@ LEAST_SPREAD = 1e-3
 """Outputs that two samples have nearer to each other say too little of the network to be compared."""
 
 
-def finalize_compared(model: nn.Module, inputs: Inputs) -> float:
+def finalize_compared(model: nn.Module, inputs: Inputs, *others: Inputs) -> float:
     """Settle a prepared model's norms and finalize it; the largest relative difference of its outputs before and after.
+
+    Args:
+        model: a prepared one.
+        inputs: the norms are settled on these.
+        others: more inputs to compare outputs for, batches of another size, say.
 
     Raises:
         ValueError: the gated outputs hardly depend on the inputs, and would be the same of a wrong network.
@@ -145,8 +150,10 @@ def finalize_compared(model: nn.Module, inputs: Inputs) -> float:
     gated = rewriters.run_eval(model, *inputs)
     if not spread(gated) > LEAST_SPREAD:
         raise ValueError(f"outputs of two samples differ by {spread(gated):.0e} of their size: nothing to compare")
+    wanted = [gated, *(rewriters.run_eval(model, *other) for other in others)]
     slim = autogate.finalize(model, warn=False)
-    return rewriters.relative_error(rewriters.run_eval(slim, *inputs), gated)
+    got = [rewriters.run_eval(slim, *each) for each in (inputs, *others)]
+    return max(map(rewriters.relative_error, got, wanted))
 
 
 def share_left(model: nn.Module) -> float:
