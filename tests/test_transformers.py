@@ -80,10 +80,12 @@ def test_slim_outputs_are_the_gated_models(seed, name):
     assert autogate.summary(model).reach >= 0.85
     kill(model, (0.3, 0.5, 0.7)[seed % 3], seed)
     settle_norms(model, ((), inputs))
-    gated = rewriters.run_eval(model, (), inputs)
+    more = {"pixel_values": torch.cat([inputs["pixel_values"], inputs["pixel_values"][:1]])}
+    gated, of_more = (rewriters.run_eval(model, (), given) for given in (inputs, more))
     assert spread(gated) > LEAST_SPREAD
     slim = autogate.finalize(model, warn=False)
     assert rewriters.relative_error(rewriters.run_eval(slim, (), inputs), gated) <= 1e-10
+    assert rewriters.relative_error(rewriters.run_eval(slim, (), more), of_more) <= 1e-10
     assert type(slim(**inputs)) is type(model(**inputs))
     assert sum(parameter.numel() for parameter in slim.parameters()) < sum(
         parameter.numel() for parameter in small(name).parameters()
