@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.coverage import DOUBLE, PEER_SECONDS, SINGLE
+from benchmarks.coverage import DOUBLE, PEER_SECONDS, SINGLE, TURNS
 from benchmarks.parts import LEAST_SPREAD, lines
 
 WANTED = 0.9
@@ -212,7 +212,8 @@ def _peers(tried: list[Line]) -> str:
     text = (
         "## Torch-Pruning\n\nThe general part of its timm example: `MetaPruner` with importance by magnitude, half of "
         "all channels, the classifier ignored.\nIts seconds are those of graph and pruner's step, autogate's those of "
-        f"`prepare`, in the same process. It may take {PEER_SECONDS} s for a model.\n\n"
+        f"`prepare`, in the same process: of {TURNS} turns each the least.\nA model may take {PEER_SECONDS} s of both, "
+        "building it included.\n\n"
     )
     return text + _table(("", "autogate", "Torch-Pruning"), rows)
 
