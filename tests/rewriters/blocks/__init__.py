@@ -22,6 +22,7 @@ from tests.rewriters.blocks.convolutions import (
 from tests.rewriters.blocks.gating import (
     Attention,
     EfficientChannelAttention,
+    FoldedAttention,
     GatedUnit,
     PositionGate,
     SelectiveKernel,
@@ -62,7 +63,7 @@ ANY = (
     SliceAdd, SqueezeExcite, Depthwise, Grouped, ShuffleUnit, Transposed, Resample, Shared, Pyramid, SelectiveKernel,
     SplitAttention, FunctionalConv, FunctionalLayers, ChannelsLast, Attention, SpatialAttention, PositionGate,
     EfficientChannelAttention, GatedUnit, Rearranged, Unknown, StandardisedConv, Bilinear, Constants, Dropped,
-    Branches, TwoStreams, Nested, InstanceScale, Statistics, PreNorm, PreNorm,
+    Branches, TwoStreams, Nested, InstanceScale, Statistics, PreNorm, PreNorm, FoldedAttention,
 )  # fmt: skip
 """Blocks for any number of spatial dimensions."""
 

@@ -125,8 +125,32 @@ class Attention(nn.Module):
         return x + out.transpose(1, 2).reshape(x.shape)
 
 
+class FoldedAttention(nn.Module):
+    """Self-attention whose heads are folded into the batch, of a length that `len` tells."""
+
+    def __init__(self, rng: random.Random, shape: Shape):
+        super().__init__()
+        self.heads, self.head_dim = rng.choice([1, 2, 3]), rng.choice([2, 3, 4])
+        inner = self.heads * self.head_dim
+        self.qkv, self.proj = nn.Linear(shape[0], 3 * inner), nn.Linear(inner, shape[0])
+        self.bias = nn.Parameter(torch.randn(self.heads, 1, 1)) if rng.random() < 0.5 else None
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        count, n = len(x), tokens.shape[1]
+        q, k, v = (
+            part.reshape(count, n, self.heads, self.head_dim).transpose(1, 2).reshape(count * self.heads, n, -1)
+            for part in self.qkv(tokens).chunk(3, -1)
+        )
+        scores = torch.bmm(q, k.transpose(1, 2)) / self.head_dim**0.5
+        if self.bias is not None:
+            scores = scores * self.bias.repeat(len(x), 1, 1)
+        out = torch.bmm(scores.softmax(-1), v).view(count, self.heads, n, self.head_dim)
+        return x + self.proj(out.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
+
+
 class SpatialAttention(nn.Module):
-    """CBAM's second half: statistics over channels, which pin them, weigh positions."""
+    """CBAM's second half: statistics over channels weigh positions."""
 
     def __init__(self, rng: random.Random, shape: Shape):
         super().__init__()
