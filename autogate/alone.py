@@ -17,8 +17,10 @@ _LOCK = threading.RLock()
 
 
 def alone(function: Callable[P, R]) -> Callable[P, R]:
-    """Let calls from several threads wait for each other. Inside of `torch.inference_mode` they run as outside:
-    parameters that were made in it could not be trained."""
+    """Let calls from several threads wait for each other.
+
+    Inside of `torch.inference_mode` they run as outside: parameters that were made in it could not be trained.
+    """
 
     @functools.wraps(function)
     def one_at_a_time(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -170,10 +170,12 @@ def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
     return {name: functools.partial(_record, name, plain) for name, plain in _builtins(space).items()}
 
 
+def _hold_proxies(*arguments: Any) -> bool:
+    return any(type(leaf) is Valued for leaf in leaves_of(arguments))
+
+
 def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _thread.following is not None and (
-        name in _FACTORIES or any(type(leaf) is Valued for leaf in leaves_of((args, kwargs)))
-    ):
+    if _thread.following is not None and (name in _FACTORIES or _hold_proxies(args, kwargs)):
         return _thread.following.tracer.create_proxy("call_function", function, args, kwargs)
     return function(*args, **kwargs)
 
@@ -255,7 +257,7 @@ def _autograd_functions_patched() -> Iterator[None]:
     plain = vars(torch.autograd.Function)["apply"]  # a class's method, in C or in Python
 
     def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-        if _thread.following is None or not any(type(leaf) is Valued for leaf in leaves_of(args)):
+        if _thread.following is None or not _hold_proxies(args):
             return plain.__get__(None, function)(*args)
         if function is checkpoint.CheckpointFunction:
             run, _, *given = args

@@ -10,7 +10,7 @@ from torch.fx.proxy import Attribute
 
 from rewriters.errors import TraceError
 
-_len = len
+_len = len  # builtins may have another while a forward is followed
 
 
 class Valued(fx.Proxy):

@@ -11,6 +11,8 @@ from rewriters.labels import Labelled, varying
 from rewriters.rules.elementwise import meet
 from rewriters.rules.registry import OpCall, Result, Zeroed, rule
 
+_POOLED = "pooled along its channels"
+
 
 @rule(
     "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.max.dim", "aten.min.dim",
@@ -145,9 +147,6 @@ def unpool(call: OpCall) -> Labelled:
         for part in call.args[:2]
     ]
     return Labelled(call.shape, meet(call, parts))
-
-
-_POOLED = "pooled along its channels"
 
 
 def _spatial(call: OpCall, spatial_dims: int) -> Result:

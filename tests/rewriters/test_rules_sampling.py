@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 from torchvision import ops
 
 from rewriters.rules.registry import find_rule, rule, unknown
@@ -106,9 +106,9 @@ def test_a_rule_may_be_there_before_the_library_that_brings_the_op():
     def passed_on(call):
         return call.args[0]
 
-    library = torch.library.Library("autogate_tests", "DEF")
+    later = library.Library("autogate_tests", "DEF")
     for name in ("late", "one", "other"):
-        library.define(f"{name}(Tensor x) -> Tensor")
+        later.define(f"{name}(Tensor x) -> Tensor")
     namespace = torch.ops.autogate_tests
     assert find_rule(namespace.late.default) is find_rule(namespace.one.default) is passed_on
     assert find_rule(namespace.other.default) is unknown
