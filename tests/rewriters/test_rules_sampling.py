@@ -92,13 +92,33 @@ def test_channels_come_out_of_boxes_as_they_go_in(layer):
 
 
 def test_boxes_that_were_computed_keep_their_numbers():
+    """Another layer looks at them, so that gates could close."""
+
+    def forward(m, x):
+        boxes = m.boxes(x.mean((2, 3))).abs()
+        return m.b(m.cut(m.a(x), boxes)), m.c(boxes)
+
     model = Net(
-        lambda m, x: m.b(m.cut(m.a(x), m.boxes(x.mean((2, 3))).abs())), a=conv(3, 6), b=conv(6, 2),
-        boxes=nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 5)), cut=ops.RoIAlign((2, 2), 1.0, 2),
+        forward, a=conv(3, 6), b=conv(6, 2), c=nn.Linear(5, 2), cut=ops.RoIAlign((2, 2), 1.0, 2),
+        boxes=nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 5)),
     ).double()  # fmt: skip
     slimmed = assert_exact(model, (image().double(),))
     assert slimmed.analysis.channel_map.size == 6 + 7
     assert is_pinned(slimmed.analysis.channel_map, "boxes.1.weight", 0)
+
+
+def test_offsets_and_masks_keep_their_numbers():
+    def forward(m, x):
+        y = m.stem(x)
+        offset, mask = m.offset(y), m.mask(y)
+        return m.head(m.deformable(y, offset, mask)), m.look(torch.cat([offset, mask], 1))
+
+    model = Net(
+        forward, stem=conv(3, 8), offset=conv(8, 18), mask=conv(8, 9), look=conv(27, 2), head=conv(12, 2),
+        deformable=ops.DeformConv2d(8, 12, 3, padding=1),
+    ).double()  # fmt: skip
+    slimmed = assert_exact(model, (image().double(),))
+    assert slimmed.analysis.channel_map.size == 8 + 12
 
 
 def test_a_rule_may_be_there_before_the_library_that_brings_the_op():
