@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from torch import jit, nn
+from torch.optim import Optimizer
 
 from autogate.alone import alone
 from autogate.finalizing import Origin, check_finite, check_whole, on_device, take_out, verify
 from autogate.gates import BANK, GateBank
+from autogate.history import by_side
 from autogate.inputs import as_call
+from autogate.optimizers import as_optimizers, exchanges, go_on
 from autogate.progress import Progress
 from autogate.schedule import DEFAULT_STEPS, Schedule
 from autogate.sharding import has_shards
@@ -203,7 +206,10 @@ def summary(model: nn.Module) -> Summary:
 
 
 @alone
-def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
+def finalize(
+    model: M, example_inputs: Any = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    warn: bool = True,
+) -> M:  # fmt: skip
     """Take the closed channels out of a prepared model; its outputs stay what they were.
 
     The slim model is the same object, of plain layers: every tensor is sliced, the sizes that modules hold
@@ -211,14 +217,29 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     Accelerate has put around the model's forward is taken off: what comes back is the model that it was given.
     Where it raises, the model is as it was, its gates still there.
 
+    Once the targets are met (`gates(model).progress().settled`) nothing is left to be learned about channels, and what
+    training follows costs less in the slim model. Give the optimizer, and it goes on with that:
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with torch.no_grad():
+        ...     autogate.gates(model).alpha[:1000] = 0
+        >>> slim = autogate.finalize(model, optimizer=optimizer, warn=False)
+        >>> {id(p) for p in slim.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+        True
+
     Args:
         model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
         example_inputs: inputs to check the outputs on; those that `prepare` had, if None.
+        optimizer: the one that trains the model, or several. The slim parameters take the places of the model's in
+            it, in the same groups, and momentum and moments are slimmed like them. Call this between two steps.
         warn: warn when the budget has not been met.
 
     Raises:
         AutogateError: no gates, a weight or gate that is not finite, a layer that was changed since
-            `prepare`, or a model sharded by FSDP2: the message tells how to gather it.
+            `prepare`, or a model sharded by FSDP2 (the message tells how to gather it); an optimizer that trains
+            nothing of the model.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than `finalizing.TOLERANCE`, and not by the rounding
             of float32 alone: in float64 too.
@@ -226,19 +247,28 @@ def finalize(model: M, example_inputs: Any = None, *, warn: bool = True) -> M:
     model, bank = unwrap(model), gates(model)
     check_whole(model)
     check_finite(model)
+    optimizers = () if optimizer is None else as_optimizers(optimizer, model)
     bank.fold()
     origin: Origin = bank.origin
     inputs = on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
     progress = bank.progress()
-    take_out(model, bank, inputs)
+    before = _parameters(model)
+    done = take_out(model, bank, inputs)
+    exchanged = exchanges(before, _parameters(model), by_side(done.kept))
+    for one in optimizers:
+        go_on(one, exchanged)
     missed = _missed(progress, bank.schedule.tolerance)
     if warn and missed:
         warnings.warn(
             f"finalized at {missed}: {progress.step} of {progress.steps} steps were taken",
             BudgetNotMetWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return model
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _missed(progress: Progress, tolerance: float) -> str:
@@ -271,7 +301,7 @@ def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tupl
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "
             "couples channels that may go",
-            stacklevel=3,
+            stacklevel=4,
         )
         return ()
     verify(model, asked.inputs, wanted, "the model with convolutions on its shortcuts")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autogate.gates import BANK, GateBank
+from autogate.history import Slimming
 from autogate.inputs import Inputs
 from autogate.sharding import has_shards
 from autogate.slimming import Asked, analyse_whole, carry_out
@@ -43,8 +44,8 @@ class Origin:
         return self.asked.inputs
 
 
-def take_out(model: nn.Module, bank: GateBank, inputs: Inputs) -> None:
-    """Slim a prepared model, and end its bank's life.
+def take_out(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
+    """Slim a prepared model, and end its bank's life; what was done.
 
     Deep networks may round by more than float32's tolerance: such a one is slimmed if a copy of it in float64 is exact.
 
@@ -57,26 +58,30 @@ def take_out(model: nn.Module, bank: GateBank, inputs: Inputs) -> None:
         AutogateError: as `autogate.finalize`; the model is as it was then.
     """
     try:
-        _slim_compared(model, bank, inputs, TOLERANCE)
+        done = _slim_compared(model, bank, inputs, TOLERANCE)
     except VerificationError:
         if not _is_exact_in_float64(model, bank, inputs):
             raise
-        _slim_compared(model, bank, inputs, dict.fromkeys(TOLERANCE, float("inf")))
+        done = _slim_compared(model, bank, inputs, dict.fromkeys(TOLERANCE, float("inf")))
     bank.detach()
+    return done
 
 
-def _slim_compared(model: nn.Module, bank: GateBank, inputs: Inputs, tolerance: Mapping[torch.dtype, float]) -> None:
+def _slim_compared(
+    model: nn.Module, bank: GateBank, inputs: Inputs, tolerance: Mapping[torch.dtype, float]
+) -> Slimming:
     journal = Journal()
     try:
         take_off_autocast(model, journal)
         wanted = run_eval(model, *inputs)
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
-        _slim(model, bank, journal)
+        done = _slim(model, bank, journal)
         verify(model, inputs, wanted, "the slim model", tolerance)
     except BaseException:
         journal.undo()
         raise
+    return done
 
 
 def _is_exact_in_float64(model: nn.Module, bank: GateBank, inputs: Inputs) -> bool:
@@ -100,7 +105,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
 
 
-def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> None:
+def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> Slimming:
     origin: Origin = bank.origin
     asked = origin.asked._replace(inputs=on_device(origin.inputs, model))
     analysis = analyse_whole(model, asked)
@@ -111,7 +116,7 @@ def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> None:
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model anew.",
         )
-    carry_out(model, analysis, bank.live, asked, origin.shortcuts, journal)
+    return carry_out(model, analysis, bank.live, asked, origin.shortcuts, journal)
 
 
 def verify(

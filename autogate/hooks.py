@@ -56,7 +56,7 @@ class _Turn:
                 warnings.warn(
                     f"no optimizer trains {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: prepare put "
                     "these in the place of shortcuts. Build the optimizer after autogate.prepare.",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         self._held |= held
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +177,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
     for name, dims in cuts.items():
         tensor = first_name[name]
-        sliced[id(tensor)] = like(tensor, _slice(tensor, dims) if with_values else _unfilled(tensor, dims))
+        sliced[id(tensor)] = like(tensor, take_indices(tensor, dims) if with_values else _unfilled(tensor, dims))
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
@@ -209,7 +209,8 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     follow_widths(model, widths, journal)
 
 
-def _slice(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
+def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """What is left of a tensor where these indices (int64) stay along these dimensions, in the same memory format."""
     sliced = tensor.detach()
     for dim, indices in dims:
         sliced = sliced.index_select(dim, indices.to(tensor.device))

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import autogate
 
@@ -24,8 +25,9 @@ class Fit(Protocol):
     """Trains a model in place; `recipe.fit` with all but these bound."""
 
     def __call__(
-        self, model: nn.Module, epochs: int, *, after_backward: Callable[[], None] = ..., weight_decay: float = ...
-    ) -> None: ...
+        self, model: nn.Module, epochs: int, *, after_backward: Callable[[], None] = ...,
+        after_epoch: Callable[[Optimizer], None] = ..., weight_decay: float = ...,
+    ) -> None: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,19 @@ def dense(model: nn.Module, task: Task) -> nn.Module:
 
 
 def autogate_gates(model: nn.Module, task: Task, **settings: Any) -> nn.Module:
-    """`autogate.prepare` with its defaults, training, `autogate.finalize`."""
+    """`autogate.prepare` with its defaults, training, `autogate.finalize` once the targets are met, training."""
     model = autogate.prepare(model, task.example, flops=task.flops, steps=task.steps, **settings)
-    task.fit(model, task.epochs)
-    return autogate.finalize(model)
+    gated = True
+
+    def slim(optimizer: Optimizer | None = None) -> None:
+        nonlocal gated
+        if gated and (optimizer is None or autogate.gates(model).progress().settled):
+            autogate.finalize(model, optimizer=optimizer)
+            gated = False
+
+    task.fit(model, task.epochs, after_epoch=slim)
+    slim()
+    return model
 
 
 def l1(model: nn.Module, task: Task) -> nn.Module:

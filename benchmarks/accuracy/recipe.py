@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from benchmarks.accuracy.data import Data, augment, normalise
 
@@ -45,7 +46,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def fit(
     model: nn.Module, data: Data, recipe: Recipe, epochs: int, peak: float, report: Report = lambda *_: None,
-    after_backward: Callable[[], None] = lambda: None, weight_decay: float | None = None,
+    after_backward: Callable[[], None] = lambda: None, after_epoch: Callable[[Optimizer], None] = lambda _: None,
+    weight_decay: float | None = None,
 ) -> None:  # fmt: skip
     """Trains a model, with a schedule of its own over these epochs.
 
@@ -57,6 +59,7 @@ def fit(
         peak: highest learning rate.
         report: called after each epoch.
         after_backward: called in every step when the gradients are there.
+        after_epoch: called with the optimizer, between two steps.
         weight_decay: if not the recipe's.
     """
     images, labels = data
@@ -79,6 +82,7 @@ def fit(
             optimizer.step()
             schedule.step()
         report(epoch + 1, loss.item())
+        after_epoch(optimizer)
 
 
 @torch.no_grad()

@@ -73,3 +73,31 @@ def test_inference_mode_leaves_no_trace(name):
     slim(EXAMPLE).sum().backward()
     assert not any(parameter.is_inference() for parameter in slim.parameters())
     torch.testing.assert_close(slim(EXAMPLE), wanted, rtol=1e-5, atol=1e-5)
+
+
+def shortcut_net() -> nn.Module:
+    return timm.create_model("test_resnet", num_classes=4)
+
+
+def finalized_early() -> None:
+    autogate.finalize(autogate.prepare(shortcut_net(), EXAMPLE))
+
+
+def without_shortcuts() -> None:
+    autogate.prepare(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), EXAMPLE, shortcuts="conv")
+
+
+def trained_without_what_was_added() -> None:
+    model = shortcut_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model = autogate.prepare(model, EXAMPLE, shortcuts="conv")
+    for _ in range(2):
+        model(EXAMPLE).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("call", [finalized_early, without_shortcuts, trained_without_what_was_added])
+def test_warnings_name_the_line_that_called(call):
+    with pytest.warns(UserWarning) as told:
+        call()
+    assert [warning.filename for warning in told] == [__file__]

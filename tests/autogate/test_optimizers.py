@@ -1,0 +1,226 @@
+"""A run that goes on with the slim model, once the targets are met, comes to what it would have come to with gates."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from timm.optim import Adafactor, create_optimizer_v2
+from torch import nn
+
+import autogate
+from tests.autogate.small_nets import EXAMPLE, Halves, Residual, batches
+
+STEPS, SETTLED = 40, 25
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adam": partial(torch.optim.Adam, lr=1e-2, amsgrad=True),
+    "adamw, foreach": partial(torch.optim.AdamW, lr=1e-2, foreach=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=1e-3, momentum=0.9, centered=True),
+    "nadam": partial(torch.optim.NAdam, lr=1e-3),
+    "rprop": partial(torch.optim.Rprop, lr=1e-3),
+    "adagrad": partial(torch.optim.Adagrad, lr=1e-2),
+    "lion": lambda parameters: create_optimizer_v2(parameters, "lion", lr=1e-4),
+}
+
+
+def prepared(kind: type[nn.Module] = Residual, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return autogate.prepare(kind().double(), EXAMPLE.double(), flops=0.5, steps=STEPS, **options)
+
+
+def train(model, optimizer, steps: int, begin: int = 0) -> None:
+    model.train()
+    for images, labels in list(batches(STEPS))[begin : begin + steps]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images.double()), labels).backward()
+        optimizer.step()
+
+
+def of_both_ways(model, optimizer, **settings):
+    """The slim model that was trained on as such, and the one that was slimmed at the end; their optimizers."""
+    train(model, optimizer, SETTLED)
+    assert autogate.gates(model).progress().settled
+    late, late_optimizer = copy.deepcopy((model, optimizer))
+    early = autogate.finalize(model, optimizer=optimizer, **settings)
+    train(early, optimizer, STEPS - SETTLED, SETTLED)
+    train(late, late_optimizer, STEPS - SETTLED, SETTLED)
+    return early, optimizer, autogate.finalize(late, optimizer=late_optimizer), late_optimizer
+
+
+def check_alike(one: nn.Module, other: nn.Module) -> None:
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_as_with_gates(name):
+    model = prepared()
+    early, optimizer, late, late_optimizer = of_both_ways(model, OPTIMIZERS[name](model.parameters()))
+    assert sum(parameter.numel() for parameter in early.parameters()) < 0.6 * sum(
+        parameter.numel() for parameter in Residual().parameters()
+    )
+    check_alike(early, late)
+    states = [list(one.state_dict()["state"].values()) for one in (optimizer, late_optimizer)]
+    for mine, other in zip(*states, strict=True):
+        assert mine.keys() == other.keys()
+        for key, value in mine.items():
+            torch.testing.assert_close(value, other[key], rtol=1e-8, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize(("kind", "shortcuts"), [(Halves, "shared"), (Residual, "conv")], ids=["sizes", "shortcuts"])
+def test_a_rewritten_forward_trains_on(kind, shortcuts):
+    model = prepared(kind, shortcuts=shortcuts)
+    early, _, late, _ = of_both_ways(model, OPTIMIZERS["sgd"](model.parameters()))
+    check_alike(early, late)
+
+
+def test_groups_keep_their_settings_and_names():
+    model = prepared()
+    train(model, OPTIMIZERS["sgd"](model.parameters()), SETTLED)
+    own = dict(model.named_parameters())
+    decayed = [(name, parameter) for name, parameter in own.items() if parameter.ndim > 1]
+    plain = [(name, parameter) for name, parameter in own.items() if parameter.ndim == 1]
+    other = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": [*plain, ("other", other)], "lr": 0.5}], lr=0.1
+    )
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    slim = autogate.finalize(model, optimizer=optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0]
+    train(slim, optimizer, 1)
+    schedule.step()
+    assert schedule.get_last_lr() == [0.05, 0.25]
+    for group, names in zip(optimizer.param_groups, (decayed, plain), strict=True):
+        held = dict(zip(group["param_names"], group["params"], strict=True))
+        assert {name: held.get(name) for name, _ in names} == {name: slim.get_parameter(name) for name, _ in names}
+    assert optimizer.param_groups[1]["params"][-1] is other
+
+
+def test_what_is_taken_out_leaves_the_optimizer():
+    """A convolution on a shortcut that is the identity still becomes a shortcut again."""
+    model = prepared(shortcuts="conv")
+    optimizer = OPTIMIZERS["sgd"](dict(model.named_parameters()).items())
+    with torch.no_grad():
+        autogate.gates(model).alpha[::3] = 0
+    model(EXAMPLE.double()).sum().backward()
+    before = len(optimizer.param_groups[0]["params"])
+    slim = autogate.finalize(model, optimizer=optimizer, warn=False)
+    group = optimizer.param_groups[0]
+    assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(slim.named_parameters())
+    assert len(group["params"]) < before
+
+
+def test_a_kernel_in_two_places_stays_one():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.first = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
+            self.second, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.head(self.second(self.first(self.stem(x)).relu()).mean((2, 3)))
+
+    model = autogate.prepare(Tied(), EXAMPLE, flops=1.0)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    F.cross_entropy(model(EXAMPLE), torch.tensor([0, 1])).backward()
+    optimizer.step()
+    kernel = model.first.weight
+    momentum = optimizer.state[kernel]["momentum_buffer"]
+    with torch.no_grad():
+        autogate.gates(model).alpha[:6] = 0
+    slim = autogate.finalize(model, optimizer=optimizer, warn=False)
+    assert slim.first.weight is slim.second.weight and kernel not in optimizer.state
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in slim.parameters()]
+    cut = optimizer.state[slim.first.weight]["momentum_buffer"]
+    assert cut.shape == slim.first.weight.shape and torch.equal(cut, momentum[6:, 6:])
+
+
+def test_factored_moments_are_cut_and_those_of_other_shapes_begin_anew():
+    model = prepared()
+    factored = torch.optim.Adafactor(model.parameters())
+    train(model, factored, SETTLED)
+    slim = autogate.finalize(model, optimizer=factored, warn=False)
+    kernel = slim.get_submodule("block.0").weight
+    state = factored.state[kernel]
+    assert state["row_var"].shape[:-1] == kernel.shape[:-1] and state["col_var"].shape[-2:] == (1, kernel.shape[-1])
+    train(slim, factored, 1)
+
+    model = prepared()
+    factored = Adafactor(model.parameters(), lr=1e-3, min_dim_size_to_factor=4)
+    train(model, factored, SETTLED)
+    slim = autogate.finalize(model, optimizer=factored, warn=False)
+    assert slim.get_submodule("block.0").weight not in factored.state
+    train(slim, factored, 1)
+
+
+def test_several_optimizers_and_a_wrapped_one():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model = prepared()
+    stem = torch.optim.SGD(model.stem.parameters(), 0.1)
+    rest = torch.optim.Adam([*model.block.parameters(), *model.head.parameters()])
+    with torch.no_grad():
+        autogate.gates(model).alpha[::2] = 0
+    slim = autogate.finalize(model, optimizer=[stem, Wrapper(rest)], warn=False)
+    held = [parameter for one in (stem, rest) for parameter in one.param_groups[0]["params"]]
+    assert [id(parameter) for parameter in held] == [id(parameter) for parameter in slim.parameters()]
+
+
+def test_what_trains_nothing_of_the_model_is_refused():
+    model = prepared()
+    for wrong, message in (
+        (torch.optim.SGD(Residual().parameters(), 0.1), "no parameter"),
+        (model.head, "not a torch"),
+    ):
+        with pytest.raises(autogate.AutogateError, match=message):
+            autogate.finalize(model, optimizer=wrong, warn=False)
+    assert autogate.gates(model).follows
+
+
+def test_memory_formats_stay():
+    model = prepared().to(memory_format=torch.channels_last)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    train(model, optimizer, SETTLED)
+    slim = autogate.finalize(model, optimizer=optimizer)
+    kernel = slim.get_submodule("block.0").weight
+    for tensor in (kernel, optimizer.state[kernel]["momentum_buffer"]):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_compiled_model_trains_on():
+    torch._dynamo.reset()
+    model = prepared()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    train(compiled, optimizer, SETTLED)
+    plain = copy.deepcopy((model, optimizer))
+    slim = autogate.finalize(compiled, optimizer=optimizer)
+    train(compiled, optimizer, STEPS - SETTLED, SETTLED)
+    train(*plain, STEPS - SETTLED, SETTLED)
+    check_alike(slim, autogate.finalize(plain[0]))
+    torch._dynamo.reset()
+
+
+def test_accelerate_trains_on():
+    accelerator = Accelerator(cpu=True)
+    model = prepared()
+    plain = copy.deepcopy(model)
+    model, optimizer = accelerator.prepare(model, OPTIMIZERS["sgd"](model.parameters()))
+    own = OPTIMIZERS["sgd"](plain.parameters())
+    train(model, optimizer, SETTLED)
+    slim = autogate.finalize(model, optimizer=optimizer)
+    train(slim, optimizer, STEPS - SETTLED, SETTLED)
+    train(plain, own, STEPS, 0)
+    check_alike(slim, autogate.finalize(plain))
+    AcceleratorState._reset_state(reset_partial_state=True)
