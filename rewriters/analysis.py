@@ -11,12 +11,15 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, fx, nn
+from torch._subclasses import fake_tensor
+from torch.utils._pytree import tree_map_only
 
 from rewriters.capture import Capture, ModuleCall, capture
 from rewriters.channel_map import ALWAYS, ChannelMap
-from rewriters.errors import TraceError
+from rewriters.errors import AutogateError, TraceError
 from rewriters.following import patches_held
 from rewriters.journal import Journal
 from rewriters.labels import Labelled, varying
@@ -117,14 +120,11 @@ def _analyse(
     embed: bool,
 ) -> Analysis:  # fmt: skip
     captures = _capture_modes(model, args, kwargs)
-    labelling = Labelling(findings=Findings(live=embed))
-    for captured in captures:
-        labelling.run(captured, counted=captured is captures[0])
-    for name, reason in (ignore or {}).items():
-        labelling.pin_tensors([name], reason)
-    labelling.settle_recurrent(model)
-    labelling.settle_grids()
-    labelling.settle_zeroed()
+    labelling = _labelled(model, captures, ignore, embed)
+    if labelling.findings.scattered:
+        larger = _capture_larger(model, args, kwargs, captures)
+        if larger and not labelling.has_classes_of(_labelled(model, larger, ignore, embed)):
+            labelling.pin_scattered("the size of its input decides which channels go together")
     analysis = Analysis(captures, labelling)
     known = labelling.by_tensor()
     with patches_held():
@@ -135,6 +135,19 @@ def _analyse(
     pin_unwritable(labelling, analysis.traced)
     analysis.settle(samples_in(args, kwargs))
     return analysis
+
+
+def _labelled(model: nn.Module, captures: list[Capture], ignore: Mapping[str, str] | None, embed: bool) -> Labelling:
+    """Labels of all values of a recorded model, before its forwards are traced."""
+    labelling = Labelling(findings=Findings(live=embed))
+    for captured in captures:
+        labelling.run(captured, counted=captured is captures[0])
+    for name, reason in (ignore or {}).items():
+        labelling.pin_tensors([name], reason)
+    labelling.settle_recurrent(model)
+    labelling.settle_grids()
+    labelling.settle_zeroed()
+    return labelling
 
 
 def samples_in(args: Any, kwargs: Any) -> int:
@@ -156,6 +169,32 @@ def _capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
     finally:
         set_modes(model, before)
     return captures
+
+
+def _capture_larger(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, captures: list[Capture]
+) -> list[Capture]:
+    """The same recordings for images (N, C, H, W) or volumes twice as large; none where the model can't run on such."""
+    args, kwargs = tree_map_only(Tensor, _twice_as_large, (tuple(args), dict(kwargs or {})))
+    before = set_modes(model, False)
+    try:
+        larger = []
+        with mock.patch.object(fake_tensor.log, "disabled", True):  # it logs what fails, which is nobody's error here
+            for captured in captures:
+                set_modes(model, captured is not captures[0])
+                larger.append(capture(model, args, kwargs, captured.opaque))
+        return larger
+    except AutogateError:
+        return []
+    finally:
+        set_modes(model, before)
+
+
+def _twice_as_large(value: Tensor) -> Tensor:
+    """For the image in a tensor one twice as high and wide, without values."""
+    if value.ndim < 4 or not value.is_floating_point():
+        return value
+    return value.new_empty((*value.shape[:2], *(2 * size for size in value.shape[2:])))
 
 
 def _has_unseen_parameters(model: nn.Module, captured: Capture) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriters.labels import Labelled, compress, reshaped, varying
+from rewriters.labels import Labelled, compress, parts, reshaped, varying
 from rewriters.rules.elementwise import join, meet
-from rewriters.rules.registry import OpCall, Result, rule
+from rewriters.rules.registry import OpCall, Result, Scattered, rule
 
 
 def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result:
@@ -104,12 +104,37 @@ def reshape(call: OpCall) -> Result:
     """As `move`; labels, unlike data, may need a copy to be reshaped."""
     value = call.args[0]
     results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
+    for layer, (result,) in zip(value.layers, results, strict=True):
+        if _scatters(layer, result, value.shape):
+            call.findings.scattered.append(Scattered(layer, call.module, str(call.op)))
     moved = _one(_moved(call, value, results))
     if value.source is not None and any(_several_owned(call, moved, dim) for dim in range(moved.ndim)):
         value = call.without_positions(value)
         results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
         moved = _one(_moved(call, value, results))
     return _apart(call, moved)
+
+
+def _scatters(before: Tensor, after: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a reshape takes labels across dimensions that they don't vary in, and strews them over several.
+
+    Args:
+        before: labels of a tensor, of size 1 where they don't vary.
+        after: labels of the reshaped tensor.
+        shape: of the tensor.
+    """
+    for old, new in parts(shape, after.shape):
+        repeated = prod(shape[old]) > before.shape[old].numel() > 1
+        if sum(size > 1 for size in after.shape[new]) > 1 and (repeated or _repeats_itself(before, old)):
+            varies = varying(compress(after))
+            if sum(dim in varies for dim in range(after.ndim)[new]) > 1:
+                return True
+    return False
+
+
+def _repeats_itself(labels: Tensor, dims: slice) -> bool:
+    """Whether labels that vary in these dimensions alone come several times."""
+    return labels.numel() == labels.shape[dims].numel() > len(labels.unique()) > 1
 
 
 def _one(result: Result) -> Labelled:

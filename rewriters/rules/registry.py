@@ -59,6 +59,18 @@ class Zeroed:
 
 
 @dataclass(frozen=True)
+class Scattered:
+    """Labels that a reshape has strewn over several dimensions, by the lengths of others that it took them across.
+
+    As when (positions, channels) are viewed as (channels, height, width) with nothing transposed between.
+    """
+
+    labels: Tensor
+    module: str
+    op: str
+
+
+@dataclass(frozen=True)
 class Crossing:
     """Labels that vary along several dimensions and met others that vary along some of these only.
 
@@ -96,7 +108,7 @@ class Findings:
     `looks` are the statistics taken along channels, `live` says whether those of activations may be taken over
     live ones only.
     In the kernels named in `buffers` no gate can stand; on the sides in `zeroed` one has to. `crossings` are settled
-    when all labels have met.
+    when all labels have met. Where labels are `scattered`, other lengths may scatter them in another way.
     """
 
     kernels: list[KernelCall] = field(default_factory=list)
@@ -107,12 +119,13 @@ class Findings:
     buffers: set[str] = field(default_factory=set)
     zeroed: list[Zeroed] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
+    scattered: list[Scattered] = field(default_factory=list)
 
     def copy(self) -> Findings:
         """The same, to be carried on apart."""
         return Findings(
             list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live, set(self.buffers),
-            list(self.zeroed), list(self.crossings),
+            list(self.zeroed), list(self.crossings), list(self.scattered),
         )  # fmt: skip
 
     def apart(self) -> Findings:

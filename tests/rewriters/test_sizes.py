@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -135,6 +136,40 @@ def test_rewritten_sizes_hold_for_other_batches_and_resolutions(name):
     for other in (image(batch=3), image(batch=1), image(size=6)):
         wanted, got = (run_eval(model, (other.double(),)) for model in (gated, slim_model))
         assert relative_error(got, wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "scramble",
+    [
+        lambda rows, x: rows.reshape(len(x), 8, *x.shape[2:]),
+        lambda rows, x: rows.reshape(len(x), -1).view(len(x), -1, *x.shape[2:]),
+        lambda rows, x: rows.contiguous().view(len(x), 8, *x.shape[2:]),
+    ],
+)
+def test_channels_that_would_go_with_others_at_another_resolution_stay(scramble):
+    """As in MAnet's attention, which takes (positions, channels) for (channels, positions)."""
+    torch.manual_seed(0)
+    a, b, c = conv(3, 8), conv(8, 6), conv(6, 2)
+    model = Net(lambda m, x: m.c(m.b(scramble(m.a(x).flatten(2).mT, x)).relu()), a=a, b=b, c=c).double().eval()
+    gated = copy.deepcopy(model)
+    slimmed = slim(model, (image(size=2).double(),), share=0.6, seed=1)
+    assert slimmed.error <= TOLERANCE and (model.a.out_channels, model.b.in_channels) == (8, 8)
+    assert any("the size of its input decides" in pin.reason for pin in slimmed.analysis.channel_map.pins)
+    assert model.b.out_channels == model.c.in_channels < 6
+    zero_kernels(gated, slimmed.analysis.channel_map, random_live(slimmed.analysis.channel_map.size, 0.6, 1))
+    for other in (image(size=2, batch=3).double(), image(size=5).double()):
+        assert relative_error(run_eval(model, (other,)), run_eval(gated, (other,))) <= TOLERANCE
+
+
+def test_a_reshape_that_other_resolutions_fail_at_takes_its_channels_along(capfd):
+    """There is no other size to tell classes apart at, and what fails at one isn't told of."""
+    torch.manual_seed(0)
+    a, b, table = conv(3, 8), conv(8, 2), nn.Parameter(torch.randn(8, 2, 2))
+    model = Net(
+        lambda m, x: m.b((m.a(x) + m.table).flatten(2).mT.reshape(x.shape[0], 8, 2, 2)), a=a, b=b, table=table
+    ).double()
+    slimmed = assert_exact(model, (image(size=2).double(),))
+    assert slimmed.analysis.channel_map.size == 2 and "failed" not in capfd.readouterr().err
 
 
 def test_every_family_has_a_test():
