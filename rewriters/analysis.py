@@ -174,7 +174,7 @@ def _capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
 def _capture_larger(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, captures: list[Capture]
 ) -> list[Capture]:
-    """The same recordings for images (N, C, H, W) or volumes twice as large; none where the model can't run on such."""
+    """The same recordings for inputs twice as large; none where the model can't run on such."""
     args, kwargs = tree_map_only(Tensor, _twice_as_large, (tuple(args), dict(kwargs or {})))
     before = set_modes(model, False)
     try:
@@ -191,8 +191,8 @@ def _capture_larger(
 
 
 def _twice_as_large(value: Tensor) -> Tensor:
-    """For the image in a tensor one twice as high and wide, without values."""
-    if value.ndim < 4 or not value.is_floating_point():
+    """For images (N, C, H, W), sequences (N, C, L) or volumes those twice as large, without values."""
+    if value.ndim < 3 or not value.is_floating_point():
         return value
     return value.new_empty((*value.shape[:2], *(2 * size for size in value.shape[2:])))
 

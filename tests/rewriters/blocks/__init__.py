@@ -25,6 +25,7 @@ from tests.rewriters.blocks.gating import (
     FoldedAttention,
     GatedUnit,
     PositionGate,
+    PositionsAsChannels,
     SelectiveKernel,
     SpatialAttention,
     SplitAttention,
@@ -64,6 +65,7 @@ ANY = (
     SplitAttention, FunctionalConv, FunctionalLayers, ChannelsLast, Attention, SpatialAttention, PositionGate,
     EfficientChannelAttention, GatedUnit, Rearranged, Unknown, StandardisedConv, Bilinear, Constants, Dropped,
     Branches, TwoStreams, Nested, InstanceScale, Statistics, PreNorm, PreNorm, FoldedAttention,
+    PositionsAsChannels,
 )  # fmt: skip
 """Blocks for any number of spatial dimensions."""
 

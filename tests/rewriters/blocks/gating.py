@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.rewriters.blocks.layers import GLOBAL_POOL, Shape, conv, conv_norm_act, dims_of, width
+from tests.rewriters.blocks.layers import AVG_POOL, GLOBAL_POOL, Shape, conv, conv_norm_act, dims_of, width
 
 
 class SqueezeExcite(nn.Module):
@@ -147,6 +147,28 @@ class FoldedAttention(nn.Module):
             scores = scores * self.bias.repeat(len(x), 1, 1)
         out = torch.bmm(scores.softmax(-1), v).view(count, self.heads, n, self.head_dim)
         return x + self.proj(out.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
+
+
+class PositionsAsChannels(nn.Module):
+    """(positions, channels) taken for (channels, positions), on a coarse grid, as in MAnet's attention."""
+
+    def __init__(self, rng: random.Random, shape: Shape):
+        super().__init__()
+        self.before = conv_norm_act(rng, shape, width(rng))
+        self.after = conv(rng, (self.before[0].out_channels, *shape[1:]), shape[0], 1)
+        strides = [stride for stride in (1, 2, 4) if min(shape[1:]) >= 2 * stride] or [
+            1
+        ]  # one place would tell nothing
+        self.pool = AVG_POOL[dims_of(shape)](rng.choice(strides), ceil_mode=True)
+        self.form = rng.choice(["reshape", "flat", "literal"])
+
+    def forward(self, x):
+        x = self.pool(self.before(x))
+        rows = x.flatten(2).transpose(1, 2)
+        if self.form == "flat":
+            rows = rows.reshape(len(x), -1)
+        channels = self.before[0].out_channels if self.form == "literal" else x.shape[1]
+        return self.after(rows.reshape(x.shape[0], channels, *x.shape[2:]) * x)
 
 
 class SpatialAttention(nn.Module):
