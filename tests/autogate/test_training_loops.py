@@ -337,32 +337,41 @@ def _train_share(rank: int, world: int, port: int, folder: str) -> None:
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     torch.manual_seed(0)
     model = autogate.prepare(Plain(), torch.randn(2, 3, 8, 8), flops=0.5, steps=STEPS)
-    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    wrapped = _wrapped(model, world)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for step in range(STEPS):
-        uneven = step % 10 == 9
-        images = torch.randn(GLOBAL_BATCH + uneven, 3, 8, 8, generator=torch.Generator().manual_seed(step))
-        labels = (images.mean((1, 2, 3)) > 0).long()
-        optimizer.zero_grad()
-        mine = slice(rank, None, world)
-        loss = nn.functional.cross_entropy(wrapped(images[mine]), labels[mine], reduction="sum")
-        (loss * world / len(images)).backward()
-        optimizer.step()
+    _train_steps(wrapped, optimizer, range(STEPS), slice(rank, None, world), world)
     torch.save(model.state_dict(), f"{folder}/{world}_{rank}.pt")
     gated = output(model, torch.ones(2, 3, 8, 8))
-    slim = autogate.finalize(wrapped)
+    slim = autogate.finalize(wrapped, optimizer=optimizer)
     torch.testing.assert_close(output(slim, torch.ones(2, 3, 8, 8)), gated, rtol=1e-5, atol=1e-6)
+    _train_steps(_wrapped(slim, world), optimizer, range(STEPS, STEPS + 10), slice(rank, None, world), world)
+    torch.save(slim.state_dict(), f"{folder}/slim_{world}_{rank}.pt")
     if world == 2:
         _train_until_the_last_runs_out(rank, folder)
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
+def _wrapped(model: nn.Module, world: int) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+
+
+def _train_steps(wrapped: nn.Module, optimizer: torch.optim.Optimizer, steps: range, mine: slice, world: int) -> None:
+    for step in steps:
+        uneven = step % 10 == 9
+        images = torch.randn(GLOBAL_BATCH + uneven, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        labels = (images.mean((1, 2, 3)) > 0).long()
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(wrapped(images[mine]), labels[mine], reduction="sum")
+        (loss * world / len(images)).backward()
+        optimizer.step()
+
+
 def _train_until_the_last_runs_out(rank: int, folder: str) -> None:
     """Two epochs in which the second process has more batches than the first, within `Join`."""
     torch.manual_seed(0)
     model = autogate.prepare(Plain(), torch.randn(2, 3, 8, 8), flops=0.5, steps=STEPS)
-    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    wrapped = _wrapped(model, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for epoch in range(2):
         with Join([wrapped]):
@@ -385,9 +394,11 @@ def test_every_process_of_a_distributed_run_has_the_same_gates(world, tmp_path):
     assert alone["autogate.dead"].any()
     joined = [torch.load(path) for path in sorted(tmp_path.glob("join_*.pt"))]
     assert len(joined) == (2 if world == 2 else 0)
-    for first, *others in filter(None, (states, joined)):
+    slim = [torch.load(tmp_path / f"slim_{world}_{rank}.pt") for rank in range(world)]
+    for first, *others in filter(None, (states, joined, slim)):
         for state in others:
             for key, value in state.items():
                 assert torch.equal(value, first[key]), f"{key} differs between processes"
     assert torch.equal(states[0]["autogate.dead"], alone["autogate.dead"])
     torch.testing.assert_close(states[0]["autogate.alpha"], alone["autogate.alpha"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(slim[0], torch.load(tmp_path / "slim_1_0.pt"), rtol=1e-3, atol=1e-4)
