@@ -11,10 +11,10 @@ from torch import jit, nn
 from torch.optim import Optimizer
 
 from autogate.alone import alone
-from autogate.finalizing import Origin, check_finite, check_whole, on_device, take_out, verify
+from autogate.finalizing import Origin, check_finite, check_whole, take_out, verify
 from autogate.gates import BANK, GateBank
 from autogate.history import by_side
-from autogate.inputs import as_call
+from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.optimizers import as_optimizers, exchanges, go_on
 from autogate.progress import Progress
 from autogate.schedule import DEFAULT_STEPS, Schedule
@@ -113,7 +113,15 @@ def prepare(
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, asked.inputs, added)
         analysis.place_statistics(model, journal)
-        bank = GateBank(model, analysis.channel_map, targets, schedule, Origin(asked, replaced), added, hooks)
+        bank = GateBank(
+            model,
+            analysis.channel_map,
+            targets,
+            schedule,
+            Origin(asked, dtype_of_parameters(model), replaced),
+            added,
+            hooks,
+        )
     except BaseException:
         journal.undo()
         raise
@@ -250,7 +258,8 @@ def finalize(
     optimizers = () if optimizer is None else as_optimizers(optimizer, model)
     bank.fold()
     origin: Origin = bank.origin
-    inputs = on_device(origin.inputs if example_inputs is None else as_call(example_inputs, model), model)
+    given = None if example_inputs is None else as_call(example_inputs, model)
+    inputs = origin.inputs_for(model) if given is None else fitted(given, model)
     progress = bank.progress()
     before = _parameters(model)
     done = take_out(model, bank, inputs)

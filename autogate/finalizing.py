@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_map_only
 
 from autogate.gates import BANK, GateBank
 from autogate.history import Slimming
-from autogate.inputs import Inputs
+from autogate.inputs import Inputs, fitted
 from autogate.sharding import has_shards
 from autogate.slimming import Asked, analyse_whole, carry_out
-from autogate.wrappers import take_off_autocast
+from autogate.wrappers import take_off_accelerate
 from rewriters import (
     AutogateError,
     Journal,
@@ -34,14 +34,21 @@ EXACT_IN_FLOAT64 = 1e-10
 
 @dataclass(frozen=True)
 class Origin:
-    """What prepare was called with, for finalize to read the same channels again."""
+    """What prepare was called with, for finalize to read the same channels again.
+
+    Attributes:
+        asked: what channels depend on.
+        dtype: of the model's parameters then (`dtype_of_parameters`).
+        shortcuts: the convolutions that were put on shortcuts.
+    """
 
     asked: Asked
+    dtype: torch.dtype | None
     shortcuts: tuple[Shortcut, ...] = ()
 
-    @property
-    def inputs(self) -> Inputs:
-        return self.asked.inputs
+    def inputs_for(self, model: nn.Module) -> Inputs:
+        """The example inputs, as the model has been moved and cast since."""
+        return fitted(self.asked.inputs, model, self.dtype)
 
 
 def take_out(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
@@ -72,7 +79,7 @@ def _slim_compared(
 ) -> Slimming:
     journal = Journal()
     try:
-        take_off_autocast(model, journal)
+        take_off_accelerate(model, journal)
         wanted = run_eval(model, *inputs)
         journal.remove(model._modules, BANK)
         journal.remove(model._forward_pre_hooks, bank.hook.id)
@@ -91,7 +98,7 @@ def _is_exact_in_float64(model: nn.Module, bank: GateBank, inputs: Inputs) -> bo
     twin = copy.deepcopy(model).double()
     gates: GateBank = getattr(twin, BANK)
     origin: Origin = gates.origin
-    gates.origin = replace(origin, asked=origin.asked._replace(inputs=_in_float64(origin.inputs)))
+    gates.origin = replace(origin, asked=origin.asked._replace(inputs=_in_float64(origin.asked.inputs)))
     try:
         _slim_compared(twin, gates, _in_float64(inputs), {torch.float64: EXACT_IN_FLOAT64})
     except Exception:  # whatever a forward made for float32 stumbles over
@@ -107,7 +114,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
 
 def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> Slimming:
     origin: Origin = bank.origin
-    asked = origin.asked._replace(inputs=on_device(origin.inputs, model))
+    asked = origin.asked._replace(inputs=origin.inputs_for(model))
     analysis = analyse_whole(model, asked)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:
@@ -159,8 +166,3 @@ def check_finite(model: nn.Module) -> None:
                 where=name,
                 remedy="Go back to a checkpoint from before training diverged.",
             )
-
-
-def on_device(inputs: Inputs, model: nn.Module) -> Inputs:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)

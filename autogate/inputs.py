@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import AutogateError
 
@@ -40,6 +41,18 @@ def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
         where=type(model).__name__,
         remedy="Give a tensor, a tuple of positional arguments or a dict of keyword arguments.",
     )
+
+
+def dtype_of_parameters(model: nn.Module) -> torch.dtype | None:
+    """That of a model's first floating-point parameter; None if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def fitted(inputs: Inputs, model: nn.Module, was: torch.dtype | None = None) -> Inputs:
+    """Inputs on the model's device; where they are of the dtype that its parameters had, of the one they have now."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = dtype_of_parameters(model)
+    return tree_map_only(Tensor, lambda x: x.to(device, dtype if x.dtype == was else x.dtype), inputs)
 
 
 def _from_timm(model: nn.Module) -> Tensor:

@@ -11,6 +11,9 @@ from rewriters import Journal
 _WRAPPED_FORWARD = "_original_forward"
 """Where Accelerate keeps a model's forward when it puts autocast around it (`Accelerator.prepare_model`)."""
 
+_PREPARED = "_is_accelerate_prepared"
+"""Set there too: such a model isn't prepared once more."""
+
 
 def unwrap(model: Any) -> Any:
     """The model inside torch.compile's and the distributed wrappers."""
@@ -28,11 +31,14 @@ def is_wrapped(model: nn.Module) -> bool:
     return unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__
 
 
-def take_off_autocast(model: nn.Module, journal: Journal) -> None:
-    """Gives a model its own forward back: one rewritten for the slim model would go unheard beneath another.
+def take_off_accelerate(model: nn.Module, journal: Journal) -> None:
+    """Gives a model the forward back that Accelerate has put autocast around, and lets it be prepared there anew.
 
-    Outputs in half precision couldn't be compared to the last digit either.
+    A forward rewritten for the slim model would go unheard beneath another, and outputs in half precision couldn't be
+    compared to the last digit.
     """
+    if _PREPARED in model.__dict__:
+        journal.remove(model.__dict__, _PREPARED)
     forward = model.__dict__.get(_WRAPPED_FORWARD)
     if forward is None:
         return

@@ -6,6 +6,8 @@ from torch import nn
 
 import autogate
 from autogate import finalizing
+from tests.autogate.small_nets import EXAMPLE as IMAGES
+from tests.autogate.small_nets import Residual
 
 EXAMPLE = torch.linspace(-1, 1, 32).view(4, 8)
 
@@ -68,3 +70,15 @@ def test_a_model_that_runs_in_float32_only_is_refused():
     with pytest.raises(autogate.VerificationError):
         autogate.finalize(model, warn=False)
     assert autogate.gates(model).follows
+
+
+@pytest.mark.parametrize("cast", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_model_that_was_cast_since_it_was_prepared(cast, given):
+    model = autogate.prepare(Residual(), IMAGES, flops=1.0)
+    with torch.no_grad():
+        autogate.gates(model).alpha[::3] = 0
+    gated = model.to(cast).eval()(IMAGES.to(cast))
+    slim = autogate.finalize(model, IMAGES.to(cast) if given else None, warn=False)
+    assert slim.head.in_features < 16 and slim.head.weight.dtype == cast
+    torch.testing.assert_close(slim(IMAGES.to(cast)), gated, rtol=0.1, atol=0.1)

@@ -39,9 +39,10 @@ def classifier() -> Classifier:
 
 
 def trainer(folder, *callbacks, **options) -> L.Trainer:
+    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     return L.Trainer(
         default_root_dir=folder, accelerator="cpu", devices=1, max_epochs=EPOCHS, logger=False, callbacks=[*callbacks],
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=bool(callbacks), **options,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=checkpoints, **options,
     )  # fmt: skip
 
 
@@ -99,6 +100,26 @@ def test_a_lightning_module_can_be_gated_itself(tmp_path):
         assert slim is model and type(slim) is Classifier and slim.network.head.in_features < 16
         torch.testing.assert_close(slim(EXAMPLE), gated, rtol=1e-5, atol=1e-6)
     trainer(tmp_path).fit(slim, batches(BATCHES))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_goes_on_with_the_slim_network(tmp_path):
+    class Slimming(L.Callback):
+        """As soon as the targets are met; `pl_module.optimizers()` is a wrapper of Lightning's."""
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == EPOCHS - 2:
+                assert autogate.gates(pl_module.network).progress().settled
+                autogate.finalize(pl_module.network, optimizer=pl_module.optimizers())
+
+    whole, parts = classifier(), classifier()
+    trainer(tmp_path).fit(whole, batches(BATCHES))
+    fitting = trainer(tmp_path, Slimming())
+    fitting.fit(parts, batches(BATCHES))
+    momentum = fitting.optimizers[0].state[parts.network.head.weight]["momentum_buffer"]
+    assert momentum.shape == parts.network.head.weight.shape == (4, parts.network.head.in_features) != (4, 16)
+    slim = autogate.finalize(whole.network)
+    torch.testing.assert_close(dict(parts.network.state_dict()), dict(slim.state_dict()), rtol=1e-4, atol=1e-5)
 
 
 def test_asked_for_the_gates_of_the_module_around_it_names_the_network():

@@ -212,15 +212,32 @@ def test_a_compiled_model_trains_on():
     torch._dynamo.reset()
 
 
-def test_accelerate_trains_on():
-    accelerator = Accelerator(cpu=True)
+@pytest.fixture
+def accelerator():
+    """Makes one; Accelerate keeps its settings for the life of the process."""
+    yield partial(Accelerator, cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_trains_on(accelerator):
     model = prepared()
     plain = copy.deepcopy(model)
-    model, optimizer = accelerator.prepare(model, OPTIMIZERS["sgd"](model.parameters()))
+    model, optimizer = accelerator().prepare(model, OPTIMIZERS["sgd"](model.parameters()))
     own = OPTIMIZERS["sgd"](plain.parameters())
     train(model, optimizer, SETTLED)
     slim = autogate.finalize(model, optimizer=optimizer)
     train(slim, optimizer, STEPS - SETTLED, SETTLED)
-    train(plain, own, STEPS, 0)
+    train(plain, own, STEPS)
     check_alike(slim, autogate.finalize(plain))
-    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerates_mixed_precision_is_put_around_the_slim_model_anew(accelerator):
+    mixed = accelerator(mixed_precision="bf16")
+    model = prepared().float()
+    model, optimizer = mixed.prepare(model, OPTIMIZERS["sgd"](model.parameters()))
+    slim = autogate.finalize(model, EXAMPLE, optimizer=optimizer, warn=False)
+    seen = []
+    slim.stem[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    slim(EXAMPLE)
+    mixed.prepare_model(slim)(EXAMPLE)
+    assert seen == [torch.float32, torch.bfloat16]
