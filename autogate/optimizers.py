@@ -99,6 +99,9 @@ def go_on(optimizer: Optimizer, exchanged: Mapping[int, Exchange]) -> None:
         one, state = exchanged[id(parameter)], optimizer.state.pop(parameter)
         if one.new is not None and all(_can_be_cut(value, parameter) for value in state.values()):
             optimizer.state[one.new] = {name: _cut(value, parameter, one.kept) for name, value in state.items()}
+    for inner in vars(optimizer).values():  # of Lookahead and its like, which have the same groups
+        if isinstance(inner, Optimizer):
+            go_on(inner, exchanged)
 
 
 def _can_be_cut(value: Any, parameter: Tensor) -> bool:

@@ -26,6 +26,7 @@ OPTIMIZERS = {
     "nadam": partial(torch.optim.NAdam, lr=1e-3),
     "rprop": partial(torch.optim.Rprop, lr=1e-3),
     "adagrad": partial(torch.optim.Adagrad, lr=1e-2),
+    "lookahead": lambda parameters: create_optimizer_v2(parameters, "lookahead_adamw", lr=1e-2),
     "lion": lambda parameters: create_optimizer_v2(parameters, "lion", lr=1e-4),
 }
 
@@ -43,15 +44,17 @@ def train(model, optimizer, steps: int, begin: int = 0) -> None:
         optimizer.step()
 
 
-def of_both_ways(model, optimizer, **settings):
+def of_both_ways(make, **options):
     """The slim model that was trained on as such, and the one that was slimmed at the end; their optimizers."""
-    train(model, optimizer, SETTLED)
-    assert autogate.gates(model).progress().settled
-    late, late_optimizer = copy.deepcopy((model, optimizer))
-    early = autogate.finalize(model, optimizer=optimizer, **settings)
-    train(early, optimizer, STEPS - SETTLED, SETTLED)
-    train(late, late_optimizer, STEPS - SETTLED, SETTLED)
-    return early, optimizer, autogate.finalize(late, optimizer=late_optimizer), late_optimizer
+    (early, first), (late, second) = (
+        (model, make(model.parameters())) for model in (prepared(**options), prepared(**options))
+    )
+    train(early, first, SETTLED)
+    assert autogate.gates(early).progress().settled
+    autogate.finalize(early, optimizer=first)
+    train(early, first, STEPS - SETTLED, SETTLED)
+    train(late, second, STEPS)
+    return early, first, autogate.finalize(late, optimizer=second), second
 
 
 def check_alike(one: nn.Module, other: nn.Module) -> None:
@@ -62,8 +65,7 @@ def check_alike(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_goes_on_as_with_gates(name):
-    model = prepared()
-    early, optimizer, late, late_optimizer = of_both_ways(model, OPTIMIZERS[name](model.parameters()))
+    early, optimizer, late, late_optimizer = of_both_ways(OPTIMIZERS[name])
     assert sum(parameter.numel() for parameter in early.parameters()) < 0.6 * sum(
         parameter.numel() for parameter in Residual().parameters()
     )
@@ -77,8 +79,7 @@ def test_training_goes_on_as_with_gates(name):
 
 @pytest.mark.parametrize(("kind", "shortcuts"), [(Halves, "shared"), (Residual, "conv")], ids=["sizes", "shortcuts"])
 def test_a_rewritten_forward_trains_on(kind, shortcuts):
-    model = prepared(kind, shortcuts=shortcuts)
-    early, _, late, _ = of_both_ways(model, OPTIMIZERS["sgd"](model.parameters()))
+    early, _, late, _ = of_both_ways(OPTIMIZERS["sgd"], kind=kind, shortcuts=shortcuts)
     check_alike(early, late)
 
 
