@@ -46,17 +46,20 @@ def test_every_method_trains_for_the_same_steps_and_leaves_what_was_asked(method
     model = ResNet(8)
     data = Data(torch.randint(0, 255, (64, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (64,)))
     recipe = Recipe(epochs=4, batch=8)
-    spent = []
+    spent, optimizers = [], []
 
-    def training(model, epochs, **settings):
+    def training(model, epochs, after_epoch=lambda _: None, **settings):
         spent.append(epochs)
-        fit(model, data, recipe, epochs, 0.01, **settings)
+        both = lambda optimizer: (after_epoch(optimizer), optimizers.append(optimizer))  # noqa: E731
+        fit(model, data, recipe, epochs, 0.01, after_epoch=both, **settings)
 
     example = torch.randn(2, 3, 32, 32)
     whole = count_flops(model, example)
-    slim = METHODS[method](model, Task(0.5, recipe.epochs, recipe.steps(data, recipe.epochs), example, training))
+    slim = METHODS[method](model, Task(0.5, recipe.epochs, recipe.steps(data, recipe.epochs), 5e-4, example, training))
     left = count_flops(slim, example) / whole
     assert sum(spent) == recipe.epochs
+    (group,) = optimizers[-1].param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in slim.parameters()} and group["weight_decay"] == 5e-4
     assert left == 1 if method == "dense" else 0.42 < left <= 0.5
 
 

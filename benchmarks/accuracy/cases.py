@@ -101,7 +101,8 @@ def slim_run(dense: torch.nn.Module, case: Case, train: Data, test: Data, recipe
         fit(model, train, recipe, epochs, recipe.peak / 2, report, **settings)
 
     torch.manual_seed(1000 + case.seed)
-    task = Task(case.flops, recipe.epochs, recipe.steps(train, recipe.epochs), example, training)
+    steps = recipe.steps(train, recipe.epochs)
+    task = Task(case.flops, recipe.epochs, steps, recipe.weight_decay, example, training)
     slim = METHODS[case.method](model, task)
     return {
         "method": case.method,
