@@ -113,15 +113,8 @@ def prepare(
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, asked.inputs, added)
         analysis.place_statistics(model, journal)
-        bank = GateBank(
-            model,
-            analysis.channel_map,
-            targets,
-            schedule,
-            Origin(asked, dtype_of_parameters(model), replaced),
-            added,
-            hooks,
-        )
+        origin = Origin(asked, dtype_of_parameters(model), replaced)
+        bank = GateBank(model, analysis.channel_map, targets, schedule, origin, added, hooks)
     except BaseException:
         journal.undo()
         raise

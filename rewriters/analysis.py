@@ -124,7 +124,7 @@ def _analyse(
     if labelling.findings.scattered:
         larger = _capture_larger(model, args, kwargs, captures)
         if larger and not labelling.has_classes_of(_labelled(model, larger, ignore, embed)):
-            labelling.pin_scattered("the size of its input decides which channels go together")
+            labelling.space.notes += labelling.findings.scattered
     analysis = Analysis(captures, labelling)
     known = labelling.by_tensor()
     with patches_held():

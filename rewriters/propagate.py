@@ -198,7 +198,7 @@ class Labelling:
                 self.space.pin(zeroed.labels, zeroed.module, zeroed.op, "normalised over its channels")
 
     def has_classes_of(self, other: Labelling) -> bool:
-        """Whether the same indices of parameters and buffers go together in both, of a model recorded twice."""
+        """Whether the same indices of tensors go together, and stay, in both, of a model that was recorded twice."""
         if self.space.blocks.keys() != other.space.blocks.keys():
             return False
         here, there = (
@@ -208,11 +208,6 @@ class Labelling:
         pairs = np.unique(np.stack([here, there]), axis=1)
         alike = all(len(np.unique(own)) == pairs.shape[1] for own in (here, there))
         return alike and np.array_equal(here == ALWAYS, there == ALWAYS)
-
-    def pin_scattered(self, reason: str) -> None:
-        """Keep every channel that a reshape has strewn over several dimensions."""
-        for one in self.findings.scattered:
-            self.space.pin(one.labels, one.module, one.op, reason)
 
     def pin_tensors(self, names: Iterable[str], reason: str) -> None:
         """Keep every channel of these parameters and buffers."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewriters.labels import Labelled, compress, parts, reshaped, varying
+from rewriters.labels import Labelled, PinNote, compress, parts, reshaped, varying
 from rewriters.rules.elementwise import join, meet
-from rewriters.rules.registry import OpCall, Result, Scattered, rule
+from rewriters.rules.registry import OpCall, Result, rule
 
 
 def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result:
@@ -106,7 +106,8 @@ def reshape(call: OpCall) -> Result:
     results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
     for layer, (result,) in zip(value.layers, results, strict=True):
         if _scatters(layer, result, value.shape):
-            call.findings.scattered.append(Scattered(layer, call.module, str(call.op)))
+            reason = "the size of its input decides which channels go together"
+            call.findings.scattered.append(PinNote(layer.flatten(), call.module, str(call.op), reason))
     moved = _one(_moved(call, value, results))
     if value.source is not None and any(_several_owned(call, moved, dim) for dim in range(moved.ndim)):
         value = call.without_positions(value)
@@ -117,6 +118,8 @@ def reshape(call: OpCall) -> Result:
 
 def _scatters(before: Tensor, after: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a reshape takes labels across dimensions that they don't vary in, and strews them over several.
+
+    As when (positions, channels) are viewed as (channels, height, width) with nothing transposed between.
 
     Args:
         before: labels of a tensor, of size 1 where they don't vary.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rewriters.channel_map import Kernel, Side
-from rewriters.labels import Labelled, LabelSpace, varying
+from rewriters.labels import Labelled, LabelSpace, PinNote, varying
 
 Result = Labelled | list[Labelled]
 Rule = Callable[["OpCall"], Result]
@@ -52,18 +52,6 @@ class Look:
 @dataclass(frozen=True)
 class Zeroed:
     """Channels that a statistic of a kernel passes over as long as a gate keeps those that are dead at zero."""
-
-    labels: Tensor
-    module: str
-    op: str
-
-
-@dataclass(frozen=True)
-class Scattered:
-    """Labels that a reshape has strewn over several dimensions, by the lengths of others that it took them across.
-
-    As when (positions, channels) are viewed as (channels, height, width) with nothing transposed between.
-    """
 
     labels: Tensor
     module: str
@@ -108,7 +96,7 @@ class Findings:
     `looks` are the statistics taken along channels, `live` says whether those of activations may be taken over
     live ones only.
     In the kernels named in `buffers` no gate can stand; on the sides in `zeroed` one has to. `crossings` are settled
-    when all labels have met. Where labels are `scattered`, other lengths may scatter them in another way.
+    when all labels have met. What is `scattered` is to be pinned if the model has other classes at another size.
     """
 
     kernels: list[KernelCall] = field(default_factory=list)
@@ -119,7 +107,7 @@ class Findings:
     buffers: set[str] = field(default_factory=set)
     zeroed: list[Zeroed] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
-    scattered: list[Scattered] = field(default_factory=list)
+    scattered: list[PinNote] = field(default_factory=list)
 
     def copy(self) -> Findings:
         """The same, to be carried on apart."""

@@ -156,9 +156,7 @@ class PositionsAsChannels(nn.Module):
         super().__init__()
         self.before = conv_norm_act(rng, shape, width(rng))
         self.after = conv(rng, (self.before[0].out_channels, *shape[1:]), shape[0], 1)
-        strides = [stride for stride in (1, 2, 4) if min(shape[1:]) >= 2 * stride] or [
-            1
-        ]  # one place would tell nothing
+        strides = [1, *(stride for stride in (2, 4) if min(shape[1:]) >= 2 * stride)]  # one place would tell nothing
         self.pool = AVG_POOL[dims_of(shape)](rng.choice(strides), ceil_mode=True)
         self.form = rng.choice(["reshape", "flat", "literal"])
 
