@@ -113,8 +113,10 @@ def test_what_is_taken_out_leaves_the_optimizer():
         autogate.gates(model).alpha[::3] = 0
     model(EXAMPLE.double()).sum().backward()
     before = len(optimizer.param_groups[0]["params"])
+    optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in model.parameters()})
     slim = autogate.finalize(model, optimizer=optimizer, warn=False)
     group = optimizer.param_groups[0]
+    assert set(map(id, optimizer.state)) == set(map(id, slim.parameters()))
     assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(slim.named_parameters())
     assert len(group["params"]) < before
 
@@ -161,6 +163,16 @@ def test_factored_moments_are_cut_and_those_of_other_shapes_begin_anew():
     slim = autogate.finalize(model, optimizer=factored, warn=False)
     assert slim.get_submodule("block.0").weight not in factored.state
     train(slim, factored, 1)
+
+
+def test_a_vector_that_fits_a_kernel_by_chance_begins_anew():
+    model = prepared()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    with torch.no_grad():
+        autogate.gates(model).alpha[::2] = 0
+    optimizer.state[model.head.weight] = {"of whatever": torch.ones(len(model.head.weight))}
+    slim = autogate.finalize(model, optimizer=optimizer, warn=False)
+    assert slim.head.in_features < 16 and slim.head.weight not in optimizer.state
 
 
 def test_several_optimizers_and_a_wrapped_one():
