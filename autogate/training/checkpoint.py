@@ -14,8 +14,9 @@ from autogate.files import in_place_of
 from autogate.training.run_folder import RunInfo, from_json, to_json
 from rewriters.errors import AutogateError
 
-FORMAT = 1
-_ENTRIES = {"format", "run", "position", "model", "optimizer", "scaler", "ema"}
+FORMAT = 2
+_STATES = ("model", "optimizer", "scaler", "ema", "gates")
+_ENTRIES = {"format", "run", "position", *_STATES}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Checkpoint:
     Attributes:
         info: the run that it belongs to.
         position: how far that was.
-        model, optimizer: their state_dicts; the model's has the gates.
+        model, optimizer: their state_dicts; the model's has the gates, as long as it has some.
         scaler, ema: those of the gradient scaler and of the averaged model, where there are such.
+        gates: that of the gates just before their channels were taken out; None as long as they are there.
     """
 
     info: RunInfo
@@ -56,6 +58,7 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     scaler: Mapping[str, Any] | None
     ema: Mapping[str, Any] | None
+    gates: Mapping[str, Any] | None
 
 
 def write_tensors(value: Any, path: Path) -> None:
@@ -91,7 +94,7 @@ def read_tensors(path: Path) -> Any:
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint; see `write_tensors`."""
-    found = {name: getattr(checkpoint, name) for name in ("model", "optimizer", "scaler", "ema")}
+    found = {name: getattr(checkpoint, name) for name in _STATES}
     plain = {"format": FORMAT, "run": to_json(checkpoint.info), "position": asdict(checkpoint.position)}
     write_tensors({**plain, **found}, path)
 
@@ -106,5 +109,5 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(found, dict) or set(found) != _ENTRIES or found["format"] != FORMAT:
         raise AutogateError("it is no checkpoint of autogate train.", where=str(path))
     info = from_json(RunInfo, found["run"], str(path))
-    state = {name: found[name] for name in ("model", "optimizer", "scaler", "ema")}
+    state = {name: found[name] for name in _STATES}
     return Checkpoint(info, Position(**found["position"]), **state)

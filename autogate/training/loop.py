@@ -14,10 +14,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from autogate.api import finalize, gates, summary
+from autogate.api import gates, summary
 from autogate.files import save
 from autogate.resources import Flops
-from autogate.summary import Summary
 from autogate.training.checkpoint import (
     Checkpoint,
     Position,
@@ -31,7 +30,8 @@ from autogate.training.distributed import World
 from autogate.training.learning import Loss, Stepper, accuracy, seed_at
 from autogate.training.network import build_network, data_config, with_gates
 from autogate.training.recipe import Recipe
-from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
+from autogate.training.run_folder import EpochRow, LayerSize, Result, RunFolder, RunInfo
+from autogate.training.taking_out import Snapshot, TakenOut, take_out, take_out_again
 from autogate.training.watching import Moment, Watcher
 from autogate.version import __version__
 from rewriters.errors import AutogateError
@@ -133,7 +133,12 @@ def resume(
 
 @dataclass
 class _Run:
-    """A run in memory."""
+    """A run in memory.
+
+    Attributes:
+        model: with gates until their targets have been met, slim afterwards.
+        taken_out: its closed channels, None as long as it has gates.
+    """
 
     recipe: Recipe
     info: RunInfo
@@ -144,6 +149,7 @@ class _Run:
     stepper: Stepper
     loss: Loss
     flops: Flops
+    taken_out: TakenOut | None = None
 
     @classmethod
     def on(
@@ -190,15 +196,22 @@ class _Run:
     def load(self, found: Checkpoint) -> None:
         """Take the state of a checkpoint."""
         try:
+            if found.gates is not None:
+                self.taken_out = take_out_again(self.model, found.gates, self._average, self.stepper.optimizer)
             self.model.load_state_dict(found.model)
             self.stepper.optimizer.load_state_dict(dict(found.optimizer))
             if found.scaler is not None:
                 self.stepper.scaler.load_state_dict(dict(found.scaler))
-            if self.stepper.ema is not None and found.ema is not None:
-                self.stepper.ema.module.load_state_dict(found.ema)
+            if self._average is not None and found.ema is not None:
+                self._average.load_state_dict(found.ema)
         except (RuntimeError, ValueError, KeyError) as error:
             raise AutogateError(f"it doesn't fit the run: {error}", where=str(self.folder.checkpoint_file)) from error
         self.stepper.schedule_to(found.position.step)
+
+    @property
+    def _average(self) -> nn.Module | None:
+        """The model of averaged weights, where they are averaged."""
+        return None if self.stepper.ema is None else self.stepper.ema.module
 
     def go_on(self, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Result | None:
         """Train the epochs that are left and finalize."""
@@ -210,6 +223,9 @@ class _Run:
             for epoch in range(position.epoch, self.recipe.learning.epochs + 1):
                 if epoch > position.epoch:
                     position = Position(epoch, step=position.step)
+                if epoch and not position.batch and self._may_take_out():
+                    self.taken_out = take_out(self.model, self._average, self.stepper.optimizer)
+                    wrapped = self.world.wrap(self.model)
                 if epoch and position.batch < self.info.batches:
                     position = self._train(wrapped, position, watchers, stop)
                 self._save(position)
@@ -222,6 +238,10 @@ class _Run:
         finally:
             for watcher in watchers:
                 watcher.finished()
+
+    def _may_take_out(self) -> bool:
+        """Whether nothing is left to be learned about channels: what training follows costs less without them."""
+        return self.taken_out is None and gates(self.model).progress().settled
 
     def _train(self, wrapped: nn.Module, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Position:
         """Train the rest of an epoch."""
@@ -280,8 +300,12 @@ class _Run:
 
     def _tell(self, watchers: Sequence[Watcher], epoch: int, step: int, loss: float, lr: float) -> None:
         self._check_finite(loss, step)
-        live = gates(self.model).live.cpu()
-        moment = Moment(epoch, step, loss, lr, self.flops.share(live), int(live.sum()))
+        if self.taken_out is None:
+            live = gates(self.model).live.cpu()
+            share, count = self.flops.share(live), int(live.sum())
+        else:
+            share, count = self.taken_out.snapshot.flops / self.info.flops, self.taken_out.snapshot.live
+        moment = Moment(epoch, step, loss, lr, share, count)
         for watcher in watchers:
             watcher.stepped(moment)
 
@@ -298,17 +322,16 @@ class _Run:
             return
         stepper = self.stepper
         scaler = stepper.scaler.state_dict() if stepper.scaler.is_enabled() else None
-        ema = stepper.ema.module.state_dict() if stepper.ema is not None else None
+        ema = self._average.state_dict() if self._average is not None else None
+        closed = self.taken_out.gates if self.taken_out is not None else None
         checkpoint = Checkpoint(
-            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema
+            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema, closed
         )
         save_checkpoint(checkpoint, self.folder.checkpoint_file)
 
     def _evaluate(self, position: Position, stop: Stop) -> EpochRow:
         """How the run stands; the main process writes it down."""
-        bank, whole = gates(self.model), summary(self.model)
-        now = whole.progress
-        ema = self.stepper.ema
+        now = Snapshot.of(self.model) if self.taken_out is None else self.taken_out.snapshot
         batches = max(position.batch, 1) * self.world.size
         row = EpochRow(
             epoch=position.epoch,
@@ -317,15 +340,15 @@ class _Run:
             train_loss=position.loss / batches if position.epoch else None,
             seconds=round(position.seconds, 3) if position.epoch else None,
             accuracy=self._accuracy(self.model, stop),
-            ema_accuracy=None if ema is None else self._accuracy(ema.module, stop),
-            flops=whole.flops / whole.all_flops,
-            params=whole.params / whole.all_params,
-            live=now.classes - now.dead,
-            gates=now.classes,
+            ema_accuracy=None if self._average is None else self._accuracy(self._average, stop),
+            flops=now.flops / self.info.flops,
+            params=now.params / self.info.params,
+            live=now.live,
+            gates=self.info.gates,
             settled=now.settled,
         )
         if self.world.main:
-            self.folder.add(row, _gate_row(row, bank.gates()[bank.live], whole))
+            self.folder.add(row, now.gate_row(row))
         if self.world.any(stop()):
             raise _Stopped
         return row
@@ -344,50 +367,15 @@ class _Run:
         return 100 * right / max(seen, 1)
 
     def _finish(self, row: EpochRow) -> Result:
-        """Finalize, and try the slim model."""
-        ema = self.stepper.ema
-        model = self.model if ema is None else ema.module
-        slim, result = finalized(model, row.step, self.info.steps, warn=self.world.main)
-        if self.world.main:
-            save(slim, self.folder.slim_file)
+        """Finalize what still has gates, and try the slim model."""
+        if self.taken_out is None:
+            self.taken_out = take_out(self.model, self._average, warn=self.world.main)
+        slim = (self.model if self._average is None else self._average).eval()
         result = replace(
-            result,
-            gated_accuracy=row.accuracy if ema is None else row.ema_accuracy,
-            accuracy=self._accuracy(slim.to(self.world.device), lambda: False),
+            self.taken_out.snapshot.result(slim, self.info, row.step), accuracy=self._accuracy(slim, lambda: False)
         )
         if self.world.main:
+            save(slim, self.folder.slim_file)
             self.folder.finish(result)
         self.world.wait()
         return result
-
-
-def finalized(model: nn.Module, step: int, steps: int, warn: bool = True) -> tuple[nn.Module, Result]:
-    """The slim model, in eval mode on the CPU, and what it came to after `step` of `steps` steps.
-
-    Raises:
-        AutogateError: as `autogate.finalize` does.
-    """
-    model = model.cpu().eval()  # convolutions on a GPU may round more than finalize lets pass
-    whole = summary(model)
-    slim = finalize(model, warn=warn)
-    result = Result(
-        step=step,
-        steps=steps,
-        flops=whole.flops,
-        params=sum(parameter.numel() for parameter in slim.parameters()),
-        dense_flops=whole.all_flops,
-        dense_params=whole.all_params,
-        shares=whole.progress.shares,
-    )
-    return slim, result
-
-
-def _gate_row(row: EpochRow, live: Tensor, whole: Summary) -> GateRow:
-    return GateRow(
-        epoch=row.epoch,
-        step=row.step,
-        dead=row.gates - row.live,
-        histogram=tuple(int(count) for count in torch.histc(live.float().cpu(), BINS, 0, 1)),
-        inputs=tuple(layer.inputs for layer in whole.layers),
-        outputs=tuple(layer.outputs for layer in whole.layers),
-    )

@@ -135,8 +135,7 @@ class Result:
         flops, params: of the slim model.
         dense_flops, dense_params: of the dense one.
         shares: that are left of each resource with a target.
-        gated_accuracy: in percent, before the closed channels were taken out.
-        accuracy: of the slim model; None, like the one before, where no images were at hand.
+        accuracy: of the slim model, in percent; None where no images were at hand.
     """
 
     step: int
@@ -146,7 +145,6 @@ class Result:
     dense_flops: float
     dense_params: int
     shares: Mapping[str, float]
-    gated_accuracy: float | None = None
     accuracy: float | None = None
 
     @property

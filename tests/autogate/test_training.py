@@ -110,7 +110,7 @@ def test_the_folder_holds_the_run(plain: tuple[RunFolder, Diary], pictures: Path
     for layer, inputs, outputs in zip(info.layers, gates[-1].inputs, gates[-1].outputs, strict=True):
         assert tuple(widths[layer.module].weight.shape[:2]) == (outputs, inputs)
     assert result is not None and result.step == result.steps == 6
-    assert result.accuracy == result.gated_accuracy == rows[-1].accuracy
+    assert result.accuracy == rows[-1].accuracy
     assert result.flops == pytest.approx(rows[-1].flops * info.flops)
     assert result.params == sum(p.numel() for p in slim.parameters())
     assert not slim.training
@@ -168,6 +168,74 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path
     assert whole.gates_file.read_text() == parts.gates_file.read_text()
     for one, other in zip(whole.metrics(), parts.metrics(), strict=True):
         assert dataclasses.replace(one, seconds=None) == dataclasses.replace(other, seconds=None)
+
+
+class InEpoch(Watcher):
+    """Stops a run after the first step of an epoch."""
+
+    def __init__(self, epoch: int):
+        self.epoch, self.now = epoch, -1
+
+    def evaluated(self, row: EpochRow) -> None:
+        self.now = row.epoch + 1
+
+    def __call__(self) -> bool:
+        return self.now == self.epoch
+
+
+@pytest.fixture(scope="module")
+def slim_early(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of four epochs whose targets are met before the last two."""
+    folder, diary = RunFolder(tmp_path_factory.mktemp("runs") / "early"), Diary()
+    changes = everything(Images(str(pictures), workers=0))
+    learning = dataclasses.replace(changes["learning"], epochs=4, amp=False)
+    start(recipe(pictures, **{**changes, "learning": learning}), folder.path, watchers=[diary])
+    (moment,), row = diary.moments, diary.rows[-1]
+    assert moment.step == 10 and (moment.flops, moment.live) == (row.flops, row.live)
+    return folder
+
+
+def test_channels_are_taken_out_once_the_targets_are_met(slim_early: RunFolder):
+    rows, found = slim_early.metrics(), load_checkpoint(slim_early.checkpoint_file)
+    assert rows[2].settled and len({(row.flops, row.params, row.live) for row in rows[2:]}) == 1
+    assert len({dataclasses.replace(row, epoch=0, step=0) for row in slim_early.gates()[2:]}) == 1
+    slim = load_file(slim_early.slim_file)
+    assert found.gates is not None and found.ema is not None and set(found.model) == set(found.ema) == set(slim)
+    assert all(torch.equal(slim[name], value) for name, value in found.ema.items())
+    assert any(not torch.equal(slim[name], value) for name, value in found.model.items())
+
+
+def test_it_comes_to_what_gates_to_the_end_come_to(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No dropout here, which draws a number for each channel, and no limit of the gradients' norm."""
+    asks = recipe(pictures, learning=Learning(epochs=4, model_ema=True))
+    slim, gated = RunFolder(tmp_path / "slim"), RunFolder(tmp_path / "gated")
+    start(asks, slim.path)
+    monkeypatch.setattr(loop._Run, "_may_take_out", lambda self: False)
+    start(asks, gated.path)
+    assert load_checkpoint(slim.checkpoint_file).gates is not None
+    assert load_checkpoint(gated.checkpoint_file).gates is None
+    for row, other in zip(slim.metrics(), gated.metrics(), strict=True):
+        assert (row.flops, row.params, row.live, row.lr) == (other.flops, other.params, other.live, other.lr)
+        assert (row.train_loss or 0) == pytest.approx(other.train_loss or 0, rel=1e-5)
+    expected = load_file(gated.slim_file)
+    for name, value in load_file(slim.slim_file).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    assert slim.result() == gated.result()
+
+
+def test_a_run_goes_on_where_it_was_slim(slim_early: RunFolder, tmp_path: Path):
+    folder, stop = RunFolder(tmp_path / "run"), InEpoch(4)
+    assert start(slim_early.info().recipe, folder.path, watchers=[stop], stop=stop) is None
+    found = load_checkpoint(folder.checkpoint_file)
+    assert found.gates is not None and found.position.batch
+    early = finalize_checkpoint(folder.path, tmp_path / "now.safetensors").result
+    assert early == dataclasses.replace(slim_early.result(), step=found.position.step, accuracy=None)
+    now = load_file(tmp_path / "now.safetensors")
+    assert all(torch.equal(now[name], value) for name, value in found.ema.items())
+    assert resume(folder.path) == slim_early.result()
+    slim = load_file(slim_early.slim_file)
+    assert all(torch.equal(slim[name], value) for name, value in load_file(folder.slim_file).items())
+    assert folder.gates_file.read_text() == slim_early.gates_file.read_text()
 
 
 def test_a_finished_run_is_told_again(plain: tuple[RunFolder, Diary]):

@@ -90,7 +90,7 @@ def test_signals_leave_a_checkpoint_to_go_on_from(pictures: Path, tmp_path: Path
 
 def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
-    words = ["-m", "autogate.cli", "train", "test_resnet", "--data", str(pictures), *SMALL, "--epochs", "1"]
+    words = ["-m", "autogate.cli", "train", "test_resnet", "--data", str(pictures), *SMALL, "--epochs", "3"]
     done = subprocess.run(
         [sys.executable, *TWO_PROCESSES, *words, "--model-ema", "--out", str(folder.path)],
         env=environment(), capture_output=True, text=True,
@@ -98,8 +98,9 @@ def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1: loss") == 1  # the first process alone talks
     info, result = folder.info(), folder.result()
-    assert (info.processes, info.batches, info.steps) == (2, 2, 2)
-    assert [row.step for row in folder.metrics()] == [0, 2]
+    assert (info.processes, info.batches, info.steps) == (2, 2, 6)
+    assert [row.step for row in folder.metrics()] == [0, 2, 4, 6]
+    assert load_checkpoint(folder.checkpoint_file).gates is not None  # they were wrapped anew as slim models
     assert result.accuracy == pytest.approx(round(result.accuracy * 15 / 100) * 100 / 15)  # each image once
 
 
