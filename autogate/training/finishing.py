@@ -22,7 +22,7 @@ class Finished:
 
 
 def finalize_checkpoint(path: Path, out: Path | None = None) -> Finished:
-    """Take the closed channels out of a run's model as its checkpoint has it.
+    """Take the closed channels out of a run's model as its checkpoint has it, if they aren't out yet.
 
     Where the run averages its weights the average is taken. The run can be gone on with afterwards.
 

@@ -103,4 +103,3 @@ def take_out_again(
         if one is not None:
             gates(one).load_state_dict(state)
     return take_out(model, average, optimizer)
-
