@@ -34,12 +34,19 @@ class Labelled:
             are zero, so are these.
         derived: they are computed from the parameter `source` in another way, each of its columns from that
             column but for statistics: where its columns are zero, these are something else.
+        boolean: the elements are true or false; to index with, they are a mask.
     """
 
     shape: tuple[int, ...]
     layers: tuple[Tensor, ...] = ()
     source: str | None = None
     derived: bool = False
+    boolean: bool = False
+
+    @classmethod
+    def unknown(cls, tensor: Tensor) -> Labelled:
+        """A tensor none of whose channels anybody owns."""
+        return cls(tuple(tensor.shape), boolean=tensor.dtype is torch.bool)
 
     @property
     def ndim(self) -> int:

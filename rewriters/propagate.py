@@ -45,7 +45,7 @@ class Labelling:
             if node.op == "get_attr":
                 self.values[node] = self._tensor(node, captured)
             elif node.op == "placeholder":
-                self.values[node] = Labelled(tuple(node.meta["val"].shape))
+                self.values[node] = Labelled.unknown(node.meta["val"])
             elif node.op == "call_function":
                 self.values[node] = self.call(node)
             else:
@@ -59,7 +59,7 @@ class Labelling:
         value = node.meta["val"]
         owned = node.target in captured.tensors and value.is_floating_point()
         if not owned:
-            return Labelled(tuple(value.shape))
+            return Labelled.unknown(value)
         if not isinstance(value, nn.Parameter):
             self.findings.buffers.add(node.target)
         return self.space.own(node.target, value.shape)
@@ -91,9 +91,14 @@ class Labelling:
 
         Where there are several results, `unused` are the places of those that nothing is computed from.
         """
-        shapes = [tuple(tensor.shape) for tensor in tensors_of(value)]
+        given = tensors_of(value)
+        shapes = [tuple(tensor.shape) for tensor in given]
         result = find_rule(op)(OpCall(op, args, kwargs, shapes, path, self.space, findings, unused))
         results = result if isinstance(result, list) else [result]
+        results = [
+            replace(labels, boolean=True) if tensor.dtype is torch.bool else labels
+            for tensor, labels in zip(given, results, strict=True)
+        ]
         if isinstance(value, Tensor):
             return results[0]
         rest = iter(results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
@@ -45,11 +46,15 @@ class Valued(fx.Proxy):
         return iter([self[index] for index in range(self.__len__())])
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """x[key] = y, written as what it does: y is copied into a view of x."""
-        if not isinstance(self.value, Tensor) or not _makes_view(key):
-            raise TraceError("it assigns to elements picked by a tensor or a list")
-        view = self[key]
-        view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
+        """x[key] = y, written as what it does: y is copied into a view of x, or written to the places picked in it."""
+        if not isinstance(self.value, Tensor):
+            raise TraceError(f"it assigns to an element of a {type(self.value).__name__}")
+        sliced, picked = _parts(key)
+        view = self[sliced] if sliced else self
+        if picked:
+            self.tracer.create_proxy("call_function", operator.setitem, (view, picked, value), {})
+        else:
+            view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
 
     def __len__(self) -> int:
         return self.length().__index__()
@@ -73,7 +78,26 @@ class Valued(fx.Proxy):
         return format(self.value, spec)
 
 
-def _makes_view(key: Any) -> bool:
-    """Whether indexing by `key` gives a view (numbers, slices, None and ...), not a copy."""
-    items = key if isinstance(key, tuple) else (key,)
-    return all(item is None or item is Ellipsis or isinstance(item, (int, slice)) for item in items)
+def _parts(key: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """A key as PyTorch takes it: what makes a view (numbers, slices, None, ...), then what is picked in that view.
+
+    Either is empty where it would leave all as it is.
+    """
+    sliced: list[Any] = []
+    picked: list[Any] = []
+    for item in key if isinstance(key, tuple) else (key,):
+        if item is None or item is Ellipsis or isinstance(item, (int, slice)):
+            sliced.append(item)
+            picked += [] if isinstance(item, int) else [item if item is Ellipsis else slice(None)]
+        else:
+            given = item.value if type(item) is Valued else item
+            sliced += [slice(None)] * (given.ndim if getattr(given, "dtype", None) is torch.bool else 1)
+            picked.append(item)
+    if all(map(_is_whole, picked)):
+        return tuple(sliced), ()
+    return () if all(map(_is_whole, sliced)) else tuple(sliced), tuple(picked)
+
+
+def _is_whole(item: Any) -> bool:
+    """Whether an index takes all there is."""
+    return item is Ellipsis or (isinstance(item, slice) and item.start is item.stop is item.step is None)

@@ -254,7 +254,7 @@ class Resizer:
         return self._copies[arg] if isinstance(arg, fx.Node) else arg
 
     def _labels(self, tensor: Tensor) -> Labelled:
-        return self._known.get(id(tensor)) or Labelled(tuple(tensor.shape))
+        return self._known.get(id(tensor)) or Labelled.unknown(tensor)
 
     def _left(self, arg: Any) -> Any:
         return fx.node.map_arg(arg, self._slim.__getitem__)

@@ -1,6 +1,17 @@
 """What each family of ops does to channel labels: one file a family, one function a rule."""
 
-from rewriters.rules import creation, elementwise, kernels, mixing, movement, picking, recurrent, sampling, unrecorded
+from rewriters.rules import (
+    creation,
+    elementwise,
+    kernels,
+    mixing,
+    movement,
+    picking,
+    recurrent,
+    sampling,
+    unrecorded,
+    writing,
+)
 from rewriters.rules.registry import RULES, Crossing, Findings, KernelCall, Look, OpCall, Rule, find_rule, rule
 
 PRODUCTS = (kernels.convolution, kernels.matmul, kernels.addmm, sampling.deform_conv2d)
@@ -26,4 +37,5 @@ __all__ = [
     "rule",
     "sampling",
     "unrecorded",
+    "writing",
 ]

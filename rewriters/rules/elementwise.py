@@ -19,6 +19,9 @@ from rewriters.rules.registry import RULES, Crossing, OpCall, rule
     "aten.hardswish_", "aten.mish_", "aten.gelu_", "aten._prelu_kernel", "aten.log_sigmoid_forward",
     "aten.rsub", "aten.threshold_", "aten.zeros_like", "aten.ones_like", "aten.empty_like", "aten.full_like",
     "aten.rand_like", "aten.randn_like", "aten.complex", "aten.polar", "aten._conj", "aten._neg_view",
+    "aten.rrelu_with_noise", "aten.rrelu_with_noise_", "aten.fake_quantize_per_tensor_affine",
+    "aten.fake_quantize_per_tensor_affine_cachemask",
+    "aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
 )  # fmt: skip
 def elementwise(call: OpCall) -> Labelled | list[Labelled]:
     """y[i] depends on x[i] alone (add, relu, sigmoid, mul, dropout, copies ...)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +19,12 @@ _POOLED = "pooled along its channels"
 @rule(
     "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.max.dim", "aten.min.dim",
     "aten.prod", "aten.logsumexp", "aten.linalg_vector_norm", "aten.norm", "aten.any", "aten.all",
-    "aten.argmax", "aten.argmin", "aten.var_mean", "aten.std_mean", "aten.max", "aten.min",
+    "aten.argmax", "aten.argmin", "aten.var_mean", "aten.std_mean", "aten.max", "aten.min", "aten.aminmax",
+    "aten.nansum", "aten.count_nonzero", "aten.median", "aten.nanmedian", "aten.mode", "aten.kthvalue",
 )  # fmt: skip
 def reduce(call: OpCall) -> Result:
     """A reduction: labels survive along the dimensions that stay."""
-    value = call.args[0]
-    names = [argument.name for argument in call.op._schema.arguments]
-    dims = call.arg(names.index("dim"), "dim") if "dim" in names else None
+    value, dims = call.args[0], _dim(call)
     dims = [dims] if isinstance(dims, int) else list(dims or range(value.ndim))
     if _is_statistic(call):
         layers, _ = call.look(value, dims, "reduced over its channels")
@@ -36,6 +37,14 @@ def reduce(call: OpCall) -> Result:
         own = tuple(layer.reshape([layer.shape[d] for d in kept]) for layer in layers) if flat else layers
         outs.append(Labelled(shape, own, value.source, derived=True))
     return outs if len(outs) > 1 else outs[0]
+
+
+def _dim(call: OpCall) -> Any:
+    """The call's `dim`, given or by default; None if it has none."""
+    for index, argument in enumerate(call.op._schema.arguments):
+        if argument.name == "dim":
+            return call.arg(index, "dim", argument.default_value)
+    return None
 
 
 _STATISTICS = {
@@ -60,11 +69,24 @@ def _is_statistic(call: OpCall) -> bool:
     return call.op.overloadpacket in _STATISTICS
 
 
-@rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax.int", "aten.cumsum", "aten.sort")
-def softmax(call: OpCall) -> Result:
-    """Normalised along one dimension."""
-    value, dim = call.args[0], call.arg(1, "dim", -1)
-    layers = call.mix(value, [dim], "mixed along its channels")
+@rule(
+    "aten._softmax", "aten._log_softmax", "aten._safe_softmax", "aten.softmax.int", "aten.sort", "aten.topk",
+    "aten.cumsum", "aten.cumsum_", "aten.cumprod", "aten.cumprod_", "aten.cummax", "aten.cummin", "aten.logcumsumexp",
+    "aten._logcumsumexp",
+)  # fmt: skip
+def along_one(call: OpCall) -> Result:
+    """Each element from all along one dimension: normalised, sorted, added up so far."""
+    return _mixed_along(call, [_dim(call)])
+
+
+@rule("aten.tril", "aten.tril_", "aten.triu", "aten.triu_")
+def triangle(call: OpCall) -> Result:
+    """A matrix without what lies beside its diagonal, by the numbers of rows and columns."""
+    return _mixed_along(call, [-2, -1])
+
+
+def _mixed_along(call: OpCall, dims: Iterable[int], reason: str = "mixed along its channels") -> Result:
+    layers = call.mix(call.args[0], dims, reason)
     outs = [Labelled(shape, layers) for shape in call.shapes]
     return outs if len(outs) > 1 else outs[0]
 
@@ -150,9 +172,7 @@ def unpool(call: OpCall) -> Labelled:
 
 
 def _spatial(call: OpCall, spatial_dims: int) -> Result:
-    layers = call.mix(call.args[0], range(-spatial_dims, 0), _POOLED)
-    outs = [Labelled(shape, layers) for shape in call.shapes]
-    return outs if len(outs) > 1 else outs[0]
+    return _mixed_along(call, range(-spatial_dims, 0), _POOLED)
 
 
 @rule("aten.native_batch_norm", "aten.cudnn_batch_norm", "aten.miopen_batch_norm", "aten._batch_norm_no_update",

@@ -37,7 +37,10 @@ def test_residual_add_and_its_kin_couple_channels(combine):
      F.logsigmoid, F.hardsigmoid, F.leaky_relu, F.selu, F.celu, F.softsign, F.hardshrink, F.softshrink, F.tanhshrink,
      lambda x: x.clamp(-1, 1), lambda x: x**2, lambda x: x.masked_fill(x > 1, 0.0), lambda x: F.dropout(x, 0.1, True),
      lambda x: F.dropout2d(x, 0.1, True), lambda x: F.alpha_dropout(x, 0.1, True), lambda x: x.float().half().float(),
-     lambda x: x.contiguous().clone().detach(), lambda x: F.threshold(x, 0.1, 0.0), lambda x: torch.zeros_like(x) + x],
+     lambda x: x.contiguous().clone().detach(), lambda x: F.threshold(x, 0.1, 0.0), lambda x: torch.zeros_like(x) + x,
+     F.rrelu, F.rrelu_, lambda x: F.rrelu(x, training=True),
+     lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
+     lambda x: torch.fake_quantize_per_tensor_affine(x, torch.ones(1), torch.zeros(1, dtype=torch.int), -128, 127)],
 )  # fmt: skip
 def test_activations_pass_channels(act):
     found = mapped(lambda m, x: m.b(act(m.a(x))), a=conv(3, 4), b=conv(4, 2))
@@ -109,9 +112,9 @@ def test_the_halves_of_a_gated_linear_unit_go_two_by_two():
 
 
 def test_an_op_nobody_described_pins_and_says_so():
-    found = mapped(lambda m, x: m.b(m.a(x).cumprod(1)), image(), a=conv(3, 4), b=conv(4, 2))
+    found = mapped(lambda m, x: m.b(m.a(x).renorm(2, 1, 1.0)), image(), a=conv(3, 4), b=conv(4, 2))
     assert is_pinned(found, "a.weight", 0)
-    assert reasons(found, "a.weight", 0) == ["aten.cumprod.default: no rule describes this op"]
+    assert reasons(found, "a.weight", 0) == ["aten.renorm.default: no rule describes this op"]
 
 
 class Odd(nn.Module):
@@ -122,7 +125,7 @@ class Odd(nn.Module):
         self.c = conv(16, 16)
 
     def forward(self, x):
-        return self.c(x).cumprod(1)
+        return self.c(x).renorm(2, 1, 1.0)
 
 
 def test_an_op_without_a_rule_pins_its_borders_only():
@@ -130,10 +133,10 @@ def test_an_op_without_a_rule_pins_its_borders_only():
     model = nn.Sequential(conv(3, 32), nn.ReLU(), conv(32, 16), Odd(), conv(16, 32), conv(32, 4))
     summary = autogate.summary(autogate.prepare(model, image(), flops=1.0))
     (pin,) = (pin for pin in summary.pins if pin.reason == "no rule describes this op")
-    assert (pin.module, pin.op) == ("3", "aten.cumprod.default")
+    assert (pin.module, pin.op) == ("3", "aten.renorm.default")
     assert set(pin.sides) == {Side("3.c.weight", 0), Side("3.c.bias", 0)}
     assert summary.progress.classes == 32 + 16 + 32
-    assert "cumprod" in str(summary)
+    assert "renorm" in str(summary)
     kill(model, 0.5)
     assert finalize_compared(model, ((image(),), {})) <= 1e-6
     assert model[2].out_channels < 16

@@ -22,7 +22,13 @@ def between(op, **members):
         lambda x: x * x.max(1, keepdim=True)[1],
         lambda x: x.argsort(1).float() + x, lambda x: F.local_response_norm(x, 3),
         lambda x: x / x.sum((1, 2, 3), keepdim=True), lambda x: x * x.logsumexp(1, keepdim=True),
-        lambda x: x / torch.linalg.vector_norm(x, -1, dim=1, keepdim=True),
+        lambda x: x / torch.linalg.vector_norm(x, -1, dim=1, keepdim=True), lambda x: x.topk(4, 1).values,
+        lambda x: x.cumprod(1), lambda x: x.cummax(1).values, lambda x: x.logcumsumexp(1),
+        lambda x: x.cumsum_(1), lambda x: x - x.median(1, keepdim=True).values, lambda x: x - x.median(),
+        lambda x: x * x.kthvalue(2, 1, keepdim=True).values, lambda x: x * x.mode(1, keepdim=True).values,
+        lambda x: x * x.nansum(1, keepdim=True), lambda x: x * torch.aminmax(x, dim=1, keepdim=True).max,
+        lambda x: x * x.count_nonzero(1).unsqueeze(1), lambda x: x.movedim(1, -1).tril().movedim(-1, 1),
+        lambda x: x.movedim(1, -2).triu_().movedim(-2, 1),
     ],
 )  # fmt: skip
 def test_mixing_along_channels_pins(op):
@@ -49,7 +55,13 @@ def test_softmax_over_channels_pins_and_says_so():
         lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
         lambda x: F.pad(x, (1, 1, 1, 1)), lambda x: F.instance_norm(x), lambda x: x.max(2, keepdim=True)[0],
         lambda x: x / torch.std_mean(x, (2, 3), keepdim=True)[0], lambda x: x.rot90(1, (2, 3)),
-        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), lambda x: x.topk(2).values,
+        lambda x: x.cumprod(-1), lambda x: x.cummin(2).values, lambda x: x.logcumsumexp(3), lambda x: x.cumsum_(2),
+        lambda x: x - x.median(-1, keepdim=True).values, lambda x: x - x.nanmedian(2, keepdim=True)[0],
+        lambda x: x.kthvalue(2).values[..., None], lambda x: x.mode().values[..., None],
+        lambda x: x.nansum((2, 3), keepdim=True), lambda x: x.nanmean((2, 3), keepdim=True),
+        lambda x: torch.aminmax(x, dim=2, keepdim=True).min, lambda x: x * x.count_nonzero((2, 3))[..., None, None],
+        lambda x: x.tril(), lambda x: x.triu_(1), lambda x: x.sort(dim=-1, stable=True).values,
     ],
 )  # fmt: skip
 def test_mixing_along_positions_passes_channels(op):

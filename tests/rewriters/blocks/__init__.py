@@ -57,6 +57,7 @@ from tests.rewriters.blocks.residual import (
     TwoStreams,
 )
 from tests.rewriters.blocks.shared import Constants, Shared, SharedPair, SharedPlumbing, Unknown
+from tests.rewriters.blocks.writing import Written
 
 ANY = (
     SharedPlumbing, SharedPair, Halving, Plain, Plain, Preactivated, Residual, Residual, PadShortcut, Dense,
@@ -65,7 +66,7 @@ ANY = (
     SplitAttention, FunctionalConv, FunctionalLayers, ChannelsLast, Attention, SpatialAttention, PositionGate,
     EfficientChannelAttention, GatedUnit, Rearranged, Unknown, StandardisedConv, Bilinear, Constants, Dropped,
     Branches, TwoStreams, Nested, InstanceScale, Statistics, PreNorm, PreNorm, FoldedAttention,
-    PositionsAsChannels,
+    PositionsAsChannels, Written,
 )  # fmt: skip
 """Blocks for any number of spatial dimensions."""
 

@@ -36,12 +36,12 @@ class Unknown(nn.Module):
     def __init__(self, rng: random.Random, shape: Shape):
         super().__init__()
         self.conv = conv(rng, shape, width(rng))
-        self.form = rng.choice(["cumprod", "cumsum", "sort", "normalize", "softmax", "logcumsumexp", "max", "norm"])
+        self.form = rng.choice(["renorm", "cumsum", "sort", "normalize", "softmax", "logcumsumexp", "max", "norm"])
 
     def forward(self, x):
         x = self.conv(x)
-        if self.form == "cumprod":
-            return torch.cumprod(torch.tanh(x), 1)
+        if self.form == "renorm":
+            return x.renorm(2, 1, 1.0)
         if self.form == "cumsum":
             return torch.cumsum(x, dim=1)
         if self.form == "sort":
