@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import autogate
+from benchmarks.accuracy.data import layout
 
 
 class Fit(Protocol):
@@ -145,7 +145,7 @@ def _prune(pruner: Any, model: nn.Module, task: Task) -> None:
     whole = count_flops(model, task.example)
     while count_flops(model, task.example) > task.flops * whole and pruner.current_step < pruner.iterative_steps:
         pruner.step()
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=layout(task.example.device))
 
 
 METHODS: dict[str, Method] = {

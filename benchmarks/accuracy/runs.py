@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.accuracy.data import Data
+from benchmarks.accuracy.data import Data, layout
 from benchmarks.accuracy.models import MODELS
 from benchmarks.accuracy.recipe import Recipe, accuracy, fit, predict
 
@@ -35,7 +35,8 @@ class Dense(NamedTuple):
 def dense_model(name: str, seed: int, train: Data, test: Data, recipe: Recipe, out: Path) -> Dense:
     """The trained network that all methods start from, from its file or trained now."""
     torch.manual_seed(seed)
-    model = MODELS[name]().to(train.images.device, memory_format=torch.channels_last)
+    device = train.images.device
+    model = MODELS[name]().to(device, memory_format=layout(device))
     weights = out / f"{name}_dense_{seed}.pt"
 
     def run() -> dict:
