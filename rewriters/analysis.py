@@ -363,6 +363,29 @@ def _labels_at(labelling: Labelling, node: fx.Node) -> list[Labelled]:
     return [value for value in leaves_of(values) if isinstance(value, Labelled)]
 
 
+def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
+    """Trace a module in which no op holds a size, for its own code may (`assert x.shape[1] == self.width`).
+
+    Returns:
+        Whether that could be done, and had not been before.
+    """
+    if any(one.path == path for one in analysis.traced):
+        return False
+    known, found = analysis.labelling.by_tensor(), list[Traced]()
+    calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
+    try:
+        with plain_statistics(model), without_caches(model), patches_held():
+            for captured, call in calls:
+                found += trace_modes(model.get_submodule(path), call, captured, analysis.labelling, known)
+    except TraceError:
+        return False
+    analysis.traced += found
+    _settle_repeated_calls(analysis)
+    analysis.labelling.settle_grids()
+    pin_unwritable(analysis.labelling, found)
+    return bool(found)
+
+
 def pin_call(analysis: Analysis, path: str, reason: str) -> None:
     """Keep all channels of what a module's own code touches, and of what goes into it and comes out."""
     known = analysis.labelling.by_tensor()

@@ -2,7 +2,7 @@
 
 Labels and rewritten forwards say what can go; the rehearsal is what proves it for code that neither of them
 read: an assertion on a width, a field nobody knows. The slimmed model runs on tensors without data (nothing is
-computed); a module that refuses keeps its channels.
+computed); a module that refuses is traced, to be rewritten, and keeps its channels if it still does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from rewriters.analysis import Analysis, pin_call, samples_in
+from rewriters.analysis import Analysis, pin_call, samples_in, trace_calls
 from rewriters.capture import capture, in_every_place, named_tensors
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.frozen_heap import collect
@@ -53,6 +53,9 @@ def rehearse(
         if refused is None:
             return analysis
         path, error = refused
+        if trace_calls(model, analysis, path):  # rewritten it may do
+            analysis.settle(samples_in(args, kwargs))
+            continue
         while path in pinned and path:  # its own channels stay and it still refuses: what feeds it, then
             path = path.rpartition(".")[0]
         if path in pinned:
