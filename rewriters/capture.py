@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -36,7 +36,7 @@ from rewriters.opaque import (
     tensors_in,
 )
 from rewriters.preserving import attributes_preserved, random_numbers_kept
-from rewriters.without_data import on_fakes, stand_in
+from rewriters.without_data import constant, has_others, on_fakes, stand_in
 
 
 @dataclass(eq=False)
@@ -91,7 +91,7 @@ class Capture:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes every ATen call into a graph; tensors it has not seen become constants (`get_attr`)."""
+    """Writes every ATen call into a graph; tensors it has not seen become constants (`get_attr`) with known values."""
 
     def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor]):
         super().__init__()
@@ -104,6 +104,7 @@ class Recorder(TorchDispatchMode):
         self.failed: list[ModuleCall] = []
         self._error: Exception | None = None
         self._real = real
+        self._constants: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
 
     def began_with(self, tensor: Tensor) -> bool:
@@ -137,6 +138,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if has_others(args):
+            args = tree_map_only(Tensor, self._known, args)
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._real:
             with unset_fake_temporarily():
                 return self._real[id(args[0])].item()  # a parameter's or buffer's own value is known
@@ -151,6 +154,15 @@ class Recorder(TorchDispatchMode):
             return out  # not a step of the forward, or a question about a tensor (its device, its layout)
         self._write(func, args, kwargs, out)
         return out
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        """The fake tensor for one of a call's arguments."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._constants:
+            self._constants[id(tensor)] = constant(self._mode, tensor)
+            self._alive.append(tensor)
+        return self._constants[id(tensor)]
 
     def _keep_as_it_is(self, value: Tensor) -> None:
         """Let another tensor stand for it in what is recorded: its own shape changes now."""

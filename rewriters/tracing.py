@@ -32,7 +32,7 @@ from rewriters.propagate import Labelling
 from rewriters.proxies import Valued
 from rewriters.rules import Findings, OpCall
 from rewriters.rules.elementwise import meet
-from rewriters.without_data import on_fakes
+from rewriters.without_data import constant, on_fakes
 
 _AHEAD = 4
 """How far to look for the recorded call that is traced: a forward may have made some that it doesn't make again."""
@@ -144,7 +144,10 @@ class _Tracer(fx.Tracer):
             return bool(a)
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             return self._plain_tensor(a)
-        return super().create_arg(a)
+        arg = super().create_arg(a)
+        if isinstance(a, nn.Module):  # handed to a child, which calls it
+            arg.meta.update(val=a, ops=[], looks=[])
+        return arg
 
     def _plain_tensor(self, tensor: Tensor) -> fx.Node:
         """A tensor that is a module's attribute; one made on the way would be lost (fx leaves it on the module)."""
@@ -154,7 +157,7 @@ class _Tracer(fx.Tracer):
         node = self.create_node("get_attr", name, (), {})
         node.meta["val"] = self._captured.tensors.get(f"{self._call.path}.{name}".lstrip("."))
         if node.meta["val"] is None:
-            node.meta["val"] = self._captured.mode.from_tensor(tensor)
+            node.meta["val"] = constant(self._captured.mode, tensor)
         return node
 
     def create_proxy(self, kind, target, args, kwargs, *rest, **options):
@@ -227,7 +230,7 @@ class _Tracer(fx.Tracer):
         """Labels in the place of a tensor; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        return self.known.get(id(value)) or Labelled(tuple(value.shape))
+        return self.known.get(id(value)) or Labelled.unknown(value)
 
     def link(self, traced: Any, captured: Any) -> None:
         """Merge the labels of what was traced and of what was captured at the same place.

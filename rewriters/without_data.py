@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
@@ -192,6 +197,22 @@ def stand_in(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     return fake
 
 
+KNOWN_ELEMENTS = 1024
+"""Constants of up to so many elements have values that a forward may ask for."""
+
+
+def constant(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor for one that is no parameter, buffer or input: a plain attribute of a module, say.
+
+    PyTorch works out what single numbers such tensors come to (`strides[0]`), where a forward takes them as numbers.
+    """
+    if tensor.numel() > KNOWN_ELEMENTS or type(tensor) is not Tensor:
+        return mode.from_tensor(tensor)
+    with unset_fake_temporarily():
+        own = tensor.detach().clone()
+    return mode.fake_tensor_converter.from_real_tensor(mode, own, make_constant=True)
+
+
 def on_fakes(mode: FakeTensorMode, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What an ATen call gives on fake tensors."""
     if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -223,6 +244,11 @@ def _only_device(args: tuple[Any, ...]) -> torch.device | None:
             return None
         device = tensor.fake_device
     return device
+
+
+def has_others(args: Sequence[Any]) -> bool:
+    """Whether there are tensors that aren't fake among a call's arguments."""
+    return any(not isinstance(tensor, FakeTensor) for tensor in _tensors(args))
 
 
 def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:

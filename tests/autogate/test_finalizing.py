@@ -82,3 +82,32 @@ def test_a_model_that_was_cast_since_it_was_prepared(cast, given):
     slim = autogate.finalize(model, IMAGES.to(cast) if given else None, warn=False)
     assert slim.head.in_features < 16 and slim.head.weight.dtype == cast
     torch.testing.assert_close(slim(IMAGES.to(cast)), gated, rtol=0.1, atol=0.1)
+
+
+class Detector(nn.Module):
+    """Keeps anchors for the size that it saw last; its strides are a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1)
+        self.strides, self.shape, self.anchors = torch.tensor([2.0, 4.0]), None, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.first(x).relu())
+        if self.shape != y.shape:
+            levels = [y.new_full((3, *y.shape[2:]), self.strides[level]) for level in range(2)]
+            self.shape, self.anchors = y.shape, torch.cat(levels)
+        return y * self.anchors
+
+
+def test_a_model_that_keeps_anchors_is_the_same_before_and_after_it_ran():
+    model = autogate.prepare(Detector(), torch.randn(2, 3, 8, 8), flops=0.5)
+    assert model.shape is None and autogate.summary(model).progress.classes == 8
+    with torch.no_grad():
+        autogate.gates(model).alpha[::2] = 0
+        larger = torch.randn(2, 3, 16, 12)
+        wanted = model.eval()(larger)
+        slim = autogate.finalize(model, warn=False)
+        assert slim.first.out_channels == 4
+        assert (slim(larger) - wanted).abs().max() <= 1e-5 * wanted.abs().max()

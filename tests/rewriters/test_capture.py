@@ -52,6 +52,32 @@ def test_branches_on_a_buffer_are_followed():
     assert [call.path for call in capture(model, (image(),)).calls()] == ["", "a"]
 
 
+def test_values_of_plain_attributes_are_known():
+    """A detector's strides: a tensor that is no buffer, whose elements are taken as numbers."""
+
+    def forward(m, x):
+        grid = torch.cat([x.new_full((2, 1, 4, 4), m.strides[place]) for place in range(2)], 1)
+        return m.b(torch.cat([m.a(x), grid if m.strides[1] > 1 else -grid], 1))
+
+    model = Net(forward, a=conv(3, 8), b=conv(10, 2)).double()
+    model.strides = torch.tensor([0.5, 2.0])
+    analysis = assert_exact(model, (image().double(),)).analysis
+    assert not analysis.opaque and analysis.channel_map.size == 8
+    assert type(model.strides) is torch.Tensor and model.strides.tolist() == [0.5, 2.0]
+
+
+def test_values_of_plain_attributes_that_are_written_to_are_forgotten():
+    def forward(m, x):
+        m.counter[0] = x.sum()
+        return m.a(x) if m.counter[0] > 0 else m.b(x)
+
+    model = Net(forward, a=conv(3, 4), b=conv(3, 4)).eval()
+    model.counter = torch.ones(2)
+    with pytest.raises(CaptureError, match="depends on the values of a tensor"):
+        capture(model, (image(),))
+    assert model.counter.tolist() == [1, 1]
+
+
 def test_nothing_in_the_model_changes():
     model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.Dropout(), conv(4, 2)).train()
     before = copy.deepcopy(model.state_dict())

@@ -310,3 +310,20 @@ def test_a_child_with_two_names_is_known_by_either():
     model = Net(lambda m, x: m.second(F.pad(m.first(x), (0, 0, 0, 0, 0, 1))), first=Shares(child), second=Shares(child))
     slimmed = assert_exact(model.double().eval(), (image().double(),))
     assert {"first", "second"} <= set(slimmed.plan.forwards)
+
+
+class Calling(nn.Module):
+    """Calls a layer that it is handed."""
+
+    def forward(self, x, layer):
+        return layer(x).relu()
+
+
+def test_a_layer_that_is_handed_to_another_is_followed():
+    def forward(m, x):
+        first, second = m.a(x).split([4, 4], 1)
+        return m.b(m.calling(torch.cat([second, first], 1), m.head))
+
+    model = Net(forward, a=conv(3, 8), calling=Calling(), head=conv(8, 6), b=conv(6, 2)).double()
+    assert assert_exact(model, (image().double(),)).analysis.channel_map.size == 8 + 6
+    assert "forward" in vars(slim(model, (image().double(),)).model)
