@@ -327,3 +327,48 @@ def test_a_layer_that_is_handed_to_another_is_followed():
     model = Net(forward, a=conv(3, 8), calling=Calling(), head=conv(8, 6), b=conv(6, 2)).double()
     assert assert_exact(model, (image().double(),)).analysis.channel_map.size == 8 + 6
     assert "forward" in vars(slim(model, (image().double(),)).model)
+
+
+class Rounds(nn.Module):
+    """What each of two rounds gives in train mode, the last one's in eval mode, as decoders of detectors do."""
+
+    def forward(self, x):
+        return torch.stack([x, x.relu()] if self.training else [x.relu()])
+
+
+class Decoder(nn.Module):
+    """Runs another layer in train mode, so that it is recorded in both; what one is given fails in the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.rounds, self.b, self.auxiliary = nn.Linear(4, 8), Rounds(), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        first, second = self.a(x).split([4, 4], 1)
+        y = self.rounds(torch.cat([second, first], 1))
+        if self.training:
+            return self.auxiliary(y)
+        best = x.argsort(0)[:, :1]
+        return self.b(y.squeeze(0).gather(0, best.expand(-1, y.shape[-1])))
+
+
+def test_a_forward_that_takes_other_ways_in_train_mode_is_traced_as_it_ran_in_each():
+    model, x = Decoder().double(), torch.randn(3, 4).double()
+    analysis = assert_exact(model, (x,)).analysis
+    assert analysis.channel_map.size == 8
+    assert [one.modes for one in analysis.traced] == [(False,), (True,)]
+    slimmed = slim(model, (x,), seed=1)
+    assert set(slimmed.plan.forwards[""]) == {False, True}
+    assert slimmed.model.train()(x).shape == (2, 3, 2)
+
+
+class Torn(Decoder):
+    """As a decoder; torch.fx can't follow what it does in train mode."""
+
+    def forward(self, x):
+        return super().forward(x) * {4: 1.0}[x.shape[1]] if self.training else super().forward(x)
+
+
+def test_a_forward_that_can_be_followed_in_one_mode_only_keeps_its_channels():
+    analysis = analyse(Torn(), (torch.randn(3, 4),))
+    assert not analysis.traced and not analysis.channel_map.size
