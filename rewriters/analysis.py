@@ -277,32 +277,11 @@ def _trace_size_holders(
             if not holders and id(call) not in traces:
                 continue
             try:
-                analysis.traced += traces.get(id(call)) or _traced(module, call, captured, analysis, known)
+                traced = traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known)
+                analysis.traced.extend(traced)
             except TraceError as error:
                 for node in holders:
                     analysis.labelling.pin_values(tensors_at(node), known, call.path, str(node.target), error.cause)
-    _drop_half_traced(analysis)
-
-
-def _traced(
-    module: nn.Module, call: ModuleCall, captured: Capture, analysis: Analysis, known: Mapping[int, Labelled]
-) -> list[Traced]:
-    """A call's forward; of a module that was recorded in both modes in the call's own alone, if it must be."""
-    others = (other for other in analysis.captures if other is not captured)
-    in_both = any(other.path == call.path for one in others for other in one.calls())
-    own = captured is not analysis.captures[0] if in_both else None
-    return trace_modes(module, call, captured, analysis.labelling, known, own)
-
-
-def _drop_half_traced(analysis: Analysis) -> None:
-    """Keep the channels of modules that could be followed in one mode only."""
-    modes: dict[str, set[bool]] = {}
-    for traced in analysis.traced:
-        modes.setdefault(traced.path, set()).update(traced.modes)
-    half = {path for path, traced in modes.items() if len(traced) == 1}
-    analysis.traced = [traced for traced in analysis.traced if traced.path not in half]
-    for path in half:
-        pin_call(analysis, path, "torch.fx can follow it in one mode only")
 
 
 def _settle_repeated_calls(analysis: Analysis) -> None:
@@ -397,7 +376,7 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
     try:
         with plain_statistics(model), without_caches(model), patches_held():
             for captured, call in calls:
-                found += _traced(model.get_submodule(path), call, captured, analysis, known)
+                found += trace_modes(model.get_submodule(path), call, captured, analysis.labelling, known)
     except TraceError:
         return False
     analysis.traced += found

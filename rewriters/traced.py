@@ -51,14 +51,9 @@ def by_mode(traced: Iterable[Traced], graph: Callable[[Traced], fx.Graph]) -> di
 
 
 def trace_modes(
-    module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled],
-    own: bool | None = None,
-) -> list[Traced]:  # fmt: skip
-    """Trace a module's forward, in eval and in train mode where it asks which it is in (raises `TraceError`).
-
-    What the call was given and gave may not do for the other mode. `own` is the mode that it ran in, where another
-    call ran in the other: it is traced in its own alone, then.
-    """
+    module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled]
+) -> list[Traced]:
+    """Trace a module's forward, in eval and in train mode where it asks which it is in (raises `TraceError`)."""
 
     def traced(modes: tuple[bool, ...], training: Any) -> Traced:
         module.training = training
@@ -71,8 +66,6 @@ def trace_modes(
         with contextlib.suppress(TraceError):  # it may do with its mode what only a bool can
             first = traced((False, True), mode)
             return [first] if not mode.asked else [replace(first, modes=(False,)), traced((True,), True)]
-        with contextlib.suppress(*([] if own is None else [TraceError])):
-            return [traced((False,), False), traced((True,), True)]
-        return [traced((own,), own)]
+        return [traced((False,), False), traced((True,), True)]
     finally:
         set_modes(module, before)

@@ -14,11 +14,9 @@ import operator
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -310,10 +308,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, known)
     try:
-        with (
-            attributes_preserved(module.modules()), random_numbers_kept(), followed(tracer),
-            mock.patch.object(fake_tensor.log, "disabled", True),  # it logs what fails, which the summary tells
-        ):  # fmt: skip
+        with attributes_preserved(module.modules()), random_numbers_kept(), followed(tracer):
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error
