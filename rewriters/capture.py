@@ -36,7 +36,7 @@ from rewriters.opaque import (
     tensors_in,
 )
 from rewriters.preserving import attributes_preserved, random_numbers_kept
-from rewriters.without_data import constant, has_others, on_fakes, stand_in
+from rewriters.without_data import constant, has_real, on_fakes, stand_in
 
 
 @dataclass(eq=False)
@@ -138,7 +138,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if has_others(args):
+        if has_real(args):
             args = tree_map_only(Tensor, self._known, args)
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._real:
             with unset_fake_temporarily():

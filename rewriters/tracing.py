@@ -145,8 +145,11 @@ class _Tracer(fx.Tracer):
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             return self._plain_tensor(a)
         arg = super().create_arg(a)
-        if isinstance(a, nn.Module):  # handed to a child, which calls it
-            arg.meta.update(val=a, ops=[], looks=[])
+        if (
+            type(arg) is fx.Node and "val" not in arg.meta
+        ):  # a layer that is handed on, a named tuple, a dataclass
+            value = a if arg.op == "get_attr" else run_call(arg.op, arg.target, arg.args, arg.kwargs, _value_of)
+            arg.meta.update(val=value, ops=[], looks=[])
         return arg
 
     def _plain_tensor(self, tensor: Tensor) -> fx.Node:
@@ -178,12 +181,12 @@ class _Tracer(fx.Tracer):
         if node.op == "call_module":
             child = self._next_child(node.target)
             node.meta["val"] = child.output
-            given = fx.node.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
+            given = fx.node.map_arg((node.args, node.kwargs), _value_of)
             self.link(given, (child.args, child.kwargs))
             return
         log = _OpLog(self._captured.mode)
         with torch.no_grad(), self._captured.mode, log:
-            value = run_call(node.op, node.target, node.args, node.kwargs, lambda other: other.meta["val"])
+            value = run_call(node.op, node.target, node.args, node.kwargs, _value_of)
         node.meta["ops"] = [op for op, *_ in log.calls]
         findings = self._labelling.findings.apart()
         same: dict[int, Tensor] = {}
@@ -288,6 +291,10 @@ def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[f
     return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
 
 
+def _value_of(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
 def _drop_unused_reads(graph: fx.Graph) -> None:
     """Erase what was only looked at: a parameter of a child, say, which may be taken out."""
     for node in reversed(graph.nodes):
@@ -315,7 +322,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     except Exception as error:  # whatever user code does with a proxy that fx does not foresee
         raise TraceError(f"torch.fx cannot follow it ({error})", where=call.path) from error
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
-    tracer.link(fx.node.map_arg(returned, lambda node: node.meta["val"]), call.output)
+    tracer.link(fx.node.map_arg(returned, _value_of), call.output)
     _drop_unused_reads(graph)
     in_graph = set(map(id, all_tensors(graph)))  # these stay alive
     found, recorded = tracer.known.maps

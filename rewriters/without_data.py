@@ -209,7 +209,7 @@ def constant(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     if tensor.numel() > KNOWN_ELEMENTS or type(tensor) is not Tensor:
         return mode.from_tensor(tensor)
     with unset_fake_temporarily():
-        own = tensor.detach().clone()
+        own = tensor.detach()
     return mode.fake_tensor_converter.from_real_tensor(mode, own, make_constant=True)
 
 
@@ -246,8 +246,8 @@ def _only_device(args: tuple[Any, ...]) -> torch.device | None:
     return device
 
 
-def has_others(args: Sequence[Any]) -> bool:
-    """Whether there are tensors that aren't fake among a call's arguments."""
+def has_real(args: Sequence[Any]) -> bool:
+    """Whether there are tensors with data among a call's arguments."""
     return any(not isinstance(tensor, FakeTensor) for tensor in _tensors(args))
 
 
