@@ -10,18 +10,18 @@ from typing import Any, Literal, TypeVar
 from torch import jit, nn
 from torch.optim import Optimizer
 
-from autogate.alone import alone
-from autogate.finalizing import Origin, check_finite, check_whole, take_out, verify
-from autogate.gates import BANK, GateBank
-from autogate.history import by_side
+from autogate.budget.targets import ResourceMaker, Shares
+from autogate.gating.bank import BANK, GateBank
+from autogate.gating.progress import Progress
+from autogate.gating.sharding import has_shards
 from autogate.inputs import as_call, dtype_of_parameters, fitted
-from autogate.optimizers import as_optimizers, exchanges, go_on
-from autogate.progress import Progress
-from autogate.schedule import DEFAULT_STEPS, Schedule
-from autogate.sharding import has_shards
-from autogate.slimming import Asked, analyse_whole, put_shortcuts
-from autogate.summary import Summary, summarise
-from autogate.targets import ResourceMaker, Shares
+from autogate.inspection.summary import Summary, summarise
+from autogate.lock import alone
+from autogate.slim.finalizing import Origin, check_finite, check_whole, take_out, verify
+from autogate.slim.history import by_side
+from autogate.slim.optimizers import as_optimizers, exchanges, go_on
+from autogate.slim.slimming import Asked, analyse_whole, put_shortcuts
+from autogate.steering.schedule import DEFAULT_STEPS, Schedule
 from autogate.wrappers import is_wrapped, unwrap
 from rewriters import AutogateError, Journal, Shortcut, run_eval
 
@@ -70,10 +70,10 @@ def prepare(
         params: share of its parameters to be left.
         activations: share of the bytes that its convolutions and linear layers give out for one sample.
         latency: share of the time that it takes here for one sample. Each layer is timed at a grid of widths,
-            which takes a while the first time; the timings are kept on disk (see `autogate.latency`).
+            which takes a while the first time; the timings are kept on disk (see `autogate.budget.latency`).
         resources: shares of resources of your own, by their class (see `autogate.Resource`).
         steps: optimizer steps that training will take; the share is reached within them, and what training
-            follows is plain. `autogate.schedule.DEFAULT_STEPS` (10,000) if None.
+            follows is plain. `autogate.steering.schedule.DEFAULT_STEPS` (10,000) if None.
         round_to: a layer that loses channels ends with a multiple of so many, as fast kernels like them.
         ignore: paths of modules, or names of parameters, whose channels all stay.
         shortcuts: "shared": what an identity shortcut's residual add couples (a whole stage) keeps or loses a

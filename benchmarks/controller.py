@@ -23,11 +23,11 @@ from torch import nn
 
 import autogate
 from autogate import digits
-from autogate.gates import GateBank
-from autogate.learning import Gates, Learner
-from autogate.polarization import gate_value
-from autogate.schedule import Schedule
-from autogate.selection import groups_of
+from autogate.gating.bank import GateBank
+from autogate.methods.gate_function import gate_value
+from autogate.methods.learner import Gates, Learner
+from autogate.steering.schedule import Schedule
+from autogate.steering.selection import groups_of
 
 ARCHITECTURES = {
     "resnet10t": {},

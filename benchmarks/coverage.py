@@ -53,7 +53,7 @@ from benchmarks.parts import (
     spread,
 )
 from benchmarks.peer import torch_pruning
-from rewriters.capture import capture
+from rewriters.recording.capture import capture
 
 DEAD = 0.5
 """Share of the classes that die."""
@@ -263,7 +263,7 @@ def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
         found.append((rewriters.relative_error(got, wanted), spread(wanted)))
         return 0.0
 
-    with mock.patch.object(autogate.finalizing, "relative_error", note):
+    with mock.patch.object(autogate.slim.finalizing, "relative_error", note):
         start = time.process_time()
         autogate.finalize(model, inputs[0] or inputs[1], warn=False)
         ((difference, told),) = found

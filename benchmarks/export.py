@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 import autogate
 import rewriters
-from autogate.exporting import inputs_of, to_onnx, to_torch_export
+from autogate.files.exporting import inputs_of, to_onnx, to_torch_export
 from benchmarks.parts import kill, measure_missing, randomise_norms, settle_norms
 
 _SMALL: dict[str, Any] = {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 6}

@@ -18,7 +18,7 @@ import timm
 import torch
 
 import autogate
-from autogate.learning import Gates
+from autogate.methods.learner import Gates
 from benchmarks.cost import DEVICE, in_turn
 
 

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 import autogate
 import rewriters
 from autogate.inputs import Inputs
-from rewriters.capture import capture
-from rewriters.preserving import set_modes
+from rewriters.recording.capture import capture
+from rewriters.recording.side_effects import set_modes
 
 
 @torch.no_grad()

@@ -8,17 +8,17 @@
 Nothing here knows how a gate is learned.
 """
 
-from rewriters.analysis import Analysis, analyse, samples_in
-from rewriters.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
-from rewriters.decisions import Decisions
+from rewriters.analysis.analyse import Analysis, analyse, samples_in
+from rewriters.cross_channel.placement import write_live
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
-from rewriters.fields import fields_after
-from rewriters.journal import Journal
-from rewriters.rehearsal import rehearse
-from rewriters.restoring import restore
-from rewriters.shortcuts import Shortcut, replace_shortcuts
-from rewriters.slimming import SlimPlan, apply, plan
-from rewriters.statistics import write_live
+from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
+from rewriters.shortcuts.replacing import Shortcut, replace_shortcuts
+from rewriters.shortcuts.restoring import restore
+from rewriters.slimming.decisions import Decisions
+from rewriters.slimming.dry_run import rehearse
+from rewriters.slimming.module_fields import fields_after
+from rewriters.slimming.plan import SlimPlan, apply, plan
+from rewriters.undo_log import Journal
 from rewriters.verify import relative_error, run_eval
 
 __all__ = [

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from autogate.cli.common import Debug, console, telling_errors, telling_warnings, timm_name
-from autogate.summary import short
+from autogate.inspection.summary import short
 from autogate.training import (
     Budget,
     Distillation,

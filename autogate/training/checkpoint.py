@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autogate.files import in_place_of
+from autogate.files.slim_files import in_place_of
 from autogate.training.run_folder import RunInfo, from_json, to_json
 from rewriters.errors import AutogateError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autogate.files import save
+from autogate.files.slim_files import save
 from autogate.training.checkpoint import load_checkpoint
 from autogate.training.network import build_network, with_gates
 from autogate.training.run_folder import Result, RunFolder

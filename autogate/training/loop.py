@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autogate.api import gates, summary
-from autogate.files import save
-from autogate.resources import Flops
+from autogate.budget.resources import Flops
+from autogate.files.slim_files import save
 from autogate.training.checkpoint import (
     Checkpoint,
     Position,

@@ -10,7 +10,7 @@ from typing import Literal
 
 from timm.optim import list_optimizers
 
-from autogate.targets import Shares
+from autogate.budget.targets import Shares
 from rewriters.errors import AutogateError
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "constant", "none")

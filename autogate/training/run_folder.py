@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from autogate.files import in_place_of
+from autogate.files.slim_files import in_place_of
 from autogate.training.recipe import Recipe
 from rewriters.errors import AutogateError
 

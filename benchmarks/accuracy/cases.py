@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import autogate.api
-from autogate.schedule import Schedule
+from autogate.steering.schedule import Schedule
 from benchmarks.accuracy.data import Data, held_out, load, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.recipe import Recipe, accuracy, fit, loss, predict

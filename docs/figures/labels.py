@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rewriters
-from rewriters.labels import Labelled
+from rewriters.labelling.labels import Labelled
 
 FILE = Path(__file__).with_suffix(".svg")
 DEAD = [1, 4, 7]

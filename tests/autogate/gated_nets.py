@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autogate.gates import GateBank
-from autogate.resources import Flops
-from autogate.schedule import Schedule
-from autogate.targets import Target, Targets
-from rewriters.channel_map import ChannelMap, Kernel, Side
+from autogate.budget.resources import Flops
+from autogate.budget.targets import Target, Targets
+from autogate.gating.bank import GateBank
+from autogate.steering.schedule import Schedule
+from rewriters.labelling.channel_map import ChannelMap, Kernel, Side
 
 WIDTHS = (16, 24, 24)
 

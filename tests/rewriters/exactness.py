@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.analysis import Analysis, analyse
-from rewriters.channel_map import ChannelMap
-from rewriters.journal import Journal
-from rewriters.slimming import SlimPlan, apply, plan
-from rewriters.statistics import write_live
+from rewriters.analysis.analyse import Analysis, analyse
+from rewriters.cross_channel.placement import write_live
+from rewriters.labelling.channel_map import ChannelMap
+from rewriters.slimming.plan import SlimPlan, apply, plan
+from rewriters.undo_log import Journal
 from rewriters.verify import relative_error, run_eval
 
 TOLERANCE = 1e-9

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.analysis import Analysis, analyse
-from rewriters.channel_map import ALWAYS, ChannelMap, Side
+from rewriters.analysis.analyse import Analysis, analyse
+from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Side
 
 
 class Net(nn.Module):

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rewriters.analysis import analyse
-from rewriters.journal import Journal
-from rewriters.restoring import restore
-from rewriters.shortcuts import replace_shortcuts
-from rewriters.slimming import apply, plan
+from rewriters.analysis.analyse import analyse
+from rewriters.shortcuts.replacing import replace_shortcuts
+from rewriters.shortcuts.restoring import restore
+from rewriters.slimming.plan import apply, plan
+from rewriters.undo_log import Journal
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import (
     TOLERANCE,

@@ -1,0 +1,121 @@
+"""timm's own form of a pruned model: a text of tensor shapes, by which timm narrows the layers of the dense model.
+
+"conv1.weight:[32, 3, 3, 3]***bn1.weight:[32]***..." is what timm keeps in `timm/models/_pruned` for the models that
+it ships pruned, and what its `adapt_model_from_string` reads. It tells the widths of 2-d convolutions, batch norms
+and linear layers. It has no word for other layers that change their width, nor for forwards that change.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.models import adapt_model_from_string
+from torch import nn
+
+from autogate.files.building import build, how_to_build
+from autogate.slim.history import describe_tensors, history_of
+from autogate.slim.slimming import first_difference
+from autogate.wrappers import unwrap
+from rewriters.errors import AutogateError
+from rewriters.forwards.rewritten_forward import RewrittenForward
+
+_BETWEEN = "***"
+
+
+def to_timm_text(slim: nn.Module, dense: nn.Module | None = None) -> str:
+    """The shapes of a slim model in the form that `timm.models.adapt_model_from_string(dense, text)` reads.
+
+    timm is let narrow the dense model by the text, to see that this is the slim model but for its weights.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
+        >>> with torch.no_grad():
+        ...     autogate.gates(model).alpha[::2] = 0
+        >>> slim = autogate.finalize(model, warn=False)
+        >>> text = autogate.to_timm_text(slim)
+        >>> text[:49]
+        'conv1.weight:[32, 3, 7, 7]***bn1.weight:[32]***bn'
+        >>> dense = timm.create_model("resnet18", num_classes=10)
+        >>> narrow = timm.models.adapt_model_from_string(dense, text)
+        >>> narrow.load_state_dict(slim.state_dict())
+        <All keys matched successfully>
+
+    Args:
+        slim: as `finalize` returned it; or any model, such as those that timm ships pruned.
+        dense: the model it was slimmed from. If None, timm builds it, as for `load`; a model that was never
+            slimmed is taken for its own.
+
+    Raises:
+        AutogateError: the form can't express it; the message names the module or tensor.
+    """
+    slim = unwrap(slim)
+    for path, module in slim.named_modules():
+        if isinstance(module.__dict__.get("forward"), RewrittenForward):
+            raise AutogateError(
+                "its forward was rewritten, which a text of shapes can't tell.", where=path, remedy="Use autogate.save."
+            )
+    text = _BETWEEN.join(f"{name}:{list(tensor.shape)}" for name, tensor in slim.state_dict().items())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            narrow = adapt_model_from_string(_dense(slim) if dense is None else dense, text)
+    except AutogateError:
+        raise
+    except Exception as error:  # a layer without the tensors that timm expects of it
+        raise AutogateError(
+            f"timm can't narrow its dense model: {type(error).__name__}: {error}.",
+            where=type(slim).__name__,
+            remedy="Use autogate.save.",
+        ) from error
+    for here, there in ((_shapes(narrow), _shapes(slim)), (_convolutions(narrow), _convolutions(slim))):
+        different = first_difference(here, there)
+        if different is not None:
+            name, timms, ours = different
+            raise AutogateError(
+                f"timm, reading a text of shapes, makes it {timms}, and it is {ours}.",
+                where=name,
+                remedy="Use autogate.save.",
+            )
+    return text
+
+
+def read_timm_text(text: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by name from a text of timm's form.
+
+        >>> from autogate.files.timm_text import read_timm_text
+        >>> read_timm_text("conv1.weight:[32, 3, 3, 3]***bn1.num_batches_tracked:[]")
+        {'conv1.weight': (32, 3, 3, 3), 'bn1.num_batches_tracked': ()}
+
+    Raises:
+        AutogateError: an entry is not of the form "name:[size, ...]".
+    """
+    shapes = {}
+    for entry in text.strip().split(_BETWEEN):
+        name, _, sizes = entry.partition(":")
+        numbers = [number.strip() for number in sizes[1:-1].split(",") if number.strip()]
+        if not name or sizes[:1] + sizes[-1:] != "[]" or not all(number.isdecimal() for number in numbers):
+            raise AutogateError(
+                f"{entry[:60]!r} is no entry of a text of shapes.", remedy='Entries are of the form "name:[2, 3]".'
+            )
+        shapes[name] = tuple(map(int, numbers))
+    return shapes
+
+
+def _dense(slim: nn.Module) -> nn.Module:
+    history = history_of(slim)
+    if history is None:
+        return slim
+    how, why_not = how_to_build(slim, history)
+    if how is None:
+        raise AutogateError(
+            f"the dense model is needed to try the text on, for {why_not}.",
+            where=type(slim).__name__,
+            remedy="Give it: to_timm_text(slim, dense).",
+        )
+    return build(how)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: spec.shape for name, spec in describe_tensors(model).items()}
+
+
+def _convolutions(model: nn.Module) -> dict[str, str]:
+    return {path: module.extra_repr() for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}

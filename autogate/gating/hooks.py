@@ -1,0 +1,177 @@
+"""How an optimizer's step reaches the gates of the model that it trains, in a loop that knows of neither.
+
+PyTorch calls global hooks around every optimizer's step. A bank whose gated kernels are among an
+optimizer's parameters measures its gradients before the step, when the kernels still are what the gradients
+belong to (and before optimizers that write into `.grad` have done so), and moves after it.
+
+A model may be trained by several optimizers. Alpha steps with the one that holds the most gated kernels
+(of equal ones, the first to step), the leader; after the others' steps dead columns are zeroed, no more. A
+leader that is passed over while another optimizer steps twice has been given up, and the other leads.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from rewriters.errors import AutogateError
+
+if TYPE_CHECKING:
+    from autogate.gating.bank import GateBank
+
+
+class _Turn:
+    """Whose step moves a bank's alpha."""
+
+    def __init__(self) -> None:
+        self._leader: weakref.ref[Optimizer] | None = None
+        self._count = 0
+        self._since: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.stepping: weakref.ref[Optimizer] | None = None
+        self._held: set[int] = set()
+        self._asked = False
+
+    def note(self, optimizer: Optimizer, bank: GateBank) -> None:
+        """Warn, once every optimizer has had its turn, of layers that prepare added and none of them trains.
+
+        That is the case at the second step of one that has stepped before.
+        """
+        if self._asked:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if held <= self._held:
+            self._asked = True
+            missing = [name for name, weight in bank.added_weights() if id(weight) not in self._held]
+            if missing:
+                warnings.warn(
+                    f"no optimizer trains {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: prepare put "
+                    "these in the place of shortcuts. Build the optimizer after autogate.prepare.",
+                    stacklevel=5,
+                )
+        self._held |= held
+
+    def leads(self, optimizer: Optimizer, count: int) -> bool:
+        """Whether alpha goes with this step of an optimizer that holds `count` gated kernels."""
+        leader = self._leader() if self._leader is not None else None
+        if leader is optimizer or leader is None or count > self._count or optimizer in self._since:
+            self._leader, self._count = weakref.ref(optimizer), count
+            self._since.clear()
+            return True
+        self._since.add(optimizer)
+        return False
+
+
+@dataclass(frozen=True)
+class _Hold:
+    """How many of a bank's gated kernels an optimizer holds, and the learning rate of most of them."""
+
+    count: int
+    lr: float
+
+
+_turns: weakref.WeakKeyDictionary[GateBank, _Turn] = weakref.WeakKeyDictionary()
+_installed = False
+
+
+def register(bank: GateBank) -> None:
+    """From now on `bank` follows the steps of any optimizer that holds its kernels."""
+    global _installed
+    _turns[bank] = _Turn()
+    if not _installed:
+        # Where an optimizer's step is compiled, Dynamo would trace the gates' step with it, which reads values.
+        register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
+        register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+        _installed = True
+
+
+def unregister(bank: GateBank) -> None:
+    """`bank` follows no optimizer any more."""
+    _turns.pop(bank, None)
+
+
+def is_capturing() -> bool:
+    """Whether what runs now is captured in a CUDA graph, in which the host can't read a value."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _hold(optimizer: Optimizer, bank: GateBank) -> _Hold:
+    kernels = {id(kernel) for kernel in bank.kernels()}
+    total, most, lr = 0, 0, 0.0
+    for group in optimizer.param_groups:
+        count = sum(id(parameter) in kernels for parameter in group["params"])
+        total += count
+        if count > most:
+            most, lr = count, float(group.get("lr", 0.0))
+    return _Hold(total, lr)
+
+
+class _Reading:
+    """An optimizer's closure, after which a bank reads the gradients that it has left."""
+
+    def __init__(self, closure: Callable[[], Any], bank: GateBank) -> None:
+        self._closure, self.bank = closure, bank
+
+    def __call__(self) -> Any:
+        loss = self._closure()
+        self.bank.read()
+        return loss
+
+
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for bank, turn in list(_turns.items()):
+        hold = _hold(optimizer, bank)
+        # A step within a step (of a subclass's super(), of a wrapped optimizer) comes here again: the
+        # innermost is the one that moves the kernels.
+        within = turn.stepping is not None and turn.stepping() is optimizer
+        if hold.count and is_capturing():
+            raise AutogateError(
+                "a CUDA graph is to hold this step, and gates don't move in a replay: it calls no hook.",
+                where="optimizer.step",
+                remedy="Capture forward and backward alone, or call prepare(..., hooks=False), and autogate.step after "
+                "each replay.",
+            )
+        if hold.count and bank.added:
+            turn.note(optimizer, bank)
+        if hold.count and (within or turn.leads(optimizer, hold.count)):
+            turn.stepping = weakref.ref(optimizer)
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            # A fused optimizer unscales within its step: GradScaler lends it this attribute for the time.
+            bank.measure(scale=getattr(optimizer, "grad_scale", None), later=closure is not None)
+            if closure is not None and not (isinstance(closure, _Reading) and closure.bank is bank):
+                reading = _Reading(closure, bank)
+                if len(args) > 1:
+                    args = (args[0], reading, *args[2:])
+                else:
+                    kwargs = {**kwargs, "closure": reading}
+    return args, kwargs
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for bank, turn in list(_turns.items()):
+        if turn.stepping is not None and turn.stepping() is optimizer:
+            turn.stepping = None
+            if _skipped(optimizer):
+                bank.discard()
+                bank.fold()
+            else:
+                bank.step(_hold(optimizer, bank).lr)
+        elif _hold(optimizer, bank).count:
+            bank.fold(stepped=True)
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer has found its gradients infinite and left the parameters alone."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found)

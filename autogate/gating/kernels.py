@@ -1,0 +1,252 @@
+"""The kernels that gates live in: where they stand at any moment, and values per class along their columns.
+
+A gated side is a dimension of a kernel along which classes of channels lie: its input dimension. All of a model's gated
+sides laid end to end make one vector, so that a value per class comes to all columns by one indexing, and sums over
+columns come back to classes by one sum.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autogate.gating.columns import along, column_products, scale_columns, segment_sum
+from autogate.gating.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
+from rewriters.errors import AutogateError
+from rewriters.labelling.channel_map import ALWAYS, ChannelMap
+
+
+class GatedSide(NamedTuple):
+    """A gated side: its place among all, its dimension, the kernel, its columns here (None: all)."""
+
+    place: int
+    dim: int
+    weight: nn.Parameter
+    here: Tensor | None
+
+
+@dataclass(frozen=True)
+class HeldBack:
+    """Columns as they were before an optimizer's step, and the part of it that gets through."""
+
+    weight: nn.Parameter
+    dim: int
+    index: Tensor
+    before: Tensor
+    part: Tensor
+
+
+class GatedKernels:
+    """The gated kernels of a model.
+
+    Args:
+        model: the model; it is not kept alive.
+        channel_map: its classes of channels.
+    """
+
+    def __init__(self, model: nn.Module, channel_map: ChannelMap):
+        self._size = channel_map.size
+        self._sides = tuple(side for side in channel_map.gated if side in channel_map.classes)
+        classes = [channel_map.classes[side].cpu() for side in self._sides]
+        self._lengths = tuple(len(labels) for labels in classes)
+        self._begins = tuple(accumulate(self._lengths, initial=0))
+        flat = torch.cat([torch.zeros(0, dtype=torch.int64), *classes])
+        # Class number `size` stands for the pinned ones.
+        self._labels = torch.where(flat == ALWAYS, channel_map.size, flat)
+        self._side_of = torch.repeat_interleave(torch.tensor(self._lengths, dtype=torch.int64))
+        # Weak, for a cycle would keep a deleted model's memory until the garbage collector comes by.
+        self._model = weakref.ref(model)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all that was found out about the kernels."""
+        self._homes: list[tuple[dict[str, Any], str]] | None = None
+        self._sharded: dict[int, GatedSide] = {}
+        self._kept: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_homes": None, "_sharded": {}, "_kept": {}, "_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._model = weakref.ref(state["_model"])
+
+    def model(self) -> nn.Module | None:
+        """The model, if it is still there."""
+        return self._model()
+
+    def sides(self, device: torch.device) -> list[GatedSide]:
+        """The gated sides, of a kernel that goes by several names only the first.
+
+        Args:
+            device: where values per class lie from now on (fully_shard moves buffers by `tensor.data = ...`).
+
+        Raises:
+            AutogateError: a kernel is not a parameter of the model.
+        """
+        if self._labels.device != device:
+            self._labels, self._side_of = self._labels.to(device), self._side_of.to(device)
+        model = self._model()
+        if model is None:
+            return []
+        if self._homes is None:
+            self._homes = self._locate(model)
+        found: dict[tuple[int, int], GatedSide] = {}
+        for place, ((home, name), side) in enumerate(zip(self._homes, self._sides, strict=True)):
+            gated = GatedSide(place, side.dim, home[name], None)
+            if self._sharded or is_sharded(gated.weight):
+                gated = self._at_rest(gated)
+            found.setdefault((id(gated.weight), side.dim), gated)
+        return list(found.values())
+
+    def _locate(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+        """Each gated side's kernel, by the dictionary that its module keeps it in and its name there.
+
+        That is found once and not at every forward; the parameter itself may be replaced, its module not.
+        """
+        homes = []
+        for side in self._sides:
+            path, _, name = side.tensor.rpartition(".")
+            try:
+                home = model.get_submodule(path)._parameters
+            except AttributeError:
+                home = {}
+            if home.get(name) is None:
+                raise AutogateError("this gated kernel is not a parameter of the model.", where=side.tensor)
+            homes.append((home, name))
+        return homes
+
+    def _at_rest(self, gated: GatedSide) -> GatedSide:
+        """A gated side with the parameter that optimizers step, in the place of what its module has now.
+
+        From forward to backward FSDP2 puts gathered copies (or shards over fewer processes) there.
+        """
+        known = self._sharded.get(gated.place)
+        if known is not None and (gated.weight is known.weight or layout(gated.weight) != layout(known.weight)):
+            return known
+        if is_sharded(gated.weight):
+            gated = self._sharded[gated.place] = gated._replace(here=columns_here(gated.weight, gated.dim))
+        return gated
+
+    def stand_ins(self) -> list[GatedSide]:
+        """Gated sides of the copies that stand in for sharded parameters at this moment."""
+        found: dict[tuple[int, int], GatedSide] = {}
+        for place, (home, name) in enumerate(self._homes or ()):
+            known = self._sharded.get(place)
+            if known is not None and (weight := home[name]) is not known.weight:
+                found.setdefault(
+                    (id(weight), known.dim), known._replace(weight=weight, here=columns_here(weight, known.dim))
+                )
+        return list(found.values())
+
+    def may_stand_in(self, sides: list[GatedSide]) -> bool:
+        """Whether one may be FSDP2's gathered copy of a sharded kernel that was never seen: the first forward's."""
+        model = self._model()
+        return model is not None and any(not is_sharded(side.weight) for side in sides) and has_shards(model)
+
+    def spread(self, values: Tensor, pinned: float | bool) -> Tensor:
+        """A value per class, laid out along all gated sides; `pinned` where no class is."""
+        return torch.cat([values, values.new_full((1,), pinned)])[self._labels]
+
+    def on_side(self, flat: Tensor, side: GatedSide) -> Tensor:
+        """The values of the side's columns, as far as these lie here, of those laid out along all sides."""
+        values = flat[self._begins[side.place] : self._begins[side.place + 1]]
+        return values if side.here is None else values[side.here.to(values.device)]
+
+    def count(self, chosen: Tensor) -> Tensor:
+        """How many columns the chosen classes (bool, shape (classes,)) have on each side, float32, shape (sides,)."""
+        counts = torch.zeros(len(self._sides), device=chosen.device)
+        return counts.index_add_(0, self._side_of, self.spread(chosen, False).to(counts.dtype))
+
+    def columns(self, chosen: Tensor, sides: list[GatedSide]) -> list[Tensor]:
+        """Indices of the columns of each side that the chosen classes have here, on the CPU."""
+        if not sides:
+            return []
+        flat = self.spread(chosen, False).cpu()
+        return [torch.nonzero(self.on_side(flat, side)).flatten() for side in sides]
+
+    def scale(self, factor: Tensor, side: GatedSide) -> None:
+        """Multiplies the side's columns, by factors laid out along all sides."""
+        scale_columns(local(side.weight), side.dim, self.on_side(factor, side))
+
+    def zero(self, columns: Tensor, side: GatedSide) -> None:
+        """Makes these of the side's columns exactly zero."""
+        if len(columns):
+            weight = local(side.weight)
+            weight.index_fill_(side.dim, columns.to(weight.device), 0)
+
+    def keep(self, sides: list[GatedSide]) -> None:
+        """Remembers the kernels as they are."""
+        weights = {id(side.weight): side for side in reversed(sides)}
+        self._kept = {side.place: local(side.weight).detach().clone() for side in weights.values()}
+
+    def as_kept(self, sides: list[GatedSide]) -> dict[int, Tensor]:
+        """By place, the kernels as they were when they were last kept, or are where they weren't."""
+        first = {id(side.weight): side.place for side in reversed(sides)}
+        kernels = {}
+        for side in sides:
+            weight = local(side.weight)
+            kernel = self._kept.get(first[id(side.weight)], weight)
+            # Of a model that was sharded since it was kept whole.
+            kernels[side.place] = kernel if kernel.shape == weight.shape else part_like(kernel, side.weight)
+        return kernels
+
+    def products(self, sides: list[GatedSide], kernels: dict[int, Tensor], kind: torch.dtype) -> Tensor:
+        """<gradient, kernel> over each class's columns, shape (classes + 1,): what pinned columns have comes last.
+
+        Args:
+            sides: the gated sides.
+            kernels: by place, what the gradients were taken at.
+            kind: type to add in.
+        """
+        none = torch.zeros(max(self._lengths, default=0), dtype=kind, device=self._labels.device)
+        # Kernels of one layout are summed together, so that their processes speak once a step.
+        by_layout: dict[Any, list[Tensor]] = {}
+        for side in sides:
+            sums = by_layout.setdefault(layout(side.weight), [none[:length] for length in self._lengths])
+            if (grad := side.weight.grad) is not None:
+                counted = column_products(local(grad), kernels[side.place], side.dim).to(none)
+                if side.here is not None:
+                    counted = sums[side.place].index_copy(0, side.here.to(counted.device), counted)
+                sums[side.place] = counted
+        whole = none.new_zeros(self._size + 1)
+        for where, sums in by_layout.items():
+            whole = whole + total(segment_sum(torch.cat([none[:0], *sums]), self._labels, len(whole)), where)
+        return whole
+
+    def hold_back(
+        self, chosen: Tensor, part: Tensor, sides: list[GatedSide], kernels: dict[int, Tensor]
+    ) -> tuple[HeldBack, ...]:
+        """Notes the columns of the chosen classes, for `release` to let a part of what they go through stand.
+
+        Args:
+            chosen: bool, shape (classes,).
+            part: in [0, 1], shape (classes,).
+            sides: the gated sides.
+            kernels: by place, the kernels as they were before.
+        """
+        if not chosen.any():
+            return ()
+        part = self.spread(part, 1.0)
+        held = []
+        for side, index in zip(sides, self.columns(chosen, sides), strict=True):
+            if len(index):
+                before = kernels[side.place]
+                through = self.on_side(part, side)[index.to(part.device)].to(before)
+                index = index.to(before.device)
+                held.append(HeldBack(side.weight, side.dim, index, before.index_select(side.dim, index), through))
+        return tuple(held)
+
+    @staticmethod
+    def release(held: tuple[HeldBack, ...]) -> None:
+        """Lets only a part of the change stand that the held columns have gone through."""
+        for columns in held:
+            weight = local(columns.weight)
+            after = weight.index_select(columns.dim, columns.index)
+            part = along(columns.part, columns.dim, weight.ndim)
+            weight.index_copy_(columns.dim, columns.index, torch.lerp(columns.before, after, part))

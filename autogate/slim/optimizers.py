@@ -1,0 +1,118 @@
+"""An optimizer goes on with the slim model: parameters are exchanged in it, and its state is cut as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autogate.slim.history import KeptIndices
+from rewriters import AutogateError, Side
+from rewriters.slimming.plan import take_indices
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """What becomes of a parameter.
+
+    Attributes:
+        new: what stands in its place, None where nothing does.
+        kept: the indices that stay (int64), by dimension, where it loses any.
+    """
+
+    new: nn.Parameter | None
+    kept: Mapping[int, Tensor]
+
+
+def as_optimizers(given: Any, model: nn.Module) -> tuple[Optimizer, ...]:
+    """One optimizer or several, those out of their wrappers that hold parameters of the model.
+
+    Raises:
+        AutogateError: one is none, or trains nothing of the model.
+    """
+    found = tuple(map(_unwrapped, given if isinstance(given, Iterable) else [given]))
+    own = {id(parameter) for parameter in model.parameters()}
+    for optimizer in found:
+        if not isinstance(optimizer, Optimizer):
+            raise AutogateError("it is not a torch.optim.Optimizer.", where=type(optimizer).__name__)
+        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise AutogateError(
+                "it trains no parameter of the model.",
+                where=type(optimizer).__name__,
+                remedy="Give the optimizer that trains the prepared model, or none and build a new one afterwards.",
+            )
+    return found
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """What a wrapper that is no optimizer itself (Lightning's) holds."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    within = getattr(optimizer, "optimizer", None)
+    return within if isinstance(within, Optimizer) else optimizer
+
+
+def exchanges(
+    before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], kept: Mapping[Side, KeptIndices]
+) -> dict[int, Exchange]:
+    """What becomes of each parameter of a model that was slimmed, by its id; those that stay are left out.
+
+    Args:
+        before: the parameters by name, those that stand in several places under each name.
+        after: the same of the slim model.
+        kept: what stays along each side that lost something.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in before.items():
+        names.setdefault(id(parameter), []).append(name)
+    found = {}
+    for key, own in names.items():
+        new = next((after[name] for name in own if name in after), None)
+        if id(new) != key:
+            dims = {
+                side.dim: torch.tensor(one.kept, dtype=torch.int64) for side, one in kept.items() if side.tensor in own
+            }
+            found[key] = Exchange(new, dims)
+    return found
+
+
+def go_on(optimizer: Optimizer, exchanged: Mapping[int, Exchange]) -> None:
+    """Lets an optimizer train the slim model: its groups keep their settings, and parameters their state.
+
+    A tensor of a state is cut along each dimension in which it is as long as its parameter; those of momentum and
+    moments are of its shape, factored ones have a 1 for some dimensions. The state of a parameter that loses something
+    and has another kind of tensor begins anew.
+    """
+    for group in optimizer.param_groups:
+        stays = [(parameter, exchanged.get(id(parameter))) for parameter in group["params"]]
+        left = [one is None or one.new is not None for _, one in stays]
+        if "param_names" in group:
+            group["param_names"][:] = [name for name, stay in zip(group["param_names"], left, strict=True) if stay]
+        group["params"][:] = [
+            parameter if one is None else one.new for (parameter, one), stay in zip(stays, left, strict=True) if stay
+        ]
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) in exchanged]:
+        one, state = exchanged[id(parameter)], optimizer.state.pop(parameter)
+        if one.new is not None and all(_can_be_cut(value, parameter) for value in state.values()):
+            optimizer.state[one.new] = {name: _cut(value, parameter, one.kept) for name, value in state.items()}
+    for inner in vars(optimizer).values():  # of Lookahead and its like, which have the same groups
+        if isinstance(inner, Optimizer):
+            go_on(inner, exchanged)
+
+
+def _can_be_cut(value: Any, parameter: Tensor) -> bool:
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, bool | int | float | str)
+    fits = zip(value.shape, parameter.shape, strict=False)
+    return value.numel() == 1 or (value.ndim == parameter.ndim and all(own in (1, size) for own, size in fits))
+
+
+def _cut(value: Any, parameter: Tensor, kept: Mapping[int, Tensor]) -> Any:
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return value
+    dims = [(dim, indices) for dim, indices in kept.items() if value.shape[dim] == parameter.shape[dim]]
+    return take_indices(value, dims)

@@ -1,0 +1,289 @@
+"""Which of the classes that the threshold has taken to zero really die.
+
+The threshold moves all classes, and a step may take more of them to zero than there is need for. Those with
+the smallest alpha die, just enough of them for the wanted distance from the targets; the rest get to stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from autogate.budget.targets import ROUNDING, Targets
+from autogate.steering.critical_groups import lifelines
+from autogate.steering.schedule import PATIENCE, Schedule
+from rewriters.errors import AutogateError
+from rewriters.labelling.channel_map import ALWAYS, ChannelMap
+
+WIDTH_RESOLUTION = 0.005
+"""How closely the width is sought that all layers would have alike."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Classes that lie on the same sides, and the number that dies at a time.
+
+    Attributes:
+        classes: their indices.
+        pace: so many of them die together, for the widths of all layers to stay on multiples of the
+            schedule's `round_to`.
+        needed: outputs depend on inputs through it alone (see `lifelines`): it doesn't die as a whole.
+    """
+
+    classes: tuple[int, ...]
+    pace: int = 1
+    needed: bool = False
+
+
+def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
+    """The groups of a map, each with the pace that keeps layers on multiples of `round_to`.
+
+    A class may hold several channels of a layer (those of an attention head): fewer of them come to a
+    multiple.
+    """
+    if round_to == 1:
+        return [Group(group.classes) for group in channel_map.groups()]
+    counts = {
+        side: torch.bincount(classes[classes != ALWAYS].cpu(), minlength=channel_map.size)
+        for side, classes in channel_map.classes.items()
+    }
+    groups = []
+    for group in channel_map.groups():
+        held = {count for side in group.sides for count in counts[side][list(group.classes)].unique().tolist()}
+        groups.append(Group(group.classes, math.lcm(*(round_to // math.gcd(round_to, count) for count in held))))
+    return groups
+
+
+class Narrowing:
+    """Groups narrowed alike, each to its first classes."""
+
+    def __init__(self, groups: Sequence[Group]):
+        self._sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
+        self._paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
+        self._classes = torch.tensor([index for group in groups for index in group.classes], dtype=torch.int64)
+        self._group = torch.arange(len(groups)).repeat_interleave(self._sizes)
+        begins = torch.cumsum(self._sizes, 0) - self._sizes
+        self._place = torch.arange(len(self._classes)) - begins[self._group]
+
+    def counts(self, part: float) -> Tensor:
+        """How many classes are `part` of each group: one at least, whole bundles; int64, shape (groups,)."""
+        bundles = torch.ceil(part * self._sizes / self._paces).to(torch.int64).clamp(min=1)
+        return torch.minimum(bundles * self._paces, self._sizes)
+
+    def live(self, part: float) -> Tensor:
+        """The first classes of each group, `part` of it; bool, shape (classes,)."""
+        live = torch.empty(len(self._classes), dtype=torch.bool)
+        live[self._classes] = self._place < self.counts(part)[self._group]
+        return live
+
+
+def part_alike(narrowing: Narrowing, targets: Targets) -> float | None:
+    """The part that each group may keep if all are narrowed alike until the targets are met.
+
+    None if they can't be met with every group alive.
+    """
+    if targets.distance(narrowing.live(0.0)) > 0:
+        return None
+    if targets.distance(narrowing.live(1.0)) <= 0:
+        return 1.0
+    alike, too_wide = 0.0, 1.0
+    while too_wide - alike > WIDTH_RESOLUTION:
+        middle = (alike + too_wide) / 2
+        alike, too_wide = (middle, too_wide) if targets.distance(narrowing.live(middle)) <= 0 else (alike, middle)
+    return alike
+
+
+def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -> Tensor:
+    """How many classes of each group learning leaves alive, int64, shape (groups,).
+
+    `schedule.keep` of those that are left when all groups are narrowed alike until the targets are met; one
+    at least, and whole bundles. If the targets can't be met with every group alive, a bundle of those that are needed,
+    and none of the others.
+    """
+    narrowing = Narrowing(groups)
+    alike = part_alike(narrowing, targets)
+    if alike is None:
+        return narrowing.counts(0.0) * torch.tensor([group.needed for group in groups])
+    return narrowing.counts(schedule.keep * alike)
+
+
+def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targets) -> list[Group]:
+    """The groups, those marked that are needed, if the targets can't be met with every group alive.
+
+    Raises:
+        AutogateError: they can't be met with the needed ones alive.
+    """
+    narrowing = Narrowing(groups)
+    if targets.distance(narrowing.live(0.0)) <= 0:
+        return list(groups)
+    needed = lifelines(channel_map, [group.classes for group in groups])
+    marked = [replace(group, needed=number in needed) for number, group in enumerate(groups)]
+    live = narrowing.live(0.0)
+    for group in marked:
+        live[list(group.classes)] &= group.needed
+    shares, wanted = targets.shares(live), targets.wanted()
+    for name in (name for name, share in shares.items() if share > wanted[name] + ROUNDING):
+        raise AutogateError(
+            f"{wanted[name]:.3f} of the {name} can't be reached: {shares[name]:.3f} are left with as few channels as "
+            f"outputs need to depend on inputs ({max(group.pace for group in groups)} at a time).",
+            remedy="Ask for a larger share, or channels in smaller multiples (`round_to`).",
+        )
+    return marked
+
+
+@dataclass(frozen=True)
+class Deaths:
+    """The classes that die in a step.
+
+    Attributes:
+        classes: their indices, int64.
+        settled: nothing more can be done for the targets: the model is as close to them as the classes allow.
+    """
+
+    classes: Tensor
+    settled: bool = False
+
+
+@dataclass(frozen=True)
+class _Queue:
+    """Candidates in the order in which they die, in bundles that die together.
+
+    Attributes:
+        order: the classes, int64, bundle after bundle.
+        ends: where each bundle ends in `order`, int64, shape (bundles,).
+    """
+
+    order: Tensor
+    ends: Tensor
+
+    def first(self, bundles: int) -> Tensor:
+        """The classes of the first so many bundles."""
+        return self.order[: int(self.ends[bundles - 1])] if bundles else self.order[:0]
+
+    def bundle(self, index: int) -> Tensor:
+        begin = int(self.ends[index - 1]) if index else 0
+        return self.order[begin : int(self.ends[index])]
+
+    def sums(self, values: Tensor) -> Tensor:
+        """A value per class, summed over each bundle."""
+        total = torch.cat([values.new_zeros(1), values[self.order].cumsum(0)])
+        return total[self.ends] - total[torch.cat([self.ends.new_zeros(1), self.ends[:-1]])]
+
+
+class Selection:
+    """Chooses, among the classes that the threshold has taken to zero, those that really die.
+
+    All of it runs on the CPU, in the rare step in which something dies, and depends on nothing but its
+    arguments: processes that agree on alpha agree on the dead.
+    """
+
+    def __init__(self, targets: Targets, schedule: Schedule, groups: Sequence[Group]):
+        self.targets = targets
+        self.schedule = schedule
+        self._tolerance = targets.tolerance(schedule.tolerance)
+        self._group = torch.zeros(targets.size, dtype=torch.int64)
+        for index, group in enumerate(groups):
+            self._group[list(group.classes)] = index
+        self._pace = torch.tensor([group.pace for group in groups], dtype=torch.int64)
+        self._keep = keep_counts(groups, targets, schedule)
+
+    def deaths(self, size: Tensor, candidates: Tensor, live: Tensor, step: int) -> Deaths:
+        """The candidates that die in step number `step`.
+
+        Args:
+            size: |alpha| after the gradient step, shape (classes,).
+            candidates: classes that the threshold took to zero, bool, shape (classes,); all of them live.
+            live: classes alive before the step, bool, shape (classes,).
+            step: number of this step; the first is 1.
+        """
+        wanted = self.schedule.wanted(step) + ROUNDING
+        queue = self._bundled(self._in_order(size, candidates, live), live)
+        if self._distance_without(live, queue.order) > wanted:
+            return Deaths(queue.order)
+        enough = self._shortest_prefix(live, queue, wanted)
+        if self._distance_without(live, queue.first(enough)) >= -self._tolerance:
+            return Deaths(queue.first(enough))
+        return self._land(live, queue, enough - 1, wanted, step)
+
+    def _in_order(self, size: Tensor, candidates: Tensor, live: Tensor) -> Tensor:
+        """The candidates from the smallest alpha to the largest; of equal ones the dearest first."""
+        index = torch.nonzero(candidates).flatten()
+        index = index[torch.argsort(self.targets.price(live)[index], descending=True, stable=True)]
+        return index[torch.argsort(size[index], stable=True)]
+
+    def _bundled(self, order: Tensor, live: Tensor) -> _Queue:
+        """The candidates that may die, in bundles of their group's pace, by the last one of each bundle.
+
+        The first bundle of a group brings it to a multiple of its pace. What doesn't fill a bundle waits, and
+        so does what would take the group below what it keeps.
+        """
+        groups = self._group[order]
+        count = len(self._keep)
+        alive, sizes = torch.bincount(self._group[live], minlength=count), torch.bincount(groups, minlength=count)
+        most = torch.minimum(sizes, (alive - self._keep).clamp(min=0))
+        by_group = torch.argsort(groups, stable=True)
+        begins = torch.cumsum(sizes, 0) - sizes
+        place = torch.empty_like(order)  # of each candidate among those of its group
+        place[by_group] = torch.arange(len(order)) - begins[groups[by_group]]
+        pace = self._pace[groups]
+        first = (alive % self._pace)[groups]  # candidates in the group's first bundle, if it is a short one
+        last = torch.where(place < first, first, first + ((place - first) // pace + 1) * pace) - 1
+        dies = last < most[groups]
+        # Where the last of a candidate's bundle stands in `order`.
+        until = by_group[(begins[groups] + last).clamp(max=max(len(order) - 1, 0))]
+        order, until = order[dies], until[dies]
+        sequence = torch.argsort(until, stable=True)
+        return _Queue(order[sequence], torch.cumsum(until.unique(return_counts=True)[1], 0))
+
+    def _distance_without(self, live: Tensor, dead: Tensor) -> float:
+        return self.targets.distance(live.index_fill(0, dead, False))
+
+    def _shortest_prefix(self, live: Tensor, queue: _Queue, wanted: float) -> int:
+        """The least number of bundles, taken in order, whose death brings the distance to `wanted`."""
+        low, high = 0, len(queue.ends)
+        while low < high:
+            middle = (low + high) // 2
+            if self._distance_without(live, queue.first(middle)) <= wanted:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _land(self, live: Tensor, queue: _Queue, certain: int, wanted: float, step: int) -> Deaths:
+        """The last bundles before the targets: those too dear for them are passed over for cheaper ones.
+
+        A target that no candidate fits is left to the steps to come, which bring others. But the pressure
+        that brings them lies on all classes, so it isn't kept up for long: what is settled for rises from
+        nothing to the tolerance above the target until patience is over. Then the cheapest bundle dies.
+        """
+        live = live.index_fill(0, queue.first(certain), False)
+        chosen = [queue.first(certain)]
+        rest = list(range(certain, len(queue.ends)))
+        distance = self.targets.distance(live)
+        while distance > wanted:
+            after = self._after_each(live, queue, distance)[rest]
+            fitting = torch.nonzero(after >= -self._tolerance).flatten()
+            if len(fitting) == 0:
+                return self._settle_for(chosen, queue, rest, after, distance, step)
+            bundle = queue.bundle(rest.pop(int(fitting[0])))
+            chosen.append(bundle)
+            live = live.index_fill(0, bundle, False)
+            distance = self.targets.distance(live)
+        return Deaths(torch.cat(chosen))
+
+    def _after_each(self, live: Tensor, queue: _Queue, distance: float) -> Tensor:
+        """The distance after the death of each bundle, float64, shape (bundles,)."""
+        return distance - queue.sums(distance - self.targets.distance_without_each(live))
+
+    def _settle_for(
+        self, chosen: list[Tensor], queue: _Queue, rest: list[int], after: Tensor, distance: float, step: int
+    ) -> Deaths:
+        waited = (step / self.schedule.reach_steps - 1) / (PATIENCE - 1)
+        close = distance <= self._tolerance * min(1.0, waited)
+        if not close and waited >= 1 and rest:
+            chosen = [*chosen, queue.bundle(rest[int(torch.argmax(after))])]
+        return Deaths(torch.cat(chosen), settled=close)

@@ -1,0 +1,140 @@
+"""Rewrite every traced forward for trial patterns of dead classes: what has no form for fewer channels keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from rewriters.forwards.resizing import Cut, Unwritable
+from rewriters.forwards.traced import Traced
+from rewriters.labelling.channel_map import ALWAYS, distinct, empty_ends
+from rewriters.labelling.labels import picked
+from rewriters.labelling.propagate import Labelling
+from rewriters.recording.garbage_collection import collect
+from rewriters.recording.pytrees import all_tensors, tensors_at, tensors_of
+
+
+def trial_pattern(size: int, seed: int) -> Tensor:
+    """A reproducible pattern of live classes, half of them on average; bool of shape (size,)."""
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
+    """A pattern that leaves sides of the same length different numbers of channels; bool of shape (classes,).
+
+    At random two sides may be left with as many, and a size that is read off the one and used for the other
+    does, by chance.
+    """
+    live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
+    sides = (number[start : start + length] for start, length in _mortal_blocks(labelling, number))
+    seen: set[bytes] = set()
+    for side in {side.tobytes(): side for side in sides}.values():
+        classes, _ = distinct(side)
+        if classes.tobytes() not in seen and len(classes):
+            live[classes[: len(seen) % len(classes)]] = False
+            seen.add(classes.tobytes())
+    return live
+
+
+def _mortal_blocks(labelling: Labelling, number: np.ndarray) -> list[tuple[int, int]]:
+    """Where the labels of sides lie on which something may die."""
+    blocks = labelling.space.blocks.values()
+    return [(start, length) for start, length in blocks if (number[start : start + length] != ALWAYS).any()]
+
+
+def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
+    """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
+    blocks = _mortal_blocks(labelling, number)
+    kept = live.clone()
+    if blocks:
+        ends = np.concatenate([np.arange(start, start + length) for start, length in blocks])
+        stays = np.append(live.numpy(), True)[number[ends]]
+        for end in empty_ends([length for _, length in blocks], stays):
+            kept[number[blocks[end][0]]] = True
+    return kept
+
+
+def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
+    """Rewrite every traced forward for trial patterns; what has no form for them is pinned.
+
+    Of forwards that are alike (the attention of each block) one is tried, and all of them if that one is refused.
+    """
+    settled = not forwards
+    while not settled:
+        settled = True
+        number = labelling.numbering()
+        unlike = {_likeness(traced, number): traced for traced in forwards}
+        size = int(number.max(initial=-1)) + 1
+        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
+            cut = Cut(labelling.stays(_nowhere_empty(labelling, number, live)))
+            refused = any(_refusal(traced, cut) for traced in unlike.values())
+            collect()
+            if not refused:
+                continue
+            settled = False
+            for traced in forwards:
+                error = _refusal(traced, cut)
+                if error is not None:
+                    _pin_refused(labelling, traced, error, number)
+            break
+
+
+def _refusal(traced: Traced, cut: Cut) -> Unwritable | None:
+    try:
+        traced.resize(cut)
+    except Unwritable as error:
+        return error
+    return None
+
+
+def _likeness(traced: Traced, number: np.ndarray) -> tuple[str, str, bytes]:
+    """The same for forwards of the same code on tensors of the same shapes, whose channels are coupled alike."""
+    in_order = np.full(number.max(initial=ALWAYS) + 2, -1)  # classes numbered as they come, whatever their numbers are
+    in_order[ALWAYS] = 0
+    coupled, shapes, count = hashlib.blake2b(), [], 1
+    for tensor in all_tensors(traced.graph):
+        own = traced.known[id(tensor)].layers if id(tensor) in traced.known else ()
+        shapes.append((tuple(tensor.shape), [tuple(layer.shape) for layer in own]))
+        for layer in own:
+            classes = picked(number, layer.numpy().ravel())
+            if (classes == ALWAYS).all():
+                coupled.update(b"all stay")
+                continue
+            found, first = np.unique(classes, return_index=True)
+            new = found[first.argsort()]
+            new = new[in_order[new] < 0]
+            in_order[new] = np.arange(count, count + len(new))
+            count += len(new)
+            coupled.update(in_order[classes])
+    return str(traced.graph), repr(shapes), coupled.digest()
+
+
+def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number: np.ndarray) -> None:
+    """Keep the channels at a node that has no form for fewer of them, `number` being the classes it was tried on.
+
+    Where those stay already, it is a size that was read elsewhere (of the forward's input, say) that is
+    wrong: what the sizes on the way to the node were read off stays too, or all that the forward touches.
+    """
+    for tensors in (tensors_at(error.node), _sizes_read(error.node), all_tensors(traced.graph)):
+        labelling.pin_values(tensors, traced.known, traced.path, str(error.node.target), error.cause)
+        if not np.array_equal(labelling.numbering(), number):
+            return
+    raise error
+
+
+def _sizes_read(node: fx.Node) -> list[Tensor]:
+    """Tensors off which anything was read that is no tensor and that `node` was computed with."""
+    seen: set[fx.Node] = set()
+    open_ends, tensors = [node], []
+    while open_ends:
+        at = open_ends.pop()
+        if at not in seen:
+            seen.add(at)
+            open_ends.extend(at.all_input_nodes)
+            if not tensors_of(at.meta["val"]):
+                tensors.extend(tensors_at(at))
+    return tensors

@@ -1,0 +1,236 @@
+"""A module's forward in the form of a rewritten torch.fx graph.
+
+The module stays the object it was, with its class, hooks, attributes and children; only its `forward` is
+shadowed on the instance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import linecache
+import operator
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import has_side_effect
+
+from rewriters.forwards.multi_head_attention import multi_head_attention
+
+
+class ShapeGuardError(RuntimeError):
+    """A rewritten forward ran with arguments that decide its control flow otherwise than when traced."""
+
+
+@has_side_effect
+def guard(value: Any, expected: Any) -> None:
+    """Raise unless `value` is what the traced control flow was decided on."""
+    if (
+        not torch.jit.is_tracing() and value != expected
+    ):  # jit.trace makes tensors of sizes, and records one case anyway
+        raise ShapeGuardError(
+            f"this forward was rewritten for a case where {expected!r} held and now finds {value!r}: "
+            "give prepare example inputs of the shape that the model is run with"
+        )
+
+
+def in_places(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
+    """Channels put back in the places that they had along a dimension, zeros being in the others.
+
+    Args:
+        x: of length n along `dim`.
+        places: where each stood, int64 of shape (n,).
+        size: how many places there were.
+        dim: counted from the last (-1).
+    """
+    shape = [size if other == x.ndim + dim else length for other, length in enumerate(x.shape)]
+    return x.new_zeros(shape).index_copy(dim, places, x)
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Applies a function with a backward of its own; torch.fx would write its `apply` as if it were torch's."""
+
+    function: type[torch.autograd.Function]
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
+
+
+_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub}
+
+
+def out_of_place(target: Any) -> Any:
+    """The function or method that gives what this one of an fx node gives, but writes to none of its arguments."""
+    if isinstance(target, str):
+        return target.rstrip("_")
+    return _OUT_OF_PLACE.get(target, target)
+
+
+@dataclass(frozen=True)
+class _ModuleName:
+    name: str
+
+
+class _Code:
+    """Generated code; tracebacks show its lines for as long as it is there."""
+
+    def __init__(self, source: str):
+        name = f"<autogate rewritten forward {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        weakref.finalize(self, linecache.cache.pop, name, None)
+        self.code = compile(source, name, "exec")
+
+
+_CODES: weakref.WeakValueDictionary[str, _Code] = weakref.WeakValueDictionary()
+"""By source: the blocks of a network, and both modes, mostly have the same."""
+
+
+def _compiled(source: str) -> _Code:
+    """The code of a source, compiled unless a forward that is there has the same."""
+    code = _CODES.get(source)
+    if code is None:
+        code = _CODES[source] = _Code(source)
+    return code
+
+
+class RewrittenForward:
+    """Runs generated code in the place of a module's forward; picklable and copied with its module.
+
+    Args:
+        owner: the module.
+        graphs: the rewritten graph for each value of `owner.training`.
+    """
+
+    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph]):
+        codes = {graph: graph.python_code("self") for graph in graphs.values()}  # both modes may have the same
+        self.owner = owner
+        self.sources = {training: codes[graph].src for training, graph in graphs.items()}
+        self.globals = {training: dict(codes[graph].globals) for training, graph in graphs.items()}
+        self._compile()
+
+    def _compile(self) -> None:
+        self._codes = {training: _compiled(source) for training, source in self.sources.items()}
+        self._functions = {training: self.function(training) for training in self.sources}
+        signature = inspect.signature(next(iter(self._functions.values())))  # the same in both modes
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def function(self, training: bool) -> Callable[..., Any]:
+        """The generated function, taking the module as its first argument."""
+        scope = dict(self.globals[training])
+        exec(self._codes[training].code, scope)
+        return scope.pop("forward")  # which has the scope
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._functions[self.owner.training](self.owner, *args, **kwargs)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        # torch.export asks a model's forward for the file and line it is from.
+        return self._functions[self.owner.training].__code__
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_codes", "_functions")}
+        # Modules (torch, math) don't pickle and go by name.
+        names = {
+            training: {key: _ModuleName(value.__name__) if isinstance(value, types.ModuleType) else value
+                       for key, value in scope.items()}
+            for training, scope in self.globals.items()
+        }  # fmt: skip
+        return {**state, "globals": names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.globals = {
+            training: {
+                key: importlib.import_module(value.name) if isinstance(value, _ModuleName) else value
+                for key, value in scope.items()
+            }
+            for training, scope in state["globals"].items()
+        }
+        self._compile()
+
+
+class InterpretedForward:
+    """Runs rewritten graphs node by node, in the place of a `RewrittenForward` that would run but once.
+
+    To compile a long one takes memory: that of torchvision's RAFT 8 MB, where the captured graph takes 5.
+
+    Args:
+        owner, graphs: as for a `RewrittenForward`.
+    """
+
+    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph]):
+        self.owner, self.graphs = owner, graphs
+        self.__signature__ = inspect.signature(types.MethodType(own_forward(owner), owner))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        graph = self.graphs[self.owner.training]
+        interpreter = fx.Interpreter(self.owner, graph=graph)
+        interpreter.extra_traceback = False
+        return interpreter.run(initial_env=given_to(graph, bound.arguments))
+
+
+class LiveForward(RewrittenForward):
+    """A forward whose statistics are taken over live channels, for as long as gates train.
+
+    Args:
+        owner, graphs: as for a `RewrittenForward`.
+        names: the owner's children that stand in for its calls (see `rewriters.cross_channel.live_statistics`).
+    """
+
+    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], names: tuple[str, ...]):
+        super().__init__(owner, graphs)
+        self.names = names
+        self.plain = owner.__dict__.get("forward")
+        """What shadowed the class's forward before, if anything did."""
+
+
+_WRITTEN_OUT: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multi_head_attention}
+"""Forwards of torch's that are one call to torch.fx."""
+
+
+def stands_in(module: nn.Module) -> bool:
+    """Whether `own_forward` gives another function than the module runs, which does the same."""
+    return own_forward(module) is _WRITTEN_OUT.get(type(module))
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The function a module runs, taking the module as its first argument.
+
+    Of a module whose statistics are taken over live channels that is the one which takes them over all.
+    """
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, LiveForward):
+        forward = forward.plain
+    if isinstance(forward, RewrittenForward):
+        return forward.function(bool(module.training))
+    if isinstance(forward, types.MethodType) and forward.__self__ is module:
+        return forward.__func__
+    if forward is not None:
+        raise torch.fx.proxy.TraceError("its forward was replaced on the instance")
+    return _WRITTEN_OUT.get(type(module), type(module).forward)
+
+
+def given_to(graph: fx.Graph, arguments: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """What a graph is given, for `fx.Interpreter` of a call's arguments by name: it takes **kwargs for *args itself."""
+    return {node: arguments[node.target.lstrip("*")] for node in graph.find_nodes(op="placeholder")}
+
+
+def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names of the parameters of a module's forward, defaults included."""
+    bound = inspect.signature(own_forward(module)).bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)

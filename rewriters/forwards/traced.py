@@ -1,0 +1,71 @@
+"""A module's own forward, traced with torch.fx in the modes that it tells apart."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from rewriters.errors import TraceError
+from rewriters.forwards.resizing import Cut, Resizer
+from rewriters.forwards.rewritten_forward import stands_in
+from rewriters.forwards.tracing import AskedMode, trace
+from rewriters.labelling.labels import Labelled
+from rewriters.labelling.propagate import Labelling
+from rewriters.recording.capture import Capture, ModuleCall
+from rewriters.recording.side_effects import set_modes
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A module's own forward, traced for one of its calls.
+
+    Attributes:
+        path: the module.
+        modes: the trace is of eval mode (False), of train mode (True) or good for both.
+        graph: what was traced.
+        known: labels of the tensors in it, by id.
+        stands_in: another forward was traced in the place of the module's own, which can't be (see `stands_in`).
+    """
+
+    path: str
+    modes: tuple[bool, ...]
+    graph: fx.Graph
+    known: Mapping[int, Labelled]
+    stands_in: bool = False
+
+    def resize(self, cut: Cut) -> Resizer:
+        """The forward rewritten for a cut (raises `Unwritable`)."""
+        resizer = Resizer(self.graph, self.known, cut, self.path)
+        resizer.run()
+        resizer.changed |= self.stands_in and resizer.cuts()
+        return resizer
+
+
+def by_mode(traced: Iterable[Traced], graph: Callable[[Traced], fx.Graph]) -> dict[bool, fx.Graph]:
+    """Graphs for eval mode (False) and train mode (True): one and the same of a forward that asks for neither."""
+    return {mode: made for one in traced for made in [graph(one)] for mode in one.modes}
+
+
+def trace_modes(
+    module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled]
+) -> list[Traced]:
+    """Trace a module's forward, in eval and in train mode where it asks which it is in (raises `TraceError`)."""
+
+    def traced(modes: tuple[bool, ...], training: Any) -> Traced:
+        module.training = training
+        graph, labels = trace(module, call, captured, labelling, known)
+        return Traced(call.path, modes, graph, labels, stands_in(module))
+
+    before = set_modes(module, False)
+    mode = AskedMode()
+    try:
+        with contextlib.suppress(TraceError):  # it may do with its mode what only a bool can
+            first = traced((False, True), mode)
+            return [first] if not mode.asked else [replace(first, modes=(False,)), traced((True,), True)]
+        return [traced((False,), False), traced((True,), True)]
+    finally:
+        set_modes(module, before)

@@ -1,0 +1,279 @@
+"""What a forward does that its proxies don't see is told to the tracer that follows it.
+
+torch.fx sees what is asked of a proxy. Torch's builtin functions, contexts, and modules' calls and parameters have to
+be patched to be seen; the patches do nothing but while a tracer follows.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import math
+import threading
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx import _symbolic_trace
+from torch.utils import checkpoint
+
+from rewriters.errors import TraceError
+from rewriters.forwards.proxies import Valued
+from rewriters.forwards.rewritten_forward import Applied
+from rewriters.recording.pytrees import leaves_of
+
+_FACTORIES = {
+    "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
+    "randperm", "tensor", "zeros",
+}  # fmt: skip
+"""Functions of torch that make tensors from numbers: all their calls have to be seen."""
+
+
+@functools.cache
+def _builtins(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
+    torch.overrides.get_overridable_functions()  # reads the same names once, which should be when nothing is wrapped
+    builtins = {name: value for name, value in vars(space).items() if isinstance(value, types.BuiltinFunctionType)}
+    return {name: value for name, value in builtins.items() if not value.__name__.startswith("_")}
+
+
+MATH = tuple(_builtins(math).values())
+"""Functions that are recorded where a forward's module has them by their own names too, which torch.fx sees to."""
+
+
+@dataclass(frozen=True)
+class _Following:
+    """A tracer that is told of everything, and the proxies of the parameters that were read."""
+
+    tracer: fx.Tracer
+    parameters: dict[str, fx.Proxy] = field(default_factory=dict)
+
+
+class _Thread(threading.local):
+    """Whom a thread's calls are told to: other threads go on meanwhile."""
+
+    following: _Following | None = None
+
+
+_thread = _Thread()
+
+_PATCHED = "__fx_already_patched"
+"""torch.fx leaves methods alone that bear this mark; if it didn't, it would patch them as ever."""
+
+
+_PROXIES = frozenset((fx.Proxy, Valued))
+
+_PLAIN = {"isinstance": isinstance, "len": len}
+
+
+def _isinstance(instance: Any, kinds: Any) -> bool:
+    """A proxy is an instance of what its value is one of; to torch.fx it is a proxy too."""
+    of_plain = _PLAIN["isinstance"]
+    if type(instance) is not Valued:
+        return of_plain(instance, kinds)
+    return not _PROXIES.isdisjoint(kinds if type(kinds) is tuple else (kinds,)) or of_plain(instance.value, kinds)
+
+
+def _len(of: Any) -> Any:
+    """Python lets no `__len__` give a proxy."""
+    return of.length() if type(of) is Valued else _PLAIN["len"](of)
+
+
+_OF_VALUES = {"isinstance": _isinstance, "len": _len}
+
+
+@contextlib.contextmanager
+def _set_following(to: _Following | None) -> Iterator[None]:
+    before = _thread.following
+    _follow_by(to)
+    try:
+        yield
+    finally:
+        _follow_by(before)
+
+
+def _follow_by(to: _Following | None) -> None:
+    _thread.following = to
+    vars(builtins).update(_PLAIN if to is None else _OF_VALUES)  # in all that is called
+
+
+@contextlib.contextmanager
+def followed(tracer: fx.Tracer) -> Iterator[None]:
+    """Inside, `tracer` is told of what a forward does."""
+    with patches_held() as patches, _set_following(_Following(tracer)):
+        patches.put()
+        yield
+
+
+def unfollowed() -> contextlib.AbstractContextManager[None]:
+    """Inside, no tracer is told of anything."""
+    return _set_following(None)
+
+
+class _Patches(contextlib.ExitStack):
+    """All that has to be patched; taken off at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._are_put = False
+
+    def put(self) -> None:
+        """Where it isn't done yet."""
+        if not self._are_put:
+            for patch in (
+                _functions_patched, _contexts_patched, _modules_patched, _leaves_patched, _autograd_functions_patched,
+            ):  # fmt: skip
+                self.enter_context(patch())
+            self._are_put = True
+
+
+_held: _Patches | None = None
+
+
+@contextlib.contextmanager
+def patches_held() -> Iterator[_Patches]:
+    """What is patched for a trace inside stays for the next: PyTorch tells thousands of classes of every change."""
+    global _held
+    if _held is not None:
+        yield _held
+        return
+    try:
+        with _Patches() as _held:
+            yield _held
+    finally:
+        _held = None
+
+
+@contextlib.contextmanager
+def _functions_patched() -> Iterator[None]:
+    """Torch's builtin functions, and math's, are recorded by their arguments as they are.
+
+    Left to themselves they look into sizes given as proxies (which would guard them) before they ask the
+    proxies for leave, and don't ask at all where there is no tensor among their arguments (torch.zeros).
+    """
+    for space in (torch, F, math):
+        vars(space).update(_recorders(space))
+    try:
+        yield
+    finally:
+        for space in (torch, F, math):
+            vars(space).update(_builtins(space))
+
+
+@functools.cache
+def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
+    return {name: functools.partial(_record, name, plain) for name, plain in _builtins(space).items()}
+
+
+def _hold_proxies(*arguments: Any) -> bool:
+    return any(type(leaf) is Valued for leaf in leaves_of(arguments))
+
+
+def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _thread.following is not None and (name in _FACTORIES or _hold_proxies(args, kwargs)):
+        return _thread.following.tracer.create_proxy("call_function", function, args, kwargs)
+    return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _modules_patched() -> Iterator[None]:
+    """Modules' calls and parameters, as torch.fx itself would patch them anew for every trace."""
+    plain_call, plain_getattr = nn.Module.__call__, nn.Module.__getattr__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _thread.following is None:
+            return plain_call(module, *args, **kwargs)
+        return _thread.following.tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
+
+    def get(module: nn.Module, name: str) -> Any:
+        value, following = plain_getattr(module, name), _thread.following
+        return value if following is None else following.tracer.getattr(name, value, following.parameters)
+
+    for patch in (call, get):
+        setattr(patch, _PATCHED, True)
+    with mock.patch.multiple(nn.Module, __call__=call, __getattr__=get):
+        yield
+
+
+AUTOCAST = (torch.amp._enter_autocast, torch.amp._exit_autocast)
+"""Calls that stand in a graph where the forward enters and leaves torch.autocast; they are not run on fake values."""
+
+
+@contextlib.contextmanager
+def _contexts_patched() -> Iterator[None]:
+    """Where a forward enters and leaves torch.autocast is recorded; torch.fx would forget it.
+
+    What runs without gradients would be recorded as if it ran with them, so that is refused.
+    """
+    plain_init, plain_enter, plain_exit = (vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__"))
+    plain_set_grad = torch._C._set_grad_enabled
+
+    def init(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
+        of_value = type(device_type) is Valued
+        plain_init(context, device_type.value if of_value else device_type, *args, **kwargs)
+        context.device = device_type
+
+    def enter(context: Any) -> Any:
+        if _thread.following is None:
+            return plain_enter(context)
+        given = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
+        context._recorded = _thread.following.tracer.create_proxy("call_function", torch.amp._enter_autocast, given, {})
+        return context
+
+    def leave(context: Any, *error: Any) -> Any:
+        if _thread.following is None:
+            return plain_exit(context, *error)
+        _thread.following.tracer.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {})
+        return None
+
+    def set_grad(mode: bool) -> None:
+        if _thread.following is not None:
+            raise TraceError("it changes whether gradients are recorded")
+        plain_set_grad(mode)
+
+    with (
+        mock.patch.multiple(torch.autocast, __init__=init, __enter__=enter, __exit__=leave),
+        mock.patch.object(torch._C, "_set_grad_enabled", set_grad),
+    ):
+        yield
+
+
+def _leaves_patched() -> contextlib.AbstractContextManager[Any]:
+    """Functions that were declared leaves (`torch.fx.wrap`) are looked into: proxies that know their values can."""
+    return mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True)
+
+
+@contextlib.contextmanager
+def _autograd_functions_patched() -> Iterator[None]:
+    """Functions with a backward of their own are recorded as they are; what they do in their forward would lose that.
+
+    What is checkpointed is followed as if it were not.
+    """
+    plain = vars(torch.autograd.Function)["apply"]  # a class's method, in C or in Python
+
+    def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+        if _thread.following is None or not _hold_proxies(args):
+            return plain.__get__(None, function)(*args)
+        if function is checkpoint.CheckpointFunction:
+            run, _, *given = args
+            return run(*given)
+        return _thread.following.tracer.create_proxy("call_function", Applied(function), args, {})
+
+    def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    steps = {name: nothing for name in _CHECKPOINTS_STEPS if hasattr(checkpoint, name)}
+    with (
+        mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+        mock.patch.multiple(checkpoint, **steps),
+    ):
+        yield
+
+
+_CHECKPOINTS_STEPS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+"""What `torch.utils.checkpoint` does before and after the function that it runs, by the version of torch."""

@@ -1,0 +1,327 @@
+"""Trace one module's own forward with torch.fx, its children being leaves.
+
+Unlike torch.fx.symbolic_trace, every proxy here knows the value it stands for (a fake tensor, a size), so
+that control flow on shapes, types and lengths can be followed. What was decided that way is written into
+the graph as a guard, and sizes stay expressions: the traced forward runs at other batch sizes and
+resolutions, and says so where it can't.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from rewriters.errors import TraceError
+from rewriters.forwards.proxies import Valued
+from rewriters.forwards.rewritten_forward import guard, own_forward
+from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
+from rewriters.labelling.labels import Labelled
+from rewriters.labelling.propagate import Labelling
+from rewriters.labelling.rules import Findings, OpCall
+from rewriters.labelling.rules.elementwise import meet
+from rewriters.recording.capture import Capture, ModuleCall, only_restrides, reshapes_in_place
+from rewriters.recording.meta_kernels import constant, on_fakes
+from rewriters.recording.pytrees import all_tensors, leaves_of, tensors_of
+from rewriters.recording.side_effects import attributes_preserved, random_numbers_kept
+
+_AHEAD = 4
+"""How far to look for the recorded call that is traced: a forward may have made some that it doesn't make again."""
+
+
+class AskedMode:
+    """Stands in a module's `training` while its forward is traced: eval mode, and a note whether that was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __bool__(self) -> bool:
+        self.asked = True
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+
+class _OpLog(TorchDispatchMode):
+    """Notes every ATen call that gives tensors, with its arguments and result."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self._mode = mode
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        restrides = only_restrides(func, args)
+        if reshapes_in_place(func) and not restrides:
+            raise TraceError(f"{func} changes the shape of a tensor in place")
+        out = on_fakes(self._mode, func, args, kwargs or {})
+        # A call that gives no tensor is a question (its device, its layout).
+        if not restrides and tensors_of(out):
+            self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, captured: Capture, call: ModuleCall, labelling: Labelling, known: Mapping[int, Labelled]):
+        super().__init__(autowrap_modules=(), autowrap_functions=MATH)
+        self._captured, self._call, self._labelling = captured, call, labelling
+        self._children = iter(call.children)
+        self._alive: list[Any] = []  # ids of tensors are keys
+        self._recorded = call.nodes[::-1]  # what ran in it, the first last
+        self.known = ChainMap({}, known)  # its own in front: to copy all of them for each trace takes memory
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        # fx looks the forward up on the class; the instance may have one that was rewritten before.
+        root_fn = own_forward(self.root)
+        # The signature as it is, so that callers of the rewritten forward see no difference.
+        signature = inspect.signature(root_fn)
+        bound = signature.bind(self.root, *self._call.args, **self._call.kwargs)
+        bound.apply_defaults()
+        by_place: list[Any] = [self.root]
+        by_name: dict[str, Any] = {}
+        for name, parameter in list(signature.parameters.items())[1:]:
+            given = self._placeholder(parameter, bound.arguments[name])
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                by_place.extend(given)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                by_name.update(given)
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                by_name[name] = given
+            else:
+                by_place.append(given)
+        return functools.partial(root_fn, **by_name), by_place
+
+    def _placeholder(self, parameter: inspect.Parameter, value: Any) -> Any:
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        default = () if parameter.default is parameter.empty else (parameter.default,)
+        node = self.create_node("placeholder", f"{stars}{parameter.name}", default, {})
+        node.meta["val"] = value
+        return self._argument(self.proxy(node))
+
+    def _argument(self, proxy: Valued) -> Any:
+        """A tensor or number as a proxy, a container as a container of proxies, anything else as it is."""
+        value = proxy.value
+        if type(value) in (list, tuple):
+            return type(value)(self._argument(proxy[index]) for index in range(len(value)))
+        if type(value) is dict:
+            return {key: self._argument(proxy[key]) for key in value}
+        return proxy if isinstance(value, Tensor) or type(value) in (int, float) else self.concrete(proxy)
+
+    def concrete(self, proxy: Valued) -> Any:
+        """The value of a proxy, with a guard in the graph that it is the same whenever this runs."""
+        if isinstance(proxy.value, Tensor):
+            raise TraceError("its control flow depends on the values of a tensor")
+        if isinstance(proxy.value, (bool, int, float, str, type(None))):
+            self.create_node("call_function", guard, (proxy.node, proxy.value), {}).meta["val"] = None
+        return proxy.value
+
+    def proxy(self, node: fx.Node) -> Valued:
+        return Valued(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_arg(self, a: Any) -> Any:
+        # Asked by type, for isinstance would take a proxy for what it stands for.
+        if type(a) is Valued:
+            return a.node
+        if type(a) is AskedMode:
+            return bool(a)
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            return self._plain_tensor(a)
+        arg = super().create_arg(a)
+        if type(arg) is fx.Node and "val" not in arg.meta:  # a layer that is handed on, a named tuple, a dataclass
+            value = a if arg.op == "get_attr" else run_call(arg.op, arg.target, arg.args, arg.kwargs, _value_of)
+            arg.meta.update(val=value, ops=[], looks=[])
+        return arg
+
+    def _plain_tensor(self, tensor: Tensor) -> fx.Node:
+        """A tensor that is a module's attribute; one made on the way would be lost (fx leaves it on the module)."""
+        name = next((name for value, name in self.tensor_attrs.items() if value is tensor), None)
+        if name is None:
+            raise TraceError("it computes with a tensor that torch.fx has not seen come into being")
+        node = self.create_node("get_attr", name, (), {})
+        node.meta["val"] = self._captured.tensors.get(f"{self._call.path}.{name}".lstrip("."))
+        if node.meta["val"] is None:
+            node.meta["val"] = constant(self._captured.mode, tensor)
+        return node
+
+    def create_proxy(self, kind, target, args, kwargs, *rest, **options):
+        with unfollowed():
+            proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+            self._follow(proxy.node)
+        # What a module gives in a list is in one here too, so that more can be put into it or taken out.
+        return self._argument(proxy) if kind == "call_module" and type(proxy.value) in (list, dict) else proxy
+
+    def _follow(self, node: fx.Node) -> None:
+        """Note a new node's value, the ATen ops it ran and the labels of what they gave."""
+        node.meta.update(val=None, ops=[], looks=[])
+        if node.target in AUTOCAST:
+            return
+        if node.op == "get_attr":
+            node.meta["val"] = self._attribute(node.target)
+            return
+        if node.op == "call_module":
+            child = self._next_child(node.target)
+            node.meta["val"] = child.output
+            given = fx.node.map_arg((node.args, node.kwargs), _value_of)
+            self.link(given, (child.args, child.kwargs))
+            return
+        log = _OpLog(self._captured.mode)
+        with torch.no_grad(), self._captured.mode, log:
+            value = run_call(node.op, node.target, node.args, node.kwargs, _value_of)
+        node.meta["ops"] = [op for op, *_ in log.calls]
+        findings = self._labelling.findings.apart()
+        same: dict[int, Tensor] = {}
+        for call in log.calls:
+            self._label(*call, findings, same)
+        node.meta["val"] = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
+        node.meta["looks"] = findings.looks
+
+    def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings, same: dict[int, Tensor]) -> None:
+        """Label what a call gave.
+
+        Args:
+            same: takes the recorded tensors that are like those it gave, by the ids of these.
+        """
+        given = fx.node.map_aggregate((args, kwargs), lambda leaf: self._labels_of(same.get(id(leaf), leaf)))
+        recorded = self._recorded_as(op, given)
+        if recorded is None:
+            labels = self._labelling.apply(op, *given, out, self._call.path, findings)
+        else:
+            labels = self._labelling.values[recorded]
+            findings.looks += self._labelling.looks.get(recorded, ())
+            pairs = zip(tensors_of(out), tensors_of(recorded.meta["val"]), strict=True)
+            same.update({id(tensor): other for tensor, other in pairs if _are_alike(tensor, other)})
+        found = [label for label in (labels if isinstance(labels, list) else [labels]) if label is not None]
+        for traced, label in zip(tensors_of(out), found, strict=True):
+            tensor = same.get(id(traced), traced)
+            self._alive.append(tensor)
+            if self.known.get(id(tensor)) is not label:  # of a recorded tensor's, those before it was written to
+                self.known[id(tensor)] = label
+
+    def _recorded_as(self, op: Any, given: Any) -> fx.Node | None:
+        """The next recorded call if it was this one, on the same labels: what there is to find it has found."""
+        for place in range(len(self._recorded))[: -_AHEAD - 1 : -1]:
+            node = self._recorded[place]
+            if node.target is op and self._ran_on(node, given):
+                del self._recorded[place:]
+                return node
+        return None
+
+    def _ran_on(self, recorded: fx.Node, given: Any) -> bool:
+        return _are_one(given, fx.node.map_arg((recorded.args, recorded.kwargs), self._labelling.values.__getitem__))
+
+    def _labels_of(self, value: Any) -> Any:
+        """Labels in the place of a tensor; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        return self.known.get(id(value)) or Labelled.unknown(value)
+
+    def link(self, traced: Any, captured: Any) -> None:
+        """Merge the labels of what was traced and of what was captured at the same place.
+
+        They are the same but where an op made channels of its own (padding, zeros to concatenate): there the
+        traced op made other ones than the captured op, which the rest of the model is coupled with.
+        """
+        ours, theirs = leaves_of(traced), leaves_of(captured)
+        if len(ours) != len(theirs):
+            return  # only train mode returns as many
+        for a, b in zip(ours, theirs, strict=True):
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a is not b:
+                labelling = self._labelling
+                pair = [self._labels_of(a), self._labels_of(b)]
+                shapes = [tuple(a.shape)]
+                call = OpCall("forward", (), {}, shapes, self._call.path, labelling.space, labelling.findings)
+                meet(call, pair)
+
+    def _attribute(self, name: str) -> Tensor:
+        """What stands for a parameter or buffer of the module."""
+        path = f"{self._call.path}.{name}".lstrip(".")
+        if path not in self._captured.tensors:
+            raise TraceError(f"it reads {name}, which is no parameter or buffer")
+        return self._captured.tensors[path]
+
+    def _next_child(self, name: str) -> ModuleCall:
+        """The recorded call of the child that is called now."""
+        path = f"{self._call.path}.{name}".lstrip(".")
+        child = next(self._children, None)
+        if child is None or path not in child.names:
+            raise TraceError(f"traced, it calls {path} where it ran {child.path if child else 'nothing'}")
+        return child
+
+
+def _are_one(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same labels (none, for instance), or equal, or hold such in the same places."""
+    if isinstance(one, Labelled):
+        return one is other or (not one.layers and one == other)
+    if isinstance(one, (tuple, list)):
+        return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_are_one, one, other))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_are_one(one[k], other[k]) for k in one)
+    return one == other
+
+
+def _are_alike(tensor: Tensor, other: Tensor) -> bool:
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) == (
+        other.shape, other.stride(), other.dtype, other.device
+    )  # fmt: skip
+
+
+def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[fx.Node], Any]) -> Any:
+    """Run a call_function or call_method with `value_of` each node among its arguments."""
+    args, kwargs = fx.node.map_arg((args, kwargs), value_of)
+    return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
+
+
+def _value_of(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _drop_unused_reads(graph: fx.Graph) -> None:
+    """Erase what was only looked at: a parameter of a child, say, which may be taken out."""
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == "get_attr" or node.target in (getattr, operator.getitem)):
+            graph.erase_node(node)
+
+
+def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
+          known: Mapping[int, Labelled]) -> tuple[fx.Graph, Mapping[int, Labelled]]:  # fmt: skip
+    """Trace `module`'s forward as it ran in `call`.
+
+    Returns:
+        The graph (each node's meta has `val`, its value, `ops`, the ATen ops it ran, and `looks`, the
+        statistics that these take along channels) and the labels of all tensors in it by id.
+
+    Raises:
+        TraceError: torch.fx cannot follow the forward; the message says why.
+    """
+    tracer = _Tracer(captured, call, labelling, known)
+    try:
+        with attributes_preserved(module.modules()), random_numbers_kept(), followed(tracer):
+            graph = tracer.trace(module)
+    except TraceError as error:
+        raise TraceError(error.cause, where=call.path) from error
+    except Exception as error:  # whatever user code does with a proxy that fx does not foresee
+        raise TraceError(f"torch.fx cannot follow it ({error})", where=call.path) from error
+    returned = next(node for node in graph.nodes if node.op == "output").args[0]
+    tracer.link(fx.node.map_arg(returned, _value_of), call.output)
+    _drop_unused_reads(graph)
+    in_graph = set(map(id, all_tensors(graph)))  # these stay alive
+    found, recorded = tracer.known.maps
+    return graph, ChainMap({key: labels for key, labels in found.items() if key in in_graph}, recorded)

@@ -1,0 +1,248 @@
+"""Convolutions and matrix products: channels are summed here, so here gates may stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+
+from torch import Tensor
+
+from rewriters.labelling.channel_map import Kernel, Side
+from rewriters.labelling.labels import Labelled, varying
+from rewriters.labelling.rules.elementwise import meet
+from rewriters.labelling.rules.registry import KernelCall, OpCall, Result, rule, unknown
+
+
+def _vector(call: OpCall, value: Labelled, dim: int) -> Tensor | None:
+    """Labels along one dimension, shape (size,), merged along any other; None where nobody owns it."""
+    layer = value.layer(dim)
+    if layer is None:
+        return None
+    others = set(varying(layer)) - {dim % value.ndim}
+    return call.space.merge_along(layer, others).flatten()
+
+
+def _rest(value: Labelled, dim: int) -> tuple[Tensor, ...]:
+    return tuple(layer for layer in value.layers if layer.shape[dim] == 1)
+
+
+def _consume(call: OpCall, data: Tensor | None, kernel: Labelled, dim: int) -> bool:
+    """Labels `data` are summed against a kernel's dimension `dim`; returns whether a gate can stand there.
+
+    A gate on the kernel's side is the gate on the data's side as long as the kernel is a parameter's own
+    elements. A kernel that is derived from its parameter may have something else where that has zeros: while
+    gates train its dead columns are left out where it is used, as dead channels are left out of statistics. A
+    kernel in a buffer isn't trained.
+    """
+    against = _vector(call, kernel, dim)
+    source = None if kernel.source in call.findings.buffers else kernel.source
+    if data is not None and against is not None and source is not None:
+        call.space.merge(data, against)
+        call.findings.gated.update(call.space.sides_holding(against, source))
+        if kernel.derived:
+            call.note(against, dim % kernel.ndim - kernel.ndim, "summed against a derived kernel")
+        return True
+    for labels in (data, against):
+        if labels is not None:
+            reason = "summed against channels that no layer owns" if source else "summed against a derived kernel"
+            call.pin(labels, reason)
+    return False
+
+
+def _owned(call: OpCall, kernel: Labelled) -> Labelled:
+    """The kernel; one that isn't laid out as the parameter it is derived from is taken for nobody's."""
+    if kernel.derived:
+        for dim in (0, 1):
+            layer = kernel.layer(dim)
+            if layer is not None and call.space.side_of(layer) != Side(str(kernel.source), dim):
+                return replace(kernel, source=None)
+    return kernel
+
+
+@rule("aten.convolution", "aten.convolution_overrideable")
+def convolution(call: OpCall) -> Labelled:
+    """Regular, grouped, depthwise and transposed convolution.
+
+    x is (N, C, ...), the kernel (O, C / groups, ...), transposed (C, O / groups, ...).
+    """
+    x, kernel, bias = call.args[0], _owned(call, call.args[1]), call.args[2]
+    transposed, groups = call.args[6], call.args[8]
+    others, along_them = call.look_by_place(x, range(2, x.ndim), "convolved along its channels")
+    data = Labelled(x.shape, others, x.source)
+    channels = _vector(call, data, 1)
+    first, second = _vector(call, kernel, 0), _vector(call, kernel, 1)
+    positions = prod((x.shape if transposed else call.shape)[2:]) * prod(kernel.shape[2:]) * x.shape[0]
+    if groups == 1:
+        out = second if transposed else first
+        gate = _consume(call, channels, kernel, 0 if transposed else 1)
+        _note_conv(call, kernel, positions, mixes=gate, made=out)
+    else:
+        out = _grouped(call, channels, first, second, kernel, groups, positions)
+    if bias is not None and out is not None:
+        call.space.merge(out, bias.layers[0].flatten()) if bias.layers else call.pin(out, "its bias is not owned")
+    along = [1, -1, *[1] * (len(call.shape) - 2)]
+    layers = [layer for layer in (*data.layers, *along_them) if layer.shape[1] == 1]
+    return Labelled(call.shape, (*layers, out.view(along)) if out is not None else tuple(layers))
+
+
+def _note_conv(call: OpCall, kernel: Labelled, macs: float, mixes: bool, made: Tensor | None = None) -> None:
+    """`made` are the labels of what a kernel makes that is computed from several tensors; None where they all stay."""
+    if kernel.source is None:
+        note = Kernel.without_weight(call.module, macs * prod(kernel.shape[:2]), prod(call.shape))
+        call.findings.kernels.append(KernelCall(note, made))
+    else:
+        transposed, groups = call.args[6], call.args[8]
+        pixels = call.shape[0] * prod(call.shape[2:])
+        outputs, dims = (pixels, (1 if transposed else 0,))
+        if transposed and groups > 1:
+            by_group = groups >= kernel.shape[0] // groups
+            outputs, dims = (pixels * groups / kernel.shape[0], (0, 1)) if by_group else (pixels * groups, (1,))
+        note = Kernel(call.module, kernel.source, macs, 0 if transposed else 1, mixes, outputs, dims)
+        call.findings.kernels.append(KernelCall(note, _rows([x for x in call.args[0].layers if varying(x) == (0,)])))
+        if mixes:
+            call.findings.gated.add(note.input_side)
+
+
+def _grouped(
+    call: OpCall, channels: Tensor | None, first: Tensor | None, second: Tensor | None,
+    kernel: Labelled, groups: int, positions: float,
+) -> Tensor | None:  # fmt: skip
+    """Grouped convolution dies by whole groups, or at the same place in every group.
+
+    Whole groups where there are at least as many of them as channels in one, which leaves more classes;
+    a depthwise convolution is the case of one channel a group. Returns the labels of the output.
+    """
+    transposed = call.args[6]
+    per_group = kernel.shape[0] // groups
+    width = (per_group, kernel.shape[1])[not transposed]
+    # `first` runs over all groups' channels, `second` over the places inside each group.
+    ahead, inside = (channels, second) if not transposed else (channels, None)
+    fixed = kernel.source is None or (kernel.source in call.findings.buffers and groups < width)
+    fixed |= kernel.derived and transposed
+    if channels is None or first is None or fixed:
+        for labels in (channels, first, second):
+            if labels is not None:
+                call.pin(labels, "a grouped convolution over channels that no layer owns")
+        _note_conv(call, kernel, positions, mixes=False)
+        return first if not transposed else None
+    if groups >= width:
+        by_group = call.space.merge_along(channels.view(groups, -1), [1])
+        call.space.merge(by_group, first.view(groups, per_group))
+        _note_conv(call, kernel, positions, mixes=False)
+        return first if not transposed else by_group.expand(groups, kernel.shape[1]).reshape(-1)
+    places = call.space.merge_along(first.view(groups, per_group), [0])
+    if transposed:
+        call.space.merge(channels.view(groups, per_group), places)
+    elif second is not None:
+        call.space.merge(ahead.view(groups, -1), inside.view(1, -1))
+        if kernel.derived:
+            call.note(second, 1 - kernel.ndim, "summed against a derived kernel")
+    gate = transposed or second is not None
+    _note_conv(call, kernel, positions, mixes=gate)
+    if not transposed:
+        return first
+    return second.view(1, -1).expand(groups, -1).reshape(-1) if second is not None else None
+
+
+@rule("aten.mm", "aten.bmm", "aten.matmul", "aten.linear")
+def matmul(call: OpCall) -> Result:
+    """(..., m, k) x (..., k, n)."""
+    return _product(call, call.args[0], call.args[1])
+
+
+@rule("aten.addmm", "aten.baddbmm")
+def addmm(call: OpCall) -> Result:
+    """bias + (m, k) x (k, n)."""
+    out = _product(call, call.args[1], call.args[2])
+    bias = call.args[0]
+    from_bias = Labelled((1,) * (out.ndim - bias.ndim) + bias.shape, tuple(
+        layer.reshape((1,) * (out.ndim - bias.ndim) + tuple(layer.shape)) for layer in bias.layers
+    ))  # fmt: skip
+    for layer in from_bias.layers:
+        dim = varying(layer)[0]
+        own = out.layer(dim)
+        if own is None:
+            call.pin(layer, "added to channels that no layer owns")
+        else:
+            call.space.merge(call.space.merge_along(own, set(varying(own)) - {dim}), layer)
+    return out
+
+
+def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
+    if left.source is None and right.source is None:
+        reason = "summed in a product of activations"
+        rows, columns = call.mix(left, [-1], reason), call.mix(right, [-2], reason)
+        return _outer(call, left, rows, right, columns)
+    flipped = left.source is not None and right.source is None
+    weight, data = (left, right) if flipped else (right, left)
+    contracted = (-2, -1) if flipped else (-1, -2)  # of data, of weight
+    out_dim = (-1, -2) if flipped else (-2, -1)  # rows kept from data, from weight
+    against = _vector(call, weight, contracted[1])
+    gate = _consume(call, _vector(call, data, contracted[0]), weight, contracted[1])
+    macs = data.shape[out_dim[0]] * prod(call.shape[:-2])
+    rows = _rows(_rest(data, contracted[0]))
+    _note_matrix(call, weight, against, _vector(call, weight, out_dim[1]), macs, gate, rows)
+    return _outer(call, left, _rest(left, -1), right, _rest(right, -2))
+
+
+def _rows(layers: Sequence[Tensor]) -> Tensor | None:
+    """Labels of what a kernel runs once for each of, those along its rows; None where these have none, or several."""
+    return layers[0].flatten() if len(layers) == 1 else None
+
+
+def _outer(
+    call: OpCall, left: Labelled, rows: tuple[Tensor, ...], right: Labelled, columns: tuple[Tensor, ...]
+) -> Labelled:
+    """Labels of (..., m, k) x (..., k, n): those of the rows, of the columns and of the batches, which meet."""
+    operands = [Labelled((*left.shape[:-1], 1), rows), Labelled((*right.shape[:-2], 1, right.shape[-1]), columns)]
+    return Labelled(call.shape, meet(call, operands))
+
+
+@rule("aten._scaled_dot_product_flash_attention_for_cpu", "aten._scaled_dot_product_flash_attention",
+      "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_attention_math",
+      "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_fused_attention_overrideable",
+      "aten.scaled_dot_product_attention")  # fmt: skip
+def attention(call: OpCall) -> Result:
+    """softmax(q k^T) v for q, k, v of shape (batch, heads, positions, width): whole heads die, or places in v."""
+    query, key, value = call.args[:3]
+    if query.shape[:-2] != value.shape[:-2]:  # heads that share their keys and values
+        if query.ndim < 3 or query.shape[:-3] != value.shape[:-3] or query.shape[-3] % value.shape[-3]:
+            return unknown(call)
+        key, value = (_for_each_head(x, query.shape[-3]) for x in (key, value))
+    reason = "summed in a product of activations"
+    scores = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in (query, key)]
+    masks = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in list(call.tensors())[3:]]
+    weighed = Labelled((*value.shape[:-2], 1, value.shape[-1]), call.mix(value, [-2], reason))
+    layers = meet(call, [*scores, *masks, weighed])
+    return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
+
+
+def _for_each_head(value: Labelled, heads: int) -> Labelled:
+    """Keys or values of groups of heads, once for each head; those of all heads need no repeating."""
+    if value.shape[-3] == 1:
+        return value
+    times = heads // value.shape[-3]
+    layers = (x.repeat_interleave(times, -3) if x.shape[-3] > 1 else x for x in value.layers)
+    return Labelled((*value.shape[:-3], heads, *value.shape[-2:]), tuple(layers))
+
+
+def _note_matrix(
+    call: OpCall, weight: Labelled, against: Tensor | None, kept: Tensor | None, macs: float, gate: bool,
+    rows: Tensor | None,
+) -> None:  # fmt: skip
+    """A matrix kernel may have come through a transpose or a view: its labels tell which side is which."""
+    into = call.space.side_of(against) if against is not None else None
+    out = call.space.side_of(kept) if kept is not None else None
+    if into is not None and into.tensor == weight.source:
+        input_dim = into.dim
+    elif out is not None and out.tensor == weight.source:
+        input_dim = 1 - out.dim if out.dim < 2 else 1
+    else:
+        input_dim = 1
+    pairs = prod(call.space.blocks.get(Side(str(weight.source), dim), (0, 1))[1] for dim in (input_dim, 1 - input_dim))
+    each = macs * prod(weight.shape[-2:]) / pairs  # a pair has several elements where other dimensions were flattened
+    note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (1 - input_dim,))
+    call.findings.kernels.append(KernelCall(note, rows))
+    if gate and into is not None:
+        call.findings.gated.add(into)

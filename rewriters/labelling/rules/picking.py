@@ -1,0 +1,61 @@
+"""Ops that pick elements by tensors of indices: tables of relative positions, embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewriters.labelling.labels import Labelled, varying
+from rewriters.labelling.rules.elementwise import meet
+from rewriters.labelling.rules.registry import OpCall, rule
+
+_REASON = "picked by a tensor of indices"
+
+
+@rule("aten.index.Tensor")
+def index(call: OpCall) -> Labelled:
+    """table[i, :, j]: labels survive along the dimensions that are not indexed."""
+    value, keys = call.args
+    return _picked(call, value, list(keys))
+
+
+@rule("aten.index_select")
+def index_select(call: OpCall) -> Labelled:
+    """table.index_select(dim, indices)."""
+    value, dim, indices = call.args
+    return _picked(call, value, [*[None] * (dim % value.ndim), indices])
+
+
+@rule("aten.embedding")
+def embedding(call: OpCall) -> Labelled:
+    """table[indices]."""
+    return _picked(call, call.args[0], [call.args[1]])
+
+
+@rule("aten.gather")
+def gather(call: OpCall) -> Labelled:
+    """For each place an element along one dimension: a tensor of indices is as large as what is picked.
+
+    One that was expanded along the channels has labels of nobody's there, which go with theirs.
+    """
+    value, dim, indices = call.args[:3]
+    whole = [d for d in range(value.ndim) if d == dim % value.ndim or indices.shape[d] < value.shape[d]]
+    return Labelled(call.shape, meet(call, [Labelled(call.shape, call.mix(value, whole, _REASON)), indices]))
+
+
+def _picked(call: OpCall, value: Labelled, keys: list[Any]) -> Labelled:
+    """Which indices are picked isn't known here: those that may be are kept, and any may be where any is."""
+    for key in keys:
+        for layer in key.layers if isinstance(key, Labelled) else ():
+            call.pin(layer, "used as indices")
+    dims = [dim for dim, key in enumerate(keys) if key is not None]
+    # One index, at 0: of the layers that are left, each is the same along what is indexed.
+    zeros = [None if key is None else torch.zeros((1,) * len(key.shape), dtype=torch.int64) for key in keys]
+    layers = []
+    for layer in call.mix(value, dims, _REASON):
+        picked: Tensor = torch.ops.aten.index.Tensor(layer, zeros)
+        if varying(picked):
+            layers.append(picked)
+    return Labelled(call.shape, tuple(layers))

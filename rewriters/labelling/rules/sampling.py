@@ -1,0 +1,46 @@
+"""Feature maps that are sampled at computed positions: on a grid, by deformable convolution, in boxes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rewriters.labelling.labels import Labelled
+from rewriters.labelling.rules.kernels import convolution
+from rewriters.labelling.rules.registry import OpCall, Result, rule
+
+_POSITIONS = "sampled at positions that are computed"
+
+
+@rule("aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def grid_sampler(call: OpCall) -> Labelled:
+    """Maps (N, C, ...) at the positions of a grid, (N, ..., number of coordinates), which stays."""
+    x, grid = call.args[:2]
+    call.mix(grid, range(grid.ndim), _POSITIONS)
+    return Labelled(call.shape, call.mix(x, range(2, x.ndim), _POSITIONS))
+
+
+@rule("torchvision.deform_conv2d")
+def deform_conv2d(call: OpCall) -> Labelled:
+    """A convolution that looks where its offsets say: these and the mask stay.
+
+    Where channels have offsets by groups, they go at the same place in each.
+    """
+    x, kernel, offset, mask, bias, *steps = call.args
+    stride, padding, dilation = steps[:2], steps[2:4], steps[4:6]
+    groups, offset_groups, _ = steps[6:]
+    for value in (offset, mask):
+        call.mix(value, range(value.ndim), _POSITIONS)
+    x = Labelled(x.shape, call.mix(x, (2, 3), _POSITIONS), x.source)
+    channels = x.layer(1)
+    if offset_groups > 1 and channels is not None:
+        call.space.merge_along(channels.reshape(len(channels), offset_groups, -1), (1,))
+    return convolution(replace(call, args=(x, kernel, bias, stride, padding, dilation, False, (0, 0), groups)))
+
+
+@rule("torchvision.roi_align", "torchvision.roi_pool")
+def cut_out(call: OpCall) -> Result:
+    """Boxes (K, 5) out of maps (N, C, H, W), as (K, C, height, width): channels stay themselves."""
+    x, boxes = call.args[:2]
+    call.mix(boxes, range(boxes.ndim), _POSITIONS)
+    layers = call.mix(x, (0, 2, 3), _POSITIONS)
+    return [Labelled(shape, layers) for shape in call.shapes]

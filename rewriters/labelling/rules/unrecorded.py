@@ -1,0 +1,18 @@
+"""The call of an opaque module, of which nothing is known but what it is given and what it gives."""
+
+from __future__ import annotations
+
+from rewriters.labelling.labels import Labelled
+from rewriters.labelling.rules.registry import RULES, OpCall, Result
+from rewriters.recording.opaque import opaque_call
+
+
+def unrecorded(call: OpCall) -> Result:
+    """All channels that go in stay, and so do those of the module's parameters; what comes out has none."""
+    for value in call.tensors():
+        for layer in value.layers:
+            call.space.pin(layer, call.module, "forward", call.args[0])
+    return [Labelled(shape) for shape in call.shapes]
+
+
+RULES[opaque_call] = unrecorded

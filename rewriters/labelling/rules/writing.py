@@ -1,0 +1,139 @@
+"""Ops that write elements into a tensor: at places that are numbered, under a mask, into a slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rewriters.labelling.labels import Labelled
+from rewriters.labelling.rules.elementwise import meet
+from rewriters.labelling.rules.registry import OpCall, Result, find_rule, rule, unknown
+
+_REASON = "written to at places that are numbered"
+
+
+@rule("aten.index_put", "aten.index_put_", "aten._unsafe_index_put")
+def index_put(call: OpCall) -> Result:
+    """x[i, :, j] = written, x[mask] = a number: along dimensions that aren't indexed, labels meet those written.
+
+    A mask under which one number is written meets what it lies on, each place by itself. Any other key tells places
+    by their numbers, or by how many there are, and those that may be meant stay.
+    """
+    value, keys, written = call.args[:3]
+    given = [key for key in keys if key is not None]
+    if any(key.boolean and not key.ndim for key in given):  # all or nothing, on a dimension of its own
+        return unknown(call)
+    indexed = _indexed(value.ndim, keys)
+    written = _as_wide(written, indexed.ndim - written.ndim, indexed.ndim)
+    masked = len(given) == 1 and given[0].boolean and all(written.shape[dim] == 1 for dim in indexed.found)
+    if masked:
+        operands = [value, _as_wide(given[0], indexed.covered[0], value.ndim)]
+    else:
+        for layer in (layer for key in given for layer in key.layers):
+            call.pin(layer, "used as indices")
+        operands = [Labelled(value.shape, call.mix(value, indexed.covered, _REASON))]
+    layers = [layer.reshape(indexed.at_home(layer.shape)) for layer in call.mix(written, indexed.found, _REASON)]
+    operands.append(Labelled(tuple(indexed.at_home(written.shape)), tuple(layers)))
+    return Labelled(call.shape, meet(call, operands))
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """Which dimensions keys lie on.
+
+    Attributes:
+        rest: dimensions of the tensor that aren't indexed.
+        covered: those that are.
+        found: dimensions of x[keys] that these have become.
+    """
+
+    rest: list[int]
+    covered: list[int]
+    found: range
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of x[keys]."""
+        return len(self.rest) + len(self.found)
+
+    def at_home(self, shape: Sequence[int]) -> list[int]:
+        """Sizes of x[keys] in their places in x, 1 along what is indexed."""
+        own = dict(zip(self.rest, (size for dim, size in enumerate(shape) if dim not in self.found), strict=True))
+        return [own.get(dim, 1) for dim in range(len(self.rest) + len(self.covered))]
+
+
+def _indexed(ndim: int, keys: Sequence[Labelled | None]) -> _Indexed:
+    """As PyTorch and NumPy have it: what is found stands where the keys do, and in front where they stand apart."""
+    covered: list[int] = []
+    dim = 0
+    for key in keys:
+        over = key.ndim if key is not None and key.boolean else 1
+        covered += range(dim, dim + over) if key is not None else ()
+        dim += over
+    rest = [dim for dim in range(ndim) if dim not in covered]
+    width = max(1 if key.boolean else key.ndim for key in keys if key is not None)
+    apart = covered[-1] - covered[0] >= len(covered)
+    first = 0 if apart else covered[0]
+    return _Indexed(rest, covered, range(first, first + width))
+
+
+def _as_wide(value: Labelled, first: int, ndim: int) -> Labelled:
+    """A value whose dimensions are those of a tensor from `first` on, with size 1 along the others."""
+    before, behind = (1,) * first, (1,) * (ndim - first - value.ndim)
+    layers = tuple(layer.reshape(before + layer.shape + behind) for layer in value.layers)
+    return Labelled(before + value.shape + behind, layers)
+
+
+@rule(
+    "aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_", "aten.index_fill", "aten.index_fill_",
+    "aten.index_reduce", "aten.index_reduce_",
+)  # fmt: skip
+def index_write(call: OpCall) -> Labelled:
+    """x.index_add(dim, indices, written) and its kin: one index for all that lies along `dim` at a place."""
+    value, dim, indices, written = call.args[:4]
+    for layer in indices.layers:
+        call.pin(layer, "used as indices")
+    operands = [value, written] if isinstance(written, Labelled) and written.ndim else [value]
+    numbered = {dim % (value.ndim or 1)}
+    return Labelled(call.shape, meet(call, [_mixed(call, operand, numbered) for operand in operands]))
+
+
+@rule(
+    "aten.scatter", "aten.scatter_", "aten.scatter_add", "aten.scatter_add_", "aten.scatter_reduce",
+    "aten.scatter_reduce_",
+)  # fmt: skip
+def scatter(call: OpCall) -> Labelled:
+    """`gather` backwards: for each element its own index along one dimension, other dimensions meet place by place.
+
+    Where operands are shorter than others, the places that they have are known by their numbers.
+    """
+    value, dim = call.args[:2]
+    operands = [operand for operand in call.tensors() if operand.ndim == value.ndim]
+    numbered = {d for d in range(value.ndim) if len({operand.shape[d] for operand in operands}) > 1}
+    numbered.add(dim % (value.ndim or 1))
+    return Labelled(call.shape, meet(call, [_mixed(call, operand, numbered) for operand in operands]))
+
+
+def _mixed(call: OpCall, value: Labelled, dims: set[int]) -> Labelled:
+    """What outlives a mixing along some dimensions, which are of size 1 then."""
+    layers = call.mix(value, dims, _REASON)
+    return Labelled(tuple(1 if dim in dims else size for dim, size in enumerate(value.shape)), layers)
+
+
+_VIEWS = {
+    torch.ops.aten.slice_scatter: torch.ops.aten.slice.Tensor,
+    torch.ops.aten.select_scatter: torch.ops.aten.select.int,
+    torch.ops.aten.diagonal_scatter: torch.ops.aten.diagonal.default,
+}
+
+
+@rule("aten.slice_scatter", "aten.select_scatter", "aten.diagonal_scatter")
+def write_to_view(call: OpCall) -> Labelled:
+    """x.slice_scatter(written, ...) and its kin: a copy of x with a slice of it exchanged."""
+    value, written, *place = call.args
+    view = _VIEWS[call.op.overloadpacket]
+    at = replace(call, op=view, args=(value, *place), shapes=[written.shape])
+    meet(at, [find_rule(view)(at), written])
+    return Labelled(call.shape, value.layers)

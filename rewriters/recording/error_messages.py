@@ -1,0 +1,45 @@
+"""What went wrong in a forward, told in its author's terms: with the line of their code."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from rewriters.errors import CaptureError
+
+_ASKS_FOR_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def user_line(error: BaseException) -> str:
+    """File, line and text of the user's code that an exception passed through last."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_OWN_CODE, "<"))
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
+def explain(error: Exception, where: str) -> CaptureError:
+    """What went wrong in a forward, in the user's terms."""
+    if isinstance(error, _ASKS_FOR_VALUES):
+        return CaptureError(
+            f"the forward depends on the values of a tensor, at {user_line(error)}.",
+            where=where,
+            remedy="Put that part into a module of its own, which is then kept whole, or write it with torch.where.",
+        )
+    return CaptureError(
+        f"the forward fails on the example inputs: {type(error).__name__}: {error}, at {user_line(error)}.",
+        where=where,
+        remedy="Give example inputs of the shape, dtype and device that the model is run with.",
+    )
+
+
+def why_unrecordable(error: Exception) -> str:
+    """Why a module whose forward runs on real tensors doesn't on fake ones."""
+    asks = isinstance(error, _ASKS_FOR_VALUES)
+    told = str(error).strip().partition("\n")[0].rstrip(".")
+    what = "the forward depends on the values of a tensor" if asks else f"{type(error).__name__}: {told}"
+    return f"its forward can't be recorded: {what}, at {user_line(error)}"

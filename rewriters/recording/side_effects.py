@@ -1,0 +1,167 @@
+"""Forwards may keep things on their modules (caches, counters); what they keep of stand-ins must not stay."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import operator
+import random
+import sys
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rewriters.undo_log import Journal
+
+_OWN_TO_TORCH = frozenset(nn.Module().__dict__)
+_SIMPLE = frozenset((bool, int, float, str, tuple, type(None)))
+_NO_STATE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+_REGISTRIES = (
+    "_parameters", "_buffers",
+    *(name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict)),
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, forwards run on fake tensors or proxies; afterwards the modules' plain attributes are as before.
+
+    That goes for what an attribute is and, where it is a dict, a list, a set or an object of the user's, for what it
+    holds. What `functools.lru_cache` keeps is dropped. Hooks that forwards have registered are gone, buffers that they
+    have exchanged are back; children are not looked at.
+    """
+    modules = list(modules)
+    before = [(module.__dict__, dict(_plain(module))) for module in modules]
+    containers = [held for _, plain in before for value in plain.values() if (held := _held_in(value)) is not None]
+    registries = (module.__dict__.get(name) for module in modules for name in _REGISTRIES)
+    containers += [one for one in registries if isinstance(one, dict)]  # those of torch.jit's modules are none
+    contents = [(one, type(one)(one) if one else ()) for one in {id(one): one for one in containers}.values()]
+    try:
+        yield
+    finally:
+        _clear_functions(modules)
+        for attributes, plain in before:
+            added = [name for name in attributes if name not in _OWN_TO_TORCH and name not in plain]
+            for name in added:
+                del attributes[name]
+            attributes.update({name: value for name, value in plain.items() if attributes.get(name) is not value})
+        for container, content in contents:
+            _restore(container, content)
+
+
+def _plain(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in module.__dict__.items() if name not in _OWN_TO_TORCH]
+
+
+def _clear_functions(modules: Iterable[nn.Module]) -> None:
+    """Empty the `functools.lru_cache` of functions on modules, on their classes and beside these."""
+    values = [value for module in modules for _, value in _plain(module) if type(value) not in _SIMPLE]
+    for function in (function for value in values for function in _cached_in(value)):
+        function.cache_clear()
+    for cls in {cls for module in modules for cls in type(module).__mro__}:
+        for function in _cached_beside(cls):
+            function.cache_clear()
+
+
+@functools.cache
+def _cached_beside(cls: type) -> tuple[Any, ...]:
+    if cls.__module__.partition(".")[0] in ("torch", "builtins"):
+        return ()
+    values = (*vars(cls).values(), *vars(sys.modules.get(cls.__module__, cls)).values())
+    return tuple({id(function): function for value in values for function in _cached_in(value)}.values())
+
+
+def _cached_in(value: Any) -> Iterator[Any]:
+    """The function itself, or the one it wraps, if that keeps what it gave."""
+    function = value.__func__ if isinstance(value, (staticmethod, classmethod, types.MethodType)) else value
+    cells = getattr(function, "__closure__", None) or () if isinstance(function, types.FunctionType) else ()
+    for found in (function, *(cell.cell_contents for cell in cells if _is_filled(cell))):
+        if isinstance(found, functools._lru_cache_wrapper):
+            yield found
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # what it is for isn't defined yet
+        return False
+
+
+def _held_in(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
+    """The container that an attribute's value is or, of an object that is no module, keeps its own attributes in."""
+    if type(value) in _SIMPLE:
+        return None
+    if type(value) in (dict, list, set):
+        return value
+    return None if isinstance(value, _NO_STATE) else getattr(value, "__dict__", None)
+
+
+def _restore(container: Any, content: Any) -> None:
+    """Gives a container, which others may hold too, its content back."""
+    if not container and not content:
+        return
+    if len(container) == len(content) and all(map(operator.is_, _entries(container), _entries(content))):
+        return
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _entries(container: Any) -> Iterable[Any]:
+    return itertools.chain(container, container.values()) if isinstance(container, dict) else container
+
+
+@contextlib.contextmanager
+def random_numbers_kept(devices: Collection[torch.device] = ()) -> Iterator[None]:
+    """Random numbers come afterwards as they would have come, on the processor and on these devices."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+def drop_caches(modules: Iterable[nn.Module], journal: Journal) -> None:
+    """Empty what forwards have kept of earlier calls, every change noted in `journal`.
+
+    Such a cache (a bias looked up once in eval mode) hides what it was computed from, and holds sizes as they
+    were. It is a plain attribute, a dict of tensors none of which is a parameter. Entries of a
+    `functools.lru_cache` are dropped too, and not given back.
+    """
+    modules = list(modules)
+    _clear_functions(modules)
+    for module in modules:
+        for name, value in _plain(module):
+            if type(value) is dict and value and all(_is_computed(item) for item in value.values()):
+                journal.set_attribute(module, name, {})
+
+
+def _is_computed(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Inside, forwards have kept nothing of earlier calls."""
+    journal = Journal()
+    drop_caches(model.modules(), journal)
+    try:
+        yield
+    finally:
+        journal.undo()
+
+
+def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:
+    """Set every module's train or eval mode; returns what they were, to be set again."""
+    before = {module: module.training for module in model.modules()}
+    for module, mode in before.items():
+        wanted = modes if isinstance(modes, bool) else modes[module]
+        if mode is not wanted:  # to write it takes longer than to look
+            module.training = wanted
+    return before

@@ -1,0 +1,187 @@
+"""Put a 1x1 convolution in the place of an identity shortcut.
+
+A residual add over an identity shortcut couples all that is added: a whole stage keeps or loses a channel
+together. A 1x1 convolution on the shortcut uncouples them, so that each block has a width of its own. It
+starts as the identity: no output changes.
+
+Yang et al., "Non-uniform DNN Structured Subnets Sampling for Dynamic Inference", section IV.A.2 and figure 5.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriters.errors import AutogateError, TraceError
+from rewriters.forwards.rewritten_forward import RewrittenForward, out_of_place
+from rewriters.forwards.traced import Traced, by_mode, trace_modes
+from rewriters.labelling.propagate import Labelling
+from rewriters.labelling.rules import Findings
+from rewriters.recording.capture import Capture, capture
+from rewriters.recording.side_effects import set_modes
+from rewriters.shortcuts.residual_adds import ADDS, ResidualAdd, coupling, residual_adds
+from rewriters.slimming.dead_branches import is_under
+from rewriters.undo_log import Journal
+
+_CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """A 1x1 convolution (a linear layer, where channels come last) that stands where an identity shortcut was.
+
+    Attributes:
+        module: path of the module whose forward holds the add.
+        name: the convolution's name in that module.
+        before: the module's forward as it was rewritten before (by an earlier slimming), None if it was its
+            class's own.
+    """
+
+    module: str
+    name: str
+    before: RewrittenForward | None
+
+    @property
+    def path(self) -> str:
+        """Of the convolution."""
+        return f"{self.module}.{self.name}".lstrip(".")
+
+    @property
+    def weight(self) -> str:
+        """Name of its kernel."""
+        return f"{self.path}.weight"
+
+
+def replace_shortcuts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal,
+    within: Collection[str] | None = None, ignore: Mapping[str, str] | None = None, embed: bool = True,
+) -> tuple[Shortcut, ...]:  # fmt: skip
+    """Put 1x1 convolutions, started as the identity, in the place of identity shortcuts.
+
+    A shortcut is left as it is where its module's forward can't be followed by torch.fx or is run several
+    times.
+
+    Args:
+        model: changed in place, every change noted in `journal`.
+        args: example inputs by position.
+        kwargs: example inputs by name.
+        journal: what is noted can be undone.
+        within: paths of modules all of whose identity shortcuts are replaced; None for every shortcut that
+            alone couples the channels it leads to with those it leads from.
+        ignore: names of parameters and buffers whose channels stay, with the reason.
+        embed: whether channels that a norm across channels looks at may die.
+
+    Raises:
+        AutogateError: a path in `within` holds no identity shortcut, or one that has to be left as it is.
+    """
+    modes = set_modes(model, False)
+    try:
+        captured = capture(model, args, kwargs)
+    finally:
+        set_modes(model, modes)
+    labelling = Labelling(findings=Findings(live=embed))
+    labelling.run(captured)
+    adds = residual_adds(captured, labelling)
+    adds = coupling(captured, adds, ignore or {}, embed) if within is None else _named(adds, within)
+    times = Counter(call.path for call in captured.calls())
+    placed: list[Shortcut] = []
+    for path, own in _by_module(adds).items():
+        try:
+            if times[path] > 1:
+                raise TraceError("it is called several times", where=path)
+            placed += _replace_in(model.get_submodule(path), own, captured, labelling, journal)
+        except TraceError:
+            if within is not None:
+                raise
+    return tuple(placed)
+
+
+def _named(adds: list[ResidualAdd], within: Collection[str]) -> list[ResidualAdd]:
+    for path in within:
+        if not any(is_under(add.call.path, {path}) for add in adds):
+            raise AutogateError(
+                "it holds no identity shortcut.",
+                where=path,
+                remedy=f"These do: {', '.join(_by_module(adds)) or 'none'}.",
+            )
+    return [add for add in adds if is_under(add.call.path, set(within))]
+
+
+def _by_module(adds: list[ResidualAdd]) -> dict[str, list[ResidualAdd]]:
+    gathered: dict[str, list[ResidualAdd]] = {}
+    for add in adds:
+        gathered.setdefault(add.call.path, []).append(add)
+    return gathered
+
+
+def _replace_in(
+    module: nn.Module, adds: list[ResidualAdd], captured: Capture, labelling: Labelling, journal: Journal
+) -> list[Shortcut]:
+    """Replace the shortcuts of one module's forward (raises `TraceError`, the module then as it was)."""
+    call = adds[0].call
+    own = labelling.fork()
+    traced = trace_modes(module, call, captured, own, own.by_tensor())
+    recorded = [node for node in call.nodes if node.target in ADDS]
+    sites = [_adds_of(one, len(recorded)) for one in traced]
+    names = _free_names(module, len(adds))
+    for one, nodes in zip(traced, sites, strict=True):
+        for add, name in zip(adds, names, strict=True):
+            _insert(one.graph, nodes[recorded.index(add.node)], add.operand, name)
+    before = module.__dict__.get("forward")
+    for add, name in zip(adds, names, strict=True):
+        journal.set(module._modules, name, _identity(add, module.training))
+    journal.set_attribute(module, "forward", RewrittenForward(module, by_mode(traced, lambda one: one.graph)))
+    return [Shortcut(call.path, name, before) for name in names]
+
+
+def _adds_of(traced: Traced, count: int) -> list[fx.Node]:
+    """The nodes of a traced forward that add, one for each add that was recorded."""
+    found = [node for node in traced.graph.nodes if node.meta.get("ops") and node.meta["ops"][0] in ADDS]
+    hidden = sum(op in ADDS for node in traced.graph.nodes for op in node.meta.get("ops") or ()) - len(found)
+    if len(found) != count or hidden:
+        raise TraceError("its adds are not the recorded ones", where=traced.path)
+    return found
+
+
+def _insert(graph: fx.Graph, add: fx.Node, operand: int, name: str) -> None:
+    shortcut = add.args[operand] if len(add.args) > operand else None
+    if not isinstance(shortcut, fx.Node):
+        raise TraceError(f"{add.format_node()} does not name its operands by place")
+    with graph.inserting_before(add):
+        convolved = graph.call_module(name, (shortcut,))
+    later = list(add.users) if operand == 0 else []
+    add.update_arg(operand, convolved)
+    plain = out_of_place(add.target)
+    if operand == 0 and plain != add.target:
+        # What was written into the shortcut's tensor is not in it any more for those who read it later.
+        add.target = plain
+        at = list(graph.nodes).index(add)
+        for user in list(graph.nodes)[at + 1 :]:
+            if shortcut in user.all_input_nodes and user not in later:
+                user.replace_input_with(shortcut, add)
+
+
+def _free_names(module: nn.Module, count: int) -> list[str]:
+    names = (f"shortcut_conv_{number}" if number else "shortcut_conv" for number in itertools.count())
+    return list(itertools.islice((name for name in names if not hasattr(module, name)), count))
+
+
+def _identity(add: ResidualAdd, training: bool) -> nn.Module:
+    """A 1x1 convolution, or a linear layer where channels come last, that gives what it is given."""
+    value: Tensor = add.shortcut.meta["val"]
+    channels = value.shape[add.dim]
+    like = {"device": value.device, "dtype": value.dtype}
+    if add.dim == 1 and value.ndim in _CONVOLUTIONS:
+        layer: nn.Module = _CONVOLUTIONS[value.ndim](channels, channels, 1, bias=False, **like)
+    else:
+        layer = nn.Linear(channels, channels, bias=False, **like)
+    with torch.no_grad():
+        weight = layer.get_parameter("weight")
+        weight.copy_(torch.eye(channels, **like).view_as(weight))
+    return layer.train(training)

@@ -1,0 +1,171 @@
+"""Give identity shortcuts back where the 1x1 convolutions that stood in for them only hand channels on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rewriters.analysis.analyse import Analysis
+from rewriters.errors import SurgeryError, TraceError
+from rewriters.forwards.resizing import Cut, Unwritable
+from rewriters.forwards.traced import by_mode, trace_modes
+from rewriters.labelling.channel_map import Side
+from rewriters.shortcuts.replacing import Shortcut
+from rewriters.slimming.decisions import Decisions
+from rewriters.slimming.plan import SlimPlan
+
+
+@dataclass(frozen=True, eq=False)
+class _Selection:
+    """A slimmed 1x1 kernel that only hands channels on.
+
+    Attributes:
+        shortcut: the convolution.
+        sources: for each output the input it is, int64 of shape (outputs,); `inputs` for one that is zero.
+        inputs: number of inputs.
+        pad: what `F.pad` needs to append a channel of zeros to the convolution's input.
+    """
+
+    shortcut: Shortcut
+    sources: Tensor
+    inputs: int
+    pad: tuple[int, ...]
+
+    @property
+    def is_identity(self) -> bool:
+        return torch.equal(self.sources.cpu(), torch.arange(self.inputs))
+
+    @property
+    def index_name(self) -> str:
+        return f"{self.shortcut.name}_index"
+
+    def put_into(self, graph: fx.Graph) -> None:
+        """Let a forward that calls the convolution select channels instead."""
+        calls = [node for node in graph.nodes if node.op == "call_module" and node.target == self.shortcut.name]
+        for call in calls:
+            with graph.inserting_before(call):
+                selected = call.args[0] if self.is_identity else self._select(graph, call.args[0])
+            call.replace_all_uses_with(selected)
+            graph.erase_node(call)
+
+    def _select(self, graph: fx.Graph, value: fx.Node) -> fx.Node:
+        if self.inputs in self.sources:
+            value = graph.call_function(F.pad, (value, self.pad))
+        index = graph.create_node("get_attr", self.index_name)
+        return graph.call_function(torch.index_select, (value, -len(self.pad) // 2, index))
+
+
+def restore(
+    model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, shortcuts: Iterable[Shortcut],
+    decided: Decisions | None = None,
+) -> SlimPlan:  # fmt: skip
+    """The plan without those of the convolutions that are still the identity on the channels that stay.
+
+    One whose kernel merely selects channels, or leaves some at zero, becomes that. A module all of whose
+    shortcuts are identities again, and which needs no other rewriting, has the forward back that it had.
+
+    Args:
+        model: as it was analysed, not slimmed yet.
+        analysis: of that model.
+        slim_plan: what `plan` made of them.
+        shortcuts: the convolutions that `replace_shortcuts` put in.
+        decided: what another plan for the same classes found of their kernels, which aren't looked at then.
+    """
+    by_module: dict[str, list[Shortcut]] = {}
+    for shortcut in shortcuts:
+        by_module.setdefault(shortcut.module, []).append(shortcut)
+    left = {kernel.weight for kernel in slim_plan.kernels}
+    for path, own in by_module.items():
+        found = [_selection(model, slim_plan, one, decided) for one in own if one.weight in left]
+        selections = [one for one in found if one is not None]
+        if not selections:
+            continue
+        if path not in slim_plan.forwards and sum(one.is_identity for one in selections) == len(own):
+            slim_plan = replace(slim_plan, restored={**slim_plan.restored, path: own[0].before})
+        else:
+            graphs = slim_plan.forwards.get(path) or _forwards(model, analysis, slim_plan, path)
+            if graphs is None:
+                continue
+            slim_plan = _with_selections(slim_plan, path, graphs, selections)
+        slim_plan = _without(slim_plan, selections)
+    return slim_plan
+
+
+def _selection(
+    model: nn.Module, slim_plan: SlimPlan, shortcut: Shortcut, decided: Decisions | None
+) -> _Selection | None:
+    """What a convolution comes to on the channels that stay; None where it computes something."""
+    weight = model.get_parameter(shortcut.weight).detach()
+    kernel = weight.flatten(1)
+    for dim in (0, 1):
+        kept = slim_plan.kept.get(Side(shortcut.weight, dim))
+        if kept is not None:
+            kernel = kernel.index_select(dim, kept.to(kernel.device))
+    inputs = kernel.shape[1]
+    if decided is not None:
+        sources = _as_decided(decided, shortcut, kernel)
+        if sources is None:
+            return None
+    else:
+        taken = kernel != 0
+        if ((kernel != 1) & taken).any() or (taken.sum(1) > 1).any():
+            return None
+        sources = torch.where(taken.any(1), taken.to(torch.int8).argmax(1), inputs)
+    return _Selection(shortcut, sources, inputs, (0, 0) * (weight.ndim - 2) + (0, 1))
+
+
+def _as_decided(decided: Decisions, shortcut: Shortcut, kernel: Tensor) -> Tensor | None:
+    """The inputs that a slimmed kernel hands on, as they were noted; None where it was found to compute something."""
+    if shortcut.path not in decided.selections:
+        return None
+    sources = torch.tensor(decided.selections[shortcut.path], dtype=torch.int64, device=kernel.device)
+    outputs, inputs = kernel.shape
+    if len(sources) != outputs or not ((sources >= 0) & (sources <= inputs)).all():
+        raise SurgeryError(f"its {outputs} outputs are not the noted ones of its {inputs} inputs.", where=shortcut.path)
+    return sources
+
+
+def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: str) -> Mapping[bool, fx.Graph] | None:
+    """A module's forwards for the plan's live classes; None where they can't be written."""
+    captured, labelling = analysis.captures[0], analysis.labelling.fork()
+    call = next(call for call in captured.calls() if call.path == path)
+    try:
+        traced = trace_modes(model.get_submodule(path), call, captured, labelling, labelling.by_tensor())
+        if not labelling.extends(analysis.labelling):
+            return None  # traced, it couples channels that are free in the model as it was recorded
+        cut = Cut(labelling.stays(slim_plan.live))  # tracing may have made labels of its own
+        return by_mode(traced, lambda one: one.resize(cut).graph)
+    except (TraceError, Unwritable):
+        return None
+
+
+def _with_selections(
+    slim_plan: SlimPlan, path: str, graphs: Mapping[bool, fx.Graph], selections: list[_Selection]
+) -> SlimPlan:
+    for one in selections:
+        for graph in dict.fromkeys(graphs.values()):
+            one.put_into(graph)
+    indices = {f"{path}.{one.index_name}".lstrip("."): one.sources for one in selections if not one.is_identity}
+    return replace(
+        slim_plan,
+        forwards={**slim_plan.forwards, path: graphs},
+        constants={**slim_plan.constants, **indices},
+    )
+
+
+def _without(slim_plan: SlimPlan, selections: Collection[_Selection]) -> SlimPlan:
+    """The plan without these convolutions."""
+    gone = {one.shortcut.path for one in selections}
+    sources = {one.shortcut.path: tuple(one.sources.tolist()) for one in selections}
+    noted = slim_plan.decisions
+    return replace(
+        slim_plan,
+        decisions=replace(noted, selections={**noted.selections, **sources}),
+        removed=slim_plan.removed | gone,
+        kept={side: kept for side, kept in slim_plan.kept.items() if side.tensor.rpartition(".")[0] not in gone},
+        kernels=tuple(kernel for kernel in slim_plan.kernels if kernel.weight.rpartition(".")[0] not in gone),
+    )

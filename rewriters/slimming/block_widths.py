@@ -1,0 +1,63 @@
+"""Blocks that can fuse their branches into one convolution keep widths of their own, which fusing reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from rewriters.undo_log import Journal
+
+_METHODS = ("reparameterize", "fuse", "switch_to_deploy")
+"""What fusing is called."""
+
+_READ, _MADE, _GROUPS = ("in_channels", "in_features"), ("out_channels", "out_features"), ("groups",)
+
+_MEANING = {
+    "in_chs": _READ, "in_channels": _READ, "in_features": _READ, "dim": _READ,
+    "out_chs": _MADE, "out_channels": _MADE, "out_features": _MADE,
+    "groups": _GROUPS,
+}  # fmt: skip
+"""A block's fields, and those of the kernels in it that mean the same."""
+
+_OF_NORMS = ("num_features",)
+"""What tells of all of them where a norm is all there is: what is read and made, and a depthwise kernel's groups."""
+
+Fields = Mapping[nn.Module, Mapping[str, Any]]
+
+
+def widths_in_blocks(model: nn.Module) -> Fields:
+    """The fields of all layers in the blocks of a model that can be fused."""
+    layers = {layer for block in _blocks(model) for layer in block.modules()}
+    names = {*_READ, *_MADE, *_GROUPS, *_OF_NORMS}
+    return {layer: {name: vars(layer)[name] for name in names & vars(layer).keys()} for layer in layers}
+
+
+def follow_widths(model: nn.Module, before: Fields, journal: Journal) -> None:
+    """Let a block's field be what the field of a layer in it that means the same, and had its number, has become.
+
+    Of several layers it is the first that tells what the block reads, the last that tells what it makes.
+
+    Args:
+        model: whose layers have their new fields.
+        before: `widths_in_blocks`, before they had.
+        journal: notes what changes.
+    """
+    for block in list(_blocks(model)):
+        layers = [layer for layer in block.modules() if layer is not block and layer in before]
+        for field in _MEANING.keys() & vars(block).keys():
+            meaning, old = _MEANING[field], vars(block)[field]
+            became = _became(layers, meaning, before, old) or _became(layers, _OF_NORMS, before, old)
+            if became:
+                journal.set_attribute(block, field, became[-1 if meaning is _MADE else 0])
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if any(hasattr(module, name) for name in _METHODS))
+
+
+def _became(layers: Iterable[nn.Module], names: Iterable[str], before: Fields, old: Any) -> list[Any]:
+    """What those of the layers' fields are, one after another, that were the number `old`."""
+    known = type(old) is int
+    return [vars(layer)[name] for layer in layers for name in names if known and before[layer].get(name) == old]

@@ -1,0 +1,339 @@
+"""Take out branches that came to nothing.
+
+When every input channel of a layer is dead, the layer's output is the same for every input: its bias, seen
+through whatever norm and activation follow. Where such a value meets the rest of the network element by
+element (a residual add, a gate), a constant for each channel takes its place. Where a whole operand of a
+concatenation is dead, it is dropped from it. What computed them is not called any more.
+
+Either is done in the forward of the one module in which the branch meets the rest. A branch that can't be
+taken out this way (its value differs from position to position, a padded convolution follows, its module
+is called several times) stays, one channel wide.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap, Counter
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from rewriters.analysis.analyse import Analysis
+from rewriters.errors import SurgeryError, TraceError
+from rewriters.forwards.resizing import Cut, Unwritable, sweep
+from rewriters.forwards.rewritten_forward import bind_arguments, given_to, out_of_place
+from rewriters.forwards.traced import Traced, by_mode, trace_modes
+from rewriters.labelling.channel_map import ALWAYS
+from rewriters.labelling.labels import Labelled
+from rewriters.labelling.rules import find_rule
+from rewriters.labelling.rules.elementwise import elementwise
+from rewriters.recording.capture import Capture, ModuleCall
+from rewriters.verify import run_eval
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A module's forward without the branches that came to nothing.
+
+    Attributes:
+        path: the module.
+        graphs: its forward in train (True) and eval mode (False), rewritten for what is left; it reads
+            constants where the branches were.
+        constants: per-channel values, shape (1, C, 1, ...), by their buffer's name.
+        removed: modules that nothing calls any more, by their path from the model's root.
+        uniform: for each value at which a dead branch meets the rest, whether a constant stands for it.
+    """
+
+    path: str
+    graphs: Mapping[bool, fx.Graph]
+    constants: Mapping[str, Tensor]
+    removed: frozenset[str]
+    uniform: tuple[bool, ...]
+
+
+def prune_branches(
+    model: nn.Module, analysis: Analysis, live: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    decided: Mapping[str, tuple[bool, ...]] | None = None,
+) -> list[Pruned]:  # fmt: skip
+    """Forwards without dead branches, for the classes in `live` (bool, shape (classes,)).
+
+    Where there is a branch to take out, the model is run on the example inputs to read its constants. Where
+    `decided` tells what was found in every module (`Pruned.uniform`), nothing is run and constants are zero.
+    """
+    cut = analysis.cut(live)
+    constant = _constant_nodes(analysis, live)
+    times = Counter(call.path for call in analysis.captures[0].calls())
+    found = [
+        pruned
+        for call in _meeting_calls(analysis, constant, cut)
+        if times[call.path] == 1 and (decided is None or call.path in decided)
+        for pruned in _prune(model, analysis, call, constant, live, args, kwargs, decided)
+    ]
+    gone = frozenset[str]().union(*(pruned.removed for pruned in found))
+    found = [replace(one, removed=_outermost(one.removed)) for one in found if not is_under(one.path, gone)]
+    if not found or decided is not None:
+        return found
+    missed = _read_elsewhere(model, found, args, kwargs)
+    return [one for one in found if not one.removed & missed]
+
+
+def _read_elsewhere(
+    model: nn.Module, found: list[Pruned], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> set[str]:
+    """Those of the modules to be taken out that code reads which isn't rewritten.
+
+    `nn.TransformerEncoder` asks its first layer's attention whether batches come first.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    gone = frozenset[str]().union(*(one.removed for one in found))
+    rewritten = {one.path for one in found}
+    running, read = [""], set[str]()
+    plain_call, plain_read = nn.Module.__call__, nn.Module.__getattr__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        running.append(paths.get(module, running[-1]))
+        try:
+            return plain_call(module, *args, **kwargs)
+        finally:
+            running.pop()
+
+    def noted(module: nn.Module, name: str) -> Any:
+        value = plain_read(module, name)
+        path = paths.get(value) if isinstance(value, nn.Module) else None
+        if path in gone and running[-1] not in rewritten:
+            read.add(path)
+        return value
+
+    with mock.patch.object(nn.Module, "__call__", call), mock.patch.object(nn.Module, "__getattr__", noted):
+        run_eval(model, args, kwargs)
+    return read
+
+
+def is_under(path: str, paths: Set[str]) -> bool:
+    """Whether a module's or tensor's path is one of `paths` or lies inside one of them."""
+    return any(f"{path}.".startswith(f"{other}.") for other in paths)
+
+
+def _outermost(paths: Set[str]) -> frozenset[str]:
+    return frozenset(path for path in paths if not is_under(path, paths - {path}))
+
+
+def _constant_nodes(analysis: Analysis, live: Tensor) -> set[fx.Node]:
+    """Recorded calls whose result no input of the model reaches any more."""
+    starved = _starved_weights(analysis, live)
+    constant: set[fx.Node] = set()
+    varying: set[fx.Node] = set()
+    for node in analysis.captures[0].graph.nodes if starved else ():
+        sources = set(node.all_input_nodes)
+        if node.op == "call_function" and starved & analysis.labelling.kernels_of(node):
+            constant.add(node)
+        elif node.op == "placeholder" or sources & varying:
+            varying.add(node)
+        elif node.op == "call_function" and sources & constant:
+            constant.add(node)
+    return constant
+
+
+def _starved_weights(analysis: Analysis, live: Tensor) -> set[str]:
+    """Kernels none of whose input channels is alive."""
+    classes = analysis.channel_map.classes
+    sides = (kernel.input_side for kernel in analysis.channel_map.kernels if kernel.input_side in classes)
+    return {side.tensor for side in sides if not (classes[side] == ALWAYS).any() and not live[classes[side]].any()}
+
+
+def _meeting_calls(analysis: Analysis, constant: set[fx.Node], cut: Cut) -> list[ModuleCall]:
+    """Module calls in whose own code a constant, or a dead operand, meets the rest."""
+    calls: dict[int, ModuleCall] = {}
+    for node in analysis.captures[0].graph.nodes:
+        if node.op == "call_function" and node.meta["call"] is not None:
+            sources = set(node.all_input_nodes)
+            meets = find_rule(node.target) is elementwise and node not in constant and sources & constant
+            is_cat = node.target is torch.ops.aten.cat.default
+            if meets or (is_cat and any(_is_dead(analysis.labelling.values[source], cut) for source in sources)):
+                calls[id(node.meta["call"])] = node.meta["call"]
+    return list(calls.values())
+
+
+def _is_dead(value: Any, cut: Cut) -> bool:
+    return isinstance(value, Labelled) and 0 in cut.shape(value) and 0 not in value.shape
+
+
+def _prune(
+    model: nn.Module, analysis: Analysis, call: ModuleCall, constant: set[fx.Node], live: Tensor,
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], decided: Mapping[str, tuple[bool, ...]] | None,
+) -> Iterator[Pruned]:  # fmt: skip
+    captured, labelling = analysis.captures[0], analysis.labelling.fork()
+    module = model.get_submodule(call.path)
+    try:
+        traced = trace_modes(module, call, captured, labelling, labelling.by_tensor())
+    except TraceError:
+        return
+    if not labelling.extends(analysis.labelling):
+        return  # traced, it couples channels that are free in the model as it was recorded
+    if call.path in {one.path for one in analysis.sites}:
+        return  # the values in its traced forward are those of statistics over all channels
+    cut = Cut(labelling.stays(live))
+    constant_values = {id(node.meta["val"]) for node in constant}
+    frontiers = [_frontier(one.graph, constant_values) for one in traced]
+    values: list[Tensor | None] = []
+    if len({len(frontier) for frontier in frontiers}) == 1 and frontiers[0]:
+        if decided is None:
+            names = [node.name for node in frontiers[0]]
+            with analysis.live_statistics(model, live):
+                probed = _probe(model, call.path, traced[0].graph, names, args, kwargs)
+            values = [_uniform(value) for value in probed]
+        else:
+            values = [_zero(node) if constant else None for node, constant in _as_decided(frontiers[0], decided, call)]
+    forwards = [_with_constants(one, frontier, values) for one, frontier in zip(traced, frontiers, strict=True)]
+    try:
+        graphs = by_mode(forwards, lambda one: one.resize(cut).graph)
+    except Unwritable:  # an op that refuses tensors without channels
+        return
+    removed = _uncalled(call, captured, graphs.values())
+    if removed:
+        named = {_constant_name(index): value for index, value in enumerate(values) if value is not None}
+        constants = {
+            node.target: cut.slim(named[node.target], forwards[0].known[id(node.meta["val"])])
+            for node in forwards[0].graph.nodes
+            if node.op == "get_attr" and node.target in named
+        }
+        yield Pruned(call.path, graphs, constants, removed, tuple(value is not None for value in values))
+
+
+def _frontier(graph: fx.Graph, constant_values: set[int]) -> list[fx.Node]:
+    """Constant nodes that a varying node uses element by element, in the graph's order."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_module" and id(node.meta["val"]) in constant_values:
+            constant.add(node)
+        elif node.op in ("call_function", "call_method"):
+            sources = set(node.all_input_nodes)
+            if sources and sources <= constant:
+                constant.add(node)
+    met = (node for node in graph.nodes if node in constant and isinstance(node.meta["val"], Tensor))
+    return [node for node in met if any(user not in constant and _broadcasts(user, node) for user in node.users)]
+
+
+def _broadcasts(user: fx.Node, constant: fx.Node) -> bool:
+    """Whether `user` gives the same for a constant of size 1 along all but the channel dimension."""
+    ops, value = user.meta.get("ops"), user.meta.get("val")
+    others = [source.meta["val"] for source in user.all_input_nodes if source is not constant]
+    same = isinstance(value, Tensor) and any(isinstance(o, Tensor) and o.shape == value.shape for o in others)
+    return bool(ops) and all(find_rule(op) is elementwise for op in ops) and same
+
+
+class _Values(fx.Interpreter):
+    """Runs a traced forward on the real module and keeps what some nodes gave."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, names: list[str]):
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.found: dict[str, Tensor] = {}
+        self._names = set(names)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._names:
+            self.found[n.name] = value.clone()  # an in-place op may come
+        return value
+
+
+def _probe(
+    model: nn.Module, path: str, graph: fx.Graph, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Values of the named nodes of a module's forward, when the model runs on the example inputs."""
+    module = model.get_submodule(path)
+    values = _Values(module, graph, names)
+
+    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = tree_map_only(Tensor, torch.clone, bind_arguments(module, args, kwargs))
+        values.run(initial_env=given_to(graph, arguments))
+
+    handle = module.register_forward_pre_hook(run, with_kwargs=True)
+    try:
+        run_eval(model, args, kwargs)
+    finally:
+        handle.remove()
+    return [values.found[name] for name in names]
+
+
+def _one_position(value: Tensor) -> Tensor:
+    """The first sample's channels at its first position, shape (1, C, 1, ...)."""
+    for dim in range(value.ndim):
+        if dim != 1:
+            value = value.narrow(dim, 0, 1)
+    return value
+
+
+def _uniform(value: Tensor) -> Tensor | None:
+    """The value of each channel, shape (1, C, 1, ...), or None where it differs from position to position."""
+    if value.ndim < 2:
+        return None
+    first = _one_position(value)
+    return first.clone() if torch.equal(first.expand_as(value), value) else None
+
+
+def _as_decided(
+    frontier: list[fx.Node], decided: Mapping[str, tuple[bool, ...]], call: ModuleCall
+) -> Iterator[tuple[fx.Node, bool]]:
+    """The values at which dead branches of a module meet the rest, each with what was found of it."""
+    found = decided[call.path]
+    if len(found) != len(frontier):
+        raise SurgeryError(
+            f"dead branches meet the rest at {len(frontier)} values and not at the {len(found)} that were noted.",
+            where=call.path,
+        )
+    return zip(frontier, found, strict=True)
+
+
+def _zero(node: fx.Node) -> Tensor:
+    """A stand-in for the constant in the place of a node's value, shape (1, C, 1, ...)."""
+    value: Tensor = node.meta["val"]
+    return torch.zeros(_one_position(value).shape, dtype=value.dtype, device=value.device)
+
+
+def _constant_name(index: int) -> str:
+    return f"branch_constant_{index}"
+
+
+def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor | None]) -> Traced:
+    """The forward with constants for the nodes that have a value, without what is left unused."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(traced.graph, copies))
+    known = ChainMap({}, traced.known)
+    used = [node for node in graph.nodes if node.users]
+    for index, (node, value) in enumerate(zip(frontier, values, strict=False)):
+        if value is not None:
+            _put_constant(copies[node], _constant_name(index), traced, known)
+    sweep(graph, used)
+    return replace(traced, graph=graph, known=known)
+
+
+def _put_constant(node: fx.Node, name: str, traced: Traced, known: MutableMapping[int, Labelled]) -> None:
+    """Let the varying users of `node` that can read a constant in its place."""
+    full: Tensor = node.meta["val"]
+    with node.graph.inserting_after(node):
+        constant = node.graph.create_node("get_attr", name)
+    constant.meta["val"] = _one_position(full)
+    layers = tuple(layer for layer in traced.known[id(full)].layers if layer.shape[1] > 1)
+    known[id(constant.meta["val"])] = Labelled(tuple(constant.meta["val"].shape), layers)
+    for user in list(node.users):
+        if user is not constant and _broadcasts(user, node):
+            if user.args and user.args[0] is node:
+                user.target = out_of_place(user.target)
+            user.replace_input_with(node, constant)
+
+
+def _uncalled(call: ModuleCall, captured: Capture, graphs: Iterable[fx.Graph]) -> frozenset[str]:
+    """Modules called in `call` that none of the rewritten graphs calls, nor anything else, an opaque module say."""
+    called = (node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
+    still = {f"{call.path}.{target}".lstrip(".") for target in called}
+    gone = {child.path for child in call.children} - still
+    inside = {id(inner) for child in call.children if child.path in gone for inner in child.walk()}
+    elsewhere = {other.path for other in captured.calls() if id(other) not in inside}
+    elsewhere = elsewhere.union(*(captured.opaque[path].inside for path in elsewhere & captured.opaque.keys()))
+    return frozenset(path for path in gone if not any(is_under(other, {path}) for other in elsewhere))

@@ -1,0 +1,115 @@
+"""Carry the slimming out once for a trial pattern, on the live model and undone at once, before training begins.
+
+Labels and rewritten forwards say what can go; the rehearsal is what proves it for code that neither of them
+read: an assertion on a width, a field nobody knows. The slimmed model runs on tensors without data (nothing is
+computed); a module that refuses is traced, to be rewritten, and keeps its channels if it still does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from rewriters.analysis.analyse import Analysis, pin_call, samples_in, trace_calls
+from rewriters.analysis.trial_rewrites import trial_pattern
+from rewriters.errors import AutogateError, SurgeryError
+from rewriters.recording.capture import capture, in_every_place, named_tensors
+from rewriters.recording.garbage_collection import collect
+from rewriters.recording.meta_kernels import WithoutData
+from rewriters.recording.opaque import Opaque, stood_in_for
+from rewriters.recording.pytrees import tensors_of
+from rewriters.recording.side_effects import attributes_preserved, random_numbers_kept, set_modes
+from rewriters.slimming.plan import apply, plan
+from rewriters.undo_log import Journal
+
+_SEED = 2
+
+
+def rehearse(
+    model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> Analysis:
+    """`analysis` with everything pinned that would not survive a slimming; the model is as it was.
+
+    A random pattern of classes is taken out of the live model, which is run without data and then restored.
+
+    Args:
+        model: as it was analysed.
+        analysis: changed in place where something has to be pinned.
+        args: example inputs by position.
+        kwargs: example inputs by name.
+
+    Raises:
+        SurgeryError: a module refuses although all its channels stay.
+    """
+    pinned: set[str] = set()
+    while analysis.channel_map.size:
+        refused = _refusal(model, analysis, args, kwargs)
+        collect()
+        if refused is None:
+            return analysis
+        path, error = refused
+        if trace_calls(model, analysis, path):  # rewritten it may do
+            analysis.settle(samples_in(args, kwargs))
+            continue
+        while path in pinned and path:  # its own channels stay and it still refuses: what feeds it, then
+            path = path.rpartition(".")[0]
+        if path in pinned:
+            raise SurgeryError(f"cannot run with fewer channels ({error})", where=path) from error
+        pinned.add(path)
+        pin_call(analysis, path, f"its forward refuses fewer channels ({error})")
+        analysis.settle(samples_in(args, kwargs))
+    return analysis
+
+
+def _refusal(
+    model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> tuple[str, Exception] | None:
+    """Path of the module that fails in the rehearsal, with its error; None where all goes well."""
+    journal = Journal()
+    modes = set_modes(model, False)
+    try:
+        channel_map = analysis.channel_map
+        live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
+        slim = plan(model, analysis, live, args, kwargs)
+        collect()
+        apply(model, slim, journal, with_values=False)
+        after = _output_shapes(model, args, kwargs or {}, analysis.captures[0].opaque)
+    except AutogateError as error:
+        return error.where, error
+    finally:
+        journal.undo()
+        set_modes(model, modes)
+    before = _shapes(analysis.captures[0].root.output)
+    return None if before == after else ("", SurgeryError("its outputs change their shapes"))
+
+
+def _output_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
+) -> list[torch.Size]:
+    """Shapes of what the model gives out (raises `CaptureError`).
+
+    It runs on meta tensors, which takes a fraction of the time of recording. What they can't do (a value is asked for,
+    tensors are made on a device by name) recording may: so it is what has the last word on a forward that fails. Opaque
+    modules aren't run: they give what they gave when the model was recorded.
+    """
+    real = named_tensors(model)
+    metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in real.items()}
+    places = in_every_place(model, real, metas)
+    meta_args, meta_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
+    try:
+        with (
+            attributes_preserved(model.modules()), random_numbers_kept(), torch.no_grad(),
+            stood_in_for(model, opaque), WithoutData(),
+        ):  # fmt: skip
+            return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
+    except Exception:
+        return _shapes(capture(model, args, kwargs, opaque).root.output)
+
+
+def _shapes(outputs: Any) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors_of(outputs)]

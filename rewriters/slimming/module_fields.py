@@ -1,0 +1,110 @@
+"""Fields of modules that tell widths follow when these change; what else modules keep of their tensors, too."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from rewriters.analysis.analyse import Analysis
+from rewriters.forwards.resizing import Cut
+from rewriters.labelling.rules.mixing import normalises_whole_groups
+from rewriters.recording.pytrees import tensors_of
+from rewriters.undo_log import Journal
+
+
+def _is_convolution(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether the fields tell a kernel's shape as a convolution's do; torchvision's deformable one is no `_ConvNd`."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return True
+    outputs, inputs, groups = (vars(module).get(name) for name in ("out_channels", "in_channels", "groups"))
+    return all(type(width) is int for width in (outputs, inputs, groups)) and shape[:2] == (outputs, inputs // groups)
+
+
+def fields_after(
+    module: nn.Module, name: str, old: torch.Size, new: torch.Size, whole_groups: bool
+) -> Iterator[tuple[str, Any]]:
+    """(field, value) pairs of a module that follow from the new shape of one of its tensors.
+
+    `whole_groups`: a grouped convolution loses whole groups, and not the same places in every group.
+    """
+    if name == "weight" and _is_convolution(module, old):
+        transposed = getattr(module, "transposed", False)
+        first, second = ("in_channels", "out_channels") if transposed else ("out_channels", "in_channels")
+        groups = module.groups
+        if groups > 1 and whole_groups:
+            groups = new[0] * groups // old[0]
+            yield "groups", groups
+        yield first, new[0]
+        yield second, new[1] * groups
+    elif isinstance(module, nn.Linear) and name == "weight":
+        yield "out_features", new[0]
+        yield "in_features", new[1]
+    elif isinstance(module, nn.modules.batchnorm._NormBase) and name in ("weight", "running_mean"):
+        yield "num_features", new[0]
+    elif isinstance(module, nn.RNNBase) and name == "weight_ih_l0":
+        yield "input_size", new[1]
+    elif isinstance(module, nn.RNNBase) and name == "weight_hh_l0":
+        yield "hidden_size", new[1]
+    elif isinstance(module, nn.modules.rnn.RNNCellBase) and name in ("weight_ih", "weight_hh"):
+        yield "input_size" if name == "weight_ih" else "hidden_size", new[1]
+    elif isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        yield "num_heads", module.num_heads * new[0] // old[0]
+        yield from ((width, new[1]) for width in ("embed_dim", "kdim", "vdim"))
+    elif isinstance(module, nn.MultiheadAttention) and name == "q_proj_weight":
+        yield "num_heads", module.num_heads * new[0] // old[0]
+        yield "embed_dim", new[1]
+    elif isinstance(module, nn.MultiheadAttention) and name in ("k_proj_weight", "v_proj_weight"):
+        yield f"{name[0]}dim", new[1]
+    elif isinstance(module, nn.PReLU):
+        yield "num_parameters", new[0]
+    elif isinstance(module, nn.GroupNorm) and name == "weight":
+        if normalises_whole_groups(module.num_groups, old[0]):
+            yield "num_groups", module.num_groups * new[0] // old[0]
+        yield "num_channels", new[0]
+    elif name == "weight" and tuple(getattr(module, "normalized_shape", ())) == tuple(old):
+        yield "normalized_shape", tuple(new)
+
+
+def owner_of(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tuple[nn.Module, str]:
+    """The module, and the name in it, that a tensor's shape tells of: of a kernel under a parametrization, or the older
+    `torch.nn.utils.weight_norm`, the layer and what the kernel is called there."""
+    if own_name.endswith("_v") and own_name.removesuffix("_v") + "_g" in module._parameters:
+        return module, own_name.removesuffix("_v")
+    if isinstance(module, ParametrizationList):
+        originals = [tensor for key, tensor in module._parameters.items() if key.startswith("original")]
+        if getattr(module, own_name).shape == max((one.shape for one in originals), key=torch.Size.numel):
+            layer, _, attribute = name.rpartition(".")[0].rpartition(".parametrizations.")
+            return model.get_submodule(layer), attribute
+    return module, own_name
+
+
+def follow_tensors(model: nn.Module, journal: Journal) -> None:
+    """Let recurrent modules' own lists of their tensors hold those that they have now."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            tensors = [getattr(module, name, None) for name in module._flat_weights_names]
+            journal.set_attribute(module, "_flat_weights", tensors)
+            references = [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
+            journal.set_attribute(module, "_flat_weight_refs", references)
+
+
+def widths_of_bare_norms(model: nn.Module, analysis: Analysis, cut: Cut) -> dict[str, int]:
+    """Channels that a cut leaves to instance norms without tensors, whose field alone tells them, by path.
+
+    One that is called for several widths is left out.
+    """
+    norms = {path: module for path, module in model.named_modules() if isinstance(module, _InstanceNorm)}
+    bare = {path for path, norm in norms.items() if not [*norm.parameters(), *norm.buffers()]}
+    known = analysis.labelling.by_tensor() if bare else {}
+    found: dict[str, set[int]] = {}
+    for call in (call for captured in analysis.captures for call in captured.calls() if call.path in bare):
+        x = tensors_of((call.args, call.kwargs))[0]
+        dim = x.ndim - norms[call.path]._get_no_batch_dim()
+        found.setdefault(call.path, set()).add(cut.shape(known[id(x)])[dim])
+    return {path: widths.pop() for path, widths in found.items() if len(widths) == 1}

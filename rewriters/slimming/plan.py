@@ -1,0 +1,232 @@
+"""Take dead channels out of a live model: slice its tensors, follow up its fields, rewrite its forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rewriters.analysis.analyse import Analysis
+from rewriters.cross_channel.placement import take_off
+from rewriters.errors import SurgeryError
+from rewriters.forwards.multi_head_attention import keep_layers_apart
+from rewriters.forwards.resizing import Cut
+from rewriters.forwards.rewritten_forward import InterpretedForward, RewrittenForward
+from rewriters.labelling.channel_map import ChannelMap, Kernel, Side
+from rewriters.recording.side_effects import drop_caches, without_caches
+from rewriters.slimming.block_widths import follow_widths, widths_in_blocks
+from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
+from rewriters.slimming.decisions import Decisions
+from rewriters.slimming.module_fields import fields_after, follow_tensors, owner_of, widths_of_bare_norms
+from rewriters.undo_log import Journal
+
+
+@dataclass(frozen=True)
+class SlimPlan:
+    """What is left of a model.
+
+    Attributes:
+        live: classes that stay, bool of shape (classes,).
+        kept: for each side that loses something, the indices that stay (int64).
+        forwards: rewritten forwards by module path: a graph for eval mode (False) and train mode (True).
+        constants: what rewritten forwards take as buffers, by qualified name: what stands in the place of branches
+            that came to nothing, and the places that channels had.
+        removed: paths of the modules that nothing calls any more.
+        kernels: the kernels that are left.
+        restored: modules that run the forward again which they had before an earlier rewriting: that
+            forward, or None for their class's own.
+        decisions: what was read off the weights.
+        bare_norms: channels left to instance norms that have no tensors, by path.
+    """
+
+    live: Tensor
+    kept: Mapping[Side, Tensor]
+    forwards: Mapping[str, Mapping[bool, fx.Graph]]
+    constants: Mapping[str, Tensor]
+    removed: frozenset[str]
+    kernels: tuple[Kernel, ...]
+    restored: Mapping[str, RewrittenForward | None] = field(default_factory=dict)
+    decisions: Decisions = field(default_factory=Decisions)
+    bare_norms: Mapping[str, int] = field(default_factory=dict)
+
+    def flops(self, channel_map: ChannelMap) -> float:
+        """Multiply-adds of what is left, for one sample."""
+        return sum(channel_map.macs(kernel, self.live) for kernel in self.kernels)
+
+
+def plan(
+    model: nn.Module,
+    analysis: Analysis,
+    live: Tensor,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    decided: Decisions | None = None,
+) -> SlimPlan:
+    """Plan the slimming to the classes in `live` (bool, shape (classes,)).
+
+    Args:
+        model: as it was analysed, the dead classes' kernels at zero.
+        analysis: of that model.
+        live: which classes stay.
+        args: inputs to run it on where a branch came to nothing and leaves a constant, by position.
+        kwargs: those by name.
+        decided: what another plan for the same classes read off the weights. Nothing is run then, no weight is
+            looked at, and constants are zero.
+
+    Raises:
+        SurgeryError: a forward cannot be rewritten for this pattern.
+    """
+    channel_map = analysis.channel_map
+    live = channel_map.looked_at(live.cpu())
+    while True:
+        with without_caches(model):
+            pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
+        removed = frozenset[str]().union(*(one.removed for one in pruned))
+        gone = _tensors_under(model, removed) | _computed_under(channel_map, removed)
+        survivors = channel_map.survivors(live, gone)
+        if torch.equal(survivors, live):
+            break
+        live = survivors  # a channel more somewhere may be a branch less that can go
+    kept = {}
+    for side, classes in channel_map.classes.items():
+        indices = channel_map.kept(side, live)
+        if len(indices) < len(classes) and side.tensor not in gone:
+            kept[side] = indices
+    kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
+    cut = analysis.cut(live)
+    forwards, constants = _rewrite(analysis, cut, pruned)
+    norms = widths_of_bare_norms(model, analysis, cut)
+    decisions = Decisions(branches={one.path: one.uniform for one in pruned})
+    return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions, bare_norms=norms)
+
+
+def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
+    """Tensors that stand in these modules and nowhere else."""
+    inside: dict[int, bool] = {}
+    for name, _, _, tensor in tensor_slots(model):
+        under = is_under(name, paths)
+        inside[id(tensor)] = under and inside.get(id(tensor), True)
+    return {name for name, _, _, tensor in tensor_slots(model) if inside[id(tensor)]}
+
+
+def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
+    """What kernels that are no tensors are called, of these modules."""
+    return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
+
+
+def _rewrite(
+    analysis: Analysis, cut: Cut, pruned: list[Pruned]
+) -> tuple[dict[str, Mapping[bool, fx.Graph]], dict[str, Tensor]]:
+    """Rewritten forwards of the modules whose own code doesn't do for this pattern, and the buffers they take."""
+    done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
+    taken = [(one.path, one.constants) for one in pruned]
+    gone = {path for one in pruned for path in one.removed}
+    graphs: dict[str, dict[bool, fx.Graph]] = {}
+    changed: set[str] = set()
+    differing: set[str] = set()
+    for traced in analysis.traced:
+        if traced.path in done or is_under(traced.path, gone):
+            continue
+        resizer = traced.resize(cut)
+        changed |= {traced.path} if resizer.changed else set()
+        taken.append((traced.path, resizer.constants))
+        modes = graphs.setdefault(traced.path, {})
+        for mode in traced.modes:
+            first = modes.setdefault(mode, resizer.graph)
+            differing |= {traced.path} if first is not resizer.graph and _code(first) != _code(resizer.graph) else set()
+    for path in sorted(changed & differing):
+        raise SurgeryError("is called in several ways that would need different code", where=path)
+    constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
+    return done | {path: modes for path, modes in graphs.items() if path in changed}, constants
+
+
+def _code(graph: fx.Graph) -> str:
+    return graph.python_code("self").src
+
+
+def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every place a parameter or buffer stands in: (qualified name, module, name in it, tensor)."""
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{name}".lstrip("."), module, name, tensor
+
+
+def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: bool = True) -> None:
+    """Carry out a plan on the live model; statistics along channels are plain again.
+
+    What forwards have kept of earlier calls is dropped: it is of the sizes that were.
+
+    Args:
+        model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
+        slim_plan: what stays, made for this model.
+        journal: notes every change, so that it can be undone.
+        with_values: whether tensors that lose something keep what is left; if not, theirs are shapes without
+            data, for a model that is run on fake tensors and then restored.
+    """
+    take_off(model, journal)
+    drop_caches(model.modules(), journal)
+    widths = widths_in_blocks(model)
+    cuts: dict[str, list[tuple[int, Tensor]]] = {}
+    for side, indices in slim_plan.kept.items():
+        cuts.setdefault(side.tensor, []).append((side.dim, indices))
+    sliced: dict[int, Tensor] = {}  # a tensor that stands in several places stays one
+    first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
+    for name, dims in cuts.items():
+        tensor = first_name[name]
+        sliced[id(tensor)] = like(tensor, take_indices(tensor, dims) if with_values else _unfilled(tensor, dims))
+    grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
+    for name, module, own_name, tensor in list(tensor_slots(model)):
+        if id(tensor) in sliced:
+            owner, its_name = owner_of(model, name, module, own_name)
+            journal.set_tensor(module, own_name, sliced[id(tensor)])
+            for field, value in fields_after(owner, its_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
+                journal.set_attribute(owner, field, value)
+    follow_tensors(model, journal)
+    if slim_plan.kept:
+        keep_layers_apart(model, journal)
+    for path, graphs in slim_plan.forwards.items():
+        module = model.get_submodule(path)
+        kind = RewrittenForward if with_values else InterpretedForward
+        journal.set_attribute(module, "forward", kind(module, graphs))
+    for path, forward in slim_plan.restored.items():
+        module = model.get_submodule(path)
+        if forward is None:
+            journal.remove(module.__dict__, "forward")
+        else:
+            journal.set_attribute(module, "forward", forward)
+    for name, value in slim_plan.constants.items():
+        path, _, own_name = name.rpartition(".")
+        journal.set(model.get_submodule(path)._buffers, own_name, value)
+    for path, width in slim_plan.bare_norms.items():
+        journal.set_attribute(model.get_submodule(path), "num_features", width)
+    for path in slim_plan.removed:
+        parent, _, own_name = path.rpartition(".")
+        journal.remove(model.get_submodule(parent)._modules, own_name)
+    follow_widths(model, widths, journal)
+
+
+def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """What is left of a tensor where these indices (int64) stay along these dimensions, in the same memory format."""
+    sliced = tensor.detach()
+    for dim, indices in dims:
+        sliced = sliced.index_select(dim, indices.to(tensor.device))
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    return sliced.contiguous(memory_format=torch.channels_last) if channels_last else sliced
+
+
+def _unfilled(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
+    shape = list(tensor.shape)
+    for dim, indices in dims:
+        shape[dim] = len(indices)
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
+
+
+def like(old: Tensor, sliced: Tensor) -> Tensor:
+    """What stands in the place of `old`: a parameter, trained or frozen, where that is one."""
+    return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced

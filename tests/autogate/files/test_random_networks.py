@@ -1,0 +1,70 @@
+"""Random networks, slimmed at random, come out of a file as they went in.
+
+`AUTOGATE_DRAWS` sets how many networks are drawn.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import autogate
+from autogate.slim.history import history_of
+from autogate.slim.slimming import Asked, analyse_whole, carry_out, put_shortcuts
+from rewriters import AutogateError, Journal, run_eval
+from tests.rewriters.exactness import random_live, zero_kernels
+from tests.rewriters.random_networks import Network, Recipe, build
+from tests.rewriters.test_random_networks import DRAWS, over_seeds
+
+
+def slim(network: Network, share: float, seed: int) -> None:
+    """One slimming to random classes, of each three one with convolutions on the shortcuts, half of them disturbed."""
+    model = network.model
+    asked = Asked((network.args, network.kwargs), {}, "conv" if seed % 3 == 0 else "shared")
+    shortcuts = put_shortcuts(model, asked, Journal())
+    generator = torch.Generator().manual_seed(seed)
+    for shortcut in shortcuts[seed % 2 :: 2]:
+        weight = model.get_parameter(shortcut.weight)
+        with torch.no_grad():
+            weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 10)
+    analysis = analyse_whole(model, asked)
+    live = random_live(analysis.channel_map.size, share, seed)
+    zero_kernels(model, analysis.channel_map, live)
+    carry_out(model, analysis, live, asked, shortcuts, Journal())
+
+
+def with_other_weights(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def described(model: nn.Module) -> list[tuple[str, type]]:
+    return [(path, type(module)) for path, module in model.named_modules()]
+
+
+def test_random_networks_come_out_of_a_file_as_they_went_in(tmp_path: Path):
+    path = tmp_path / "slim.safetensors"
+
+    def check(recipe: Recipe, share: float, seed: int) -> int:
+        network = build(recipe)
+        slim(network, share, seed)
+        if seed % 4 == 0:
+            slim(network, 0.7, seed + 1)
+        autogate.save(network.model, path)
+        try:
+            loaded = autogate.load(path, with_other_weights(build(recipe).model))
+        except AutogateError as error:
+            if "example_inputs" not in error.remedy:
+                raise
+            loaded = autogate.load(path, build(recipe).model, example_inputs=network.args or network.kwargs)
+        assert described(loaded) == described(network.model)
+        state = network.model.state_dict()
+        assert list(loaded.state_dict()) == list(state)
+        assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+        wanted, got = (run_eval(model, network.args, network.kwargs) for model in (network.model, loaded))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        return sum(len(one.selections) for one in history_of(loaded).slimmings)
+
+    assert any(over_seeds(check, max(12, DRAWS // 6)))  # fewer have no shortcut that became a selection

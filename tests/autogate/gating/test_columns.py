@@ -1,0 +1,43 @@
+"""Arithmetic on the columns of kernels."""
+
+import pytest
+import torch
+
+from autogate.gating.columns import column_products, scale_columns
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided", "odd gradient"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_column_products_and_scaling_hold_for_any_type_and_layout(kind, layout, dim):
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(6, 4, 3, 3).to(kind), torch.randn(6, 4, 3, 3).to(kind)
+    if layout == "channels_last":
+        weight, gradient = (t.to(memory_format=torch.channels_last) for t in (weight, gradient))
+    if layout == "strided":
+        weight = torch.randn(6, 8, 3, 3).to(kind)[:, ::2]
+    if layout == "odd gradient":
+        gradient = gradient.to(memory_format=torch.channels_last)
+    others = [d for d in range(4) if d != dim]
+    expected = (weight.double() * gradient.double()).sum(others)
+    found = column_products(gradient, weight, dim)
+    assert found.dtype == torch.promote_types(kind, torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    factor = torch.rand(weight.shape[dim])
+    shape = [-1 if d == dim else 1 for d in range(4)]
+    expected = weight * factor.to(kind).view(shape)
+    scale_columns(weight, dim, factor)
+    assert torch.equal(weight, expected)
+
+
+def test_half_precision_gradients_do_not_vanish_in_the_product():
+    weight, gradient = torch.full((8, 4), 1e-3).half(), torch.full((8, 4), 1e-6).half()
+    assert column_products(gradient, weight, 1).min() > 7e-9
+
+
+def test_large_kernels_are_summed_in_chunks():
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(700, 100, 3, 3), torch.randn(700, 100, 3, 3)
+    torch.testing.assert_close(
+        column_products(gradient, weight, 1), (weight * gradient).sum((0, 2, 3)), rtol=1e-3, atol=1e-3
+    )

@@ -1,0 +1,64 @@
+"""The course of a run and the controller that keeps to it."""
+
+import pytest
+
+from autogate.steering.schedule import Pressure, Schedule, steer
+from rewriters.errors import AutogateError
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"reach": 1.0}, {"keep": 2.0}, {"round_to": 0}, {"round_to": 1.5}])
+def test_settings_outside_their_range_are_refused(settings):
+    with pytest.raises(AutogateError, match="it must be"):
+        Schedule(**settings)
+
+
+@pytest.mark.parametrize(
+    ("steps", "taken"), [(30_000, 3000), (2000, 200), (1000, 200), (572, 200), (300, 105), (20, 7), (1, 1)]
+)
+def test_the_wanted_distance_falls_to_the_target_and_stays(steps, taken):
+    """Over a tenth of the run, but over 200 steps at the least, and of a short run over 35 % at the most."""
+    schedule = Schedule(steps)
+    assert schedule.reach_steps == pytest.approx(taken, rel=0.002)
+    assert schedule.wanted(0) == 1
+    assert schedule.wanted(taken / 2) == pytest.approx(0.5, rel=0.01)
+    assert schedule.wanted(taken + 1) == schedule.wanted(steps + 1) == 0
+
+
+def test_short_runs_may_take_longer_steps():
+    assert Schedule(steps=10_000).step_bound == 0.02
+    assert Schedule(steps=100).step_bound > 4 / 36
+
+
+def test_no_pressure_ahead_of_the_course_and_the_integral_waits():
+    schedule = Schedule(steps=1000)
+    pressed = steer(schedule, Pressure(), 1.0, 100)
+    assert pressed.movement > 0 and pressed.integral > 0
+    released = steer(schedule, pressed, 0.2, 101)
+    assert released.movement == 0 and released.integral == pressed.integral and not released.settled
+
+
+def test_pressure_ends_for_good_when_the_target_is_met():
+    schedule = Schedule(steps=1000)
+    settled = steer(schedule, Pressure(integral=3.0), 0.0, 400)
+    assert settled.settled and settled.movement == 0
+    assert steer(schedule, settled, 0.8, 401) == settled
+
+
+def test_pressure_is_the_same_course_at_every_length_of_run():
+    """Alpha of mean price goes the same way in the same part of the way down, whatever the run's length."""
+    ways = []
+    for steps in (300, 30_000):
+        schedule, pressure, way = Schedule(steps), Pressure(), 0.0
+        for step in range(1, int(0.6 * schedule.reach_steps)):
+            pressure = steer(schedule, pressure, 1.0, step)
+            way += pressure.movement
+        ways.append(way)
+    assert ways[0] == pytest.approx(ways[1], rel=0.1)
+
+
+def test_pressure_outgrows_every_gradient_before_the_deadline():
+    for steps in (100, 10_000):
+        schedule, pressure = Schedule(steps), Pressure()
+        for step in range(1, int(0.9 * steps)):
+            pressure = steer(schedule, pressure, 0.04, step)
+        assert pressure.movement > 10 * schedule.step_bound

@@ -1,0 +1,145 @@
+"""The code on the pages of docs/ and the programs in examples/ run as they stand."""
+
+import ast
+import importlib.util
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+from rewriters.labelling.rules import RULES
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if blocks(path.read_text()))
+WHOLE = {"index.md", "how-it-works.md", "torch-pruning.md"}
+"""Pages whose sections go on where the one before ended."""
+
+OPTIONAL = {"segmentation_models_pytorch", "torch_pruning", "torchao", "ultralytics"}
+"""Libraries that a guide may need and autogate doesn't."""
+
+
+def sections(page: str) -> Iterator[Any]:
+    """The code of each section of a page, behind that of the page's beginning; of the page where it is told at once."""
+    text = (ROOT / "docs" / page).read_text()
+    if page in WHOLE:
+        yield pytest.param(f"docs/{page}", blocks(text), id=f"docs/{page}")
+        return
+    beginning, *rest = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
+    for title, text in zip(rest[::2], rest[1::2], strict=True):
+        if blocks(text):
+            place = f"docs/{page}, {title}"
+            yield pytest.param(place, [*blocks(beginning), *blocks(text)], id=place)
+
+
+def imported(code: str) -> set[str]:
+    """Names of the packages that some code imports."""
+    nodes = list(ast.walk(ast.parse(code)))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}}
+
+
+def draw_boxes(folder: Path) -> None:
+    """What pages on detection read: `data.yaml`, and images with a box in each."""
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        for index in range(16):
+            pixels = np.full((64, 64, 3), 40, np.uint8)
+            pixels[16:48, index : index + 32, index % 2] = 200
+            Image.fromarray(pixels).save(folder / "images" / split / f"{index}.png")
+            box = f"{index % 2} {(index + 16) / 64} 0.5 0.5 0.5"
+            (folder / "labels" / split / f"{index}.txt").write_text(box)
+    (folder / "data.yaml").write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: [red, green]\n")
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """An empty folder, and a process that is a world of its own."""
+    monkeypatch.chdir(tmp_path)
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in {**group, "YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true"}.items():
+        monkeypatch.setenv(name, value)
+    draw_boxes(tmp_path)
+    torch.manual_seed(0)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch._dynamo.reset()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("place", "codes"), [section for page in PAGES for section in sections(page)])
+def test_the_code_of_a_section_runs(place, codes, alone):
+    missing = [name for name in OPTIONAL & imported("\n".join(codes)) if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+    names = {"__name__": "page"}
+    for code in codes:
+        exec(compile(code, place, "exec"), names)
+    if "slim" in names and "network" in names:
+        assert sum(p.numel() for p in names["slim"].parameters()) < sum(
+            p.numel() for p in names["network"]().parameters()
+        )
+
+
+@pytest.fixture
+def rules():
+    """Rules that are registered meanwhile are forgotten afterwards."""
+    before = dict(RULES)
+    yield RULES
+    RULES.clear()
+    RULES.update(before)
+
+
+def test_the_new_op_of_the_contributors_page_is_added_as_it_says(rules):
+    """The rule stands on the page with its tests, so these are run as tests, and fail without it."""
+    rule, *tests = blocks((ROOT / "CONTRIBUTING.md").read_text())
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile("\n".join(tests), "CONTRIBUTING.md, tests", "exec"), names)
+    checks = [check for name, check in names.items() if name.startswith("test_")]
+    assert len(checks) == 3
+    with pytest.raises(AssertionError):
+        checks[0]()  # no rule describes the op yet
+    exec(compile(rule, "CONTRIBUTING.md, rule", "exec"), {"__name__": "page"})
+    assert torch.ops.aten.bucketize.Tensor in rules
+    for check in checks:
+        check()
+
+
+def test_the_picture_of_labels_is_that_of_the_analysis():
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / "labels.py"))
+    assert script["FILE"].read_text() == script["draw"](), "run python docs/figures/labels.py"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_distributed_example_runs(strategy, tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "examples/distributed.py", "--strategy", strategy, "--epochs", "1", "--batch", "96",
+        "--save", str(tmp_path / "slim.pt"),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.search(rf"{strategy}: accuracy ([\d.]+) % gated, ([\d.]+) % slim", done.stdout)
+    assert found and found[1] == found[2], done.stdout
+    slim = torch.load(tmp_path / "slim.pt", weights_only=False)
+    assert type(slim.fc) is torch.nn.Linear and not hasattr(slim, "autogate")

@@ -1,0 +1,141 @@
+"""A rewritten forward stands in the place of the module's own, compiled or interpreted."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import linecache
+import pickle
+import traceback
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rewriters.analysis.analyse import analyse
+from rewriters.forwards.rewritten_forward import InterpretedForward, RewrittenForward, ShapeGuardError
+from rewriters.slimming.dry_run import rehearse
+from rewriters.verify import relative_error, run_eval
+from tests.rewriters.exactness import TOLERANCE
+from tests.rewriters.forwards.networks import Modes, Split, rewritten, slim_and_gated, traced_in
+from tests.rewriters.helpers import image
+
+
+def test_a_rewritten_forward_runs_at_other_batch_sizes_and_resolutions():
+    slim_model, gated = slim_and_gated(Split, image(size=4).double())
+    for batch, size in ((1, 4), (5, 4), (2, 6), (3, 8)):
+        args = (image(size=size, batch=batch).double(),)
+        assert relative_error(run_eval(slim_model, args), run_eval(gated, args)) <= TOLERANCE
+
+
+def test_other_control_flow_than_the_traced_one_raises():
+    slim_model, _ = slim_and_gated(Split, image(size=4).double())
+    with pytest.raises(ShapeGuardError, match="rewritten for a case where"):
+        slim_model(image(size=12).double())
+    with pytest.raises(ShapeGuardError):
+        slim_model(image(size=4).double(), torch.ones(1).double())
+
+
+def test_signature_defaults_and_keywords_survive():
+    slim_model, gated = slim_and_gated(Split, image().double(), power=2.0)
+    parameters = inspect.signature(next(iter(slim_model.forward._functions.values()))).parameters
+    assert list(inspect.signature(slim_model.forward).parameters) == list(parameters)[1:]
+    assert list(parameters) == ["self", "x", "scale", "power"]
+    assert parameters["scale"].default is None
+    args = (image(batch=3).double(),)
+    for kwargs in ({"power": 2.0}, {"scale": None, "power": 3.0}):
+        assert relative_error(run_eval(slim_model, args, kwargs), run_eval(gated, args, kwargs)) <= TOLERANCE
+
+
+def lines_kept() -> int:
+    return sum(name.startswith("<autogate") for name in linecache.cache)
+
+
+def test_what_is_rewritten_for_a_trial_leaves_nothing_behind():
+    gc.collect()
+    before = lines_kept()
+    model = Split().eval()
+    rehearse(model, analyse(model, (image(),)), (image(),))
+    gc.disable()  # forwards go without it
+    try:
+        assert lines_kept() == before
+        slim_model, _ = slim_and_gated(Split, image().double())
+        assert lines_kept() == before + 1
+        del slim_model
+    finally:
+        gc.enable()
+    gc.collect()
+    assert lines_kept() == before
+
+
+def test_the_rehearsal_compiles_nothing(monkeypatch):
+    model = Modes().eval()
+    analysis = analyse(model, (image(),))
+    monkeypatch.setattr(RewrittenForward, "_compile", lambda self: pytest.fail("compiled"))
+    rehearse(model, analysis, (image(),))
+    with pytest.raises(pytest.fail.Exception, match="compiled"):
+        slim_and_gated(Modes, image().double())
+
+
+def test_forwards_of_the_same_code_share_it():
+    blocks = [rewritten(Split(), image()) for _ in range(2)]
+    codes = {block.forward.function(training).__code__ for block in blocks for training in (False, True)}
+    assert len({id(code) for code in codes}) == 1
+    other = rewritten(Split(), image(), scale=2.0)
+    assert other.forward.__code__ not in codes
+    with pytest.raises(ShapeGuardError) as raised:
+        other(image(size=16), scale=2.0)
+    assert "guard(" in "".join(traceback.format_tb(raised.tb))
+
+
+def test_the_module_stays_what_it_was():
+    slim_model, _ = slim_and_gated(Split, image().double())
+    assert type(slim_model) is Split
+    assert isinstance(slim_model.forward, RewrittenForward)
+    assert [name for name, _ in slim_model.named_children()] == ["a", "b", "c"]
+
+
+def test_a_rewritten_forward_is_copied_and_pickled_with_its_module():
+    slim_model, _ = slim_and_gated(Split, image().double())
+    example = (image().double(),)
+    for other in (copy.deepcopy(slim_model), pickle.loads(pickle.dumps(slim_model))):
+        assert other.forward.owner is other
+        assert torch.equal(run_eval(other, example)[0], run_eval(slim_model, example)[0])
+        with torch.no_grad():
+            other.c.bias += 1
+        assert not torch.equal(run_eval(other, example)[0], run_eval(slim_model, example)[0])
+
+
+def test_an_interpreted_forward_does_what_the_compiled_one_does():
+    class Block(Modes):
+        def __init__(self):
+            super().__init__()
+            self.again = self.c
+
+        def forward(self, x, *others, scale=1.0, **more):
+            x = sum(others, x) * scale + more.get("shift", 0.0)
+            out = super().forward(x)
+            return self.again(F.pad(out[0] if self.training else out, (0, 0, 0, 0, 0, 6)))
+
+    block = Block()
+    given, options = (image(), image()), {"scale": 2.0, "shift": 1.0}
+    graphs = {training: traced_in(block, training, given, options) for training in (False, True)}
+    assert str(graphs[True]) != str(graphs[False])
+    plain = {training: block.train(training)(*given, **options) for training in (False, True)}
+    for kind in (InterpretedForward, RewrittenForward):
+        forward = kind(block, graphs)
+        assert all(torch.equal(block.train(mode) and forward(*given, **options), plain[mode]) for mode in plain)
+        with pytest.raises(TypeError, match="missing"):
+            forward(scale=2.0)
+
+
+def test_train_and_eval_keep_their_own_graphs():
+    slim_model, gated = slim_and_gated(Modes, image().double())
+    sources = slim_model.forward.sources
+    assert sources[True] != sources[False]
+    example = image().double()
+    assert relative_error(run_eval(slim_model, (example,)), run_eval(gated, (example,))) <= TOLERANCE
+    out, mean = slim_model.train()(example)
+    assert out.shape == (2, 2, 4, 4)
+    assert mean.shape[0] == 2
