@@ -6,12 +6,11 @@ slim = autogate.finalize(model)                            # plain layers, half 
 """
 
 from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
-from autogate.budget.resources import Resource, SideCounts
-from autogate.files.slim_files import load, save
-from autogate.files.timm_text import to_timm_text
-from autogate.gating.bank import GateBank
-from autogate.inspection.summary import Summary
-from autogate.slim.recalibration import recalibrate
+from autogate.budget import Resource, SideCounts
+from autogate.files import load, save, to_timm_text
+from autogate.gating import GateBank
+from autogate.inspection import Summary
+from autogate.slim import recalibrate
 from autogate.version import __version__
 from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 

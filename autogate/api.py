@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
@@ -10,18 +9,27 @@ from typing import Any, Literal, TypeVar
 from torch import jit, nn
 from torch.optim import Optimizer
 
-from autogate.budget.targets import ResourceMaker, Shares
-from autogate.gating.bank import BANK, GateBank
-from autogate.gating.progress import Progress
-from autogate.gating.sharding import has_shards
+from autogate.budget import ResourceMaker, Shares
+from autogate.gating import BANK, GateBank, Progress, has_shards
 from autogate.inputs import as_call, dtype_of_parameters, fitted
-from autogate.inspection.summary import Summary, summarise
+from autogate.inspection import Summary, summarise
 from autogate.lock import alone
-from autogate.slim.finalizing import Origin, check_finite, check_whole, take_out, verify
-from autogate.slim.history import by_side
-from autogate.slim.optimizers import as_optimizers, exchanges, go_on
-from autogate.slim.slimming import Asked, analyse_whole, put_shortcuts
-from autogate.steering.schedule import DEFAULT_STEPS, Schedule
+from autogate.naming import did_you_mean, named_by
+from autogate.slim import (
+    Asked,
+    Origin,
+    analyse_whole,
+    as_optimizers,
+    by_side,
+    check_finite,
+    check_whole,
+    exchanges,
+    go_on,
+    put_shortcuts,
+    take_out,
+    verify,
+)
+from autogate.steering import DEFAULT_STEPS, Schedule
 from autogate.wrappers import is_wrapped, unwrap
 from rewriters import AutogateError, Journal, Shortcut, run_eval
 
@@ -295,7 +303,7 @@ def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tupl
                 raise AutogateError(
                     f"{wrong}, which is no module of it.",
                     where=type(model).__name__,
-                    remedy=_did_you_mean(path, ["shared", "conv", *paths]),
+                    remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
     wanted = run_eval(model, *asked.inputs)
     replaced = put_shortcuts(model, asked, journal)
@@ -308,11 +316,6 @@ def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tupl
         return ()
     verify(model, asked.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"Did you mean {' or '.join(map(repr, near))}?" if near else "See model.named_modules()."
 
 
 def _check_model(model: Any) -> None:
@@ -341,21 +344,3 @@ def _gated_within(model: Any) -> str | None:
     """Path of a prepared module that the model holds, a LightningModule's network for instance."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)
-
-
-def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
-    """Names of the parameters and buffers that `ignore` speaks of."""
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    paths = [path for path, _ in model.named_modules() if path]
-    named = []
-    for name in ignore:
-        found = [tensor for tensor in tensors if tensor == name or tensor.startswith(f"{name}.")]
-        if not found and name not in paths:
-            raise AutogateError(
-                f"ignore names {name!r}, which is no module or parameter of it.",
-                where=type(model).__name__,
-                remedy=_did_you_mean(name, paths + tensors),
-            )
-        named += found
-    return named

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autogate import digits
 from autogate.api import finalize, prepare, summary
-from autogate.budget.targets import Shares
+from autogate.budget import Shares
 
 MODEL = "test_resnet"
 """A ResNet of timm's with 0.4 M parameters, small enough for minutes on two cores."""

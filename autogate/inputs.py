@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 BATCH = 2
 """Samples in a made-up batch: with one, a batch could not be told from a dimension that happens to be 1."""

@@ -8,16 +8,12 @@
 Nothing here knows how a gate is learned.
 """
 
-from rewriters.analysis.analyse import Analysis, analyse, samples_in
-from rewriters.cross_channel.placement import write_live
+from rewriters.analysis import Analysis, analyse, samples_in
+from rewriters.cross_channel import write_live
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
-from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
-from rewriters.shortcuts.replacing import Shortcut, replace_shortcuts
-from rewriters.shortcuts.restoring import restore
-from rewriters.slimming.decisions import Decisions
-from rewriters.slimming.dry_run import rehearse
-from rewriters.slimming.module_fields import fields_after
-from rewriters.slimming.plan import SlimPlan, apply, plan
+from rewriters.labelling import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
+from rewriters.shortcuts import Shortcut, replace_shortcuts, restore
+from rewriters.slimming import Decisions, SlimPlan, apply, fields_after, plan, rehearse
 from rewriters.undo_log import Journal
 from rewriters.verify import relative_error, run_eval
 

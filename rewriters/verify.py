@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.recording.pytrees import tensors_of
-from rewriters.recording.side_effects import set_modes
+from rewriters.recording import set_modes, tensors_of
 
 
 def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:

@@ -1,0 +1,16 @@
+"""What shall be left: in come shares (half of the FLOPs), out come `Targets` that price every class of channels."""
+
+from autogate.budget.resources import Flops, Params, Resource, SideCounts
+from autogate.budget.targets import ROUNDING, ResourceMaker, Shares, Target, Targets
+
+__all__ = [
+    "ROUNDING",
+    "Flops",
+    "Params",
+    "Resource",
+    "ResourceMaker",
+    "Shares",
+    "SideCounts",
+    "Target",
+    "Targets",
+]

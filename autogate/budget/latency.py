@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autogate.budget.resources import Activations, Resource, SideCounts
 from autogate.budget.timing import Layer, Timings, machine, time_model
 from autogate.inputs import Inputs
-from rewriters.labelling.channel_map import ChannelMap, Kernel, Side
+from rewriters import ChannelMap, Kernel, Side
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rewriters.errors import AutogateError
-from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Kernel, Side, gather
+from rewriters import ALWAYS, AutogateError, ChannelMap, Kernel, Side
+from rewriters.labelling import gather
 
 
 class Resource(ABC):

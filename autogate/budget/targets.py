@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from autogate.budget.latency import Latency
 from autogate.budget.resources import Activations, Flops, Params, Resource
 from autogate.inputs import Inputs
-from rewriters.errors import AutogateError
-from rewriters.labelling.channel_map import ChannelMap
+from rewriters import AutogateError, ChannelMap
 
 ResourceMaker = Callable[[ChannelMap, nn.Module], Resource]
 """A resource's class, or anything else that makes one from a channel map and the model it is of."""

@@ -10,9 +10,8 @@ import typer
 from rich.table import Table
 
 from autogate.cli.common import Debug, console, telling_errors, written_model
-from autogate.files.slim_files import dense_model, load
-from autogate.inspection.comparison import Comparison, Duration, compare
-from autogate.inspection.summary import short
+from autogate.files import dense_model, load
+from autogate.inspection import Comparison, Duration, compare, short
 
 
 @telling_errors

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from autogate.files.building import Build, build
+from autogate.files import Build, build
 from rewriters import AutogateError
 
 console = Console()

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from autogate import demo as digits_demo
 from autogate.cli.common import Debug, console, telling_errors
-from autogate.files.slim_files import save
+from autogate.files import save
 
 
 @telling_errors

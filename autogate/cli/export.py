@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from autogate.cli.common import Debug, console, telling_errors, written_model
-from autogate.files.exporting import to_onnx, to_torch_export
-from autogate.files.slim_files import load
+from autogate.files import load, to_onnx, to_torch_export
 
 
 @telling_errors

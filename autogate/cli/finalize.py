@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from autogate.cli.common import Debug, console, telling_errors, telling_warnings
-from autogate.inspection.summary import short
+from autogate.inspection import short
 from autogate.training import finalize_checkpoint
 
 

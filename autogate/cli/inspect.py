@@ -10,9 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from autogate.cli.common import Debug, console, images, telling_errors, timm_model
-from autogate.files.slim_files import load
-from autogate.inspection.coupling import Inspection, Stage, draw, inspect_model
-from autogate.inspection.summary import short
+from autogate.files import load
+from autogate.inspection import Inspection, Stage, draw, inspect_model, short
 
 
 @telling_errors

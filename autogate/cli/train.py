@@ -17,8 +17,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from autogate.cli.common import Debug, console, telling_errors, telling_warnings, timm_name
-from autogate.inspection.summary import short
+from autogate.inspection import short
 from autogate.training import (
+    SCHEDULES,
     Budget,
     Distillation,
     EpochRow,
@@ -30,13 +31,12 @@ from autogate.training import (
     Result,
     RunFolder,
     RunInfo,
+    TensorBoard,
     Watcher,
     joined,
     resume,
     start,
 )
-from autogate.training.recipe import SCHEDULES
-from autogate.training.watching import TensorBoard
 
 MOVABLE = ("data", "data_dir", "workers", "device")
 """Options that may be given together with --resume."""

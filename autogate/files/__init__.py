@@ -1,0 +1,19 @@
+"""Slim models in files: safetensors, timm's text form, ONNX and torch.export."""
+
+from autogate.files.building import Build, build
+from autogate.files.exporting import inputs_of, to_onnx, to_torch_export
+from autogate.files.slim_files import dense_model, in_place_of, load, save
+from autogate.files.timm_text import to_timm_text
+
+__all__ = [
+    "Build",
+    "build",
+    "dense_model",
+    "in_place_of",
+    "inputs_of",
+    "load",
+    "save",
+    "to_onnx",
+    "to_timm_text",
+    "to_torch_export",
+]

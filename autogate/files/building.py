@@ -13,9 +13,8 @@ from timm.layers import DropPath
 from timm.models import FeatureInfo
 from torch import nn
 
-from autogate.slim.history import History, describe_modules, describe_tensors
-from autogate.slim.slimming import first_difference
-from rewriters.errors import AutogateError
+from autogate.slim import History, describe_modules, describe_tensors, first_difference
+from rewriters import AutogateError
 
 _WEIGHTS_FROM_ELSEWHERE = ("pretrained", "checkpoint_path", "cache_dir", "weights")
 """Beginnings of the names of arguments that make timm read weights or configurations from elsewhere."""

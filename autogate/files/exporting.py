@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map_only
 
 from autogate.files.slim_files import in_place_of
 from autogate.inputs import Inputs
-from autogate.slim.history import History, history_of, read_inputs
-from rewriters import AutogateError, VerificationError, relative_error
-from rewriters.recording.pytrees import tensors_of
-from rewriters.verify import full_precision, run_eval
+from autogate.slim import History, history_of, read_inputs
+from rewriters import AutogateError, VerificationError, relative_error, run_eval
+from rewriters.recording import tensors_of
+from rewriters.verify import full_precision
 
 TOLERANCE = 1e-4
 """Largest relative difference that is accepted between the model's outputs and the exported one's."""

@@ -26,27 +26,27 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autogate.files.building import Build, build, how_to_build
-from autogate.gating.bank import BANK
+from autogate.gating import BANK
 from autogate.inputs import Inputs, as_call
 from autogate.lock import alone
-from autogate.slim.history import (
+from autogate.slim import (
     ATTRIBUTE,
     History,
     Slimming,
+    cast,
     describe_buffers,
     describe_modules,
     describe_tensors,
+    first_difference,
     history_of,
     read_inputs,
+    replay,
 )
-from autogate.slim.slimming import cast, first_difference, replay
 from autogate.version import __version__
 from autogate.wrappers import unwrap
-from rewriters.errors import AutogateError
-from rewriters.forwards.rewritten_forward import RewrittenForward
-from rewriters.slimming.module_fields import follow_tensors
-from rewriters.slimming.plan import like, tensor_slots
-from rewriters.undo_log import Journal
+from rewriters import AutogateError, Journal
+from rewriters.forwards import RewrittenForward
+from rewriters.slimming import follow_tensors, like, tensor_slots
 
 _HEADER, _CHECKSUM = "autogate", "autogate_checksum"
 """Entries of the file's metadata: the header as JSON, and a checksum of that text."""

@@ -12,11 +12,10 @@ from timm.models import adapt_model_from_string
 from torch import nn
 
 from autogate.files.building import build, how_to_build
-from autogate.slim.history import describe_tensors, history_of
-from autogate.slim.slimming import first_difference
+from autogate.slim import describe_tensors, first_difference, history_of
 from autogate.wrappers import unwrap
-from rewriters.errors import AutogateError
-from rewriters.forwards.rewritten_forward import RewrittenForward
+from rewriters import AutogateError
+from rewriters.forwards import RewrittenForward
 
 _BETWEEN = "***"
 

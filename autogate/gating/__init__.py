@@ -1,0 +1,12 @@
+"""The gates of a model: stored in its kernels, moved after each optimizer step."""
+
+from autogate.gating.bank import BANK, GateBank
+from autogate.gating.progress import Progress
+from autogate.gating.sharding import has_shards
+
+__all__ = [
+    "BANK",
+    "GateBank",
+    "Progress",
+    "has_shards",
+]

@@ -21,18 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autogate.budget.targets import Targets
+from autogate.budget import Targets
 from autogate.gating import hooks
 from autogate.gating.folding import Foldable, Folding, version_of
 from autogate.gating.kernels import GatedKernels, GatedSide, HeldBack
 from autogate.gating.progress import Progress
 from autogate.gating.sharding import local
-from autogate.methods.gate_function import gate_value
-from autogate.methods.learner import Gates, Learner, Standing
-from autogate.steering.schedule import Pressure, Schedule
-from autogate.steering.selection import groups_of, with_needed
-from rewriters.errors import AutogateError
-from rewriters.labelling.channel_map import ChannelMap, Side
+from autogate.methods import Gates, Learner, Standing, gate_value
+from autogate.steering import Pressure, Schedule, groups_of, with_needed
+from rewriters import AutogateError, ChannelMap, Side
 
 BANK = "autogate"
 """Name of the submodule that holds the gates while they train."""

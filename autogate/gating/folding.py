@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from autogate.gating.kernels import GatedKernels, GatedSide
-from autogate.methods.gate_function import gate_value
-from rewriters.cross_channel.placement import write_live
-from rewriters.errors import AutogateError
-from rewriters.labelling.channel_map import ChannelMap
+from autogate.methods import gate_value
+from rewriters import AutogateError, ChannelMap, write_live
 
 FOLD_TOLERANCE = 2**-10
 """A gate's change waits to be folded until it is larger than this part of the gate: it takes a pass over the

@@ -24,7 +24,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 if TYPE_CHECKING:
     from autogate.gating.bank import GateBank

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from autogate.gating.columns import along, column_products, scale_columns, segment_sum
 from autogate.gating.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
-from rewriters.errors import AutogateError
-from rewriters.labelling.channel_map import ALWAYS, ChannelMap
+from rewriters import ALWAYS, AutogateError, ChannelMap
 
 
 class GatedSide(NamedTuple):

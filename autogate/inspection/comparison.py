@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from autogate.files.exporting import inputs_of
+from autogate.files import inputs_of
 from autogate.inputs import Inputs
 
 

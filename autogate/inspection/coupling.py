@@ -12,13 +12,12 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 
-from autogate.api import named_by
-from autogate.budget.resources import Flops, Params
-from autogate.budget.targets import Shares, Target, Targets
+from autogate.budget import Flops, Params, Shares, Target, Targets
 from autogate.inputs import as_call
 from autogate.lock import alone
-from autogate.slim.slimming import Asked, analyse_whole, put_shortcuts
-from autogate.steering.selection import Narrowing, groups_of, part_alike
+from autogate.naming import named_by
+from autogate.slim import Asked, analyse_whole, put_shortcuts
+from autogate.steering import Narrowing, groups_of, part_alike
 from rewriters import AutogateError, ChannelMap, Journal, Pin
 
 

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from autogate.gating.bank import GateBank
-from autogate.gating.progress import Progress
-from rewriters.labelling.channel_map import ChannelMap, Kernel, Pin, Side
+from autogate.gating import GateBank, Progress
+from rewriters import ChannelMap, Kernel, Pin, Side
 
 
 @dataclass(frozen=True)

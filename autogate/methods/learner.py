@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autogate.budget.targets import Targets
+from autogate.budget import Targets
 from autogate.methods.gate_function import EPSILON_START, epsilon_at, gate_slope
 from autogate.methods.proximal import shrinkage, soft_threshold
 from autogate.methods.sensitivity import observed, price_per_sensitivity
-from autogate.steering.schedule import Pressure, Schedule, steer
-from autogate.steering.selection import Group, Selection
+from autogate.steering import Group, Pressure, Schedule, Selection, steer
 
 ALPHA_RATE = 1e-4
 """Alpha's learning rate where the kernels' is at its peak; it falls and rises with theirs."""

@@ -13,14 +13,10 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from autogate.files.slim_files import dense_model, in_place_of, load
-from autogate.inspection.comparison import Comparison, Duration, compare
-from autogate.inspection.coupling import draw, inspect_model
-from autogate.inspection.summary import short
-from autogate.training import EpochRow, GateRow, Result, RunFolder, RunInfo
-from autogate.training.network import build_network
-from rewriters.errors import AutogateError
-from rewriters.labelling.channel_map import ChannelMap
+from autogate.files import dense_model, in_place_of, load
+from autogate.inspection import Comparison, Duration, compare, draw, inspect_model, short
+from autogate.training import EpochRow, GateRow, Result, RunFolder, RunInfo, build_network
+from rewriters import AutogateError, ChannelMap
 
 
 @dataclass(frozen=True)

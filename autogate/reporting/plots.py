@@ -14,8 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from autogate.training import EpochRow, GateRow, Result, RunInfo
-from autogate.training.run_folder import BINS
+from autogate.training import BINS, EpochRow, GateRow, Result, RunInfo
 
 WIDTH = 4.6
 """Inches: at this width the labels can be read on a phone, where a figure is as wide as the screen."""

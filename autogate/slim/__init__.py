@@ -1,0 +1,44 @@
+"""From closed gates to the slim model: carried out, verified, written down as a `History`."""
+
+from autogate.slim.finalizing import Origin, check_finite, check_whole, take_out, verify
+from autogate.slim.history import (
+    ATTRIBUTE,
+    History,
+    Slimming,
+    by_side,
+    describe_buffers,
+    describe_modules,
+    describe_tensors,
+    history_of,
+    read_inputs,
+)
+from autogate.slim.optimizers import as_optimizers, exchanges, go_on
+from autogate.slim.recalibration import recalibrate
+from autogate.slim.slimming import Asked, analyse_whole, cast, first_difference, put_shortcuts, replay
+
+__all__ = [
+    "ATTRIBUTE",
+    "Asked",
+    "History",
+    "Origin",
+    "Slimming",
+    "analyse_whole",
+    "as_optimizers",
+    "by_side",
+    "cast",
+    "check_finite",
+    "check_whole",
+    "describe_buffers",
+    "describe_modules",
+    "describe_tensors",
+    "exchanges",
+    "first_difference",
+    "go_on",
+    "history_of",
+    "put_shortcuts",
+    "read_inputs",
+    "recalibrate",
+    "replay",
+    "take_out",
+    "verify",
+]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.gating.bank import BANK, GateBank
-from autogate.gating.sharding import has_shards
+from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
 from autogate.slim.history import Slimming
 from autogate.slim.slimming import Asked, analyse_whole, carry_out

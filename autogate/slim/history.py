@@ -16,10 +16,8 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from autogate.inputs import Inputs
-from rewriters.errors import AutogateError
-from rewriters.labelling.channel_map import ChannelMap, Side
-from rewriters.slimming.dead_branches import is_under
-from rewriters.slimming.plan import SlimPlan, tensor_slots
+from rewriters import AutogateError, ChannelMap, Side, SlimPlan
+from rewriters.slimming import is_under, tensor_slots
 
 ATTRIBUTE = "_autogate_history"
 """Name of the attribute of a slim model."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from autogate.slim.history import KeptIndices
 from rewriters import AutogateError, Side
-from rewriters.slimming.plan import take_indices
+from rewriters.slimming import take_indices
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,9 +40,9 @@ from rewriters import (
     replace_shortcuts,
     restore,
 )
-from rewriters.cross_channel.placement import plain_statistics
-from rewriters.recording.garbage_collection import frozen_heap
-from rewriters.slimming.plan import like, tensor_slots
+from rewriters.cross_channel import plain_statistics
+from rewriters.recording import frozen_heap
+from rewriters.slimming import like, tensor_slots
 
 
 class Asked(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import networkx
 import numpy as np
 
-from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Side
+from rewriters import ALWAYS, ChannelMap, Side
 
 _INPUTS = "inputs"
 

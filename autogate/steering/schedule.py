@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 DEFAULT_STEPS = 10_000
 """Length of a run when the caller names none: 25 epochs of CIFAR-10, or 8 of ImageNet at 1024 a batch."""

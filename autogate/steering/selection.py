@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autogate.budget.targets import ROUNDING, Targets
+from autogate.budget import ROUNDING, Targets
 from autogate.steering.critical_groups import lifelines
 from autogate.steering.schedule import PATIENCE, Schedule
-from rewriters.errors import AutogateError
-from rewriters.labelling.channel_map import ALWAYS, ChannelMap
+from rewriters import ALWAYS, AutogateError, ChannelMap
 
 WIDTH_RESOLUTION = 0.005
 """How closely the width is sought that all layers would have alike."""

@@ -6,11 +6,14 @@ A `Recipe` says what to do, `start` does it and writes a `RunFolder`, `resume` g
 from autogate.training.distributed import World, joined
 from autogate.training.finishing import Finished, finalize_checkpoint
 from autogate.training.loop import resume, start
-from autogate.training.recipe import Budget, Distillation, Images, Learning, Network, Recipe
-from autogate.training.run_folder import EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
-from autogate.training.watching import Moment, Watcher
+from autogate.training.network import build_network
+from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
+from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
+from autogate.training.watching import Moment, TensorBoard, Watcher
 
 __all__ = [
+    "BINS",
+    "SCHEDULES",
     "Budget",
     "Distillation",
     "EpochRow",
@@ -25,8 +28,10 @@ __all__ = [
     "Result",
     "RunFolder",
     "RunInfo",
+    "TensorBoard",
     "Watcher",
     "World",
+    "build_network",
     "finalize_checkpoint",
     "joined",
     "resume",

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from autogate.files.slim_files import in_place_of
+from autogate.files import in_place_of
 from autogate.training.run_folder import RunInfo, from_json, to_json
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 FORMAT = 2
 _STATES = ("model", "optimizer", "scaler", "ema", "gates")

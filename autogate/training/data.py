@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from autogate.training.distributed import World
 from autogate.training.recipe import Images
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 KINDS = ("torch", "tfds", "hfds", "hfids", "wds")
 """Beginnings of the names that `timm.data.create_dataset` knows."""

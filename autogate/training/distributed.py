@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from autogate.files.slim_files import save
+from autogate.files import save
 from autogate.training.checkpoint import load_checkpoint
 from autogate.training.network import build_network, with_gates
 from autogate.training.run_folder import Result, RunFolder
 from autogate.training.taking_out import take_out, take_out_again
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 
 @dataclass(frozen=True)

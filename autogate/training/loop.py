@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autogate.api import gates, summary
-from autogate.budget.resources import Flops
-from autogate.files.slim_files import save
+from autogate.budget import Flops
+from autogate.files import save
 from autogate.training.checkpoint import (
     Checkpoint,
     Position,
@@ -34,7 +34,7 @@ from autogate.training.run_folder import EpochRow, LayerSize, Result, RunFolder,
 from autogate.training.taking_out import Snapshot, TakenOut, take_out, take_out_again
 from autogate.training.watching import Moment, Watcher
 from autogate.version import __version__
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 TELL_EVERY = 10
 """Steps between two words to the watchers: reading the loss has the host wait for a GPU."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from autogate.api import prepare
 from autogate.training.recipe import Budget, Network
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 
 def build_network(network: Network, num_classes: int | None, weights: bool = True) -> nn.Module:

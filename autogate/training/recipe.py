@@ -10,8 +10,8 @@ from typing import Literal
 
 from timm.optim import list_optimizers
 
-from autogate.budget.targets import Shares
-from rewriters.errors import AutogateError
+from autogate.budget import Shares
+from rewriters import AutogateError
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "constant", "none")
 """Those of timm's schedules that go by the number of steps."""

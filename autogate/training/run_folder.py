@@ -21,9 +21,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from autogate.files.slim_files import in_place_of
+from autogate.files import in_place_of
 from autogate.training.recipe import Recipe
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 BINS = 20
 """Of the histogram of gates, over [0, 1]."""

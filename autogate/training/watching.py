@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autogate.training.run_folder import EpochRow, RunInfo
-from rewriters.errors import AutogateError
+from rewriters import AutogateError
 
 
 @dataclass(frozen=True)

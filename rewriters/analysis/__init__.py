@@ -1,0 +1,13 @@
+"""All that is known of a model's channels: in come a model and example inputs, out comes an `Analysis`."""
+
+from rewriters.analysis.analyse import Analysis, analyse, pin_call, samples_in, trace_calls
+from rewriters.analysis.trial_rewrites import trial_pattern
+
+__all__ = [
+    "Analysis",
+    "analyse",
+    "pin_call",
+    "samples_in",
+    "trace_calls",
+    "trial_pattern",
+]

@@ -18,19 +18,22 @@ from torch._subclasses import fake_tensor
 from torch.utils._pytree import tree_map_only
 
 from rewriters.analysis.trial_rewrites import pin_unwritable
-from rewriters.cross_channel.placement import Site, place, plain_statistics, site, statistics, take_off, write_live
+from rewriters.cross_channel import Site, place, plain_statistics, site, statistics, take_off, write_live
 from rewriters.errors import AutogateError, TraceError
-from rewriters.forwards.resizing import Cut
-from rewriters.forwards.traced import Traced, by_mode, trace_modes
-from rewriters.forwards.tracer_patches import patches_held
-from rewriters.labelling.channel_map import ALWAYS, ChannelMap
-from rewriters.labelling.labels import Labelled, varying
-from rewriters.labelling.propagate import Labelling
-from rewriters.labelling.rules import Findings, Look, creation, find_rule, mixing, movement
-from rewriters.labelling.rules.kernels import convolution
-from rewriters.recording.capture import Capture, ModuleCall, capture
-from rewriters.recording.pytrees import all_tensors, leaves_of, tensors_at, tensors_of
-from rewriters.recording.side_effects import set_modes, without_caches
+from rewriters.forwards import Cut, Traced, by_mode, patches_held, trace_modes
+from rewriters.labelling import ALWAYS, ChannelMap, Labelled, Labelling, varying
+from rewriters.labelling.rules import Findings, Look, creation, find_rule, kernels, mixing, movement
+from rewriters.recording import (
+    Capture,
+    ModuleCall,
+    all_tensors,
+    capture,
+    leaves_of,
+    set_modes,
+    tensors_at,
+    tensors_of,
+    without_caches,
+)
 from rewriters.undo_log import Journal
 from rewriters.verify import run_eval
 
@@ -336,7 +339,7 @@ def _sizes_to_read(labelling: Labelling, call: ModuleCall, known: Mapping[int, L
 def _takes_sizes(node: fx.Node, module: nn.Module) -> bool:
     """Whether a call is one that takes numbers which slimming may change (a field that follows doesn't count)."""
     found = find_rule(node.target)
-    if found is convolution:
+    if found is kernels.convolution:
         return node.args[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
     return found in _RULES_WITH_SIZES
 

@@ -9,13 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rewriters.forwards.resizing import Cut, Unwritable
-from rewriters.forwards.traced import Traced
-from rewriters.labelling.channel_map import ALWAYS, distinct, empty_ends
-from rewriters.labelling.labels import picked
-from rewriters.labelling.propagate import Labelling
-from rewriters.recording.garbage_collection import collect
-from rewriters.recording.pytrees import all_tensors, tensors_at, tensors_of
+from rewriters.forwards import Cut, Traced, Unwritable
+from rewriters.labelling import ALWAYS, Labelling, distinct, empty_ends, picked
+from rewriters.recording import all_tensors, collect, tensors_at, tensors_of
 
 
 def trial_pattern(size: int, seed: int) -> Tensor:

@@ -19,9 +19,8 @@ from torch import Tensor, fx, nn
 
 from rewriters.cross_channel.live_statistics import FORMS, FORMS_BY_PLACE, LiveStatistic
 from rewriters.errors import TraceError
-from rewriters.forwards.multi_head_attention import keep_layers_apart
-from rewriters.forwards.rewritten_forward import LiveForward
-from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Statistic
+from rewriters.forwards import LiveForward, keep_layers_apart
+from rewriters.labelling import ALWAYS, ChannelMap, Statistic
 from rewriters.labelling.rules import Look
 from rewriters.undo_log import Journal
 

@@ -23,10 +23,9 @@ from rewriters.forwards.rewritten_forward import guard, in_places
 from rewriters.forwards.sizes import FAMILIES, Resize, Scaled, scaled
 from rewriters.forwards.tracer_patches import AUTOCAST
 from rewriters.forwards.tracing import run_call
-from rewriters.labelling.labels import Labelled, parts, reshaped, varying
+from rewriters.labelling import Labelled, parts, reshaped, varying
 from rewriters.labelling.rules import RULES, Look, Rule, elementwise, find_rule, movement
-from rewriters.recording.meta_kernels import WithoutData
-from rewriters.recording.pytrees import leaves_of, tensors_of
+from rewriters.recording import WithoutData, leaves_of, tensors_of
 
 _CONCATENATIONS = {torch.cat, torch.concat}
 

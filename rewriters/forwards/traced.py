@@ -13,10 +13,8 @@ from rewriters.errors import TraceError
 from rewriters.forwards.resizing import Cut, Resizer
 from rewriters.forwards.rewritten_forward import stands_in
 from rewriters.forwards.tracing import AskedMode, trace
-from rewriters.labelling.labels import Labelled
-from rewriters.labelling.propagate import Labelling
-from rewriters.recording.capture import Capture, ModuleCall
-from rewriters.recording.side_effects import set_modes
+from rewriters.labelling import Labelled, Labelling
+from rewriters.recording import Capture, ModuleCall, set_modes
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from torch.utils import checkpoint
 from rewriters.errors import TraceError
 from rewriters.forwards.proxies import Valued
 from rewriters.forwards.rewritten_forward import Applied
-from rewriters.recording.pytrees import leaves_of
+from rewriters.recording import leaves_of
 
 _FACTORIES = {
     "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",

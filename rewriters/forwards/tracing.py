@@ -25,14 +25,21 @@ from rewriters.errors import TraceError
 from rewriters.forwards.proxies import Valued
 from rewriters.forwards.rewritten_forward import guard, own_forward
 from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
-from rewriters.labelling.labels import Labelled
-from rewriters.labelling.propagate import Labelling
-from rewriters.labelling.rules import Findings, OpCall
-from rewriters.labelling.rules.elementwise import meet
-from rewriters.recording.capture import Capture, ModuleCall, only_restrides, reshapes_in_place
-from rewriters.recording.meta_kernels import constant, on_fakes
-from rewriters.recording.pytrees import all_tensors, leaves_of, tensors_of
-from rewriters.recording.side_effects import attributes_preserved, random_numbers_kept
+from rewriters.labelling import Labelled, Labelling
+from rewriters.labelling.rules import Findings, OpCall, elementwise
+from rewriters.recording import (
+    Capture,
+    ModuleCall,
+    all_tensors,
+    attributes_preserved,
+    constant,
+    leaves_of,
+    on_fakes,
+    only_restrides,
+    random_numbers_kept,
+    reshapes_in_place,
+    tensors_of,
+)
 
 _AHEAD = 4
 """How far to look for the recorded call that is traced: a forward may have made some that it doesn't make again."""
@@ -248,7 +255,7 @@ class _Tracer(fx.Tracer):
                 pair = [self._labels_of(a), self._labels_of(b)]
                 shapes = [tuple(a.shape)]
                 call = OpCall("forward", (), {}, shapes, self._call.path, labelling.space, labelling.findings)
-                meet(call, pair)
+                elementwise.meet(call, pair)
 
     def _attribute(self, name: str) -> Tensor:
         """What stands for a parameter or buffer of the module."""

@@ -14,8 +14,7 @@ from torch import Tensor, fx, nn
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Kernel, Pin, Side
 from rewriters.labelling.labels import Labelled, LabelSpace, give_members, picked
 from rewriters.labelling.rules import PRODUCTS, Crossing, Findings, KernelCall, Look, OpCall, find_rule
-from rewriters.recording.capture import Capture, is_getitem
-from rewriters.recording.pytrees import tensors_of
+from rewriters.recording import Capture, is_getitem, tensors_of
 
 
 @dataclass

@@ -1,0 +1,51 @@
+"""Run a model once without data: in comes a forward, out comes a graph of its ATen calls (`Capture`)."""
+
+from rewriters.recording.capture import (
+    Capture,
+    ModuleCall,
+    capture,
+    in_every_place,
+    is_getitem,
+    named_tensors,
+    only_restrides,
+    reshapes_in_place,
+)
+from rewriters.recording.garbage_collection import collect, frozen_heap
+from rewriters.recording.meta_kernels import WithoutData, constant, on_fakes
+from rewriters.recording.opaque import Opaque, opaque_call, stood_in_for
+from rewriters.recording.pytrees import all_tensors, leaves_of, tensors_at, tensors_of
+from rewriters.recording.side_effects import (
+    attributes_preserved,
+    drop_caches,
+    random_numbers_kept,
+    set_modes,
+    without_caches,
+)
+
+__all__ = [
+    "Capture",
+    "ModuleCall",
+    "Opaque",
+    "WithoutData",
+    "all_tensors",
+    "attributes_preserved",
+    "capture",
+    "collect",
+    "constant",
+    "drop_caches",
+    "frozen_heap",
+    "in_every_place",
+    "is_getitem",
+    "leaves_of",
+    "named_tensors",
+    "on_fakes",
+    "only_restrides",
+    "opaque_call",
+    "random_numbers_kept",
+    "reshapes_in_place",
+    "set_modes",
+    "stood_in_for",
+    "tensors_at",
+    "tensors_of",
+    "without_caches",
+]

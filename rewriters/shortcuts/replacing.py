@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriters.errors import AutogateError, TraceError
-from rewriters.forwards.rewritten_forward import RewrittenForward, out_of_place
-from rewriters.forwards.traced import Traced, by_mode, trace_modes
-from rewriters.labelling.propagate import Labelling
+from rewriters.forwards import RewrittenForward, Traced, by_mode, out_of_place, trace_modes
+from rewriters.labelling import Labelling
 from rewriters.labelling.rules import Findings
-from rewriters.recording.capture import Capture, capture
-from rewriters.recording.side_effects import set_modes
+from rewriters.recording import Capture, capture, set_modes
 from rewriters.shortcuts.residual_adds import ADDS, ResidualAdd, coupling, residual_adds
-from rewriters.slimming.dead_branches import is_under
+from rewriters.slimming import is_under
 from rewriters.undo_log import Journal
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import fx
 
-from rewriters.labelling.labels import Labelled, varying
-from rewriters.labelling.propagate import Labelling
-from rewriters.labelling.rules import Findings, find_rule
-from rewriters.labelling.rules.movement import expand, move, reorder
-from rewriters.recording.capture import Capture, ModuleCall, is_getitem
+from rewriters.labelling import Labelled, Labelling, varying
+from rewriters.labelling.rules import Findings, find_rule, movement
+from rewriters.recording import Capture, ModuleCall, is_getitem
 
 ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+_VIEWS = (movement.expand, movement.move, movement.reorder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +95,7 @@ def _origin(node: fx.Node, labelling: Labelling) -> fx.Node:
 
 def _moves(node: fx.Node) -> bool:
     """Whether a value may be a view of another one."""
-    return is_getitem(node) or (node.op == "call_function" and find_rule(node.target) in (expand, move, reorder))
+    return is_getitem(node) or (node.op == "call_function" and find_rule(node.target) in _VIEWS)
 
 
 def _same_channels(before: Labelled | list[Labelled], after: Labelled | list[Labelled]) -> bool:

@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rewriters.analysis.analyse import Analysis
+from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
-from rewriters.forwards.resizing import Cut, Unwritable
-from rewriters.forwards.traced import by_mode, trace_modes
-from rewriters.labelling.channel_map import Side
+from rewriters.forwards import Cut, Unwritable, by_mode, trace_modes
+from rewriters.labelling import Side
 from rewriters.shortcuts.replacing import Shortcut
-from rewriters.slimming.decisions import Decisions
-from rewriters.slimming.plan import SlimPlan
+from rewriters.slimming import Decisions, SlimPlan
 
 
 @dataclass(frozen=True, eq=False)

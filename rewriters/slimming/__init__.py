@@ -1,0 +1,21 @@
+"""Remove channels: in come an `Analysis` and the live classes, out comes a `SlimPlan`, carried out on the model."""
+
+from rewriters.slimming.dead_branches import is_under
+from rewriters.slimming.decisions import Decisions
+from rewriters.slimming.dry_run import rehearse
+from rewriters.slimming.module_fields import fields_after, follow_tensors
+from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
+
+__all__ = [
+    "Decisions",
+    "SlimPlan",
+    "apply",
+    "fields_after",
+    "follow_tensors",
+    "is_under",
+    "like",
+    "plan",
+    "rehearse",
+    "take_indices",
+    "tensor_slots",
+]

@@ -22,16 +22,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from rewriters.analysis.analyse import Analysis
+from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
-from rewriters.forwards.resizing import Cut, Unwritable, sweep
-from rewriters.forwards.rewritten_forward import bind_arguments, given_to, out_of_place
-from rewriters.forwards.traced import Traced, by_mode, trace_modes
-from rewriters.labelling.channel_map import ALWAYS
-from rewriters.labelling.labels import Labelled
-from rewriters.labelling.rules import find_rule
-from rewriters.labelling.rules.elementwise import elementwise
-from rewriters.recording.capture import Capture, ModuleCall
+from rewriters.forwards import (
+    Cut,
+    Traced,
+    Unwritable,
+    bind_arguments,
+    by_mode,
+    given_to,
+    out_of_place,
+    sweep,
+    trace_modes,
+)
+from rewriters.labelling import ALWAYS, Labelled
+from rewriters.labelling.rules import elementwise, find_rule
+from rewriters.recording import Capture, ModuleCall
 from rewriters.verify import run_eval
 
 
@@ -151,7 +157,7 @@ def _meeting_calls(analysis: Analysis, constant: set[fx.Node], cut: Cut) -> list
     for node in analysis.captures[0].graph.nodes:
         if node.op == "call_function" and node.meta["call"] is not None:
             sources = set(node.all_input_nodes)
-            meets = find_rule(node.target) is elementwise and node not in constant and sources & constant
+            meets = find_rule(node.target) is elementwise.elementwise and node not in constant and sources & constant
             is_cat = node.target is torch.ops.aten.cat.default
             if meets or (is_cat and any(_is_dead(analysis.labelling.values[source], cut) for source in sources)):
                 calls[id(node.meta["call"])] = node.meta["call"]
@@ -223,7 +229,7 @@ def _broadcasts(user: fx.Node, constant: fx.Node) -> bool:
     ops, value = user.meta.get("ops"), user.meta.get("val")
     others = [source.meta["val"] for source in user.all_input_nodes if source is not constant]
     same = isinstance(value, Tensor) and any(isinstance(o, Tensor) and o.shape == value.shape for o in others)
-    return bool(ops) and all(find_rule(op) is elementwise for op in ops) and same
+    return bool(ops) and all(find_rule(op) is elementwise.elementwise for op in ops) and same
 
 
 class _Values(fx.Interpreter):

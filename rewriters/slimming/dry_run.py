@@ -15,15 +15,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from rewriters.analysis.analyse import Analysis, pin_call, samples_in, trace_calls
-from rewriters.analysis.trial_rewrites import trial_pattern
+from rewriters.analysis import Analysis, pin_call, samples_in, trace_calls, trial_pattern
 from rewriters.errors import AutogateError, SurgeryError
-from rewriters.recording.capture import capture, in_every_place, named_tensors
-from rewriters.recording.garbage_collection import collect
-from rewriters.recording.meta_kernels import WithoutData
-from rewriters.recording.opaque import Opaque, stood_in_for
-from rewriters.recording.pytrees import tensors_of
-from rewriters.recording.side_effects import attributes_preserved, random_numbers_kept, set_modes
+from rewriters.recording import (
+    Opaque,
+    WithoutData,
+    attributes_preserved,
+    capture,
+    collect,
+    in_every_place,
+    named_tensors,
+    random_numbers_kept,
+    set_modes,
+    stood_in_for,
+    tensors_of,
+)
 from rewriters.slimming.plan import apply, plan
 from rewriters.undo_log import Journal
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from rewriters.analysis.analyse import Analysis
-from rewriters.forwards.resizing import Cut
-from rewriters.labelling.rules.mixing import normalises_whole_groups
-from rewriters.recording.pytrees import tensors_of
+from rewriters.analysis import Analysis
+from rewriters.forwards import Cut
+from rewriters.labelling.rules import mixing
+from rewriters.recording import tensors_of
 from rewriters.undo_log import Journal
 
 
@@ -64,7 +64,7 @@ def fields_after(
     elif isinstance(module, nn.PReLU):
         yield "num_parameters", new[0]
     elif isinstance(module, nn.GroupNorm) and name == "weight":
-        if normalises_whole_groups(module.num_groups, old[0]):
+        if mixing.normalises_whole_groups(module.num_groups, old[0]):
             yield "num_groups", module.num_groups * new[0] // old[0]
         yield "num_channels", new[0]
     elif name == "weight" and tuple(getattr(module, "normalized_shape", ())) == tuple(old):

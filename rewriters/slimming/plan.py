@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rewriters.analysis.analyse import Analysis
-from rewriters.cross_channel.placement import take_off
+from rewriters.analysis import Analysis
+from rewriters.cross_channel import take_off
 from rewriters.errors import SurgeryError
-from rewriters.forwards.multi_head_attention import keep_layers_apart
-from rewriters.forwards.resizing import Cut
-from rewriters.forwards.rewritten_forward import InterpretedForward, RewrittenForward
-from rewriters.labelling.channel_map import ChannelMap, Kernel, Side
-from rewriters.recording.side_effects import drop_caches, without_caches
+from rewriters.forwards import Cut, InterpretedForward, RewrittenForward, keep_layers_apart
+from rewriters.labelling import ChannelMap, Kernel, Side
+from rewriters.recording import drop_caches, without_caches
 from rewriters.slimming.block_widths import follow_widths, widths_in_blocks
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
 from rewriters.slimming.decisions import Decisions

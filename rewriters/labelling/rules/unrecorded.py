@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rewriters.labelling.labels import Labelled
 from rewriters.labelling.rules.registry import RULES, OpCall, Result
-from rewriters.recording.opaque import opaque_call
+from rewriters.recording import opaque_call
 
 
 def unrecorded(call: OpCall) -> Result:

@@ -1,0 +1,34 @@
+"""Names that the caller gives: what they speak of in a model, and what was meant where they speak of nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from torch import nn
+
+from rewriters import AutogateError
+
+
+def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
+    """Names of the parameters and buffers that `ignore` speaks of."""
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    paths = [path for path, _ in model.named_modules() if path]
+    named = []
+    for name in ignore:
+        found = [tensor for tensor in tensors if tensor == name or tensor.startswith(f"{name}.")]
+        if not found and name not in paths:
+            raise AutogateError(
+                f"ignore names {name!r}, which is no module or parameter of it.",
+                where=type(model).__name__,
+                remedy=did_you_mean(name, paths + tensors),
+            )
+        named += found
+    return named
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The way out for a name that is unknown: those that look like it."""
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else "See model.named_modules()."
