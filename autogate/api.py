@@ -13,7 +13,7 @@ from autogate.budget import ResourceMaker, Shares
 from autogate.gating import BANK, GateBank, Progress, has_shards
 from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
-from autogate.lock import alone
+from autogate.lock import locked
 from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     Asked,
@@ -31,7 +31,7 @@ from autogate.slim import (
 )
 from autogate.steering import DEFAULT_STEPS, Schedule
 from autogate.wrappers import is_wrapped, unwrap
-from rewriters import AutogateError, Journal, Shortcut, run_eval
+from rewriters import AutogateError, Shortcut, UndoLog, run_eval
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,7 +40,7 @@ class BudgetNotMetWarning(UserWarning):
     """The model was finalized before its gates had come down to the budget."""
 
 
-@alone
+@locked
 def prepare(
     model: M,
     example_inputs: Any = None,
@@ -107,9 +107,9 @@ def prepare(
     asked = Asked(
         as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
     )
-    journal = Journal()
+    undo_log = UndoLog()
     try:
-        replaced = _replace_shortcuts(model, asked, journal)
+        replaced = _replace_shortcuts(model, asked, undo_log)
         analysis = analyse_whole(model, asked)
         if analysis.channel_map.size == 0:
             raise AutogateError(
@@ -120,11 +120,11 @@ def prepare(
             )
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, asked.inputs, added)
-        analysis.place_statistics(model, journal)
+        analysis.place_statistics(model, undo_log)
         origin = Origin(asked, dtype_of_parameters(model), replaced)
         bank = GateBank(model, analysis.channel_map, targets, schedule, origin, added, hooks)
     except BaseException:
-        journal.undo()
+        undo_log.undo()
         raise
     model.add_module(BANK, bank)
     return model
@@ -214,7 +214,7 @@ def summary(model: nn.Module) -> Summary:
     return summarise(unwrap(model), gates(model))
 
 
-@alone
+@locked
 def finalize(
     model: M, example_inputs: Any = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None,
     warn: bool = True,
@@ -291,7 +291,7 @@ def _missed(progress: Progress, tolerance: float) -> str:
     )
 
 
-def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tuple[Shortcut, ...]:
+def _replace_shortcuts(model: nn.Module, asked: Asked, undo_log: UndoLog) -> tuple[Shortcut, ...]:
     shortcuts = asked.shortcuts
     if shortcuts == "shared":
         return ()
@@ -306,7 +306,7 @@ def _replace_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tupl
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
     wanted = run_eval(model, *asked.inputs)
-    replaced = put_shortcuts(model, asked, journal)
+    replaced = put_shortcuts(model, asked, undo_log)
     if not replaced:
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "

@@ -16,7 +16,7 @@ R = TypeVar("R")
 _LOCK = threading.RLock()
 
 
-def alone(function: Callable[P, R]) -> Callable[P, R]:
+def locked(function: Callable[P, R]) -> Callable[P, R]:
     """Let calls from several threads wait for each other.
 
     Inside of `torch.inference_mode` they run as outside: parameters that were made in it could not be trained.

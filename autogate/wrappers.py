@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from rewriters import Journal
+from rewriters import UndoLog
 
 _WRAPPED_FORWARD = "_original_forward"
 """Where Accelerate keeps a model's forward when it puts autocast around it (`Accelerator.prepare_model`)."""
@@ -31,19 +31,19 @@ def is_wrapped(model: nn.Module) -> bool:
     return unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__
 
 
-def take_off_accelerate(model: nn.Module, journal: Journal) -> None:
+def take_off_accelerate(model: nn.Module, undo_log: UndoLog) -> None:
     """Gives a model the forward back that Accelerate has put autocast around, and lets it be prepared there anew.
 
     A forward rewritten for the slim model would go unheard beneath another, and outputs in half precision couldn't be
     compared to the last digit.
     """
     if _PREPARED in model.__dict__:
-        journal.remove(model.__dict__, _PREPARED)
+        undo_log.remove(model.__dict__, _PREPARED)
     forward = model.__dict__.get(_WRAPPED_FORWARD)
     if forward is None:
         return
-    journal.remove(model.__dict__, _WRAPPED_FORWARD)
+    undo_log.remove(model.__dict__, _WRAPPED_FORWARD)
     if getattr(forward, "__func__", None) is type(model).forward:
-        journal.remove(model.__dict__, "forward")
+        undo_log.remove(model.__dict__, "forward")
     else:
-        journal.set_attribute(model, "forward", forward)
+        undo_log.set_attribute(model, "forward", forward)

@@ -57,7 +57,7 @@ def trial(
     wanted = rewriters.run_eval(model, (example,))
     plan = rewriters.plan(model, analysis, bank.live, (example,))
     bank.detach()
-    rewriters.apply(model, plan, rewriters.Journal())
+    rewriters.apply(model, plan, rewriters.UndoLog())
     difference = rewriters.relative_error(rewriters.run_eval(model, (example,)), wanted)
     return difference, spread(wanted), plan.flops(analysis.channel_map) / fvcore_flops(model, example)
 
@@ -69,7 +69,7 @@ def measure(name: str) -> dict:
     randomise_norms(model)
     model, example = model.double(), torch.randn(2, 3, SIDE, SIDE).double()
     dense = fvcore_flops(model, example)
-    analysis = rewriters.rehearse(model, rewriters.analyse(model, (example,)), (example,))
+    analysis = rewriters.dry_run(model, rewriters.analyse(model, (example,)), (example,))
     model = autogate.prepare(model, example)
     summary = autogate.summary(model)
     patterns = [(dead, seed) for dead in (0.1, 0.4, 0.8) for seed in range(3)]

@@ -1,9 +1,9 @@
 """What happens to a model's graph: capture, channel labels, slimming, verification.
 
     analysis = rewriters.analyse(model, (example,))       # the channel map, in seconds
-    rewriters.rehearse(model, analysis, (example,))       # the proof that all of it can go
+    rewriters.dry_run(model, analysis, (example,))       # the proof that all of it can go
     plan = rewriters.plan(model, analysis, live)          # which indices stay, which forwards change
-    rewriters.apply(model, plan, rewriters.Journal())     # carried out on the live model, and undoable
+    rewriters.apply(model, plan, rewriters.UndoLog())     # carried out on the live model, and undoable
 
 Nothing here knows how a gate is learned.
 """
@@ -13,8 +13,8 @@ from rewriters.cross_channel import write_live
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.labelling import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
 from rewriters.shortcuts import Shortcut, replace_shortcuts, restore
-from rewriters.slimming import Decisions, SlimPlan, apply, fields_after, plan, rehearse
-from rewriters.undo_log import Journal
+from rewriters.slimming import Decisions, SlimPlan, apply, dry_run, fields_after, plan
+from rewriters.undo_log import UndoLog
 from rewriters.verify import relative_error, run_eval
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "ChannelMap",
     "Decisions",
     "Group",
-    "Journal",
     "Kernel",
     "Pin",
     "Shortcut",
@@ -33,12 +32,13 @@ __all__ = [
     "SlimPlan",
     "Statistic",
     "SurgeryError",
+    "UndoLog",
     "VerificationError",
     "analyse",
     "apply",
+    "dry_run",
     "fields_after",
     "plan",
-    "rehearse",
     "relative_error",
     "replace_shortcuts",
     "restore",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Journal:
+class UndoLog:
     """Applies changes to modules and remembers what was there before."""
 
     def __init__(self) -> None:

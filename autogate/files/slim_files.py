@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.files.building import Build, build, how_to_build
 from autogate.gating import BANK
 from autogate.inputs import Inputs, as_call
-from autogate.lock import alone
+from autogate.lock import locked
 from autogate.slim import (
     ATTRIBUTE,
     History,
@@ -44,7 +44,7 @@ from autogate.slim import (
 )
 from autogate.version import __version__
 from autogate.wrappers import unwrap
-from rewriters import AutogateError, Journal
+from rewriters import AutogateError, UndoLog
 from rewriters.forwards import RewrittenForward
 from rewriters.slimming import follow_tensors, like, tensor_slots
 
@@ -141,7 +141,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
         save_file(tensors, temporary, metadata=metadata)
 
 
-@alone
+@locked
 def load(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -176,12 +176,12 @@ def load(
         raise AutogateError(
             "it is prepared or slim already.", where=type(model).__name__, remedy="Give the dense model."
         )
-    journal = Journal()
+    undo_log = UndoLog()
     try:
-        _slim_again(model, header, example_inputs, journal)
-        _fill(model, header, tensors, device, journal)
+        _slim_again(model, header, example_inputs, undo_log)
+        _fill(model, header, tensors, device, undo_log)
     except BaseException as error:
-        journal.undo()
+        undo_log.undo()
         if isinstance(error, Exception):
             raise _not_carried_out(error, header, model, path) from error
         raise
@@ -216,16 +216,16 @@ def _not_carried_out(error: Exception, header: Header, model: nn.Module, path: s
     return AutogateError(f"it can't be slimmed as the file says: {error} {place}", where=type(model).__name__)
 
 
-def _slim_again(model: nn.Module, header: Header, example_inputs: Any, journal: Journal) -> None:
+def _slim_again(model: nn.Module, header: Header, example_inputs: Any, undo_log: UndoLog) -> None:
     dense = describe_modules(model)
     at = next((tensor.device for *_, tensor in tensor_slots(model)), torch.device("cpu"))
     for slimming in header.slimmings:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(at), _inputs(slimming, example_inputs, model))
-        replay(model, slimming, inputs, journal)
+        replay(model, slimming, inputs, undo_log)
     made = history_of(model)
     if made is None:
         raise AutogateError("the file's plan holds no slimming.")
-    journal.set_attribute(model, ATTRIBUTE, History(header.slimmings, dense, made.modules, made.shapes))
+    undo_log.set_attribute(model, ATTRIBUTE, History(header.slimmings, dense, made.modules, made.shapes))
 
 
 def _inputs(slimming: Slimming, example_inputs: Any, model: nn.Module) -> Inputs:
@@ -241,7 +241,11 @@ def _inputs(slimming: Slimming, example_inputs: Any, model: nn.Module) -> Inputs
 
 
 def _fill(
-    model: nn.Module, header: Header, tensors: Mapping[str, Tensor], device: torch.device | str | None, journal: Journal
+    model: nn.Module,
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | str | None,
+    undo_log: UndoLog,
 ) -> None:
     """Put a file's tensors into a model that has been slimmed for them."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -254,20 +258,20 @@ def _fill(
     for alias, name in header.aliases.items():
         if state[alias] is not state[name]:
             raise AutogateError(f"it is shared with {name} in the file, and not in this model.", where=alias)
-    cast(model, header.buffers, journal)
+    cast(model, header.buffers, undo_log)
     names = {id(tensor): name for name, tensor in reversed(state.items())}
     filled: dict[int, Tensor] = {}
     for _, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) not in filled:
             new = tensors[names[id(tensor)]].clone() if id(tensor) in names else tensor.detach()
             filled[id(tensor)] = like(tensor, new.to(tensor.device if device is None else device))
-        journal.set_tensor(module, own_name, filled[id(tensor)])
-    follow_tensors(model, journal)
+        undo_log.set_tensor(module, own_name, filled[id(tensor)])
+    follow_tensors(model, undo_log)
     frozen, training = set(header.frozen), set(header.training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     for path, module in model.named_modules():
-        journal.set_attribute(module, "training", path in training)
+        undo_log.set_attribute(module, "training", path in training)
 
 
 def _unchanged_history(slim: nn.Module) -> History:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from autogate.budget import Flops, Params, Shares, Target, Targets
 from autogate.inputs import as_call
-from autogate.lock import alone
+from autogate.lock import locked
 from autogate.naming import named_by
 from autogate.slim import Asked, analyse_whole, put_shortcuts
 from autogate.steering import Narrowing, groups_of, part_alike
-from rewriters import AutogateError, ChannelMap, Journal, Pin
+from rewriters import AutogateError, ChannelMap, Pin, UndoLog
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Inspection:
     least: float
 
 
-@alone
+@locked
 def inspect_model(
     model: nn.Module,
     example_inputs: Any = None,
@@ -95,13 +95,13 @@ def inspect_model(
     Shares(flops=flops)  # raises for a share that is none
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
     asked = Asked(as_call(example_inputs, model), ignored, shortcuts)
-    journal = Journal()
+    undo_log = UndoLog()
     try:
-        added = {shortcut.weight for shortcut in put_shortcuts(model, asked, journal)}
+        added = {shortcut.weight for shortcut in put_shortcuts(model, asked, undo_log)}
         channel_map = analyse_whole(model, asked).channel_map
         cost, params = Flops(channel_map, model, added), Params(channel_map, model)
     finally:
-        journal.undo()
+        undo_log.undo()
     narrowing = Narrowing(groups_of(channel_map, round_to=1))
     keep = part_alike(narrowing, Targets([Target(cost, flops)])) or 0.0
     live = narrowing.live(keep)

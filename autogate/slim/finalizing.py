@@ -17,8 +17,8 @@ from autogate.slim.slimming import Asked, analyse_whole, carry_out
 from autogate.wrappers import take_off_accelerate
 from rewriters import (
     AutogateError,
-    Journal,
     Shortcut,
+    UndoLog,
     VerificationError,
     relative_error,
     run_eval,
@@ -76,16 +76,16 @@ def take_out(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
 def _slim_compared(
     model: nn.Module, bank: GateBank, inputs: Inputs, tolerance: Mapping[torch.dtype, float]
 ) -> Slimming:
-    journal = Journal()
+    undo_log = UndoLog()
     try:
-        take_off_accelerate(model, journal)
+        take_off_accelerate(model, undo_log)
         wanted = run_eval(model, *inputs)
-        journal.remove(model._modules, BANK)
-        journal.remove(model._forward_pre_hooks, bank.hook.id)
-        done = _slim(model, bank, journal)
+        undo_log.remove(model._modules, BANK)
+        undo_log.remove(model._forward_pre_hooks, bank.hook.id)
+        done = _slim(model, bank, undo_log)
         verify(model, inputs, wanted, "the slim model", tolerance)
     except BaseException:
-        journal.undo()
+        undo_log.undo()
         raise
     return done
 
@@ -111,7 +111,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
 
 
-def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> Slimming:
+def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
     origin: Origin = bank.origin
     asked = origin.asked._replace(inputs=origin.inputs_for(model))
     analysis = analyse_whole(model, asked)
@@ -122,7 +122,7 @@ def _slim(model: nn.Module, bank: GateBank, journal: Journal) -> Slimming:
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model anew.",
         )
-    return carry_out(model, analysis, bank.live, asked, origin.shortcuts, journal)
+    return carry_out(model, analysis, bank.live, asked, origin.shortcuts, undo_log)
 
 
 def verify(

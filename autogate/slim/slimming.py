@@ -31,12 +31,12 @@ from rewriters import (
     AutogateError,
     ChannelMap,
     Decisions,
-    Journal,
     Shortcut,
+    UndoLog,
     analyse,
     apply,
+    dry_run,
     plan,
-    rehearse,
     replace_shortcuts,
     restore,
 )
@@ -65,21 +65,21 @@ class Asked(NamedTuple):
 def analyse_whole(model: nn.Module, asked: Asked) -> Analysis:
     """The model's channels, with everything pinned that would not survive a slimming."""
     args, kwargs = asked.inputs
-    return rehearse(model, analyse(model, args, kwargs, asked.ignored, asked.embed), args, kwargs)
+    return dry_run(model, analyse(model, args, kwargs, asked.ignored, asked.embed), args, kwargs)
 
 
-def put_shortcuts(model: nn.Module, asked: Asked, journal: Journal) -> tuple[Shortcut, ...]:
+def put_shortcuts(model: nn.Module, asked: Asked, undo_log: UndoLog) -> tuple[Shortcut, ...]:
     """1x1 convolutions on those of the model's shortcuts that are asked for."""
     if asked.shortcuts == "shared":
         return ()
     within = None if asked.shortcuts == "conv" else asked.shortcuts
     within = (within,) if isinstance(within, str) else within
-    return replace_shortcuts(model, *asked.inputs, journal, within, asked.ignored, asked.embed)
+    return replace_shortcuts(model, *asked.inputs, undo_log, within, asked.ignored, asked.embed)
 
 
 def carry_out(
     model: nn.Module, analysis: Analysis, live: Tensor, asked: Asked, shortcuts: tuple[Shortcut, ...],
-    journal: Journal, decided: Decisions | None = None,
+    undo_log: UndoLog, decided: Decisions | None = None,
 ) -> Slimming:  # fmt: skip
     """Slim `model` to the classes in `live` (bool, shape (classes,)); it remembers that.
 
@@ -94,8 +94,8 @@ def carry_out(
     slim_plan = plan(model, analysis, live, *asked.inputs, decided)
     slim_plan = restore(model, analysis, slim_plan, shortcuts, decided)
     follow = bookkeeping.widths(model)
-    apply(model, slim_plan, journal)
-    bookkeeping.update(model, follow, journal)
+    apply(model, slim_plan, undo_log)
+    bookkeeping.update(model, follow, undo_log)
     done = Slimming(
         tensors=before,
         buffers=buffers,
@@ -113,29 +113,29 @@ def carry_out(
     earlier = history_of(model) or History((), modules, {}, {})
     shapes = {name: spec.shape for name, spec in describe_tensors(model).items()}
     history = History((*earlier.slimmings, done), earlier.dense_modules, describe_modules(model), shapes)
-    journal.set_attribute(model, ATTRIBUTE, history)
+    undo_log.set_attribute(model, ATTRIBUTE, history)
     return done
 
 
-def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, journal: Journal) -> None:
+def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoLog) -> None:
     """Slim `model`, which is as the slimmed one was but for its weights, in the same way.
 
     Args:
         inputs: example inputs on the model's device.
 
     Raises:
-        AutogateError: it is another model, or its channels are coupled otherwise; `journal` has what was done.
+        AutogateError: it is another model, or its channels are coupled otherwise; `undo_log` has what was done.
     """
     _check_tensors(model, slimming.tensors)
-    cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), journal)
+    cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
     asked = Asked(inputs, ignored, slimming.shortcuts, slimming.embed)
-    shortcuts = put_shortcuts(model, asked, journal)
+    shortcuts = put_shortcuts(model, asked, undo_log)
     _check_same("the convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_whole(model, asked)
     live = _live(analysis.channel_map, slimming)
     decided = Decisions(slimming.branches, slimming.selections)
-    done = carry_out(model, analysis, live, asked, shortcuts, journal, decided)
+    done = carry_out(model, analysis, live, asked, shortcuts, undo_log, decided)
     mine, theirs = by_side(done.kept), by_side(slimming.kept)
     for side in {**theirs, **mine}:
         here, there = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
@@ -194,7 +194,7 @@ def _shape(shape: object | None) -> str:
     return "not there" if shape is None else f"of shape {shape}"
 
 
-def cast(model: nn.Module, dtypes: Mapping[str, str], journal: Journal) -> None:
+def cast(model: nn.Module, dtypes: Mapping[str, str], undo_log: UndoLog) -> None:
     """Give the named parameters and buffers these dtypes."""
     done: dict[int, Tensor] = {}  # a tensor that stands in several places stays one
     for name, module, own_name, tensor in list(tensor_slots(model)):
@@ -202,4 +202,4 @@ def cast(model: nn.Module, dtypes: Mapping[str, str], journal: Journal) -> None:
         if dtype != tensor.dtype:
             if id(tensor) not in done:
                 done[id(tensor)] = like(tensor, tensor.detach().to(dtype))
-            journal.set_tensor(module, own_name, done[id(tensor)])
+            undo_log.set_tensor(module, own_name, done[id(tensor)])

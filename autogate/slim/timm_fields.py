@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rewriters import Journal
+from rewriters import UndoLog
 
 _FIELDS = ("num_features", "head_hidden_size", "in_features", "embed_dim")
 
@@ -46,7 +46,7 @@ def _inputs(layer: object) -> int | None:
     return None
 
 
-def update(model: nn.Module, before: Widths, journal: Journal) -> None:
+def update(model: nn.Module, before: Widths, undo_log: UndoLog) -> None:
     """Let the fields that named one of the widths name what it is now."""
     after = widths(model)
     keepers = [module for module in (model, getattr(model, "head", None)) if isinstance(module, nn.Module)]
@@ -56,5 +56,5 @@ def update(model: nn.Module, before: Widths, journal: Journal) -> None:
             for old, new in ((before.classifier, after.classifier), (before.head, after.head)):
                 if named is not None and named == old and new is not None:
                     if new != old:
-                        journal.set_attribute(module, field, new)
+                        undo_log.set_attribute(module, field, new)
                     break

@@ -12,7 +12,7 @@ from rewriters import ALWAYS, ChannelMap, Side
 _INPUTS = "inputs"
 
 
-def lifelines(channel_map: ChannelMap, groups: Sequence[Sequence[int]]) -> set[int]:
+def critical_groups(channel_map: ChannelMap, groups: Sequence[Sequence[int]]) -> set[int]:
     """Which groups every way to an output leads through, by their places in `groups`.
 
     A layer leads from the groups that it reads to those that it makes. One that makes channels that always stay makes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autogate.budget import ROUNDING, Targets
-from autogate.steering.critical_groups import lifelines
+from autogate.steering.critical_groups import critical_groups
 from autogate.steering.schedule import PATIENCE, Schedule
 from rewriters import ALWAYS, AutogateError, ChannelMap
 
@@ -30,7 +30,7 @@ class Group:
         classes: their indices.
         pace: so many of them die together, for the widths of all layers to stay on multiples of the
             schedule's `round_to`.
-        needed: outputs depend on inputs through it alone (see `lifelines`): it doesn't die as a whole.
+        needed: outputs depend on inputs through it alone (see `critical_groups`): it doesn't die as a whole.
     """
 
     classes: tuple[int, ...]
@@ -119,7 +119,7 @@ def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targe
     narrowing = Narrowing(groups)
     if targets.distance(narrowing.live(0.0)) <= 0:
         return list(groups)
-    needed = lifelines(channel_map, [group.classes for group in groups])
+    needed = critical_groups(channel_map, [group.classes for group in groups])
     marked = [replace(group, needed=number in needed) for number, group in enumerate(groups)]
     live = narrowing.live(0.0)
     for group in marked:

@@ -1,7 +1,7 @@
 """From a model and example inputs to its channel map, with the proof that every class of it can go.
 
 Forwards that hold sizes are traced and rewritten once for a trial pattern of dead classes, then the whole
-slimming is rehearsed (`rehearsal`). What cannot be written down is pinned here, before anything is
+slimming is tried in a dry run (`dry_run`). What cannot be written down is pinned here, before anything is
 trained, and not found out at the end.
 """
 
@@ -34,7 +34,7 @@ from rewriters.recording import (
     tensors_of,
     without_caches,
 )
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 from rewriters.verify import run_eval
 
 _RULES_WITH_SIZES = (
@@ -79,21 +79,21 @@ class Analysis:
         looking = statistics(self.sites, self.labelling.numbering()) if self.sites else ()
         self.channel_map = replace(channel_map, statistics=looking)
 
-    def place_statistics(self, model: nn.Module, journal: Journal) -> None:
+    def place_statistics(self, model: nn.Module, undo_log: UndoLog) -> None:
         """Let statistics along channels be taken over the live ones, which are all of them until `write_live`."""
-        place(model, self.sites, self.labelling.numbering(), journal)
+        place(model, self.sites, self.labelling.numbering(), undo_log)
 
     @contextlib.contextmanager
     def live_statistics(self, model: nn.Module, live: Tensor) -> Iterator[None]:
         """Inside, statistics are taken over the classes in `live` (bool, shape (classes,))."""
-        journal = Journal()
-        take_off(model, journal)
-        self.place_statistics(model, journal)
+        undo_log = UndoLog()
+        take_off(model, undo_log)
+        self.place_statistics(model, undo_log)
         write_live(model, self.channel_map, live)
         try:
             yield
         finally:
-            journal.undo()
+            undo_log.undo()
 
 
 def analyse(

@@ -1,8 +1,8 @@
 """Let the forwards that take statistics along channels take them over the live ones, and take that back.
 
-place(model, sites, number, journal)    # each call is made by a module of `live_statistics.py` from now on
+place(model, sites, number, undo_log)    # each call is made by a module of `live_statistics.py` from now on
 write_live(model, channel_map, live)    # over these channels
-take_off(model, journal)                # every module has the forward again that it had
+take_off(model, undo_log)                # every module has the forward again that it had
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rewriters.errors import TraceError
 from rewriters.forwards import LiveForward, keep_layers_apart
 from rewriters.labelling import ALWAYS, ChannelMap, Statistic
 from rewriters.labelling.rules import Look
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +95,17 @@ def statistics(sites: Sequence[Site], number: np.ndarray) -> tuple[Statistic, ..
     )
 
 
-def place(model: nn.Module, sites: Sequence[Site], number: np.ndarray, journal: Journal) -> None:
+def place(model: nn.Module, sites: Sequence[Site], number: np.ndarray, undo_log: UndoLog) -> None:
     """Let statistics that look at channels that may die be taken over the live ones: all until `write_live`.
 
     Args:
-        model: changed in place, every change noted in `journal`.
+        model: changed in place, every change noted in `undo_log`.
         sites: where statistics are taken.
         number: class of each label.
     """
     mortals = [(one, mortal) for one in sites if (mortal := one.mortal(number))]
     if mortals:
-        keep_layers_apart(model, journal)
+        keep_layers_apart(model, undo_log)
     for one, mortal in mortals:
         module = model.get_submodule(one.path)
         made = {graph: _with_children(graph, one, mortal) for graph in one.graphs.values()}
@@ -115,8 +115,8 @@ def place(model: nn.Module, sites: Sequence[Site], number: np.ndarray, journal: 
         for index in mortal:
             look, node = one.looks[index], nodes[index]
             form = _forms(look)[node.target](len(look.labels), look.dim, _like(module, node))
-            journal.set(module._modules, one.names[index], form.train(module.training))
-        journal.set_attribute(module, "forward", forward)
+            undo_log.set(module._modules, one.names[index], form.train(module.training))
+        undo_log.set_attribute(module, "forward", forward)
 
 
 def _like(module: nn.Module, node: fx.Node) -> Tensor:
@@ -148,25 +148,25 @@ def write_live(model: nn.Module, channel_map: ChannelMap, live: Tensor) -> None:
         form.write(seen[statistic.classes])
 
 
-def take_off(model: nn.Module, journal: Journal) -> None:
+def take_off(model: nn.Module, undo_log: UndoLog) -> None:
     """Give every module the forward back that takes its statistics over all channels."""
     for module in list(model.modules()):
         forward = module.__dict__.get("forward")
         if isinstance(forward, LiveForward):
             if forward.plain is None:
-                journal.remove(module.__dict__, "forward")
+                undo_log.remove(module.__dict__, "forward")
             else:
-                journal.set_attribute(module, "forward", forward.plain)
+                undo_log.set_attribute(module, "forward", forward.plain)
             for name in forward.names:
-                journal.remove(module._modules, name)
+                undo_log.remove(module._modules, name)
 
 
 @contextlib.contextmanager
 def plain_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, statistics are taken over all channels."""
-    journal = Journal()
-    take_off(model, journal)
+    undo_log = UndoLog()
+    take_off(model, undo_log)
     try:
         yield
     finally:
-        journal.undo()
+        undo_log.undo()

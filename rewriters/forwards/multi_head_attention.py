@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 
 
 def multi_head_attention(
@@ -79,10 +79,10 @@ def _to_add(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
-def keep_layers_apart(model: nn.Module, journal: Journal) -> None:
+def keep_layers_apart(model: nn.Module, undo_log: UndoLog) -> None:
     """Let transformer layers call their parts: a fused kernel of theirs reads the parts' parameters by itself."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
-            journal.set_attribute(module, "use_nested_tensor", False)
+            undo_log.set_attribute(module, "use_nested_tensor", False)
         elif isinstance(module, nn.TransformerEncoderLayer):
-            journal.set_attribute(module, "activation_relu_or_gelu", 0)
+            undo_log.set_attribute(module, "activation_relu_or_gelu", 0)

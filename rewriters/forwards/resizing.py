@@ -25,7 +25,7 @@ from rewriters.forwards.tracer_patches import AUTOCAST
 from rewriters.forwards.tracing import run_call
 from rewriters.labelling import Labelled, parts, reshaped, varying
 from rewriters.labelling.rules import RULES, Look, Rule, elementwise, find_rule, movement
-from rewriters.recording import WithoutData, leaves_of, tensors_of
+from rewriters.recording import MetaMode, leaves_of, tensors_of
 
 _CONCATENATIONS = {torch.cat, torch.concat}
 
@@ -274,7 +274,7 @@ class Resizer:
     def _agrees(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
         """Whether this call on slimmed values gives the slimmed result; notes the result."""
         try:
-            with torch.no_grad(), WithoutData():
+            with torch.no_grad(), MetaMode():
                 got = run_call(node.op, target, args, kwargs, self._slim.__getitem__)
         except Exception:  # the op itself refuses its arguments
             return False

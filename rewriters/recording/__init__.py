@@ -11,7 +11,7 @@ from rewriters.recording.capture import (
     reshapes_in_place,
 )
 from rewriters.recording.garbage_collection import collect, frozen_heap
-from rewriters.recording.meta_kernels import WithoutData, constant, on_fakes
+from rewriters.recording.meta_kernels import MetaMode, constant, on_fakes
 from rewriters.recording.opaque import Opaque, opaque_call, stood_in_for
 from rewriters.recording.pytrees import all_tensors, leaves_of, tensors_at, tensors_of
 from rewriters.recording.side_effects import (
@@ -24,9 +24,9 @@ from rewriters.recording.side_effects import (
 
 __all__ = [
     "Capture",
+    "MetaMode",
     "ModuleCall",
     "Opaque",
-    "WithoutData",
     "all_tensors",
     "attributes_preserved",
     "capture",

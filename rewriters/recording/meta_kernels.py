@@ -259,7 +259,7 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
-class WithoutData(TorchDispatchMode):
+class MetaMode(TorchDispatchMode):
     """Inside, forwards run on meta tensors the quicker way."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -1,6 +1,6 @@
 """Modules whose forward can't be recorded: the model runs once for real, which tells what they are given and give.
 
-Such a module is opaque from then on. A recording, and the rehearsal, don't run it: they are handed tensors without
+Such a module is opaque from then on. A recording, and the dry run, don't run it: they are handed tensors without
 data, of the shapes that it gave, and all channels that it touches stay.
 """
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 
 _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
 _SIMPLE = frozenset((bool, int, float, str, tuple, type(None)))
@@ -127,8 +127,8 @@ def random_numbers_kept(devices: Collection[torch.device] = ()) -> Iterator[None
         np.random.set_state(of_numpy)
 
 
-def drop_caches(modules: Iterable[nn.Module], journal: Journal) -> None:
-    """Empty what forwards have kept of earlier calls, every change noted in `journal`.
+def drop_caches(modules: Iterable[nn.Module], undo_log: UndoLog) -> None:
+    """Empty what forwards have kept of earlier calls, every change noted in `undo_log`.
 
     Such a cache (a bias looked up once in eval mode) hides what it was computed from, and holds sizes as they
     were. It is a plain attribute, a dict of tensors none of which is a parameter. Entries of a
@@ -139,7 +139,7 @@ def drop_caches(modules: Iterable[nn.Module], journal: Journal) -> None:
     for module in modules:
         for name, value in _plain(module):
             if type(value) is dict and value and all(_is_computed(item) for item in value.values()):
-                journal.set_attribute(module, name, {})
+                undo_log.set_attribute(module, name, {})
 
 
 def _is_computed(value: Any) -> bool:
@@ -149,12 +149,12 @@ def _is_computed(value: Any) -> bool:
 @contextlib.contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
     """Inside, forwards have kept nothing of earlier calls."""
-    journal = Journal()
-    drop_caches(model.modules(), journal)
+    undo_log = UndoLog()
+    drop_caches(model.modules(), undo_log)
     try:
         yield
     finally:
-        journal.undo()
+        undo_log.undo()
 
 
 def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:

@@ -25,7 +25,7 @@ from rewriters.labelling.rules import Findings
 from rewriters.recording import Capture, capture, set_modes
 from rewriters.shortcuts.residual_adds import ADDS, ResidualAdd, coupling, residual_adds
 from rewriters.slimming import is_under
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -57,7 +57,7 @@ class Shortcut:
 
 
 def replace_shortcuts(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal,
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], undo_log: UndoLog,
     within: Collection[str] | None = None, ignore: Mapping[str, str] | None = None, embed: bool = True,
 ) -> tuple[Shortcut, ...]:  # fmt: skip
     """Put 1x1 convolutions, started as the identity, in the place of identity shortcuts.
@@ -66,10 +66,10 @@ def replace_shortcuts(
     times.
 
     Args:
-        model: changed in place, every change noted in `journal`.
+        model: changed in place, every change noted in `undo_log`.
         args: example inputs by position.
         kwargs: example inputs by name.
-        journal: what is noted can be undone.
+        undo_log: what is noted can be undone.
         within: paths of modules all of whose identity shortcuts are replaced; None for every shortcut that
             alone couples the channels it leads to with those it leads from.
         ignore: names of parameters and buffers whose channels stay, with the reason.
@@ -93,7 +93,7 @@ def replace_shortcuts(
         try:
             if times[path] > 1:
                 raise TraceError("it is called several times", where=path)
-            placed += _replace_in(model.get_submodule(path), own, captured, labelling, journal)
+            placed += _replace_in(model.get_submodule(path), own, captured, labelling, undo_log)
         except TraceError:
             if within is not None:
                 raise
@@ -119,7 +119,7 @@ def _by_module(adds: list[ResidualAdd]) -> dict[str, list[ResidualAdd]]:
 
 
 def _replace_in(
-    module: nn.Module, adds: list[ResidualAdd], captured: Capture, labelling: Labelling, journal: Journal
+    module: nn.Module, adds: list[ResidualAdd], captured: Capture, labelling: Labelling, undo_log: UndoLog
 ) -> list[Shortcut]:
     """Replace the shortcuts of one module's forward (raises `TraceError`, the module then as it was)."""
     call = adds[0].call
@@ -133,8 +133,8 @@ def _replace_in(
             _insert(one.graph, nodes[recorded.index(add.node)], add.operand, name)
     before = module.__dict__.get("forward")
     for add, name in zip(adds, names, strict=True):
-        journal.set(module._modules, name, _identity(add, module.training))
-    journal.set_attribute(module, "forward", RewrittenForward(module, by_mode(traced, lambda one: one.graph)))
+        undo_log.set(module._modules, name, _identity(add, module.training))
+    undo_log.set_attribute(module, "forward", RewrittenForward(module, by_mode(traced, lambda one: one.graph)))
     return [Shortcut(call.path, name, before) for name in names]
 
 

@@ -2,7 +2,7 @@
 
 from rewriters.slimming.dead_branches import is_under
 from rewriters.slimming.decisions import Decisions
-from rewriters.slimming.dry_run import rehearse
+from rewriters.slimming.dry_run import dry_run
 from rewriters.slimming.module_fields import fields_after, follow_tensors
 from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
 
@@ -10,12 +10,12 @@ __all__ = [
     "Decisions",
     "SlimPlan",
     "apply",
+    "dry_run",
     "fields_after",
     "follow_tensors",
     "is_under",
     "like",
     "plan",
-    "rehearse",
     "take_indices",
     "tensor_slots",
 ]

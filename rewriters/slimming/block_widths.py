@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 
 _METHODS = ("reparameterize", "fuse", "switch_to_deploy")
 """What fusing is called."""
@@ -34,7 +34,7 @@ def widths_in_blocks(model: nn.Module) -> Fields:
     return {layer: {name: vars(layer)[name] for name in names & vars(layer).keys()} for layer in layers}
 
 
-def follow_widths(model: nn.Module, before: Fields, journal: Journal) -> None:
+def follow_widths(model: nn.Module, before: Fields, undo_log: UndoLog) -> None:
     """Let a block's field be what the field of a layer in it that means the same, and had its number, has become.
 
     Of several layers it is the first that tells what the block reads, the last that tells what it makes.
@@ -42,7 +42,7 @@ def follow_widths(model: nn.Module, before: Fields, journal: Journal) -> None:
     Args:
         model: whose layers have their new fields.
         before: `widths_in_blocks`, before they had.
-        journal: notes what changes.
+        undo_log: notes what changes.
     """
     for block in list(_blocks(model)):
         layers = [layer for layer in block.modules() if layer is not block and layer in before]
@@ -50,7 +50,7 @@ def follow_widths(model: nn.Module, before: Fields, journal: Journal) -> None:
             meaning, old = _MEANING[field], vars(block)[field]
             became = _became(layers, meaning, before, old) or _became(layers, _OF_NORMS, before, old)
             if became:
-                journal.set_attribute(block, field, became[-1 if meaning is _MADE else 0])
+                undo_log.set_attribute(block, field, became[-1 if meaning is _MADE else 0])
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:

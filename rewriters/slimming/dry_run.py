@@ -1,6 +1,6 @@
 """Carry the slimming out once for a trial pattern, on the live model and undone at once, before training begins.
 
-Labels and rewritten forwards say what can go; the rehearsal is what proves it for code that neither of them
+Labels and rewritten forwards say what can go; the dry run is what proves it for code that neither of them
 read: an assertion on a width, a field nobody knows. The slimmed model runs on tensors without data (nothing is
 computed); a module that refuses is traced, to be rewritten, and keeps its channels if it still does.
 """
@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis, pin_call, samples_in, trace_calls, trial_pattern
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.recording import (
+    MetaMode,
     Opaque,
-    WithoutData,
     attributes_preserved,
     capture,
     collect,
@@ -31,12 +31,12 @@ from rewriters.recording import (
     tensors_of,
 )
 from rewriters.slimming.plan import apply, plan
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 
 _SEED = 2
 
 
-def rehearse(
+def dry_run(
     model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> Analysis:
     """`analysis` with everything pinned that would not survive a slimming; the model is as it was.
@@ -75,20 +75,20 @@ def rehearse(
 def _refusal(
     model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[str, Exception] | None:
-    """Path of the module that fails in the rehearsal, with its error; None where all goes well."""
-    journal = Journal()
+    """Path of the module that fails in the dry run, with its error; None where all goes well."""
+    undo_log = UndoLog()
     modes = set_modes(model, False)
     try:
         channel_map = analysis.channel_map
         live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
         slim = plan(model, analysis, live, args, kwargs)
         collect()
-        apply(model, slim, journal, with_values=False)
+        apply(model, slim, undo_log, with_values=False)
         after = _output_shapes(model, args, kwargs or {}, analysis.captures[0].opaque)
     except AutogateError as error:
         return error.where, error
     finally:
-        journal.undo()
+        undo_log.undo()
         set_modes(model, modes)
     before = _shapes(analysis.captures[0].root.output)
     return None if before == after else ("", SurgeryError("its outputs change their shapes"))
@@ -110,7 +110,7 @@ def _output_shapes(
     try:
         with (
             attributes_preserved(model.modules()), random_numbers_kept(), torch.no_grad(),
-            stood_in_for(model, opaque), WithoutData(),
+            stood_in_for(model, opaque), MetaMode(),
         ):  # fmt: skip
             return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
     except Exception:

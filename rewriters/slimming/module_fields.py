@@ -15,7 +15,7 @@ from rewriters.analysis import Analysis
 from rewriters.forwards import Cut
 from rewriters.labelling.rules import mixing
 from rewriters.recording import tensors_of
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 
 
 def _is_convolution(module: nn.Module, shape: torch.Size) -> bool:
@@ -84,14 +84,14 @@ def owner_of(model: nn.Module, name: str, module: nn.Module, own_name: str) -> t
     return module, own_name
 
 
-def follow_tensors(model: nn.Module, journal: Journal) -> None:
+def follow_tensors(model: nn.Module, undo_log: UndoLog) -> None:
     """Let recurrent modules' own lists of their tensors hold those that they have now."""
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             tensors = [getattr(module, name, None) for name in module._flat_weights_names]
-            journal.set_attribute(module, "_flat_weights", tensors)
+            undo_log.set_attribute(module, "_flat_weights", tensors)
             references = [None if tensor is None else weakref.ref(tensor) for tensor in tensors]
-            journal.set_attribute(module, "_flat_weight_refs", references)
+            undo_log.set_attribute(module, "_flat_weight_refs", references)
 
 
 def widths_of_bare_norms(model: nn.Module, analysis: Analysis, cut: Cut) -> dict[str, int]:

@@ -19,7 +19,7 @@ from rewriters.slimming.block_widths import follow_widths, widths_in_blocks
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
 from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.module_fields import fields_after, follow_tensors, owner_of, widths_of_bare_norms
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
                 yield f"{path}.{name}".lstrip("."), module, name, tensor
 
 
-def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: bool = True) -> None:
+def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values: bool = True) -> None:
     """Carry out a plan on the live model; statistics along channels are plain again.
 
     What forwards have kept of earlier calls is dropped: it is of the sizes that were.
@@ -161,12 +161,12 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     Args:
         model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
         slim_plan: what stays, made for this model.
-        journal: notes every change, so that it can be undone.
+        undo_log: notes every change, so that it can be undone.
         with_values: whether tensors that lose something keep what is left; if not, theirs are shapes without
             data, for a model that is run on fake tensors and then restored.
     """
-    take_off(model, journal)
-    drop_caches(model.modules(), journal)
+    take_off(model, undo_log)
+    drop_caches(model.modules(), undo_log)
     widths = widths_in_blocks(model)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
@@ -180,31 +180,31 @@ def apply(model: nn.Module, slim_plan: SlimPlan, journal: Journal, with_values: 
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
             owner, its_name = owner_of(model, name, module, own_name)
-            journal.set_tensor(module, own_name, sliced[id(tensor)])
+            undo_log.set_tensor(module, own_name, sliced[id(tensor)])
             for field, value in fields_after(owner, its_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
-                journal.set_attribute(owner, field, value)
-    follow_tensors(model, journal)
+                undo_log.set_attribute(owner, field, value)
+    follow_tensors(model, undo_log)
     if slim_plan.kept:
-        keep_layers_apart(model, journal)
+        keep_layers_apart(model, undo_log)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         kind = RewrittenForward if with_values else InterpretedForward
-        journal.set_attribute(module, "forward", kind(module, graphs))
+        undo_log.set_attribute(module, "forward", kind(module, graphs))
     for path, forward in slim_plan.restored.items():
         module = model.get_submodule(path)
         if forward is None:
-            journal.remove(module.__dict__, "forward")
+            undo_log.remove(module.__dict__, "forward")
         else:
-            journal.set_attribute(module, "forward", forward)
+            undo_log.set_attribute(module, "forward", forward)
     for name, value in slim_plan.constants.items():
         path, _, own_name = name.rpartition(".")
-        journal.set(model.get_submodule(path)._buffers, own_name, value)
+        undo_log.set(model.get_submodule(path)._buffers, own_name, value)
     for path, width in slim_plan.bare_norms.items():
-        journal.set_attribute(model.get_submodule(path), "num_features", width)
+        undo_log.set_attribute(model.get_submodule(path), "num_features", width)
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
-        journal.remove(model.get_submodule(parent)._modules, own_name)
-    follow_widths(model, widths, journal)
+        undo_log.remove(model.get_submodule(parent)._modules, own_name)
+    follow_widths(model, widths, undo_log)
 
 
 def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:

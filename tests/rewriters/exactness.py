@@ -16,7 +16,7 @@ from rewriters.analysis.analyse import Analysis, analyse
 from rewriters.cross_channel.placement import write_live
 from rewriters.labelling.channel_map import ChannelMap
 from rewriters.slimming.plan import SlimPlan, apply, plan
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 from rewriters.verify import relative_error, run_eval
 
 TOLERANCE = 1e-9
@@ -30,8 +30,8 @@ class Slimmed:
     model: nn.Module
     analysis: Analysis
     plan: SlimPlan
-    journal: Journal
-    placed: Journal
+    undo_log: UndoLog
+    placed: UndoLog
     wanted: list[Tensor]
     got: list[Tensor]
 
@@ -54,12 +54,12 @@ def zero_kernels(model: nn.Module, channel_map: ChannelMap, live: Tensor) -> Non
             parameters[side.tensor].index_fill_(side.dim, dead.nonzero().flatten(), 0.0)
 
 
-def place_statistics(model: nn.Module, analysis: Analysis, live: Tensor) -> Journal:
+def place_statistics(model: nn.Module, analysis: Analysis, live: Tensor) -> UndoLog:
     """Let norms look at the live channels only, as they do while gates train; returns how to take that back."""
-    journal = Journal()
-    analysis.place_statistics(model, journal)
+    undo_log = UndoLog()
+    analysis.place_statistics(model, undo_log)
     write_live(model, analysis.channel_map, live)
-    return journal
+    return undo_log
 
 
 def slim(
@@ -78,9 +78,9 @@ def slim(
     zero_kernels(model, analysis.channel_map, live)
     placed = place_statistics(model, analysis, live)
     wanted = run_eval(model, args, kwargs)
-    slim_plan, journal = plan(model, analysis, live, args, kwargs), Journal()
-    apply(model, slim_plan, journal)
-    return Slimmed(model, analysis, slim_plan, journal, placed, wanted, run_eval(model, args, kwargs))
+    slim_plan, undo_log = plan(model, analysis, live, args, kwargs), UndoLog()
+    apply(model, slim_plan, undo_log)
+    return Slimmed(model, analysis, slim_plan, undo_log, placed, wanted, run_eval(model, args, kwargs))
 
 
 def prunable_share(model: nn.Module, channel_map: ChannelMap) -> float:
@@ -101,7 +101,7 @@ def assert_exact(
         slimmed = slim(trial, args, kwargs, share=share, seed=seed, analysis=analysis, **options)
         analysis = slimmed.analysis
         assert slimmed.error <= TOLERANCE, f"{slimmed.error:.1e} off with {share:.0%} of the channels live"
-        slimmed.journal.undo()
+        slimmed.undo_log.undo()
         assert all(torch.equal(a, b) for a, b in zip(run_eval(trial, args, kwargs), slimmed.wanted, strict=True))
     return slimmed
 

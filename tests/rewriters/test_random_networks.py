@@ -19,7 +19,7 @@ from rewriters.analysis.analyse import analyse
 from rewriters.shortcuts.replacing import replace_shortcuts
 from rewriters.shortcuts.restoring import restore
 from rewriters.slimming.plan import apply, plan
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import (
     TOLERANCE,
@@ -55,7 +55,7 @@ def check(recipe: Recipe, share: float, seed: int) -> float:
         args, kwargs = inputs(recipe, batch, more)
         check_other_sizes(gated, network.model, args, kwargs)
     copy.deepcopy(network.model).train()(*network.args, **network.kwargs)
-    slimmed.journal.undo()
+    slimmed.undo_log.undo()
     restored = run_eval(network.model, network.args, network.kwargs)
     assert all(torch.equal(a, b) for a, b in zip(restored, slimmed.wanted, strict=True))
     slimmed.placed.undo()
@@ -115,7 +115,7 @@ def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
     model, args, kwargs = network.model, network.args, network.kwargs
     attributes = attribute_names(model)
     before = run_eval(model, args, kwargs)
-    inserted = Journal()
+    inserted = UndoLog()
     shortcuts = replace_shortcuts(model, args, kwargs, inserted)
     assert relative_error(run_eval(model, args, kwargs), before) <= TOLERANCE
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +128,7 @@ def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
     zero_kernels(model, analysis.channel_map, live)
     placed = place_statistics(model, analysis, live)
     wanted = run_eval(model, args, kwargs)
-    slimmed = Journal()
+    slimmed = UndoLog()
     apply(model, restore(model, analysis, plan(model, analysis, live, args, kwargs), shortcuts), slimmed)
     error = relative_error(run_eval(model, args, kwargs), wanted)
     assert error <= TOLERANCE, f"{error:.1e} off"

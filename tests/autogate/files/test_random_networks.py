@@ -11,7 +11,7 @@ from torch import nn
 import autogate
 from autogate.slim.history import history_of
 from autogate.slim.slimming import Asked, analyse_whole, carry_out, put_shortcuts
-from rewriters import AutogateError, Journal, run_eval
+from rewriters import AutogateError, UndoLog, run_eval
 from tests.rewriters.exactness import random_live, zero_kernels
 from tests.rewriters.random_networks import Network, Recipe, build
 from tests.rewriters.test_random_networks import DRAWS, over_seeds
@@ -21,7 +21,7 @@ def slim(network: Network, share: float, seed: int) -> None:
     """One slimming to random classes, of each three one with convolutions on the shortcuts, half of them disturbed."""
     model = network.model
     asked = Asked((network.args, network.kwargs), {}, "conv" if seed % 3 == 0 else "shared")
-    shortcuts = put_shortcuts(model, asked, Journal())
+    shortcuts = put_shortcuts(model, asked, UndoLog())
     generator = torch.Generator().manual_seed(seed)
     for shortcut in shortcuts[seed % 2 :: 2]:
         weight = model.get_parameter(shortcut.weight)
@@ -30,7 +30,7 @@ def slim(network: Network, share: float, seed: int) -> None:
     analysis = analyse_whole(model, asked)
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(model, analysis.channel_map, live)
-    carry_out(model, analysis, live, asked, shortcuts, Journal())
+    carry_out(model, analysis, live, asked, shortcuts, UndoLog())
 
 
 def with_other_weights(model: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from autogate.steering.critical_groups import lifelines
+from autogate.steering.critical_groups import critical_groups
 from rewriters import analyse
 from rewriters.labelling.channel_map import Side
 
@@ -13,7 +13,7 @@ def needed(model: nn.Module, *args: torch.Tensor) -> set[str]:
     """A kernel that makes each group that is needed."""
     channel_map = analyse(model.eval(), args).channel_map
     groups = channel_map.groups()
-    found = lifelines(channel_map, [group.classes for group in groups])
+    found = critical_groups(channel_map, [group.classes for group in groups])
     makers = {kernel.output_side: kernel.module for kernel in channel_map.kernels}
     return {next(makers[side] for side in groups[number].sides if side in makers) for number in found}
 
@@ -69,7 +69,7 @@ def test_stages_of_a_resnet_are_needed_and_its_blocks_are_not():
     model = timm.create_model("resnet18", num_classes=4)
     channel_map = analyse(model.eval(), (torch.randn(2, 3, 64, 64),)).channel_map
     groups = channel_map.groups()
-    found = [groups[number] for number in lifelines(channel_map, [group.classes for group in groups])]
+    found = [groups[number] for number in critical_groups(channel_map, [group.classes for group in groups])]
     sides = {side for group in found for side in group.sides}
     assert {Side(f"layer{stage}.1.conv2.weight", 0) for stage in (1, 2, 3, 4)} <= sides
     assert not any(side.tensor.endswith("conv1.weight") and side.tensor != "conv1.weight" and side.dim == 0

@@ -128,13 +128,13 @@ def test_fields_and_forwards_of_the_slim_layer(name):
 
 
 def test_nothing_changes_before_a_channel_dies():
-    from rewriters.undo_log import Journal
+    from rewriters.undo_log import UndoLog
 
     for name in KINDS:
         model, example = network(name), (image(size=6).double(),)
         wanted = run_eval(model, example)
         analysis = analysed_model(model, example)
-        analysis.place_statistics(model, Journal())
+        analysis.place_statistics(model, UndoLog())
         assert torch.equal(run_eval(model, example)[0], wanted[0])
 
 

@@ -12,7 +12,7 @@ from rewriters.analysis.analyse import analyse
 from rewriters.cross_channel.placement import take_off, write_live
 from rewriters.labelling.channel_map import Side
 from rewriters.slimming.plan import apply, plan
-from rewriters.undo_log import Journal
+from rewriters.undo_log import UndoLog
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, copies_agree, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, conv, image
@@ -132,32 +132,32 @@ def test_all_is_as_before_when_statistics_are_taken_off():
     analysis = analyse(model, (image().double(),))
     before = [dict(module.__dict__) for module in model.modules()]
     names, wanted = list(model.state_dict()), run_eval(model, (image().double(),))
-    analysis.place_statistics(model, Journal())
+    analysis.place_statistics(model, UndoLog())
     assert torch.equal(run_eval(model, (image().double(),))[0], wanted[0])
     assert list(model.state_dict()) == names
     assert any("live_statistic" in path for path, _ in model.named_modules())
-    take_off(model, Journal())
+    take_off(model, UndoLog())
     assert [dict(module.__dict__) for module in model.modules()] == before
 
 
 def test_a_model_with_live_statistics_copies_and_pickles():
     model, args = network("LayerNorm"), (image().double(),)
     analysis = analyse(model, args)
-    analysis.place_statistics(model, Journal())
+    analysis.place_statistics(model, UndoLog())
     write_live(model, analysis.channel_map, random_live(analysis.channel_map.size, 0.5, 0))
     wanted = run_eval(model, args)[0]
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(run_eval(twin, args)[0], wanted)
         write_live(twin, analysis.channel_map, torch.ones(analysis.channel_map.size, dtype=torch.bool))
         assert torch.equal(run_eval(model, args)[0], wanted)
-        take_off(twin, Journal())
+        take_off(twin, UndoLog())
         assert torch.equal(run_eval(twin, args)[0], run_eval(network("LayerNorm"), args)[0])
 
 
 def test_a_model_is_analysed_as_if_its_statistics_were_plain():
     model, args = network("global response"), (image().double(),)
     first = analyse(model, args)
-    first.place_statistics(model, Journal())
+    first.place_statistics(model, UndoLog())
     second = analyse(model, args)
     assert first.channel_map.difference(second.channel_map) is None
     assert [one.path for one in first.channel_map.statistics] == [one.path for one in second.channel_map.statistics]
@@ -165,7 +165,7 @@ def test_a_model_is_analysed_as_if_its_statistics_were_plain():
     zero_kernels(model, first.channel_map, live)
     write_live(model, first.channel_map, live)
     wanted = run_eval(model, args)
-    apply(model, plan(model, second, live, args), Journal())
+    apply(model, plan(model, second, live, args), UndoLog())
     assert relative_error(run_eval(model, args), wanted) <= TOLERANCE
 
 
@@ -234,10 +234,10 @@ def test_a_norm_over_dead_and_living_layers_keeps_the_channel_that_a_dead_layer_
     live = torch.ones(9, dtype=torch.bool)
     live[:4] = False  # nothing of the first layer
     zero_kernels(model, analysis.channel_map, live)
-    analysis.place_statistics(model, Journal())
+    analysis.place_statistics(model, UndoLog())
     write_live(model, analysis.channel_map, live)
     wanted = run_eval(model, args)
-    apply(model, plan(model, analysis, live, args), Journal())
+    apply(model, plan(model, analysis, live, args), UndoLog())
     assert relative_error(run_eval(model, args), wanted) <= TOLERANCE
 
 
@@ -260,12 +260,12 @@ def test_the_constant_of_a_dead_branch_comes_from_live_statistics():
     live[classes[Side("out.weight", 1)]] = False  # the branch comes to nothing
     live[classes[Side("head.weight", 1)][:3]] = False
     zero_kernels(model, analysis.channel_map, live)
-    analysis.place_statistics(model, Journal())
+    analysis.place_statistics(model, UndoLog())
     write_live(model, analysis.channel_map, live)
     wanted = run_eval(model, args)
     slim_plan = plan(model, analysis, live, args)
     assert slim_plan.constants
-    apply(model, slim_plan, Journal())
+    apply(model, slim_plan, UndoLog())
     assert relative_error(run_eval(model, args), wanted) <= TOLERANCE
 
 

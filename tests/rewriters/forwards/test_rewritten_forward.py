@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from rewriters.analysis.analyse import analyse
 from rewriters.forwards.rewritten_forward import InterpretedForward, RewrittenForward, ShapeGuardError
-from rewriters.slimming.dry_run import rehearse
+from rewriters.slimming.dry_run import dry_run
 from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE
 from tests.rewriters.forwards.networks import Modes, Split, rewritten, slim_and_gated, traced_in
@@ -56,7 +56,7 @@ def test_what_is_rewritten_for_a_trial_leaves_nothing_behind():
     gc.collect()
     before = lines_kept()
     model = Split().eval()
-    rehearse(model, analyse(model, (image(),)), (image(),))
+    dry_run(model, analyse(model, (image(),)), (image(),))
     gc.disable()  # forwards go without it
     try:
         assert lines_kept() == before
@@ -73,7 +73,7 @@ def test_the_rehearsal_compiles_nothing(monkeypatch):
     model = Modes().eval()
     analysis = analyse(model, (image(),))
     monkeypatch.setattr(RewrittenForward, "_compile", lambda self: pytest.fail("compiled"))
-    rehearse(model, analysis, (image(),))
+    dry_run(model, analysis, (image(),))
     with pytest.raises(pytest.fail.Exception, match="compiled"):
         slim_and_gated(Modes, image().double())
 

@@ -15,7 +15,7 @@ from rewriters.analysis.analyse import analyse
 from rewriters.labelling.channel_map import Side
 from rewriters.labelling.labels import LabelSpace
 from rewriters.labelling.propagate import Labelling
-from rewriters.slimming.dry_run import rehearse
+from rewriters.slimming.dry_run import dry_run
 from tests.rewriters.cross_channel.test_derived_kernels import Standardised
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, conv
@@ -62,7 +62,7 @@ def test_no_tensor_is_as_large_as_what_goes_through_a_layer(forward):
     model = Net(forward, a=conv(3, 8), b=conv(8, 2), c=conv(12, 2), table=nn.Parameter(torch.randn(16, 4)))
     model.register_buffer("places", torch.randint(16, (SIDE**2, SIDE**2)))
     with Largest() as largest:
-        analysis = rehearse(model.eval(), analyse(model, (x,)), (x,))
+        analysis = dry_run(model.eval(), analyse(model, (x,)), (x,))
     assert analysis.channel_map.size
     assert 0 < largest.elements < 2 * 8 * SIDE**2 / 2
     assert_exact(model.double(), (x.double(),))
@@ -72,7 +72,7 @@ def test_no_tensor_is_as_large_as_a_kernel_that_is_reshaped():
     layers = nn.Sequential(conv(3, 32), Standardised(32, 32, 3, padding=1), Standardised(32, 32, 3), conv(32, 2)).eval()
     x = torch.randn(2, 3, 6, 6)
     with Largest() as largest:
-        analysis = rehearse(layers, analyse(layers, (x,)), (x,))
+        analysis = dry_run(layers, analyse(layers, (x,)), (x,))
     assert analysis.channel_map.size == 3 * 32
     assert 0 < largest.elements < 32 * 32 * 9 / 2
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rewriters.recording import meta_kernels as without_data
-from rewriters.recording.meta_kernels import DIRECT, TOLD, WithoutData, on_fakes, stand_in
+from rewriters.recording import meta_kernels
+from rewriters.recording.meta_kernels import DIRECT, TOLD, MetaMode, on_fakes, stand_in
 
 aten = torch.ops.aten
 OPS = sorted((*TOLD, *DIRECT), key=str)
@@ -128,7 +128,7 @@ def test_what_is_told_of_a_call_is_what_fake_tensors_would_give(op, monkeypatch)
     if op in TOLD:  # without a doubt: not by falling back
         told = TOLD[op]
         watch = lambda *args, **kwargs: asked.append(told(*args, **kwargs)) or asked[-1]  # noqa: E731
-        monkeypatch.setattr(without_data, "TOLD", {op: watch})
+        monkeypatch.setattr(meta_kernels, "TOLD", {op: watch})
     for real in calls(op):
         with FakeTensorMode() as mode, torch.no_grad():
             args = tree_map_only(Tensor, mode.from_tensor, real)
@@ -148,7 +148,7 @@ def test_on_meta_tensors_too(op):
     for real in calls(op):
         args = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), real)
         wanted = described(op, args, kwargs)
-        with WithoutData():
+        with MetaMode():
             got = described(op, args, kwargs)
         if isinstance(wanted, type):
             assert isinstance(got, type)

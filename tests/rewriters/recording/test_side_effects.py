@@ -10,7 +10,7 @@ from torch import nn
 
 from rewriters.analysis.analyse import analyse
 from rewriters.labelling.channel_map import Side
-from rewriters.slimming.dry_run import rehearse
+from rewriters.slimming.dry_run import dry_run
 from rewriters.verify import run_eval
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import conv, image
@@ -166,6 +166,6 @@ def test_random_numbers_come_as_they_would_have_come():
     for looks in (False, True):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         if looks:
-            assert rehearse(model, analyse(model, (x,)), (x,)).channel_map.size == 8
+            assert dry_run(model, analyse(model, (x,)), (x,)).channel_map.size == 8
         drawn.append((random.random(), np.random.rand(), torch.rand(())))
     assert drawn[0] == drawn[1]

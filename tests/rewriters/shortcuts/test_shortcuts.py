@@ -137,9 +137,9 @@ def test_the_models_input_as_a_shortcut_is_left():
     assert found(Around(nn.Sequential(conv(3, 8), conv(8, 3))), IMAGE) == ([], [])
 
 
-def replaced(model: nn.Module, *inputs: torch.Tensor, **options) -> tuple[tuple, rewriters.Journal]:
-    journal = rewriters.Journal()
-    return rewriters.replace_shortcuts(model, inputs, {}, journal, **options), journal
+def replaced(model: nn.Module, *inputs: torch.Tensor, **options) -> tuple[tuple, rewriters.UndoLog]:
+    undo_log = rewriters.UndoLog()
+    return rewriters.replace_shortcuts(model, inputs, {}, undo_log, **options), undo_log
 
 
 def seeded(model: nn.Module, x: torch.Tensor, training: bool) -> torch.Tensor:
@@ -152,14 +152,14 @@ def seeded(model: nn.Module, x: torch.Tensor, training: bool) -> torch.Tensor:
 def test_replacing_changes_no_output_and_can_be_undone(how):
     model = Stage(Residual(8, how), Residual(8, how))
     names, wanted = list(model.state_dict()), [seeded(model, IMAGE, training) for training in (False, True)]
-    shortcuts, journal = replaced(model, IMAGE)
+    shortcuts, undo_log = replaced(model, IMAGE)
     assert [one.path for one in shortcuts] == ["blocks.0.shortcut_conv", "blocks.1.shortcut_conv"]
     for training, before in zip((False, True), wanted, strict=True):
         torch.testing.assert_close(seeded(model, IMAGE, training), before)
     with torch.no_grad():
         model.get_parameter(shortcuts[0].weight).mul_(2)
     assert not torch.allclose(seeded(model, IMAGE, False), wanted[0])  # the convolution is in use
-    journal.undo()
+    undo_log.undo()
     assert list(model.state_dict()) == names
     assert torch.equal(seeded(model, IMAGE, False), wanted[0])
 

@@ -104,7 +104,7 @@ def test_fields_that_fusing_reads_follow_and_come_back(out_chs):
     assert into < 16
     assert out < out_chs
     assert fields() == (into, into, out, out, out)
-    slimmed.journal.undo()
+    slimmed.undo_log.undo()
     assert fields() == before
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rewriters.analysis.analyse import analyse
-from rewriters.slimming.dry_run import rehearse
+from rewriters.slimming.dry_run import dry_run
 from tests.rewriters.exactness import TOLERANCE, slim
 from tests.rewriters.helpers import Net, conv, image, reasons
 
@@ -34,10 +34,10 @@ class Asserting(nn.Module):
         return self.layer(x)
 
 
-def rehearsed(model: nn.Module):
+def dry_run_of(model: nn.Module):
     x = (image(),)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    channel_map = rehearse(model.eval(), analyse(model, x), x).channel_map
+    channel_map = dry_run(model.eval(), analyse(model, x), x).channel_map
     assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
     return channel_map
 
@@ -46,7 +46,7 @@ def test_a_module_that_refuses_keeps_its_channels():
     model = Net(
         lambda m, x: m.c(m.b(m.exacting(m.a(x)))), a=conv(3, 6), exacting=Exacting(), b=conv(6, 5), c=conv(5, 2)
     )
-    found = rehearsed(model)
+    found = dry_run_of(model)
     assert any("refuses fewer channels" in reason for reason in reasons(found, "a.weight", 0))
     assert found.size == 5
 
@@ -54,7 +54,7 @@ def test_a_module_that_refuses_keeps_its_channels():
 def test_what_a_module_asserts_of_its_width_is_written_anew():
     model = nn.Sequential(conv(3, 6), Asserting(), nn.ReLU(), conv(6, 5), conv(5, 2)).double()
     x = (image().double(),)
-    analysis = rehearse(model.eval(), analyse(model, x), x)
+    analysis = dry_run(model.eval(), analyse(model, x), x)
     assert analysis.channel_map.size == 6 + 6 + 5 and not reasons(analysis.channel_map, "0.weight", 0)
     for seed in range(3):
         slimmed = slim(copy.deepcopy(model), x, seed=seed, analysis=analysis)
@@ -67,4 +67,4 @@ def test_a_tensor_made_on_a_device_by_name_refuses_nothing():
     def forward(m, x):
         return m.b(m.a(x) + torch.ones(4, device="cpu"))
 
-    assert rehearsed(Net(forward, a=conv(3, 6), b=conv(6, 2))).size == 6
+    assert dry_run_of(Net(forward, a=conv(3, 6), b=conv(6, 2))).size == 6

@@ -43,7 +43,7 @@ def test_the_fused_lstm_of_float32(options):
     assert rnn.input_size == rnn.weight_ih_l0.shape[1] < 6
     slimmed.model.train()(*example)[0].sum().backward()
     assert rnn.weight_hh_l0.grad is not None
-    slimmed.journal.undo()
+    slimmed.undo_log.undo()
     assert torch.equal(run_eval(slimmed.model, example)[0], slimmed.wanted[0])
 
 
