@@ -14,6 +14,7 @@ from autogate.gating import BANK, GateBank, Progress, has_shards
 from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
+from autogate.methods import GDP
 from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     Asked,
@@ -122,7 +123,7 @@ def prepare(
         targets = shares.targets(model, analysis.channel_map, asked.inputs, added)
         analysis.place_statistics(model, undo_log)
         origin = Origin(asked, dtype_of_parameters(model), replaced)
-        bank = GateBank(model, analysis.channel_map, targets, schedule, origin, added, hooks)
+        bank = GateBank(model, analysis.channel_map, targets, schedule, GDP(), origin, added, hooks)
     except BaseException:
         undo_log.undo()
         raise

@@ -24,8 +24,7 @@ from torch import nn
 import autogate
 from autogate import digits
 from autogate.gating.bank import GateBank
-from autogate.methods.gate_function import gate_value
-from autogate.methods.learner import Gates, Learner
+from autogate.methods import GDP, Learner
 from autogate.steering.schedule import Schedule
 from autogate.steering.selection import groups_of
 
@@ -96,19 +95,19 @@ def simulated(name: str, target: float, strength: float, steps: int) -> dict:
     """Alpha alone, under a loss that holds each gate open with a strength of its own, and noise as strong."""
     bank = autogate.gates(prepared(name, target, steps))
     generator = torch.Generator().manual_seed(0)
-    learner = Learner(bank.targets, Schedule(steps), groups_of(bank.channel_map, 1))
-    gates = Gates.fresh(learner.targets.size)
+    learner = Learner(GDP(), bank.targets, Schedule(steps), groups_of(bank.channel_map, 1))
+    gates = learner.start()
     strengths = strength * torch.exp(torch.randn(len(gates.alpha), generator=generator))
-    standing, met_at = learner.stand(gates.live), 0
+    standing, met_at = learner.position(gates.live), 0
     for step in range(steps):
         noise = torch.randn(len(strengths), generator=generator)
-        gradient = strengths * (gate_value(gates.alpha, gates.epsilon) - 1 + noise) * gates.live
+        gradient = strengths * (learner.method.gate(gates.alpha, gates.state) - 1 + noise) * gates.live
         live = gates.live
         gates = learner.step(gates, gradient, 0.05 * (1 + math.cos(math.pi * step / steps)), standing)
         if not torch.equal(live, gates.live):
-            standing = learner.stand(gates.live)
+            standing = learner.position(gates.live)
         met_at = met_at or (gates.count if gates.pressure.settled or standing.distance <= 0 else 0)
-    return measures(bank, gates.live, gate_value(gates.alpha, gates.epsilon), met_at)
+    return measures(bank, gates.live, learner.method.gate(gates.alpha, gates.state), met_at)
 
 
 def runs(kind: str, names: Iterable[str]) -> Iterator[tuple]:

@@ -18,13 +18,12 @@ import timm
 import torch
 
 import autogate
-from autogate.methods.learner import Gates
 from benchmarks.cost import DEVICE, in_turn
 
 
 def go_down(bank: autogate.GateBank, steps: int) -> None:
     """Moves alpha by price alone until the target is met, with a little noise for classes of one price."""
-    gates = Gates.fresh(len(bank.alpha))
+    gates = bank.learner.start()
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         noise = 300 * torch.randn(len(gates.alpha), generator=generator)

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -26,8 +27,34 @@ from torch.optim.optimizer import (
 
 from rewriters import AutogateError
 
-if TYPE_CHECKING:
-    from autogate.gating.bank import GateBank
+
+class Follower(Protocol):
+    """What moves with optimizer steps: a gate bank."""
+
+    @property
+    def added(self) -> Collection[str]:
+        """Names of parameters that an optimizer built too early doesn't have."""
+
+    def kernels(self) -> list[nn.Parameter]:
+        """The parameters by which the follower knows its optimizer."""
+
+    def added_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of them that learn, with their names."""
+
+    def measure(self, *, scale: Tensor | float | None = None, later: bool = False) -> None:
+        """Called before the optimizer moves the kernels."""
+
+    def read(self) -> None:
+        """Called when a closure within the step has computed gradients."""
+
+    def discard(self) -> None:
+        """Called if the optimizer skips its step."""
+
+    def fold(self, stepped: bool = False) -> None:
+        """Called after the steps of other optimizers."""
+
+    def step(self, lr: float) -> None:
+        """Called after the step of the leading optimizer."""
 
 
 class _Turn:
@@ -41,7 +68,7 @@ class _Turn:
         self._held: set[int] = set()
         self._asked = False
 
-    def note(self, optimizer: Optimizer, bank: GateBank) -> None:
+    def note(self, optimizer: Optimizer, bank: Follower) -> None:
         """Warn, once every optimizer has had its turn, of layers that prepare added and none of them trains.
 
         That is the case at the second step of one that has stepped before.
@@ -79,11 +106,11 @@ class _Hold:
     lr: float
 
 
-_turns: weakref.WeakKeyDictionary[GateBank, _Turn] = weakref.WeakKeyDictionary()
+_turns: weakref.WeakKeyDictionary[Follower, _Turn] = weakref.WeakKeyDictionary()
 _installed = False
 
 
-def register(bank: GateBank) -> None:
+def register(bank: Follower) -> None:
     """From now on `bank` follows the steps of any optimizer that holds its kernels."""
     global _installed
     _turns[bank] = _Turn()
@@ -94,7 +121,7 @@ def register(bank: GateBank) -> None:
         _installed = True
 
 
-def unregister(bank: GateBank) -> None:
+def unregister(bank: Follower) -> None:
     """`bank` follows no optimizer any more."""
     _turns.pop(bank, None)
 
@@ -104,7 +131,7 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _hold(optimizer: Optimizer, bank: GateBank) -> _Hold:
+def _hold(optimizer: Optimizer, bank: Follower) -> _Hold:
     kernels = {id(kernel) for kernel in bank.kernels()}
     total, most, lr = 0, 0, 0.0
     for group in optimizer.param_groups:
@@ -118,7 +145,7 @@ def _hold(optimizer: Optimizer, bank: GateBank) -> _Hold:
 class _Reading:
     """An optimizer's closure, after which a bank reads the gradients that it has left."""
 
-    def __init__(self, closure: Callable[[], Any], bank: GateBank) -> None:
+    def __init__(self, closure: Callable[[], Any], bank: Follower) -> None:
         self._closure, self.bank = closure, bank
 
     def __call__(self) -> Any:

@@ -16,7 +16,7 @@ class Progress:
         step: optimizer steps taken.
         steps: optimizer steps that the run takes.
         balance: lambda of equation 7 in the latest step, with prices relative to their mean.
-        epsilon: the gates' smoothing constant.
+        method_state: the method's own numbers, by name: GDP has `epsilon`, the gates' smoothing constant.
         classes: number of gates.
         dead: number of closed ones.
         settled: the targets have been met, the dead are final.
@@ -27,7 +27,7 @@ class Progress:
     step: int
     steps: int
     balance: float
-    epsilon: float
+    method_state: dict[str, float]
     classes: int
     dead: int
     settled: bool

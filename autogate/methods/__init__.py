@@ -1,11 +1,16 @@
 """What decides which channels die: in come readings of a step, out come gates. GDP is the method there is."""
 
-from autogate.methods.gate_function import gate_value
-from autogate.methods.learner import Gates, Learner, Standing
+from autogate.methods.gdp import GDP
+from autogate.methods.learner import Learner, Position
+from autogate.methods.method import Gates, KernelSums, Method, Proposal, Step
 
 __all__ = [
+    "GDP",
     "Gates",
+    "KernelSums",
     "Learner",
-    "Standing",
-    "gate_value",
+    "Method",
+    "Position",
+    "Proposal",
+    "Step",
 ]

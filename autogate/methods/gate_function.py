@@ -7,12 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-EPSILON_START = 0.1
-"""Epsilon of a fresh gate: alpha = 1 then gives a gate of 0.909 (section 4.1)."""
-
-EPSILON_END = 5e-8
-"""Epsilon of a finished run: where the paper's own courses end (0.1 * 0.96**350 and 0.1 * 0.9**140)."""
-
 
 def gate_value(alpha: Tensor, epsilon: Tensor | float) -> Tensor:
     """The gate g(alpha) = alpha^2 / (alpha^2 + epsilon), equation 2.
@@ -33,11 +27,16 @@ def gate_slope(alpha: Tensor, epsilon: Tensor | float) -> Tensor:
     return 2 * alpha * epsilon / (alpha * alpha + epsilon) ** 2
 
 
-def epsilon_at(step: int, steps: float) -> float:
+def epsilon_at(step: int, steps: float, start: float, end: float) -> float:
     """Epsilon after `step` of the `steps` that it falls over: an exponential decay, as in section 4.1.
 
     The paper multiplies by a constant once an epoch, to the end of the run. Here the same course is followed step by
     step, so that it doesn't depend on the length of an epoch, and is over when the targets are to be met: what lives
-    then is open, and learns as in a plain network. It stays at `EPSILON_END` from there on.
+    then is open, and learns as in a plain network. From there on it stays at `end`.
+
+    Args:
+        step: steps taken.
+        steps: steps that epsilon falls over.
+        start, end: epsilon at both ends.
     """
-    return EPSILON_START * (EPSILON_END / EPSILON_START) ** min(step / steps, 1.0)
+    return start * (end / start) ** min(step / steps, 1.0)

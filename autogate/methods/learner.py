@@ -1,166 +1,87 @@
-"""A step of alpha: the gradient, the price, the deaths. Values in, values out; the kernels aren't known here.
+"""A step of the gates: the controller sets the pressure, the method proposes, the selection decides who dies.
 
-Guo et al., "GDP", section 3.4: equations 8 and 9, algorithm 1 with N = 1.
+Values in, values out. The kernels are not known here, so whole runs can be tested without a forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from autogate.budget import Targets
-from autogate.methods.gate_function import EPSILON_START, epsilon_at, gate_slope
-from autogate.methods.proximal import shrinkage, soft_threshold
-from autogate.methods.sensitivity import observed, price_per_sensitivity
-from autogate.steering import Group, Pressure, Schedule, Selection, steer
-
-ALPHA_RATE = 1e-4
-"""Alpha's learning rate where the kernels' is at its peak; it falls and rises with theirs."""
-
-OPEN_ALPHA = 1e-3
-"""No gradient takes alpha nearer to zero than this, and no live one is nearer when there is no pressure: at
-the epsilon that a run ends with the gate is then open (0.95), so a gate is either that or exactly closed."""
-
-LEAST_ALPHA = 1e-5
-"""The least alpha of a live class. Its gate is above 1e-9, small enough to be as good as closed and large
-enough for a float32 kernel to be scaled down by it and up again."""
+from autogate.methods.method import Gates, Method, Proposal, Step
+from autogate.steering import Deaths, Group, Schedule, Selection, steer
 
 
-@dataclass(frozen=True)
-class Gates:
-    """The gates between two steps.
-
-    Attributes:
-        alpha: float32, shape (classes,): the learnable parameters, zero for dead classes.
-        live: bool, shape (classes,).
-        epsilon: 0-dim float64, the gates' smoothing constant.
-        count: steps taken.
-        pressure: the controller's memory.
-        peak: the largest learning rate of the kernels so far.
-        sensitivity: float64, shape (classes,): how much the loss depends on each gate (`sensitivity.py`).
-        balance: lambda of equation 7 in the latest step, with prices relative to their mean.
-    """
-
-    alpha: Tensor
-    live: Tensor
-    epsilon: Tensor
-    sensitivity: Tensor
-    count: int = 0
-    pressure: Pressure = field(default_factory=Pressure)
-    peak: float = 0.0
-    balance: float = 0.0
-
-    @classmethod
-    def fresh(cls, size: int) -> Gates:
-        """All of them open."""
-        epsilon = torch.tensor(EPSILON_START, dtype=torch.float64)
-        return cls(
-            alpha=torch.ones(size),
-            live=torch.ones(size, dtype=torch.bool),
-            epsilon=epsilon,
-            sensitivity=torch.zeros(size, dtype=torch.float64),
-        )
-
-
-class Standing(NamedTuple):
-    """Where the live classes stand: the distance from the targets, and each class's relative price."""
+class Position(NamedTuple):
+    """Where a model is on its way: the distance from its targets, and the relative price of each class."""
 
     distance: float
     price: Tensor
 
 
 class Learner:
-    """Moves alpha towards its targets.
+    """Moves gates towards the targets.
 
     Args:
-        targets: what shall be left; all of them are met.
+        method: how gates move.
+        targets: what is to be left; all of them are met.
         schedule: when, and in what portions.
-        groups: classes that lie together.
+        groups: classes that lie on the same sides.
     """
 
-    def __init__(self, targets: Targets, schedule: Schedule, groups: Sequence[Group]):
+    def __init__(self, method: Method, targets: Targets, schedule: Schedule, groups: Sequence[Group]):
+        self.method = method
         self.targets = targets
         self.schedule = schedule
         self._selection = Selection(targets, schedule, groups)
 
-    def stand(self, live: Tensor) -> Standing:
-        """Where these live classes (bool, shape (classes,)) stand."""
-        on_host = live.cpu()
-        return Standing(self.targets.distance(on_host), self.targets.price(on_host).to(live.device, torch.float32))
+    def start(self) -> Gates:
+        """The gates before the first step: all of them open."""
+        size = self.targets.size
+        return Gates(torch.ones(size), torch.ones(size, dtype=torch.bool), self.method.start(size))
 
-    def step(self, gates: Gates, gradient: Tensor, lr: float, standing: Standing | None = None) -> Gates:
+    def position(self, live: Tensor) -> Position:
+        """Where a model with these live classes (bool, shape (classes,)) is."""
+        on_host = live.cpu()
+        return Position(self.targets.distance(on_host), self.targets.price(on_host).to(live.device, torch.float32))
+
+    def step(self, gates: Gates, reading: Tensor, lr: float, position: Position | None = None) -> Gates:
         """The gates after one step.
 
         Args:
-            gates: as they are before it.
-            gradient: dL/dg of every class, float32, shape (classes,).
+            gates: the gates before it.
+            reading: what the method has read, shape (classes,).
             lr: the kernels' learning rate.
-            standing: what `stand` tells of its live classes, if it is known.
+            position: of the live classes, if it is known.
         """
-        distance, price = self.stand(gates.live) if standing is None else standing
-        count = gates.count + 1
-        pressure = steer(self.schedule, gates.pressure, distance, count)
-        sensitivity = observed(gates.sensitivity, gradient)
+        distance, price = self.position(gates.live) if position is None else position
+        number = gates.count + 1
+        pressure = steer(self.schedule, gates.pressure, distance, number)
         peak = max(gates.peak, lr)
-        rate = ALPHA_RATE * lr / peak if peak else 0.0
-        target = self.descend(gates, gradient, rate)
-        if pressure.movement > 0:
-            price = price_per_sensitivity(price, sensitivity, gates.live)
-            alpha, deaths_settle = self.threshold(gates.live, target, price, pressure.movement, count)
-            pressure = replace(pressure, settled=deaths_settle)
-        else:
-            alpha = _away_from_zero(target, OPEN_ALPHA)
-        alpha = torch.where(gates.live, alpha, 0.0)
-        return Gates(
-            alpha=alpha,
-            live=alpha != 0,
-            epsilon=torch.full_like(gates.epsilon, epsilon_at(count, self.schedule.reach_steps)),
-            sensitivity=sensitivity,
-            count=count,
-            pressure=pressure,
-            peak=peak,
-            balance=pressure.movement / rate if rate else 0.0,
-        )
+        step = Step(number, self.schedule, lr, peak, price, pressure.movement)
+        proposal = self.method.propose(gates, reading, step)
+        deaths = self._deaths(proposal, gates.live, number)
+        pressed = pressure.movement > 0
+        if pressed:
+            pressure = replace(pressure, settled=deaths.settled)
+        alpha = self.method.hold_open(proposal.alpha, pressed and not deaths.settled)
+        alpha = torch.where(gates.live, alpha, 0.0).index_fill_(0, deaths.classes.to(alpha.device), 0.0)
+        return Gates(alpha, alpha != 0, proposal.state, number, pressure, peak, proposal.balance)
+
+    def _deaths(self, proposal: Proposal, live: Tensor, number: int) -> Deaths:
+        candidates = proposal.candidates
+        if candidates is None or not candidates.any():
+            return Deaths(torch.zeros(0, dtype=torch.int64))
+        return self._selection.deaths(proposal.size.cpu(), candidates.cpu(), live.cpu(), number)
 
     def is_over(self, count: int, settled: bool) -> bool:
-        """Whether gates have learned what they can after `count` steps, and stand still from here on.
+        """Whether gates no longer move after `count` steps.
 
-        The run is over, or the targets are met and epsilon is at its end: every live gate is open then, by 0.95 at the
-        least, and so steep near zero alone that no gradient moves it.
+        The run is over, or the targets are met (`settled`) and the method is at rest.
         """
-        return count >= self.schedule.steps or (settled and count >= self.schedule.reach_steps)
-
-    def descend(self, gates: Gates, gradient: Tensor, rate: float) -> Tensor:
-        """Alpha after its bounded gradient step, equation 8, which neither crosses zero nor comes to it.
-
-        Near alpha = sqrt(epsilon / 3) the gate's slope is 0.65 / sqrt(epsilon), without limit as epsilon
-        falls: unbounded steps leap over zero and open a gate that was about to close.
-        """
-        bound = self.schedule.step_bound
-        slope = gate_slope(gates.alpha, gates.epsilon)
-        moved = gates.alpha - torch.clamp(rate * gradient * slope, -bound, bound)
-        sign = torch.sign(gates.alpha)
-        nearest = torch.clamp(gates.alpha.abs(), max=OPEN_ALPHA)
-        return sign * torch.maximum(sign * moved, nearest)
-
-    def threshold(
-        self, live: Tensor, target: Tensor, price: Tensor, movement: float, count: int
-    ) -> tuple[Tensor, bool]:
-        """Equation 9 with the deaths chosen: alpha after it, and whether the targets are given up as met."""
-        shrunk = soft_threshold(target, shrinkage(price, movement, self.schedule.step_bound))
-        candidates = live & (shrunk == 0)
-        alpha = torch.where(candidates, target, shrunk)
-        if not candidates.any():
-            return _away_from_zero(alpha, LEAST_ALPHA), False
-        deaths = self._selection.deaths(target.abs().cpu(), candidates.cpu(), live.cpu(), count)
-        alpha = _away_from_zero(alpha, OPEN_ALPHA if deaths.settled else LEAST_ALPHA)
-        return alpha.index_fill_(0, deaths.classes.to(alpha.device), 0.0), deaths.settled
-
-
-def _away_from_zero(alpha: Tensor, least: float) -> Tensor:
-    """Alpha with every magnitude below `least` raised to it; alpha has no zeros where it counts."""
-    return torch.where(alpha.abs() < least, torch.copysign(alpha.new_tensor(least), alpha), alpha)
+        return count >= self.schedule.steps or (settled and self.method.is_at_rest(count, self.schedule))

@@ -19,33 +19,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DECAY = 0.99
-"""Of the running mean of squared gradients in a step: it looks back a hundred steps."""
 
-DAMPING = 0.05
-"""Added to curvatures, which are relative to their mean: none counts as smaller than this part of it."""
+def observed(sensitivity: Tensor, gradient: Tensor, decay: float) -> Tensor:
+    """The running mean of squared gradients after one more step.
 
-
-def observed(sensitivity: Tensor, gradient: Tensor) -> Tensor:
-    """The running mean of squared gradients after one step more.
-
-    It starts at zero and isn't corrected for that: only the classes' shares in it are ever used.
+    It starts at zero, without bias correction: only the ratios between classes are used.
 
     Args:
         sensitivity: float64, shape (classes,).
         gradient: dL/dg of each class, shape (classes,).
+        decay: weight of the mean so far.
     """
-    return torch.lerp(gradient.to(sensitivity).square(), sensitivity, DECAY)
+    return torch.lerp(gradient.to(sensitivity).square(), sensitivity, decay)
 
 
-def price_per_sensitivity(price: Tensor, sensitivity: Tensor, live: Tensor) -> Tensor:
-    """What a class costs for what the loss depends on it, relative to the mean of live classes.
+def price_per_sensitivity(price: Tensor, sensitivity: Tensor, live: Tensor, damping: float) -> Tensor:
+    """Price of each class divided by its sensitivity, relative to the mean of live classes.
 
     Args:
         price: nonnegative, shape (classes,).
         sensitivity: running means of squared gradients, in any unit, shape (classes,). Where they are all zero
             the price alone counts.
         live: bool, shape (classes,).
+        damping: added to curvatures, which are relative to their mean.
 
     Returns:
         Of the price's type, shape (classes,).
@@ -53,5 +49,5 @@ def price_per_sensitivity(price: Tensor, sensitivity: Tensor, live: Tensor) -> T
     count = live.sum().clamp(min=1)
     curvature = torch.where(live, sensitivity, 0.0)
     curvature = curvature / (curvature.sum() / count).clamp(min=torch.finfo(curvature.dtype).tiny)
-    weighed = torch.where(live, price / (curvature + DAMPING), 0.0)
+    weighed = torch.where(live, price / (curvature + damping), 0.0)
     return (weighed / (weighed.sum() / count).clamp(min=torch.finfo(curvature.dtype).tiny)).to(price.dtype)

@@ -9,7 +9,7 @@ trained network (one a seed) and spend the same epochs. Each run leaves one JSON
 run again, so that a broken-off benchmark goes on where it was.
 
 Settings are chosen with `--held-out`: a fifth of the training images is kept from all training, and accuracy is read
-off it. `--set sensitivity.DAMPING=0.3` runs with another value of a constant of autogate's, `--schedule keep=0.5` with
+off it. `--set damping=0.3` runs with another value of a field of `autogate.methods.GDP`, `--schedule keep=0.5` with
 another schedule.
 
 Torch-Pruning's methods need `pip install torch-pruning`.
@@ -76,7 +76,7 @@ def main() -> None:
     running.add_argument("--peak", type=float, default=0.1, help="learning rate; half of it after the dense training")
     running.add_argument("--compiled", action="store_true", help="torch.compile")
     running.add_argument("--held-out", action="store_true", help="accuracy on a fifth of the training images")
-    running.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE")
+    running.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     running.add_argument("--schedule", nargs="*", default=[], metavar="FIELD=VALUE")
     running.add_argument("--threads", type=int, help="on the CPU")
     running.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")

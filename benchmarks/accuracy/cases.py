@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import autogate.api
+from autogate.methods import GDP
 from autogate.steering.schedule import Schedule
 from benchmarks.accuracy.data import Data, held_out, load, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
@@ -30,7 +30,7 @@ class Options:
         out: folder of results, of those on held-out images or of those on test images.
         recipe: how networks are trained.
         held_out: whether accuracy is read off held-out training images.
-        set, schedule: what isn't as it is by default, see `set_constant` and `set_schedule`.
+        set, schedule: fields of `GDP` and of `Schedule` with other values than by default, see `with_fields`.
         threads: on the CPU; PyTorch's choice if None.
     """
 
@@ -61,10 +61,10 @@ class Case:
 @lru_cache
 def set_up(options: Options) -> tuple[Data, Data]:
     """Makes this process one that runs cases, once; the images to train on and those to read accuracy off."""
-    for assignment in options.set:
-        set_constant(assignment)
+    if options.set:
+        autogate.api.GDP = with_fields(GDP, options.set)
     if options.schedule:
-        set_schedule(options.schedule)
+        autogate.api.Schedule = with_fields(Schedule, options.schedule)
     if options.threads:
         torch.set_num_threads(options.threads)
     train = load(options.data, "train")
@@ -116,21 +116,11 @@ def slim_run(dense: torch.nn.Module, case: Case, train: Data, test: Data, recipe
     }
 
 
-def set_constant(assignment: str) -> None:
-    """Gives a constant of an autogate module another value: `sensitivity.DAMPING=0.3`."""
-    place, _, value = assignment.partition("=")
-    module, _, name = place.rpartition(".")
-    home = importlib.import_module(f"autogate.{module}")
-    if not hasattr(home, name):
-        raise SystemExit(f"autogate.{module} has no {name}.")
-    setattr(home, name, type(getattr(home, name))(value))
-
-
-def set_schedule(assignments: Sequence[str]) -> None:
-    """Lets `prepare` make schedules with other values of these fields: `keep=0.5`."""
-    fields = {field.name: field.type for field in dataclasses.fields(Schedule)}
+def with_fields(kind: type, assignments: Sequence[str]) -> partial:
+    """The class of a frozen value with other defaults for these fields: `damping=0.3`."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
     given = dict(assignment.split("=") for assignment in assignments)
     if not given.keys() <= fields.keys():
-        raise SystemExit(f"A schedule has {', '.join(fields)}.")
+        raise SystemExit(f"{kind.__name__} has {', '.join(fields)}.")
     values = {name: int(value) if fields[name] == "int" else float(value) for name, value in given.items()}
-    autogate.api.Schedule = partial(Schedule, **values)
+    return partial(kind, **values)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from autogate.budget.resources import Flops
 from autogate.budget.targets import Target, Targets
 from autogate.gating.bank import GateBank
+from autogate.methods.gdp import GDP
 from autogate.steering.schedule import Schedule
 from rewriters.labelling.channel_map import ChannelMap, Kernel, Side
 
@@ -79,7 +80,7 @@ def gated_net(
     net = ConvNet(residual=residual)
     channel_map = conv_net_map(residual=residual)
     schedule = Schedule(steps, **settings)  # type: ignore[arg-type]
-    net.autogate = GateBank(net, channel_map, flops_target(channel_map, flops), schedule)
+    net.autogate = GateBank(net, channel_map, flops_target(channel_map, flops), schedule, GDP())
     return net, net.autogate
 
 

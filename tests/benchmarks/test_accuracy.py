@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import autogate.api
+from autogate.methods.gdp import GDP
 from autogate.steering.schedule import Schedule
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.cases import set_schedule
+from benchmarks.accuracy.cases import with_fields
 from benchmarks.accuracy.data import Data, held_out, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.models import MODELS, ResNet
@@ -79,7 +79,7 @@ def leave_runs(folder: Path, method: str, target: float, accuracies: list[float]
 
 def test_the_table_has_the_mean_and_its_standard_error(tmp_path):
     leave_runs(tmp_path, "autogate", 0.5, [80.0, 81.0, 82.0])
-    leave_runs(tmp_path, "autogate", 0.5, [85.0, 86.0, 87.0], set=["learning.ALPHA_RATE=1"])
+    leave_runs(tmp_path, "autogate", 0.5, [85.0, 86.0, 87.0], set=["alpha_rate=1"])
     (tmp_path / "dense.json").write_text(json.dumps({"accuracy": 90.0}))
     (row,) = rows(results(tmp_path))
     assert row.mean == 81 and row.error == pytest.approx(1 / 3**0.5) and len(row.by_seed) == 3
@@ -102,12 +102,11 @@ def test_methods_are_compared_from_one_and_the_same_network(tmp_path):
     assert "| 81.00, 85.00 | -1.00 ± 0.00 at 0.5, -2.00 ± 0.00 at 0.3 |" in text
 
 
-def test_other_schedules_can_be_tried(monkeypatch):
-    monkeypatch.setattr(autogate.api, "Schedule", Schedule)  # to be put back
-    set_schedule(["keep=0.25", "round_to=8"])
-    assert autogate.api.Schedule(steps=7) == Schedule(steps=7, keep=0.25, round_to=8)
+def test_other_settings_can_be_tried():
+    assert with_fields(Schedule, ["keep=0.25", "round_to=8"])(steps=7) == Schedule(steps=7, keep=0.25, round_to=8)
+    assert with_fields(GDP, ["damping=0.3"])() == GDP(damping=0.3)
     with pytest.raises(SystemExit, match="keep"):
-        set_schedule(["width=3"])
+        with_fields(Schedule, ["width=3"])
 
 
 def test_the_loss_is_the_mean_over_all_images():

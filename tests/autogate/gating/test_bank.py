@@ -11,6 +11,7 @@ from torch import nn
 from autogate.budget.resources import Flops
 from autogate.gating.bank import GateBank
 from autogate.methods.gate_function import gate_slope, gate_value
+from autogate.methods.gdp import GDP
 from autogate.steering.schedule import Schedule
 from rewriters.errors import AutogateError
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Kernel, Side
@@ -35,7 +36,7 @@ def test_building_a_bank_changes_no_number():
     before, numbers = net(images), {name: value.clone() for name, value in net.state_dict().items()}
     net.eval()
     channel_map = conv_net_map()
-    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule())
+    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule(), GDP())
     net.train()
     torch.testing.assert_close(net(images), before, rtol=0, atol=0)
     for name, value in net.named_parameters():
@@ -66,7 +67,7 @@ def test_gradient_is_that_of_gates_on_the_activations(residual):
 
     backward(net, 2)
     bank.measure()
-    found = bank._pending.gradient * gate_slope(bank.alpha, bank.epsilon)
+    found = bank._stepping.pending.reading * gate_slope(bank.alpha, bank.epsilon)
     scale = alpha.grad.abs().max().item()
     torch.testing.assert_close(found, alpha.grad, rtol=1e-3, atol=2e-3 * scale)
 
@@ -204,7 +205,7 @@ def test_a_sequential_model_runs_through_its_bank():
     sizes = {Side(f"{i}.weight", dim): n for i, shape in enumerate([(8, 4), (2, 8)]) for dim, n in enumerate(shape)}
     kernels = (Kernel("0", "0.weight", 1.0, 1), Kernel("1", "1.weight", 1.0, 1))
     channel_map = ChannelMap(8, classes, sizes, kernels, (Side("1.weight", 1),), ())
-    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule())
+    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule(), GDP())
     assert torch.equal(net(x), before)
 
 
@@ -273,7 +274,12 @@ def test_progress_tells_the_state():
     assert start.shares == {"FLOPs": 1.0} and start.targets == {"FLOPs": 0.5}
     train(net, torch.optim.SGD(net.parameters(), 0.1), 5)
     now = bank.progress()
-    assert now.step == 5 and now.balance > 0 and now.epsilon < start.epsilon and now.shares == bank.shares()
+    assert (
+        now.step == 5
+        and now.balance > 0
+        and now.method_state["epsilon"] < start.method_state["epsilon"]
+        and now.shares == bank.shares()
+    )
 
 
 def test_an_unreachable_target_is_refused():
@@ -284,7 +290,7 @@ def test_an_unreachable_target_is_refused():
     least = Flops(pinned).least
     assert least > 0.3
     with pytest.raises(AutogateError, match="can't be reached"):
-        GateBank(ConvNet(), pinned, flops_target(pinned, least - 0.01), Schedule())
+        GateBank(ConvNet(), pinned, flops_target(pinned, least - 0.01), Schedule(), GDP())
 
 
 def test_a_kernel_that_is_no_parameter_is_refused_and_leaves_the_model_alone():
@@ -292,7 +298,7 @@ def test_a_kernel_that_is_no_parameter_is_refused_and_leaves_the_model_alone():
     del net.conv2.weight
     channel_map = conv_net_map()
     with pytest.raises(AutogateError, match=r"conv2\.weight"):
-        GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule())
+        GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule(), GDP())
     assert not net._forward_pre_hooks
 
 
@@ -300,7 +306,7 @@ def test_a_map_without_classes_makes_an_idle_bank():
     net = nn.Linear(2, 2)
     sizes = {Side("weight", 0): 2, Side("weight", 1): 2}
     channel_map = ChannelMap(0, {}, sizes, (Kernel("", "weight", 1.0, 1),), (), ())
-    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule())
+    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule(), GDP())
     net(torch.ones(1, 2)).sum().backward()
     net.autogate.step(0.1)
     assert net.autogate.progress().shares == {"FLOPs": 1.0}

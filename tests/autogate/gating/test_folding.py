@@ -8,6 +8,7 @@ from torch import nn
 
 from autogate.gating.bank import GateBank
 from autogate.methods.gate_function import gate_value
+from autogate.methods.gdp import GDP
 from autogate.steering.schedule import Schedule
 from rewriters.errors import AutogateError
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Kernel, Side
@@ -106,7 +107,7 @@ def test_a_shared_kernel_is_folded_and_counted_once():
     kernels = (Kernel("first", "first.weight", 1.0, 1), Kernel("second", "second.weight", 1.0, 1))
     sizes = {Side(kernel.weight, dim): 4 for kernel in kernels for dim in (0, 1)}
     channel_map = ChannelMap(4, {side: torch.arange(4) for side in gated}, sizes, kernels, gated, ())
-    bank = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule())
+    bank = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule(), GDP())
     before = net.first.weight.detach().clone()
     bank.alpha.fill_(0.3)
     bank.fold()
@@ -114,8 +115,8 @@ def test_a_shared_kernel_is_folded_and_counted_once():
     torch.testing.assert_close(net.first.weight.detach(), before * ratio)
     net.first.weight.grad = torch.ones_like(before)
     bank.measure()
-    assert bank._pending is not None
-    torch.testing.assert_close(bank._pending.gradient, net.first.weight.detach().sum(0) / bank.folded)
+    assert bank._stepping.pending is not None
+    torch.testing.assert_close(bank._stepping.pending.reading, net.first.weight.detach().sum(0) / bank.folded)
 
 
 def test_a_class_may_lie_on_a_side_many_times_and_beside_pinned_ones():
@@ -124,7 +125,7 @@ def test_a_class_may_lie_on_a_side_many_times_and_beside_pinned_ones():
     sizes = {side: 6, Side("0.weight", 0): 2}
     classes = {side: torch.tensor([0, 0, ALWAYS, 1, 1, 1])}
     channel_map = ChannelMap(2, classes, sizes, (Kernel("0", "0.weight", 1.0, 1),), (side,), ())
-    bank = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule())
+    bank = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule(), GDP())
     before = net[0].weight.detach().clone()
     bank.alpha[0] = 0
     bank.fold()
@@ -132,7 +133,7 @@ def test_a_class_may_lie_on_a_side_many_times_and_beside_pinned_ones():
     net[0].weight.grad = torch.ones_like(before)
     bank.measure()
     expected = torch.stack([torch.tensor(0.0), before[:, 3:].sum() / bank.folded[1]])
-    torch.testing.assert_close(bank._pending.gradient, expected)
+    torch.testing.assert_close(bank._stepping.pending.reading, expected)
 
 
 def test_changes_that_a_half_precision_kernel_would_round_away_wait():

@@ -2,7 +2,10 @@ from itertools import pairwise
 
 import torch
 
-from autogate.methods.gate_function import EPSILON_END, EPSILON_START, epsilon_at, gate_slope, gate_value
+from autogate.methods.gate_function import epsilon_at, gate_slope, gate_value
+from autogate.methods.gdp import GDP
+
+EPSILON_START, EPSILON_END = GDP().epsilon_start, GDP().epsilon_end
 
 
 def test_gate_starts_where_the_paper_starts():
@@ -37,7 +40,7 @@ def test_slope_is_steepest_near_the_root_of_a_third_of_epsilon():
 
 
 def test_epsilon_decays_by_a_constant_factor_and_stays():
-    course = [epsilon_at(step, 20) for step in range(30)]
+    course = [epsilon_at(step, 20, EPSILON_START, EPSILON_END) for step in range(30)]
     assert course[0] == EPSILON_START
     ratios = [after / before for before, after in pairwise(course[:21])]
     assert max(ratios) - min(ratios) < 1e-12

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from autogate.gating.bank import GateBank
-from autogate.methods.gate_function import EPSILON_END, EPSILON_START, gate_slope
-from autogate.methods.learner import ALPHA_RATE, OPEN_ALPHA, Gates
+from autogate.methods.gate_function import gate_slope
+from autogate.methods.gdp import GDP
+from autogate.methods.method import Step
 from autogate.methods.sensitivity import observed
 from tests.autogate.gated_nets import backward, batch, gated_net
 
@@ -58,8 +59,8 @@ def test_a_gradient_brings_alpha_no_nearer_to_zero_than_an_open_gate_needs():
     start = bank.alpha.clone()
     bank.alpha[::2] *= -1
     for _step in range(10):
-        gates = replace(Gates.fresh(64), alpha=bank.alpha)
-        bank.alpha.copy_(bank.learner.descend(gates, torch.full((64,), 1e6), rate=1.0))
+        gates = replace(bank.learner.start(), alpha=bank.alpha)
+        bank.alpha.copy_(GDP().descend(gates, torch.full((64,), 1e6), 1.0, bank.schedule.step_bound))
     assert torch.equal(bank.alpha.abs(), start.clamp(max=1e-3)) and (bank.alpha[::2] < 0).all()
 
 
@@ -75,9 +76,10 @@ def test_gates_that_the_threshold_spared_open_again_without_pressure():
 
 def test_the_threshold_leaves_no_live_gate_too_small_to_scale_back_from():
     _net, bank = gated_net(0.5, steps=100)
-    target = torch.full((64,), 0.01 * (1 + 1e-4))
-    alpha, _ = bank.learner.threshold(bank.live, target, torch.ones(64), 0.01, 1)
-    assert (alpha == alpha.new_tensor(1e-5)).all()
+    gates = replace(bank.learner.start(), alpha=torch.full((64,), 0.01 * (1 + 1e-4)))
+    proposal = GDP().propose(gates, torch.zeros(64), Step(1, bank.schedule, 0.1, 0.1, torch.ones(64), movement=0.01))
+    assert not proposal.candidates.any() and (proposal.alpha < 1e-5).all()
+    assert (GDP().hold_open(proposal.alpha, pressed=True) == torch.tensor(1e-5)).all()
 
 
 def test_a_kill_by_hand_between_forward_and_step_is_final():
@@ -110,9 +112,9 @@ def test_alphas_rate_is_the_share_of_the_largest_learning_rate_so_far():
     """Whatever the scale of the kernels' rate: a quarter of the step at a quarter of the peak, none at none."""
     _net, bank = gated_net(1.0, steps=10**6)
     gradient = torch.full((64,), 100.0)
-    full = ALPHA_RATE * gradient * gate_slope(torch.ones(64), 0.1)
+    full = GDP().alpha_rate * gradient * gate_slope(torch.ones(64), 0.1)
     for scale in (1e-4, 0.1, 10.0):
-        gates = Gates.fresh(64)
+        gates = bank.learner.start()
         for lr, part in ((0.0, 0.0), (scale, 1.0), (scale / 4, 0.25), (2 * scale, 1.0), (scale, 0.5)):
             after = bank.learner.step(gates, gradient, lr)
             torch.testing.assert_close(gates.alpha - after.alpha, part * full, rtol=0.03, atol=1e-7)
@@ -123,11 +125,11 @@ def test_alphas_rate_is_the_share_of_the_largest_learning_rate_so_far():
 def test_epsilon_falls_as_long_as_the_targets_do():
     _, bank = gated_net(1.0, steps=1000)
     course = [
-        float(bank.learner.step(replace(Gates.fresh(64), count=count - 1), torch.zeros(64), 0.1).epsilon)
+        float(bank.learner.step(replace(bank.learner.start(), count=count - 1), torch.zeros(64), 0.1).state["epsilon"])
         for count in (100, 199, 200, 1000)
     ]
-    assert EPSILON_START > course[0] > course[1] > EPSILON_END
-    assert course[2] == course[3] == pytest.approx(EPSILON_END)
+    assert GDP().epsilon_start > course[0] > course[1] > GDP().epsilon_end
+    assert course[2] == course[3] == pytest.approx(GDP().epsilon_end)
 
 
 def test_slope_enters_the_step_with_the_present_epsilon():
@@ -137,7 +139,7 @@ def test_slope_enters_the_step_with_the_present_epsilon():
     for kernel in bank.kernels():
         kernel.grad = 100 * kernel.detach()
     bank.measure()
-    expected = ALPHA_RATE * bank._pending.gradient * gate_slope(bank.alpha, 0.01)
+    expected = GDP().alpha_rate * bank._stepping.pending.reading * gate_slope(bank.alpha, 0.01)
     before = bank.alpha.clone()
     bank.step(0.1)
     torch.testing.assert_close(before - bank.alpha, expected, rtol=1e-3, atol=1e-7)
@@ -150,7 +152,7 @@ def test_the_bank_keeps_the_running_mean_of_squared_gradients_and_its_checkpoint
     for _step in range(3):
         random_gradients(bank, 1e-3, pull=False, generator=generator)
         bank.measure()
-        expected = observed(expected, bank._pending.gradient)
+        expected = observed(expected, bank._stepping.pending.reading, GDP().decay)
         bank.step(0.1)
     assert (expected > 0).all() and torch.equal(bank.sensitivity, expected)
     again, other = gated_net(0.5, steps=100)
@@ -174,7 +176,7 @@ def test_gates_stand_still_once_the_targets_are_met_and_epsilon_is_at_its_end(mo
     while not (bank.progress().settled and bank.progress().step >= bank.schedule.reach_steps):
         take(1)
     done = bank.progress().step
-    assert done < 50 and bank.epsilon.item() == pytest.approx(EPSILON_END)
+    assert done < 50 and bank.epsilon.item() == pytest.approx(GDP().epsilon_end)
     take(1)  # settled by what had died before it
     alpha, folded, kept = bank.alpha.clone(), bank.folded.clone(), bank.sensitivity.clone()
     assert folded[bank.live].min() >= 0.95
@@ -184,7 +186,7 @@ def test_gates_stand_still_once_the_targets_are_met_and_epsilon_is_at_its_end(mo
     assert bank.progress().step == 100 and bank.progress().balance == 0
     take(1)
     assert bank.progress().step == 100
-    for side in bank._gated():
+    for side in bank._kernels.sides(bank.alpha.device):
         dead = bank._kernels.on_side(bank._kernels.spread(bank.dead > 0, False), side)
         assert (side.weight.index_select(side.dim, torch.nonzero(dead).flatten()) == 0).all()
     assert not bank.live.all()
@@ -198,8 +200,8 @@ def test_targets_that_count_as_met_leave_every_live_gate_open():
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         bank.alpha[1::2] = 2e-5
-    while not bank._memory().settled:
+    while not bank.settled:
         random_gradients(bank, 1e-3, False, generator)
         bank.measure()
         bank.step(0.1)
-    assert bank.alpha[bank.live].min() >= OPEN_ALPHA
+    assert bank.alpha[bank.live].min() >= GDP().open_alpha

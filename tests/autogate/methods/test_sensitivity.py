@@ -8,8 +8,9 @@ from torch import Tensor
 
 from autogate.budget.resources import Products, SideCounts, Term
 from autogate.budget.targets import Target, Targets
-from autogate.methods.gate_function import gate_value
-from autogate.methods.learner import Gates, Learner
+from autogate.methods.gdp import GDP
+from autogate.methods.learner import Learner
+from autogate.methods.method import Gates
 from autogate.methods.proximal import soft_threshold
 from autogate.methods.sensitivity import observed, price_per_sensitivity
 from autogate.steering.schedule import Schedule
@@ -27,13 +28,13 @@ def learner(sizes: list[int], prices: list[float], share: float) -> Learner:
     counts = SideCounts(start, [0.0] * len(sizes), ends)
     resource = Products(counts, [Term(price, end) for end, price in enumerate(prices)])
     targets = Targets([Target(resource, share)])
-    return Learner(targets, Schedule(STEPS, keep=0.0), [Group(tuple(end)) for end in ends])
+    return Learner(GDP(), targets, Schedule(STEPS, keep=0.0), [Group(tuple(end)) for end in ends])
 
 
 def run(of: Learner, strengths: Tensor, scale: float = 1.0) -> Gates:
     """Gates under gradients that are noise, as open gates' are, of a size of their own each."""
     generator = torch.Generator().manual_seed(0)
-    gates = Gates.fresh(len(strengths))
+    gates = of.start()
     for _step in range(STEPS):
         noise = torch.randn(len(strengths), generator=generator)
         gates = of.step(gates, scale * strengths * noise * gates.live, 0.1)
@@ -68,26 +69,26 @@ def test_the_unit_of_the_loss_does_not_matter():
 def test_gates_that_are_still_needed_stay_open_on_the_way():
     strengths = torch.logspace(-2, 0, 40)
     of = learner([40], [1.0], 0.5)
-    generator, gates, closing = torch.Generator().manual_seed(0), Gates.fresh(40), 0
+    generator, gates, closing = torch.Generator().manual_seed(0), of.start(), 0
     for _step in range(STEPS):
         gates = of.step(gates, strengths * torch.randn(40, generator=generator) * gates.live, 0.1)
-        closing = max(closing, int((gates.live & (gate_value(gates.alpha, gates.epsilon) < 0.5))[-10:].sum()))
+        closing = max(closing, int((gates.live & (of.method.gate(gates.alpha, gates.state) < 0.5))[-10:].sum()))
     assert closing == 0
 
 
 @pytest.mark.parametrize("sensitivity", [torch.zeros(6), torch.full((6,), 3.0)])
 def test_where_all_gates_matter_alike_the_price_alone_counts(sensitivity):
     price = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0, 3.0])
-    found = price_per_sensitivity(price, sensitivity.double(), torch.ones(6, dtype=torch.bool))
+    found = price_per_sensitivity(price, sensitivity.double(), torch.ones(6, dtype=torch.bool), 0.05)
     assert torch.allclose(found, price / 2)
 
 
 def test_prices_are_relative_to_the_mean_of_live_classes_and_none_without_them():
     live = torch.tensor([True, False, True, True])
     sensitivity = torch.tensor([1.0, 1e30, 4.0, 0.0], dtype=torch.float64)
-    found = price_per_sensitivity(torch.ones(4), sensitivity, live)
+    found = price_per_sensitivity(torch.ones(4), sensitivity, live, 0.05)
     assert found[live].mean() == pytest.approx(1) and found[1] == 0 and found[3] > found[0] > found[2]
-    nothing = price_per_sensitivity(torch.ones(4), sensitivity, torch.zeros(4, dtype=torch.bool))
+    nothing = price_per_sensitivity(torch.ones(4), sensitivity, torch.zeros(4, dtype=torch.bool), 0.05)
     assert torch.equal(nothing, torch.zeros(4))
 
 
@@ -99,6 +100,6 @@ def test_the_threshold_is_the_proximal_step_in_the_metric_of_the_curvature():
 
 
 def test_huge_gradients_do_not_overflow():
-    sensitivity = observed(torch.zeros(2, dtype=torch.float64), torch.tensor([1e30, 1e-30]))
-    found = price_per_sensitivity(torch.ones(2), sensitivity, torch.ones(2, dtype=torch.bool))
+    sensitivity = observed(torch.zeros(2, dtype=torch.float64), torch.tensor([1e30, 1e-30]), 0.99)
+    found = price_per_sensitivity(torch.ones(2), sensitivity, torch.ones(2, dtype=torch.bool), 0.05)
     assert torch.isfinite(sensitivity).all() and torch.isfinite(found).all() and found[1] > found[0]

@@ -1,0 +1,163 @@
+"""What a gate bank stores: buffers, read and written as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autogate.methods import Gates, Method
+from autogate.steering import Pressure
+
+
+class Counters(NamedTuple):
+    """The course of a run as plain numbers.
+
+    Attributes:
+        steps: steps taken.
+        integral: the controller's memory.
+        settled: the targets have been met.
+        peak: the largest learning rate of the kernels so far.
+    """
+
+    steps: int
+    integral: float
+    settled: bool
+    peak: float
+
+
+class BankState(NamedTuple):
+    """The buffers of a gate bank. They are written in place.
+
+    Attributes:
+        alpha, folded, dead, step_count, balance, integral, settled, peak: as in `GateBank`.
+        method: the method's own tensors, by name.
+    """
+
+    alpha: Tensor
+    folded: Tensor
+    dead: Tensor
+    step_count: Tensor
+    balance: Tensor
+    integral: Tensor
+    settled: Tensor
+    peak: Tensor
+    method: Mapping[str, Tensor]
+
+    @property
+    def live(self) -> Tensor:
+        """The classes that live, bool, shape (classes,)."""
+        return self.dead == 0
+
+    def counters(self) -> Counters:
+        """The counters, in one transfer from the device."""
+        count, integral, settled, peak = torch.stack([buffer.double() for buffer in self._counters()]).tolist()
+        return Counters(int(count), integral, bool(settled), peak)
+
+    def counters_version(self) -> tuple[Any, ...]:
+        """Changes whenever a counter is written to or replaced."""
+        return tuple((id(buffer), version_of(buffer)) for buffer in self._counters())
+
+    def _counters(self) -> tuple[Tensor, ...]:
+        return self.step_count, self.integral, self.settled, self.peak
+
+    def gates(self, counters: Counters) -> Gates:
+        """The gates as the learner takes them."""
+        pressure = Pressure(0.0, counters.integral, counters.settled)
+        return Gates(self.alpha, self.live, self.method, counters.steps, pressure, counters.peak)
+
+    def write(self, after: Gates) -> Counters:
+        """Store the gates after a step; folding takes care of who has died."""
+        self.alpha.copy_(after.alpha)
+        for name, value in after.state.items():
+            self.method[name].copy_(value)
+        self.step_count.fill_(after.count)
+        self.balance.fill_(after.balance)
+        self.integral.fill_(after.pressure.integral)
+        self.settled.fill_(after.pressure.settled)
+        self.peak.fill_(after.peak)
+        return Counters(after.count, after.pressure.integral, after.pressure.settled, after.peak)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Changes whenever the tensor is written to."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class BankBuffers(nn.Module):
+    """The buffers of a gate bank, through casts, device moves and checkpoints."""
+
+    alpha: Tensor
+    folded: Tensor
+    dead: Tensor
+    step_count: Tensor
+    balance: Tensor
+    integral: Tensor
+    settled: Tensor
+    peak: Tensor
+    layout: Tensor
+
+    def register(self, start: Gates, method: Method, checksum: int) -> None:
+        """Make the buffers.
+
+        Args:
+            start: the gates before the first step.
+            method: tells their factors.
+            checksum: of which channels each class has.
+        """
+        self.register_buffer("alpha", start.alpha)
+        for name, value in start.state.items():
+            self.register_buffer(name, value)
+        self.register_buffer("folded", method.gate(start.alpha, start.state))
+        self.register_buffer("dead", torch.zeros_like(start.alpha))
+        for name in ("step_count", "balance", "integral", "settled", "peak"):
+            self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))
+        self.register_buffer("layout", torch.tensor(checksum, dtype=torch.float64))
+        self._method_state = tuple(start.state)
+
+    def state(self) -> BankState:
+        """The buffers as they are now: a module that is moved or loaded may get others."""
+        method = {name: getattr(self, name) for name in self._method_state}
+        return BankState(
+            self.alpha, self.folded, self.dead, self.step_count, self.balance, self.integral, self.settled, self.peak,
+            method,
+        )  # fmt: skip
+
+    @property
+    def live(self) -> Tensor:
+        """The classes that live, bool, shape (classes,)."""
+        return self.dead == 0
+
+    def _forget(self) -> None:
+        """Called when buffers were exchanged."""
+
+    def _loaded(self) -> None:
+        """Called when a checkpoint was loaded."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        layout = state_dict.get(f"{prefix}layout")
+        if layout is not None and round(float(layout)) != round(float(self.layout)):
+            error_msgs.append(
+                f"{prefix.rstrip('.')}: these gates belong to another model, or to this one prepared in another way "
+                "(other inputs, `ignore`, `shortcuts` or `embed`). Prepare it as for the checkpoint's run."
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._loaded()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BankBuffers:
+        # half() and bfloat16() are for the model's numbers: epsilon ends at 5e-8, below what half can hold.
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != before[name].dtype:
+                setattr(self, name, before[name].to(buffer.device))
+        self._forget()
+        return self

@@ -1,0 +1,149 @@
+"""A gate bank's part of an optimizer step: readings before it, the gates' step after it.
+
+Before the optimizer moves the kernels, the method reads what it needs from them and their gradients. After it, the
+learner moves the gates, and folding brings the kernels in line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autogate.gating.folding import Folding
+from autogate.gating.kernels import GatedKernels, GatedSide, HeldBack
+from autogate.gating.sharding import local
+from autogate.gating.state import BankState, Counters, version_of
+from autogate.methods import Learner, Position
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was read before the optimizer's step: the method's reading (None until it is there), columns to hold
+    back."""
+
+    reading: Tensor | None
+    held: tuple[HeldBack, ...]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over kernel columns, for the method to read (`autogate.methods.KernelSums`)."""
+
+    kernels: GatedKernels
+    sides: list[GatedSide]
+    at: dict[int, Tensor]
+    """By place, the kernels that the gradients were taken at."""
+    kind: torch.dtype
+    scale: Tensor | float | None
+
+    def gradient_products(self) -> Tensor:
+        total = self.kernels.products(self.sides, self.at, self.kind)
+        if self.scale is not None:
+            total = total / self.scale
+        return torch.where(torch.isfinite(total).all(), total[:-1], torch.nan)
+
+
+class Stepping:
+    """Measures and steps the gates of a bank. All that lasts is in the bank's buffers; here are caches.
+
+    Args:
+        kernels: the gated kernels.
+        folding: brings them in line with the gates.
+        learner: the mathematics of a step.
+    """
+
+    def __init__(self, kernels: GatedKernels, folding: Folding, learner: Learner):
+        self._kernels = kernels
+        self._folding = folding
+        self.learner = learner
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was measured, and all that was worked out from buffers."""
+        self.pending: Measurement | None = None
+        self._position: tuple[Any, Position] | None = None
+        self._counters: tuple[Any, Counters] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pending": None, "_position": None, "_counters": None}
+
+    def measure(self, state: BankState, scale: Tensor | float | None = None, later: bool = False) -> None:
+        """As `GateBank.measure`, which has the contract."""
+        self.pending = None
+        kernels = self._kernels.as_kept(self._sides(state))
+        if not self._folding.knows(state.alpha):
+            self._folding.fold(state)  # alphas set by hand, before they enter the mathematics
+        if self.is_over(state):
+            return
+        sides = self._sides(state)
+        reading = None if later else self._read(state, sides, kernels, scale)
+        part = self.learner.method.let_through(state.folded)
+        held = self._kernels.hold_back(state.live & (part < 1), part, sides, kernels)
+        self.pending = Measurement(reading, held)
+
+    def read(self, state: BankState) -> None:
+        """As `GateBank.read`."""
+        if self.pending is not None:
+            self.pending = replace(self.pending, reading=self._read_now(state))
+
+    def step(self, state: BankState, lr: float) -> None:
+        """As `GateBank.step`, without the folding."""
+        if self.pending is None:
+            self.measure(state)
+        measured, self.pending = self.pending, None
+        if measured is not None:
+            self._kernels.release(measured.held)
+            reading = self._read_now(state) if measured.reading is None else measured.reading
+            if torch.isfinite(reading).all() and (lr or reading.any()):
+                after = self.learner.step(state.gates(self.counters(state)), reading, lr, self.position(state))
+                self._note(state, state.write(after))
+        elif lr:
+            self._count(state)
+
+    def _count(self, state: BankState) -> None:
+        """A step in which no gate learns: it counts while the run lasts."""
+        counters = self.counters(state)
+        if counters.steps < self.learner.schedule.steps:
+            state.step_count.fill_(counters.steps + 1)
+            state.balance.zero_()
+            self._note(state, counters._replace(steps=counters.steps + 1))
+
+    def _read(
+        self, state: BankState, sides: list[GatedSide], at: dict[int, Tensor], scale: Tensor | float | None = None
+    ) -> Tensor:
+        """The method's reading, of gradients that were taken at these kernels."""
+        sums = _Sums(self._kernels, sides, at, state.alpha.dtype, scale)
+        return self.learner.method.read(sums, state.folded, state.live)
+
+    def _read_now(self, state: BankState) -> Tensor:
+        """The method's reading, of gradients that were taken at the kernels as they are."""
+        sides = self._sides(state)
+        return self._read(state, sides, {side.place: local(side.weight) for side in sides})
+
+    def _sides(self, state: BankState) -> list[GatedSide]:
+        return self._kernels.sides(state.alpha.device)
+
+    def is_over(self, state: BankState) -> bool:
+        """Whether gates no longer move: see `Learner.is_over`."""
+        counters = self.counters(state)
+        return self.learner.is_over(counters.steps, counters.settled)
+
+    def position(self, state: BankState) -> Position:
+        """Where the model is with the classes that live now."""
+        version = version_of(state.dead), id(state.dead)
+        if self._position is None or self._position[0] != version:
+            self._position = (version, self.learner.position(state.live))
+        return self._position[1]
+
+    def counters(self, state: BankState) -> Counters:
+        """The course of the run so far, read from the device only if it has changed."""
+        version = state.counters_version()
+        if self._counters is None or self._counters[0] != version:
+            self._counters = (version, state.counters())
+        return self._counters[1]
+
+    def _note(self, state: BankState, counters: Counters) -> None:
+        self._counters = (state.counters_version(), counters)
