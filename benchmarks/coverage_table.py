@@ -25,22 +25,32 @@ Line = dict[str, Any]
 
 HEADER = """# Coverage
 
-Written by
+Written by these commands:
 
 {commands}
 
-Models are timm's and torchvision's, of its detectors backbone, neck and heads; with `--size` on smaller images, where
-a model takes any. Each is prepared, a random half of its classes is killed, batch norms are given the statistics of a
-batch (variances are raised where a small change of the inputs would come out a thousand times as large), and it is
-finalized, in a process of its own; weights are random. Of several files that have a model the last counts; one of
-`--method prepare` tells of prepare alone.
+## How it was measured
 
-*Exact*: outputs differ by at most 1e-5 of their size in float32 or, where float32's rounding is larger than that, by
-1e-10 in float64. *Reach*: the share of FLOPs (multiply-adds with kernels) in layers with a gate on their inputs or
-outputs, the smallest of the family. *Left*: that with half of the classes dead, the median. Times are medians
-of seconds of processor time on one thread; memory is the most that `prepare` took at its peak, over the bytes of the
-model's tensors and those that the process grew by when it captured the graph; pages of libraries' code, and what a
-process does but once, are in neither.
+Models are timm's and torchvision's; of torchvision's detectors backbone, neck and heads. With `--size` images are
+smaller, where a model takes any size. Each model runs in a process of its own, with random weights:
+
+1. It is prepared.
+2. A random half of its classes is killed.
+3. Batch norms are given the statistics of a batch. Variances are raised where a small change of the inputs would come
+   out a thousand times as large.
+4. It is finalized.
+
+If several files have a model, the last one counts. A file of `--method prepare` reports on `prepare` alone.
+
+| Column | Meaning |
+| --- | --- |
+| *exact* | models whose outputs differ by at most 1e-5 of their size in float32 or, where the rounding of float32 is larger than that, by at most 1e-10 in float64 |
+| *reach* | the share of FLOPs (multiply-adds with kernels) in layers with a gate on their inputs or outputs; the smallest of the family |
+| *left* | the share of FLOPs left with half of the classes dead; the median |
+| *prepare*, *finalize* | seconds of processor time on one thread; medians |
+| *memory* | the peak of what `prepare` took, over the bytes of the model's tensors plus those that the process grew by when it captured the graph. Pages of libraries' code, and what a process does only once, are in neither |
+
+## In total
 """
 
 
@@ -173,7 +183,7 @@ def _low(tried: list[Line]) -> str:
         reasons = ", ".join(f"{place} ({share:.1%})" for place, share in list(line["pinned"].items())[:3])
         rows.append((line["model"], f"{line['reach']:.1%}", reasons))
     title = f"## Reach below {WANTED:.0%}\n\n"
-    text = "Behind each reason, the share of FLOPs that it keeps out of reach; shares overlap.\n\n"
+    text = "Each reason is followed by the share of FLOPs that it keeps out of reach. Shares overlap.\n\n"
     return title + text + _table(("model", "reach", "why"), rows)
 
 
@@ -183,7 +193,7 @@ def _shallow(tried: list[Line]) -> str:
     rows = [(model, arguments) for model, arguments in fewer if arguments]
     if not rows:
         return ""
-    return "## With fewer blocks\n\nWhole, these don't fit in 20 GiB.\n\n" + _table(("model", "built with"), rows)
+    return "## With fewer blocks\n\nThese models don't fit in 20 GiB as a whole.\n\n" + _table(("model", "built with"), rows)
 
 
 def _peers(tried: list[Line]) -> str:
@@ -204,7 +214,7 @@ def _peers(tried: list[Line]) -> str:
             f"{median(line['peer']['seconds'] for line in timed):.2f}",
         ),
         (
-            "quicker, of those where both run",
+            "faster, of those where both run",
             sum(line["peer"]["prepare_s"] <= line["peer"]["seconds"] for line in timed),
             sum(line["peer"]["prepare_s"] > line["peer"]["seconds"] for line in timed),
         ),
