@@ -51,7 +51,7 @@ If several files have a model, the last one counts. A file of `--method prepare`
 | *memory* | the peak of what `prepare` took, over the bytes of the model's tensors plus those that the process grew by when it captured the graph. Pages of libraries' code, and what a process does only once, are in neither |
 
 ## In total
-"""
+"""  # noqa: E501  (a row of a Markdown table is one line)
 
 
 def joined(found: Iterable[Line]) -> list[Line]:
@@ -193,7 +193,9 @@ def _shallow(tried: list[Line]) -> str:
     rows = [(model, arguments) for model, arguments in fewer if arguments]
     if not rows:
         return ""
-    return "## With fewer blocks\n\nThese models don't fit in 20 GiB as a whole.\n\n" + _table(("model", "built with"), rows)
+    return "## With fewer blocks\n\nThese models don't fit in 20 GiB as a whole.\n\n" + _table(
+        ("model", "built with"), rows
+    )
 
 
 def _peers(tried: list[Line]) -> str:
