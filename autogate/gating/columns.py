@@ -1,4 +1,4 @@
-"""Arithmetic on the columns of kernels: one pass over the weights, in the order they lie in memory."""
+"""Arithmetic on kernel columns: one pass over the weights, in memory order."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**18
-"""Elements of a kernel that are taken at a time on a CPU, so that the product of gradient and weight stays
-in its cache (and never takes memory of note)."""
+"""Elements of a kernel per chunk on a CPU: the product of gradient and weight stays in its cache and takes little
+memory."""
 
 CUDA_CHUNK = 2**23
-"""The same on an accelerator, where memory is what is saved and each chunk costs a launch."""
+"""The same on an accelerator, where chunks save memory and each costs a kernel launch."""
 
 
 def along(values: Tensor, dim: int, ndim: int) -> Tensor:
@@ -21,10 +21,10 @@ def along(values: Tensor, dim: int, ndim: int) -> Tensor:
 
 
 def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Sum of the values of each index, shape (size,), in the same order of addition in every run.
+    """Sum of the values of each index, shape (size,), added in the same order in every run.
 
-    On CUDA index_add adds atomically, in any order, and processes that must agree on the gates would not;
-    index_put sorts first.
+    On CUDA, index_add adds atomically in any order, so processes that must agree on the gates would not. index_put
+    sorts first.
     """
     zeros = values.new_zeros(size)
     if values.is_cuda:
@@ -39,7 +39,7 @@ def _order_in_memory(weight: Tensor) -> list[int]:
 
 
 def _by_memory(tensor: Tensor, order: list[int], dim: int) -> Tensor:
-    """The tensor as (outer, columns, inner), `dim` in the middle, without a copy if `order` is its own."""
+    """The tensor as (outer, columns, inner), `dim` in the middle; no copy if `order` is its memory order."""
     place = order.index(dim)
     shape = [tensor.shape[d] for d in order]
     outer, inner = 1, 1
@@ -53,8 +53,8 @@ def _by_memory(tensor: Tensor, order: list[int], dim: int) -> Tensor:
 def column_products(gradient: Tensor, weight: Tensor, dim: int) -> Tensor:
     """<gradient, weight> over all dimensions but `dim`: float32 (float64 for such kernels), shape (size,).
 
-    Equal to (gradient * weight).sum over the other dimensions, in rows as they lie in memory, a cacheful
-    at a time: that is twice as fast for the 3x3 kernels of a contiguous ResNet, and takes no memory.
+    Equal to (gradient * weight).sum over the other dimensions, computed by rows in memory order, one chunk at a time.
+    That is twice as fast for the 3x3 kernels of a contiguous ResNet, and takes no memory.
     """
     order = _order_in_memory(weight)
     left, right = _by_memory(gradient, order, dim), _by_memory(weight, order, dim)
@@ -71,7 +71,7 @@ def column_products(gradient: Tensor, weight: Tensor, dim: int) -> Tensor:
 
 
 def scale_columns(weight: Tensor, dim: int, factor: Tensor) -> None:
-    """Multiplies index i of dimension `dim` by factor[i], in place."""
+    """Multiply index i of dimension `dim` by factor[i], in place."""
     order = _order_in_memory(weight)
     permuted = weight.permute(order)
     factor = factor.to(weight)

@@ -1,12 +1,13 @@
-"""How an optimizer's step reaches the gates of the model that it trains, in a loop that knows of neither.
+"""How optimizer steps reach the gates, in a training loop that knows nothing of them.
 
-PyTorch calls global hooks around every optimizer's step. A bank whose gated kernels are among an
-optimizer's parameters measures its gradients before the step, when the kernels still are what the gradients
-belong to (and before optimizers that write into `.grad` have done so), and moves after it.
+PyTorch calls global hooks around every optimizer's step. A bank whose gated kernels are among the optimizer's
+parameters measures before the step: the kernels are still those that the gradients belong to, and optimizers that write
+into `.grad` have not done so yet. It moves its gates after the step. If the step is given a closure, which is how
+Lightning calls it, the closure is wrapped, so that gradients are read as soon as it has computed them.
 
-A model may be trained by several optimizers. Alpha steps with the one that holds the most gated kernels
-(of equal ones, the first to step), the leader; after the others' steps dead columns are zeroed, no more. A
-leader that is passed over while another optimizer steps twice has been given up, and the other leads.
+Several optimizers may train a model. Gates move with the leader: the optimizer with the most gated kernels, or of equal
+ones the first to step. After the steps of others only dead columns are zeroed. If another optimizer steps twice while
+the leader doesn't, the other one leads.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Follower(Protocol):
 
 
 class _Turn:
-    """Whose step moves a bank's alpha."""
+    """Which optimizer's step moves a bank's gates."""
 
     def __init__(self) -> None:
         self._leader: weakref.ref[Optimizer] | None = None
@@ -69,9 +70,9 @@ class _Turn:
         self._asked = False
 
     def note(self, optimizer: Optimizer, bank: Follower) -> None:
-        """Warn, once every optimizer has had its turn, of layers that prepare added and none of them trains.
+        """Warn of layers that prepare has added and no optimizer trains.
 
-        That is the case at the second step of one that has stepped before.
+        This is known once every optimizer has had its turn: at the second step of one of them.
         """
         if self._asked:
             return
@@ -81,14 +82,14 @@ class _Turn:
             missing = [name for name, weight in bank.added_weights() if id(weight) not in self._held]
             if missing:
                 warnings.warn(
-                    f"no optimizer trains {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: prepare put "
-                    "these in the place of shortcuts. Build the optimizer after autogate.prepare.",
+                    f"no optimizer trains {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: prepare has "
+                    "added these layers on shortcuts. Build the optimizer after autogate.prepare.",
                     stacklevel=5,
                 )
         self._held |= held
 
     def leads(self, optimizer: Optimizer, count: int) -> bool:
-        """Whether alpha goes with this step of an optimizer that holds `count` gated kernels."""
+        """Whether gates move with this step of an optimizer that has `count` gated kernels."""
         leader = self._leader() if self._leader is not None else None
         if leader is optimizer or leader is None or count > self._count or optimizer in self._since:
             self._leader, self._count = weakref.ref(optimizer), count
@@ -100,7 +101,7 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Hold:
-    """How many of a bank's gated kernels an optimizer holds, and the learning rate of most of them."""
+    """How many gated kernels of a bank an optimizer has, and the learning rate of most of them."""
 
     count: int
     lr: float
@@ -111,23 +112,23 @@ _installed = False
 
 
 def register(bank: Follower) -> None:
-    """From now on `bank` follows the steps of any optimizer that holds its kernels."""
+    """Let `bank` follow the steps of any optimizer that has its kernels."""
     global _installed
     _turns[bank] = _Turn()
     if not _installed:
-        # Where an optimizer's step is compiled, Dynamo would trace the gates' step with it, which reads values.
+        # If an optimizer's step is compiled, Dynamo would trace the gates' step with it, which reads values.
         register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
         register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
         _installed = True
 
 
 def unregister(bank: Follower) -> None:
-    """`bank` follows no optimizer any more."""
+    """Let `bank` follow no optimizer any more."""
     _turns.pop(bank, None)
 
 
 def is_capturing() -> bool:
-    """Whether what runs now is captured in a CUDA graph, in which the host can't read a value."""
+    """Whether a CUDA graph is being captured, in which the host can't read a value."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -143,7 +144,7 @@ def _hold(optimizer: Optimizer, bank: Follower) -> _Hold:
 
 
 class _Reading:
-    """An optimizer's closure, after which a bank reads the gradients that it has left."""
+    """An optimizer's closure, and after it a bank's reading of the gradients."""
 
     def __init__(self, closure: Callable[[], Any], bank: Follower) -> None:
         self._closure, self.bank = closure, bank
@@ -159,12 +160,12 @@ def _before_step(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for bank, turn in list(_turns.items()):
         hold = _hold(optimizer, bank)
-        # A step within a step (of a subclass's super(), of a wrapped optimizer) comes here again: the
-        # innermost is the one that moves the kernels.
+        # A step within a step (of a subclass's super(), of a wrapped optimizer) comes here again. The innermost moves
+        # the kernels.
         within = turn.stepping is not None and turn.stepping() is optimizer
         if hold.count and is_capturing():
             raise AutogateError(
-                "a CUDA graph is to hold this step, and gates don't move in a replay: it calls no hook.",
+                "this step is captured in a CUDA graph, and a replay calls no hooks: gates would not move.",
                 where="optimizer.step",
                 remedy="Capture forward and backward alone, or call prepare(..., hooks=False), and autogate.step after "
                 "each replay.",
@@ -174,7 +175,7 @@ def _before_step(
         if hold.count and (within or turn.leads(optimizer, hold.count)):
             turn.stepping = weakref.ref(optimizer)
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            # A fused optimizer unscales within its step: GradScaler lends it this attribute for the time.
+            # A fused optimizer unscales within its step: GradScaler sets this attribute for its duration.
             bank.measure(scale=getattr(optimizer, "grad_scale", None), later=closure is not None)
             if closure is not None and not (isinstance(closure, _Reading) and closure.bank is bank):
                 reading = _Reading(closure, bank)
@@ -199,6 +200,6 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer has found its gradients infinite and left the parameters alone."""
+    """Whether a fused optimizer has found infinite gradients and left the parameters as they are."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, torch.Tensor) and bool(found)

@@ -1,8 +1,8 @@
-"""The kernels that gates live in: where they stand at any moment, and values per class along their columns.
+"""The gated kernels: where they are at any moment, and values per class along their columns.
 
-A gated side is a dimension of a kernel along which classes of channels lie: its input dimension. All of a model's gated
-sides laid end to end make one vector, so that a value per class comes to all columns by one indexing, and sums over
-columns come back to classes by one sum.
+A gated side is the input dimension of a kernel: classes of channels lie along it. All gated sides of a model, laid end
+to end, make one vector. One indexing takes a value per class to all columns, and one sum takes sums over columns back
+to classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rewriters import ALWAYS, AutogateError, ChannelMap
 
 
 class GatedSide(NamedTuple):
-    """A gated side: its place among all, its dimension, the kernel, its columns here (None: all)."""
+    """A gated side: its place among all, its dimension, the kernel, its columns in this process (None: all)."""
 
     place: int
     dim: int
@@ -31,7 +31,7 @@ class GatedSide(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldBack:
-    """Columns as they were before an optimizer's step, and the part of it that gets through."""
+    """Columns as they were before an optimizer's step, and the part of the step that takes effect."""
 
     weight: nn.Parameter
     dim: int
@@ -63,7 +63,7 @@ class GatedKernels:
         self.forget()
 
     def forget(self) -> None:
-        """Drops all that was found out about the kernels."""
+        """Drop all that was found out about the kernels."""
         self._homes: list[tuple[dict[str, Any], str]] | None = None
         self._sharded: dict[int, GatedSide] = {}
         self._kept: dict[int, Tensor] = {}
@@ -80,10 +80,10 @@ class GatedKernels:
         return self._model()
 
     def sides(self, device: torch.device) -> list[GatedSide]:
-        """The gated sides, of a kernel that goes by several names only the first.
+        """The gated sides; of a kernel with several names only the first.
 
         Args:
-            device: where values per class lie from now on (fully_shard moves buffers by `tensor.data = ...`).
+            device: where values per class are from now on (fully_shard moves buffers by `tensor.data = ...`).
 
         Raises:
             AutogateError: a kernel is not a parameter of the model.
@@ -104,9 +104,9 @@ class GatedKernels:
         return list(found.values())
 
     def _locate(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-        """Each gated side's kernel, by the dictionary that its module keeps it in and its name there.
+        """The kernel of each gated side, by the dictionary of its module and its name there.
 
-        That is found once and not at every forward; the parameter itself may be replaced, its module not.
+        This is looked up once, not at every forward: the parameter may be replaced, its module may not.
         """
         homes = []
         for side in self._sides:
@@ -121,9 +121,9 @@ class GatedKernels:
         return homes
 
     def _at_rest(self, gated: GatedSide) -> GatedSide:
-        """A gated side with the parameter that optimizers step, in the place of what its module has now.
+        """A gated side with the parameter that optimizers step, instead of what its module has now.
 
-        From forward to backward FSDP2 puts gathered copies (or shards over fewer processes) there.
+        From forward to backward, FSDP2 puts gathered copies (or shards over fewer processes) into the module.
         """
         known = self._sharded.get(gated.place)
         if known is not None and (gated.weight is known.weight or layout(gated.weight) != layout(known.weight)):
@@ -133,7 +133,7 @@ class GatedKernels:
         return gated
 
     def stand_ins(self) -> list[GatedSide]:
-        """Gated sides of the copies that stand in for sharded parameters at this moment."""
+        """Gated sides of the copies that stand in for sharded parameters now."""
         found: dict[tuple[int, int], GatedSide] = {}
         for place, (home, name) in enumerate(self._homes or ()):
             known = self._sharded.get(place)
@@ -144,16 +144,16 @@ class GatedKernels:
         return list(found.values())
 
     def may_stand_in(self, sides: list[GatedSide]) -> bool:
-        """Whether one may be FSDP2's gathered copy of a sharded kernel that was never seen: the first forward's."""
+        """Whether one may be FSDP2's gathered copy of a sharded kernel that was not seen yet, in the first forward."""
         model = self._model()
         return model is not None and any(not is_sharded(side.weight) for side in sides) and has_shards(model)
 
     def spread(self, values: Tensor, pinned: float | bool) -> Tensor:
-        """A value per class, laid out along all gated sides; `pinned` where no class is."""
+        """A value per class, laid out along all gated sides; `pinned` for columns without a class."""
         return torch.cat([values, values.new_full((1,), pinned)])[self._labels]
 
     def on_side(self, flat: Tensor, side: GatedSide) -> Tensor:
-        """The values of the side's columns, as far as these lie here, of those laid out along all sides."""
+        """The part of `flat`, which is laid out along all sides, for the side's columns in this process."""
         values = flat[self._begins[side.place] : self._begins[side.place + 1]]
         return values if side.here is None else values[side.here.to(values.device)]
 
@@ -163,29 +163,29 @@ class GatedKernels:
         return counts.index_add_(0, self._side_of, self.spread(chosen, False).to(counts.dtype))
 
     def columns(self, chosen: Tensor, sides: list[GatedSide]) -> list[Tensor]:
-        """Indices of the columns of each side that the chosen classes have here, on the CPU."""
+        """Indices of the columns of each side that the chosen classes have in this process, on the CPU."""
         if not sides:
             return []
         flat = self.spread(chosen, False).cpu()
         return [torch.nonzero(self.on_side(flat, side)).flatten() for side in sides]
 
     def scale(self, factor: Tensor, side: GatedSide) -> None:
-        """Multiplies the side's columns, by factors laid out along all sides."""
+        """Multiply the side's columns by factors laid out along all sides."""
         scale_columns(local(side.weight), side.dim, self.on_side(factor, side))
 
     def zero(self, columns: Tensor, side: GatedSide) -> None:
-        """Makes these of the side's columns exactly zero."""
+        """Make these columns of the side exactly zero."""
         if len(columns):
             weight = local(side.weight)
             weight.index_fill_(side.dim, columns.to(weight.device), 0)
 
     def keep(self, sides: list[GatedSide]) -> None:
-        """Remembers the kernels as they are."""
+        """Remember the kernels as they are."""
         weights = {id(side.weight): side for side in reversed(sides)}
         self._kept = {side.place: local(side.weight).detach().clone() for side in weights.values()}
 
     def as_kept(self, sides: list[GatedSide]) -> dict[int, Tensor]:
-        """By place, the kernels as they were when they were last kept, or are where they weren't."""
+        """By place, the kernels as they were last kept; as they are, if they were not."""
         first = {id(side.weight): side.place for side in reversed(sides)}
         kernels = {}
         for side in sides:
@@ -196,15 +196,15 @@ class GatedKernels:
         return kernels
 
     def products(self, sides: list[GatedSide], kernels: dict[int, Tensor], kind: torch.dtype) -> Tensor:
-        """<gradient, kernel> over each class's columns, shape (classes + 1,): what pinned columns have comes last.
+        """<gradient, kernel> over the columns of each class, shape (classes + 1,); pinned columns come last.
 
         Args:
             sides: the gated sides.
-            kernels: by place, what the gradients were taken at.
-            kind: type to add in.
+            kernels: by place, the kernels that the gradients were taken at.
+            kind: dtype to add in.
         """
         none = torch.zeros(max(self._lengths, default=0), dtype=kind, device=self._labels.device)
-        # Kernels of one layout are summed together, so that their processes speak once a step.
+        # Kernels of one layout are summed together: one all-reduce a step.
         by_layout: dict[Any, list[Tensor]] = {}
         for side in sides:
             sums = by_layout.setdefault(layout(side.weight), [none[:length] for length in self._lengths])
@@ -221,7 +221,7 @@ class GatedKernels:
     def hold_back(
         self, chosen: Tensor, part: Tensor, sides: list[GatedSide], kernels: dict[int, Tensor]
     ) -> tuple[HeldBack, ...]:
-        """Notes the columns of the chosen classes, for `release` to let a part of what they go through stand.
+        """Note the columns of the chosen classes, so that `release` lets only a part of their change take effect.
 
         Args:
             chosen: bool, shape (classes,).
@@ -243,7 +243,7 @@ class GatedKernels:
 
     @staticmethod
     def release(held: tuple[HeldBack, ...]) -> None:
-        """Lets only a part of the change stand that the held columns have gone through."""
+        """Let only a part of the change of the held columns take effect."""
         for columns in held:
             weight = local(columns.weight)
             after = weight.index_select(columns.dim, columns.index)

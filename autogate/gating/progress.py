@@ -1,4 +1,4 @@
-"""Where gates stand on their way, as plain numbers."""
+"""The progress of a run, as plain numbers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a bank stands.
+    """The progress of a run.
 
     Attributes:
-        shares: the part that is left of each resource in the budget, by its name ("FLOPs", "parameters",
+        shares: the share that is left of each resource in the budget, by its name ("FLOPs", "parameters",
             "activations", "latency").
-        targets: the part of it that shall be left.
+        targets: the share of it that is to be left.
         step: optimizer steps taken.
-        steps: optimizer steps that the run takes.
-        balance: lambda of equation 7 in the latest step, with prices relative to their mean.
+        steps: optimizer steps of the run.
+        balance: lambda in the latest step (equation 7), for prices relative to their mean.
         method_state: the method's own numbers, by name: GDP has `epsilon`, the gates' smoothing constant.
         classes: number of gates.
-        dead: number of closed ones.
-        settled: the targets have been met, the dead are final.
+        dead: number of dead classes.
+        settled: the targets have been met; no more classes die.
     """
 
     shares: dict[str, float]

@@ -1,7 +1,8 @@
-"""Kernels of which each process holds a part: the DTensors of FSDP2 (`torch.distributed.fsdp.fully_shard`).
+"""Sharded kernels, of which each process holds a part: the DTensors of FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-Scaling and zeroing columns needs only the part that lies here; sums over columns add up over the processes. A plain
-tensor is the case of all columns lying here and nothing to add.
+A DTensor is mostly cut along dimension 0. To scale or zero columns, a process needs only its own part. Sums over
+columns are linear: each process sums its part, and one all-reduce of a vector with one entry a class makes the gradient
+the same on all. A plain tensor is the case where this process has all columns and nothing is added.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ else:  # a PyTorch without distributed training: nothing is ever sharded
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process may hold a part of the tensor only."""
+    """Whether this process may hold only a part of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 def has_shards(model: nn.Module) -> bool:
-    """Whether FSDP2 manages a part of the model, be its parameters gathered at the moment or not."""
+    """Whether FSDP2 manages a part of the model, whether or not its parameters are gathered now."""
     # The attribute is for modules within one that was sharded: FSDP leaves it there for Dynamo to see.
     managed = (isinstance(m, FSDPModule) or getattr(m, "_is_fsdp_managed_module", False) for m in model.modules())
     return any(managed) or any(map(is_sharded, model.parameters()))
@@ -37,17 +38,17 @@ def has_shards(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """The part of the tensor that lies here, sharing its memory."""
+    """The part of the tensor in this process, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def layout(tensor: Tensor) -> Any:
-    """Where the tensor's parts lie, None if all is here: tensors of one layout can be summed together."""
+    """Where the tensor's parts are, None if all is here. Tensors of one layout can be summed together."""
     return (tensor.device_mesh, tuple(tensor.placements)) if isinstance(tensor, DTensor) else None
 
 
 def columns_here(tensor: Tensor, dim: int) -> Tensor | None:
-    """The indices along `dim` that lie here, int64 on the CPU; None for all of them."""
+    """The indices along `dim` in this process, int64 on the CPU; None for all of them."""
     if not isinstance(tensor, DTensor) or all(_shards_dim(placement) != dim for placement in tensor.placements):
         return None
     shape = [1] * tensor.ndim
@@ -58,16 +59,16 @@ def columns_here(tensor: Tensor, dim: int) -> Tensor | None:
 
 
 def part_like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """The part of `whole`, a plain tensor of the shape of all of `tensor`, that goes with the part of it here."""
+    """The part of `whole`, a plain tensor of the full shape of `tensor`, that belongs to this process."""
     if not isinstance(tensor, DTensor):
         return whole
     return _part(whole, tensor.device_mesh, tensor.placements)
 
 
 def total(values: Tensor, where: Any) -> Tensor:
-    """The sum, the same on every process, of what each found on its part of tensors of layout `where`.
+    """The sum over processes of what each found on its part of tensors of layout `where`.
 
-    It is a collective: every process that holds a part has to call it.
+    This is a collective: every process that holds a part must call it.
     """
     if where is None:
         return values

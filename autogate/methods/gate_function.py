@@ -1,4 +1,4 @@
-"""The gate function and how it sharpens: smooth at first, all but a step at the end.
+"""The gate function, and how it sharpens: smooth at first, almost a step at the end.
 
 Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiable Polarization", section 3.2.
 """
@@ -16,7 +16,7 @@ def gate_value(alpha: Tensor, epsilon: Tensor | float) -> Tensor:
         epsilon: positive smoothing constant.
 
     Returns:
-        Gates in [0, 1], of alpha's shape: exactly zero where alpha is, close to one far from it.
+        Gates in [0, 1], of alpha's shape: exactly zero where alpha is zero, close to one far from it.
     """
     square = alpha * alpha
     return square / (square + epsilon)
@@ -30,9 +30,9 @@ def gate_slope(alpha: Tensor, epsilon: Tensor | float) -> Tensor:
 def epsilon_at(step: int, steps: float, start: float, end: float) -> float:
     """Epsilon after `step` of the `steps` that it falls over: an exponential decay, as in section 4.1.
 
-    The paper multiplies by a constant once an epoch, to the end of the run. Here the same course is followed step by
-    step, so that it doesn't depend on the length of an epoch, and is over when the targets are to be met: what lives
-    then is open, and learns as in a plain network. From there on it stays at `end`.
+    The paper multiplies epsilon by a constant once an epoch, until the run ends. Here the same curve is followed step
+    by step, so that it doesn't depend on the length of an epoch, and it ends when the targets are to be met: live gates
+    are then open, and learn as in a plain network. After that epsilon stays at `end`.
 
     Args:
         step: steps taken.

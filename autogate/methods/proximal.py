@@ -1,4 +1,4 @@
-"""The proximal side of a gate's step: how a price on channels moves alpha, and takes it to exact zero.
+"""The proximal part of a gate's step: how a price on channels takes alpha to exact zero.
 
 Guo et al., "GDP", section 3.4.
 """
@@ -19,7 +19,7 @@ def soft_threshold(alpha: Tensor, beta: Tensor | float) -> Tensor:
         beta: nonnegative, of a shape that broadcasts to alpha's.
 
     Returns:
-        alpha moved towards zero by beta, and exactly zero where it was no further from it than that.
+        alpha moved towards zero by beta; exactly zero where |alpha| <= beta.
     """
     return torch.sign(alpha) * torch.clamp(alpha.abs() - beta, min=0)
 
@@ -30,9 +30,9 @@ def shrinkage(relative_price: Tensor, movement: float, bound: float) -> Tensor:
     Args:
         relative_price: price of each class over the mean price of live classes, shape (classes,).
         movement: eta * lambda * mean price, the distance that a class of mean price moves in this step.
-        bound: longest distance that a class moves while `movement` itself lies below it. A dear class would
-            otherwise leap the whole way from an open gate to a closed one; section 4.1 has this as "we
-            smooth the shrinkage of alpha when necessary".
+        bound: longest distance that a class moves, as long as `movement` is below it. Without it an expensive class
+            would jump from an open gate to a closed one; section 4.1 has this as "we smooth the shrinkage of alpha when
+            necessary".
 
     Returns:
         Distances towards zero, shape (classes,).
@@ -45,13 +45,13 @@ def alternating_relaxation(
 ) -> Tensor:
     """Algorithm 1: minimise |x - target|^2 / 2 + weight * R(|x_1|_0, ..., |x_L|_0) for a bilinear R.
 
-    In each round every layer's l0 norm is relaxed to an l1 norm while the others count as constants; since
-    R is bilinear, the constants come together in R's derivative, the price. The training step is one round
-    (N = 1, as in all of the paper's experiments) that starts from the live classes.
+    In each round every layer's l0 norm is relaxed to an l1 norm, and the others count as constants. R is bilinear, so
+    these constants are R's derivative, the price. The training step is one round (N = 1, as in all of the paper's
+    experiments) that starts from the live classes.
 
     Args:
         target: alpha after the gradient step, all layers in one vector, shape (classes,).
-        price: R's derivative by each entry's being nonzero, from the bool vector of the nonzero ones.
+        price: R's derivative by each entry being nonzero, from the bool vector of nonzero entries.
         weight: eta * lambda.
         start: alpha to begin with, shape (classes,).
         iterations: N of algorithm 1.

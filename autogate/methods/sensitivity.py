@@ -1,17 +1,18 @@
-"""How much the loss depends on each gate, and prices that count by it.
+"""How much the loss depends on each gate, and prices weighed by it.
 
-The proximal step of Guo et al., "GDP" (section 3.4, equation 9), takes all classes of one price towards zero alike
-and leaves it to their gradients to hold those that are needed. In the paper's 350 epochs they do; in the few that
-people spend, the gradient of an open gate is noise around zero, and what closes is decided by prices alone.
+The proximal step of Guo et al., "GDP" (section 3.4, equation 9), moves all classes of one price towards zero by the
+same distance. Gradients have to hold those that are needed. In the paper's 350 epochs they do. In the few epochs that
+people spend, the gradient of an open gate is noise around zero, and prices alone decide what closes.
 
-What the noise has is a size. To second order, closing gate i costs h_i g_i^2 / 2, and the mean of the squared gradients
-stands for the curvature h_i (the empirical Fisher information; Molchanov et al., "Importance Estimation for Neural
-Network Pruning", equation 8, rank channels by it). So the proximal step is taken in the metric that h gives,
+But the size of that noise is informative. To second order, closing gate i costs h_i g_i^2 / 2, and the mean of the
+squared gradients estimates the curvature h_i (the empirical Fisher information; Molchanov et al., "Importance
+Estimation for Neural Network Pruning", equation 8, rank channels by it). So the proximal step is taken in the metric of
+h,
 
     argmin over x of h (x - alpha)^2 / 2 + eta lambda c |x|,
 
-which is equation 9 with c / h in the place of the price c. Under a steady lambda alphas come to zero in the order of
-h / c: those first whose death costs the least loss for what it saves.
+which is equation 9 with the price c / h instead of c. Under a steady lambda, alphas reach zero in the order of h / c:
+first those whose death costs the least loss for what it saves.
 """
 
 from __future__ import annotations

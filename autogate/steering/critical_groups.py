@@ -1,4 +1,5 @@
-"""Groups of classes without which outputs depend on inputs no more: the stages of a trunk, but no branch beside it."""
+"""Critical groups: every path from inputs to outputs leads through them. The trunk of a network, not a branch beside
+it."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ _INPUTS = "inputs"
 
 
 def critical_groups(channel_map: ChannelMap, groups: Sequence[Sequence[int]]) -> set[int]:
-    """Which groups every way to an output leads through, by their places in `groups`.
+    """Which groups every path from the inputs to an output leads through, by their places in `groups`.
 
-    A layer leads from the groups that it reads to those that it makes. One that makes channels that always stay makes
-    an output, or is taken to: what has no class isn't known by its layer. The groups that all ways to it lead through
-    are those that dominate it in the graph of layers.
+    A layer is an edge from the groups that it reads to those that it makes. A layer whose output channels always stay
+    counts as an output, because pinned channels don't tell which layer reads them. The groups that all paths to it lead
+    through are its dominators in the graph of layers.
 
     Args:
-        channel_map: its kernels tell the ways.
+        channel_map: its kernels are the layers.
         groups: the classes of each group; every class is in one.
     """
     group_of = np.empty(channel_map.size, dtype=np.int64)

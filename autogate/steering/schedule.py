@@ -1,11 +1,11 @@
-"""How a run goes down to its targets, and the controller that steers lambda for it.
+"""The course of a run to its targets, and the controller that steers lambda.
 
-The paper sets lambda by hand and names that as its disadvantage (Guo et al., "GDP", section 5). Here the
-user names the shares that shall be left, and lambda follows from how far the model is from them.
+The paper sets lambda by hand and names that as its disadvantage (Guo et al., "GDP", section 5). Here the user names the
+shares to be left, and lambda follows from the distance between the model and these targets.
 
-What is steered is not lambda but the movement eta * lambda * mean price: how far alpha, which starts at 1,
-goes towards zero in one step of a class of mean price. Its natural scale is one over the number of steps
-that alpha has for the way. So one set of constants serves any learning rate and any length of run.
+The controller does not steer lambda itself. It steers the movement eta * lambda * mean price: how far one step takes
+the alpha of a class of mean price towards zero. Alpha starts at 1, so the natural scale of the movement is one over the
+number of steps that alpha has to get to 0. One set of constants therefore serves any learning rate and run length.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from dataclasses import dataclass, replace
 from rewriters import AutogateError
 
 DEFAULT_STEPS = 10_000
-"""Length of a run when the caller names none: 25 epochs of CIFAR-10, or 8 of ImageNet at 1024 a batch."""
+"""Length of a run if the caller names none: 25 epochs of CIFAR-10, or 8 of ImageNet with batches of 1024."""
 
 GAIN = 10.0
-"""Movement per unit of error: an error of one tenth takes alpha to zero in `reach` steps."""
+"""Movement per unit of error. An error of one tenth takes alpha to zero in `reach` steps."""
 
 INTEGRAL_GAIN = 20.0
 """Movement per unit of error that has lasted for `reach` steps."""
 
 PATIENCE = 1.15
-"""Time, in units of `reach`, from which on a missed target is met even if it takes a cruder choice."""
+"""Time, in units of `reach`, after which a missed target is met by a cruder choice of channels."""
 
 DEADLINE = 0.9
-"""Part of the steps by which the target is met."""
+"""The target is met within this part of the steps."""
 
 ESCALATION = 16.0
-"""Between the end of patience and the deadline the movement also grows by a factor of e^16. Gradients can
-hold out against a steady lambda, their pull being steepest near zero; against this they can't."""
+"""Between the end of patience and the deadline the movement also grows by a factor of e^16. Gradients pull hardest near
+zero and can resist a steady lambda; they can't resist this."""
 
 
 LEAST_STEPS = 200
-"""Steps that the way down takes at the least, for gradients to tell classes apart: a batch says little."""
+"""The way down takes at least this many steps, because one batch says little about which classes matter."""
 
 SHORT = 0.35
-"""But no larger part of the run than this: what is left has to learn too."""
+"""But at most this part of the run, because what is left needs steps to learn."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run goes down to its targets: how fast, in what portions, how closely.
+    """The course of a run to its targets: how fast, in what portions, how closely.
 
     Attributes:
-        steps: optimizer steps that the run takes. The targets' course and epsilon's are parts of them; training on
-            afterwards is plain fine-tuning of what is left. `DEFAULT_STEPS` if none is named.
-        reach: part of the steps over which the wanted shares fall from the start to the targets, and epsilon to its
-            end. A run so short that these would be less than `LEAST_STEPS` takes a larger part. A target that is
-            met early leaves the channels that stay more time to learn: docs/benchmarks.md has the figures.
-        bound: longest way that one gradient or one price moves alpha in a step, unless the run is so short
-            that it takes longer ones: see `step_bound`.
-        keep: the least width that learning leaves a layer, as a part of the one it would have if all were
-            narrowed alike for the same targets. A dear layer would otherwise be driven to nothing before its
-            channels could speak (section 4.3). More of it takes from channels that the loss depends on.
+        steps: optimizer steps of the run. The targets and epsilon are reached within them. Training after them is plain
+            fine-tuning of what is left.
+        reach: part of the steps over which the wanted shares fall from 1 to the targets, and epsilon to its end. If
+            these would be less than `LEAST_STEPS` steps, they are a larger part of the run. Targets that are met
+            early leave the remaining channels more time to learn; docs/benchmarks.md has the figures.
+        bound: the longest way that a gradient or a price moves alpha in one step. Short runs need longer steps: see
+            `step_bound`.
+        keep: the least width that learning leaves a layer, as a part of the width it would have if all layers were
+            narrowed uniformly for the same targets. Without it an expensive layer would be emptied before its
+            gradients could hold it (section 4.3). A larger value removes channels elsewhere that the loss depends on.
         tolerance: how far below the target (and, where nothing else fits, above it) a share may end.
-        round_to: channels of a layer die in such numbers that a multiple of this stays. A layer that loses
-            none keeps the width it has.
+        round_to: a layer that loses channels keeps a multiple of this number. A layer that loses none keeps its
+            width.
 
     Raises:
         AutogateError: for a setting outside its range.
@@ -87,21 +87,21 @@ class Schedule:
 
     @property
     def reach_steps(self) -> float:
-        """Steps over which the wanted shares fall, and epsilon."""
+        """Steps over which the wanted shares and epsilon fall."""
         return max(1.0, self.reach * self.steps, min(LEAST_STEPS, SHORT * self.steps))
 
     @property
     def patience_steps(self) -> float:
-        """Steps after which a missed target is met by cruder means."""
+        """Steps after which a missed target is met by a cruder choice of channels."""
         return PATIENCE * self.reach_steps
 
     @property
     def step_bound(self) -> float:
-        """`bound`, or four times the steady pace from 1 to 0 where a short run makes that the larger one."""
+        """`bound`, or in a short run four times the steady pace from 1 to 0, if that is larger."""
         return max(self.bound, 4 / self.reach_steps)
 
     def wanted(self, step: int) -> float:
-        """The distance from the targets (see `Targets`) that `step` steps should leave: a straight line to 0."""
+        """The distance from the targets (see `Targets`) wanted after `step` steps: a straight line from 1 to 0."""
         return 1 - min(1.0, step / self.reach_steps)
 
 
@@ -111,8 +111,8 @@ class Pressure:
 
     Attributes:
         movement: eta * lambda * mean price of this step.
-        integral: the part of the movement that past errors account for, in units of 1 / reach steps.
-        settled: the targets have been met; lambda stays 0 for good.
+        integral: the part of the movement due to past errors, in units of 1 / reach steps.
+        settled: the targets have been met, and lambda stays 0.
     """
 
     movement: float = 0.0
@@ -121,12 +121,17 @@ class Pressure:
 
 
 def steer(schedule: Schedule, pressure: Pressure, distance: float, step: int) -> Pressure:
-    """The pressure of step number `step` (the first is 1), at this distance from the targets before it.
+    """The pressure of a step: a proportional and an integral part of the error.
 
-    A proportional and an integral part while the model is further from its targets than wanted; no pressure
-    where it is nearer, where the integral waits, and none in the last step, which leaves every live gate
-    open. A closed gate never opens again (its slope is zero), so the way down is the only one, and there is
-    nothing to be steered back from.
+    There is pressure while the model is further from its targets than wanted. There is none while it is nearer (the
+    integral waits), and none in the last step, which leaves every live gate open. A closed gate never opens again (its
+    slope is zero), so an overshoot could not be corrected.
+
+    Args:
+        schedule: the course of the run.
+        pressure: of the step before.
+        distance: from the targets, before this step.
+        step: number of this step; the first is 1.
     """
     if pressure.settled or distance <= 0 or step >= schedule.steps:
         return Pressure(settled=True)

@@ -1,7 +1,7 @@
-"""Which of the classes that the threshold has taken to zero really die.
+"""Which of the candidates for death really die.
 
-The threshold moves all classes, and a step may take more of them to zero than there is need for. Those with
-the smallest alpha die, just enough of them for the wanted distance from the targets; the rest get to stay.
+A step may take more classes to zero than the targets need. The smallest of them die, just enough for the wanted
+distance from the targets. The others survive the step.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from autogate.steering.schedule import PATIENCE, Schedule
 from rewriters import ALWAYS, AutogateError, ChannelMap
 
 WIDTH_RESOLUTION = 0.005
-"""How closely the width is sought that all layers would have alike."""
+"""How closely the uniform width of all layers is determined."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Classes that lie on the same sides, and the number that dies at a time.
+    """Classes that lie on the same sides, and how many of them die at a time.
 
     Attributes:
         classes: their indices.
-        pace: so many of them die together, for the widths of all layers to stay on multiples of the
-            schedule's `round_to`.
-        needed: outputs depend on inputs through it alone (see `critical_groups`): it doesn't die as a whole.
+        pace: so many of them die together, so that the widths of all layers stay multiples of the schedule's
+            `round_to`.
+        needed: every path from inputs to outputs leads through it (see `critical_groups`): it doesn't die as a whole.
     """
 
     classes: tuple[int, ...]
@@ -39,10 +39,9 @@ class Group:
 
 
 def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
-    """The groups of a map, each with the pace that keeps layers on multiples of `round_to`.
+    """The groups of a map, each with the pace that keeps widths multiples of `round_to`.
 
-    A class may hold several channels of a layer (those of an attention head): fewer of them come to a
-    multiple.
+    If a class holds several channels of a layer (those of an attention head), fewer classes make a multiple.
     """
     if round_to == 1:
         return [Group(group.classes) for group in channel_map.groups()]
@@ -58,7 +57,7 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
 
 
 class Narrowing:
-    """Groups narrowed alike, each to its first classes."""
+    """Groups narrowed uniformly, each to its first classes."""
 
     def __init__(self, groups: Sequence[Group]):
         self._sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
@@ -69,19 +68,19 @@ class Narrowing:
         self._place = torch.arange(len(self._classes)) - begins[self._group]
 
     def counts(self, part: float) -> Tensor:
-        """How many classes are `part` of each group: one at least, whole bundles; int64, shape (groups,)."""
+        """How many classes `part` of each group is: at least one, in whole bundles; int64, shape (groups,)."""
         bundles = torch.ceil(part * self._sizes / self._paces).to(torch.int64).clamp(min=1)
         return torch.minimum(bundles * self._paces, self._sizes)
 
     def live(self, part: float) -> Tensor:
-        """The first classes of each group, `part` of it; bool, shape (classes,)."""
+        """The first classes of each group, `part` of it, live; bool, shape (classes,)."""
         live = torch.empty(len(self._classes), dtype=torch.bool)
         live[self._classes] = self._place < self.counts(part)[self._group]
         return live
 
 
 def part_alike(narrowing: Narrowing, targets: Targets) -> float | None:
-    """The part that each group may keep if all are narrowed alike until the targets are met.
+    """The part that each group keeps if all are narrowed uniformly until the targets are met.
 
     None if they can't be met with every group alive.
     """
@@ -99,9 +98,9 @@ def part_alike(narrowing: Narrowing, targets: Targets) -> float | None:
 def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -> Tensor:
     """How many classes of each group learning leaves alive, int64, shape (groups,).
 
-    `schedule.keep` of those that are left when all groups are narrowed alike until the targets are met; one
-    at least, and whole bundles. If the targets can't be met with every group alive, a bundle of those that are needed,
-    and none of the others.
+    `schedule.keep` times what is left when all groups are narrowed uniformly until the targets are met; at least one
+    class, in whole bundles. If the targets can't be met with every group alive: one bundle of the groups that are
+    needed, none of the others.
     """
     narrowing = Narrowing(groups)
     alike = part_alike(narrowing, targets)
@@ -111,7 +110,7 @@ def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -
 
 
 def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targets) -> list[Group]:
-    """The groups, those marked that are needed, if the targets can't be met with every group alive.
+    """The groups, with those marked that are needed if the targets can't be met with every group alive.
 
     Raises:
         AutogateError: they can't be met with the needed ones alive.
@@ -125,11 +124,12 @@ def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targe
     for group in marked:
         live[list(group.classes)] &= group.needed
     shares, wanted = targets.shares(live), targets.wanted()
+    pace = max(group.pace for group in groups)
     for name in (name for name, share in shares.items() if share > wanted[name] + ROUNDING):
         raise AutogateError(
-            f"{wanted[name]:.3f} of the {name} can't be reached: {shares[name]:.3f} are left with as few channels as "
-            f"outputs need to depend on inputs ({max(group.pace for group in groups)} at a time).",
-            remedy="Ask for a larger share, or channels in smaller multiples (`round_to`).",
+            f"{wanted[name]:.3f} of the {name} can't be reached: {shares[name]:.3f} are left with the fewest channels "
+            f"that connect inputs to outputs (removed {pace} at a time).",
+            remedy="Ask for a larger share, or for a smaller `round_to`.",
         )
     return marked
 
@@ -140,7 +140,7 @@ class Deaths:
 
     Attributes:
         classes: their indices, int64.
-        settled: nothing more can be done for the targets: the model is as close to them as the classes allow.
+        settled: the model is as close to its targets as the classes allow.
     """
 
     classes: Tensor
@@ -160,7 +160,7 @@ class _Queue:
     ends: Tensor
 
     def first(self, bundles: int) -> Tensor:
-        """The classes of the first so many bundles."""
+        """The classes of the first bundles."""
         return self.order[: int(self.ends[bundles - 1])] if bundles else self.order[:0]
 
     def bundle(self, index: int) -> Tensor:
@@ -174,10 +174,10 @@ class _Queue:
 
 
 class Selection:
-    """Chooses, among the classes that the threshold has taken to zero, those that really die.
+    """Chooses which candidates die.
 
-    All of it runs on the CPU, in the rare step in which something dies, and depends on nothing but its
-    arguments: processes that agree on alpha agree on the dead.
+    It runs on the CPU, in the rare step in which something dies, and depends on its arguments alone: processes that
+    agree on alpha agree on who dies.
     """
 
     def __init__(self, targets: Targets, schedule: Schedule, groups: Sequence[Group]):
@@ -194,9 +194,9 @@ class Selection:
         """The candidates that die in step number `step`.
 
         Args:
-            size: |alpha| after the gradient step, shape (classes,).
-            candidates: classes that the threshold took to zero, bool, shape (classes,); all of them live.
-            live: classes alive before the step, bool, shape (classes,).
+            size: the smallest candidates die first, shape (classes,). For GDP: |alpha| after the gradient step.
+            candidates: classes that may die, bool, shape (classes,); all of them are live.
+            live: classes that are live before the step, bool, shape (classes,).
             step: number of this step; the first is 1.
         """
         wanted = self.schedule.wanted(step) + ROUNDING
@@ -242,7 +242,7 @@ class Selection:
         return self.targets.distance(live.index_fill(0, dead, False))
 
     def _shortest_prefix(self, live: Tensor, queue: _Queue, wanted: float) -> int:
-        """The least number of bundles, taken in order, whose death brings the distance to `wanted`."""
+        """The least number of bundles, in order, whose death brings the distance down to `wanted`."""
         low, high = 0, len(queue.ends)
         while low < high:
             middle = (low + high) // 2
@@ -253,11 +253,11 @@ class Selection:
         return low
 
     def _land(self, live: Tensor, queue: _Queue, certain: int, wanted: float, step: int) -> Deaths:
-        """The last bundles before the targets: those too dear for them are passed over for cheaper ones.
+        """Choose the last bundles before the targets: skip those that would overshoot, take cheaper ones.
 
-        A target that no candidate fits is left to the steps to come, which bring others. But the pressure
-        that brings them lies on all classes, so it isn't kept up for long: what is settled for rises from
-        nothing to the tolerance above the target until patience is over. Then the cheapest bundle dies.
+        If no candidate fits, later steps bring others. But the pressure that brings them is on all classes and should
+        not last, so the accepted distance above the target grows from zero to the tolerance until patience is over.
+        Then the cheapest bundle dies.
         """
         live = live.index_fill(0, queue.first(certain), False)
         chosen = [queue.first(certain)]
