@@ -8,6 +8,7 @@ to classes.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -203,20 +204,32 @@ class GatedKernels:
             kernels: by place, the kernels that the gradients were taken at.
             kind: dtype to add in.
         """
-        none = torch.zeros(max(self._lengths, default=0), dtype=kind, device=self._labels.device)
-        # Kernels of one layout are summed together: one all-reduce a step.
-        by_layout: dict[Any, list[Tensor]] = {}
+        # Kernels of one layout are summed together: one all-reduce a step, in which every process takes part.
+        by_layout: dict[Any, dict[int, Tensor]] = {}
         for side in sides:
-            sums = by_layout.setdefault(layout(side.weight), [none[:length] for length in self._lengths])
+            sums = by_layout.setdefault(layout(side.weight), {})
             if (grad := side.weight.grad) is not None:
-                counted = column_products(local(grad), kernels[side.place], side.dim).to(none)
-                if side.here is not None:
-                    counted = sums[side.place].index_copy(0, side.here.to(counted.device), counted)
-                sums[side.place] = counted
-        whole = none.new_zeros(self._size + 1)
+                counted = column_products(local(grad), kernels[side.place], side.dim)
+                sums[side.place] = self._laid_out(counted.to(self._labels.device, kind), side)
+        whole = torch.zeros(self._size + 1, dtype=kind, device=self._labels.device)
         for where, sums in by_layout.items():
-            whole = whole + total(segment_sum(torch.cat([none[:0], *sums]), self._labels, len(whole)), where)
+            flat = torch.cat([whole[:0], *sums.values()])
+            whole = whole + total(segment_sum(flat, self._labels_of(sums), len(whole)), where)
         return whole
+
+    def _laid_out(self, values: Tensor, side: GatedSide) -> Tensor:
+        """Values of the side's columns in this process, zeros in the places of its other columns."""
+        if side.here is None:
+            return values
+        whole = values.new_zeros(self._lengths[side.place])
+        return whole.index_copy(0, side.here.to(values.device), values)
+
+    def _labels_of(self, places: Collection[int]) -> Tensor:
+        """The labels along these sides, laid end to end."""
+        if len(places) == len(self._sides):
+            return self._labels
+        ends = [self._labels[self._begins[place] : self._begins[place + 1]] for place in places]
+        return torch.cat([self._labels[:0], *ends])
 
     def hold_back(
         self, chosen: Tensor, part: Tensor, sides: list[GatedSide], kernels: dict[int, Tensor]
