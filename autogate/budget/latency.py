@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autogate.budget.resources import Activations, Resource, SideCounts
+from autogate.budget.products import Activations
+from autogate.budget.resource import Resource, SideCounts
 from autogate.budget.timing import Layer, Timings, machine, time_model
 from autogate.inputs import Inputs
 from rewriters import ChannelMap, Kernel, Side

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from autogate.budget.latency import Latency
-from autogate.budget.resources import Activations, Flops, Params, Resource
+from autogate.budget.products import Activations, Flops, Params
+from autogate.budget.resource import Resource
 from autogate.inputs import Inputs
 from rewriters import AutogateError, ChannelMap
 

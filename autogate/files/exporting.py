@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.files.slim_files import in_place_of
+from autogate.files.atomic_write import in_place_of
 from autogate.inputs import Inputs
 from autogate.slim import History, history_of, read_inputs
 from rewriters import AutogateError, VerificationError, relative_error, run_eval

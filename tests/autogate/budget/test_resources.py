@@ -4,7 +4,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from autogate.budget.resources import Activations, Flops, Params, Products, Resource, SideCounts, Term
+from autogate.budget.products import Activations, Flops, Params, Products, Term
+from autogate.budget.resource import Resource, SideCounts
 from rewriters import analyse
 from rewriters.errors import AutogateError
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Kernel, Side

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import autogate
 from autogate.cli import app, common
-from autogate.files.slim_files import dense_model
+from autogate.files import dense_model
 from autogate.inspection.comparison import Duration, compare
 
 

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import autogate
-from autogate.budget.resources import Flops
+from autogate.budget.products import Flops
 from autogate.cli import app, common
 from autogate.inspection.coupling import draw, inspect_model
 from benchmarks.exactness import fvcore_flops
