@@ -5,10 +5,10 @@ A `Recipe` says what to do, `start` does it and writes a `RunFolder`, `resume` g
 
 from autogate.training.distributed import World, joined
 from autogate.training.finishing import Finished, finalize_checkpoint
-from autogate.training.loop import resume, start
 from autogate.training.network import build_network
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
+from autogate.training.runs import resume, start
 from autogate.training.watching import Moment, TensorBoard, Watcher
 
 __all__ = [

@@ -148,7 +148,47 @@ def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: Wo
     Raises:
         AutogateError: there are fewer images than go into a batch.
     """
-    shared: dict[str, Any] = {
+    train, val = _train_loader(data, images, config, world), _val_loader(data, images, config, world)
+    if len(train) == 0:
+        raise AutogateError(
+            f"{len(data.train)} training images for {world.size} process(es) don't fill a batch of "
+            f"{images.batch_size}.",
+            where=f"--data {images.data}",
+            remedy="Take a smaller --batch-size.",
+        )
+    share = None
+    if world.size > 1 and not isinstance(data.val, IterableDataset):
+        share = len(range(world.rank, len(data.val), world.size))
+    return Loaders(train, val, share)
+
+
+def _train_loader(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Any:
+    return create_loader(
+        data.train,
+        batch_size=images.batch_size,
+        is_training=True,
+        scale=images.scale,
+        hflip=images.hflip,
+        color_jitter=images.color_jitter,
+        auto_augment=images.aa,
+        interpolation=config["interpolation"],
+        **_shared_options(images, config, world),
+    )
+
+
+def _val_loader(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Any:
+    return create_loader(
+        data.val,
+        batch_size=images.validation_batch_size or images.batch_size,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        **_shared_options(images, config, world),
+    )
+
+
+def _shared_options(images: Images, config: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """Arguments of `timm.data.create_loader` that are the same for training and validation."""
+    return {
         "input_size": config["input_size"],
         "mean": config["mean"],
         "std": config["std"],
@@ -161,35 +201,6 @@ def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: Wo
         "use_prefetcher": world.device.type == "cuda" and images.workers > 0,
         "persistent_workers": False,  # they would go on from their own random numbers, which no checkpoint knows
     }
-    train = create_loader(
-        data.train,
-        batch_size=images.batch_size,
-        is_training=True,
-        scale=images.scale,
-        hflip=images.hflip,
-        color_jitter=images.color_jitter,
-        auto_augment=images.aa,
-        interpolation=config["interpolation"],
-        **shared,
-    )
-    val = create_loader(
-        data.val,
-        batch_size=images.validation_batch_size or images.batch_size,
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        **shared,
-    )
-    if len(train) == 0:
-        raise AutogateError(
-            f"{len(data.train)} training images for {world.size} process(es) don't fill a batch of "
-            f"{images.batch_size}.",
-            where=f"--data {images.data}",
-            remedy="Take a smaller --batch-size.",
-        )
-    share = None
-    if world.size > 1 and not isinstance(data.val, IterableDataset):
-        share = len(range(world.rank, len(data.val), world.size))
-    return Loaders(train, val, share)
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

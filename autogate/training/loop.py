@@ -1,14 +1,12 @@
-"""The training loop: from a recipe to a run folder with a slim model in it, in one go or in several."""
+"""The training loop: the epochs of one run, its checkpoints and evaluations, and the slim model at the end."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import timm
 import torch
@@ -17,18 +15,12 @@ from torch import Tensor, nn
 from autogate.api import gates, summary
 from autogate.budget import Flops
 from autogate.files import save
-from autogate.training.checkpoint import (
-    Checkpoint,
-    Position,
-    load_checkpoint,
-    read_tensors,
-    save_checkpoint,
-    write_tensors,
-)
-from autogate.training.data import DataSets, Loaders, find_data, loaders, on_device, set_epoch
+from autogate.inspection import Summary
+from autogate.training.checkpoint import Checkpoint, Position, save_checkpoint
+from autogate.training.data import DataSets, Loaders, loaders, on_device, set_epoch
 from autogate.training.distributed import World
 from autogate.training.learning import Loss, Stepper, accuracy, seed_at
-from autogate.training.network import build_network, data_config, with_gates
+from autogate.training.network import data_config, with_gates
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import EpochRow, LayerSize, Result, RunFolder, RunInfo
 from autogate.training.taking_out import Snapshot, TakenOut, take_out, take_out_again
@@ -47,92 +39,8 @@ class _Stopped(Exception):
     """The run was told to stop, and has left its checkpoint."""
 
 
-def start(
-    recipe: Recipe, path: Path, world: World | None = None, watchers: Sequence[Watcher] = (),
-    stop: Stop = lambda: False,
-) -> Result | None:  # fmt: skip
-    """Train a model with gates and finalize it.
-
-    Args:
-        recipe: what to do.
-        path: of the run's folder, which must be new or empty.
-        world: the processes that train; all of them call this. One on the CPU, if None.
-        watchers: are told how it goes.
-        stop: see there.
-
-    Returns:
-        What the slim model came to; None if the run was stopped.
-
-    Raises:
-        AutogateError: the data, the model, the budget or the folder can't be had so; the loss is not finite.
-    """
-    world, folder = world or World(), RunFolder(path)
-    if world.main:
-        folder.check_free()
-    seed_at(recipe.seed)
-    data = find_data(recipe.images)
-    model = build_network(recipe.network, recipe.network.num_classes or data.num_classes).to(world.device)
-    teacher = copy.deepcopy(model) if recipe.distillation is not None else None
-    run = _Run.on(recipe, data, model, teacher, folder, world)
-    if world.main:
-        folder.create(run.info)
-        if teacher is not None:
-            write_tensors(teacher.state_dict(), folder.teacher_file)
-    return run.go_on(Position(), watchers, stop)
-
-
-def resume(
-    path: Path, world: World | None = None, watchers: Sequence[Watcher] = (), stop: Stop = lambda: False,
-    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
-) -> Result | None:  # fmt: skip
-    """Go on with a run where its checkpoint is: on a CPU with the same weights, bit for bit, as if it had not stopped.
-
-    Args:
-        path, world, watchers, stop: as for `start`.
-        change: what is different from now on: where the images lie, the number of workers, the device. With other
-            workers, other random crops are drawn.
-
-    Raises:
-        AutogateError: as `start`; there is no run or no checkpoint, or it doesn't fit the data or the number of
-            processes.
-    """
-    world, folder = world or World(), RunFolder(path)
-    info = folder.info()
-    result = folder.result()
-    if result is not None and result.complete and folder.slim_file.is_file():
-        return result
-    if world.size != info.processes:
-        raise AutogateError(
-            f"there are {world.size} processes, and were {info.processes} when the run began.", where=str(path)
-        )
-    if not folder.checkpoint_file.is_file():
-        raise AutogateError(
-            "the run has no checkpoint yet.", where=str(path), remedy="Delete the folder and start anew."
-        )
-    found, recipe = load_checkpoint(folder.checkpoint_file), change(info.recipe)
-    seed_at(recipe.seed)
-    data = find_data(recipe.images)
-    model = build_network(recipe.network, info.num_classes, weights=False).to(world.device)
-    teacher = None
-    if recipe.distillation is not None:
-        teacher = copy.deepcopy(model)
-        teacher.load_state_dict(read_tensors(folder.teacher_file))
-    run = _Run.on(recipe, data, model, teacher, folder, world)
-    for name in ("num_classes", "train_images", "val_images", "batches", "steps", "gates"):
-        now, then = getattr(run.info, name), getattr(info, name)
-        if now != then:
-            raise AutogateError(
-                f"{name.replace('_', ' ')}: there are {now} and were {then} when the run began.", where=str(path)
-            )
-    run.load(found)
-    if world.main:
-        folder.rewind(found.position.epoch)
-    world.wait()
-    return run.go_on(found.position, watchers, stop)
-
-
 @dataclass
-class _Run:
+class Loop:
     """A run in memory.
 
     Attributes:
@@ -155,7 +63,7 @@ class _Run:
     def on(
         cls, recipe: Recipe, data: DataSets, model: nn.Module, teacher: nn.Module | None, folder: RunFolder,
         world: World,
-    ) -> _Run:  # fmt: skip
+    ) -> Loop:  # fmt: skip
         """A run that has not begun."""
         classes = int(getattr(model, "num_classes", 0))
         if data.num_classes is not None and classes < data.num_classes:
@@ -164,31 +72,10 @@ class _Run:
             )
         config = data_config(model, recipe.network)
         loading = loaders(data, recipe.images, config, world)
-        steps_per_epoch = math.ceil(len(loading.train) / recipe.learning.grad_accum_steps)
-        steps = recipe.learning.epochs * steps_per_epoch
+        steps = recipe.learning.epochs * _steps_per_epoch(recipe, loading)
         model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps)
-        whole = summary(model)
-        info = RunInfo(
-            format=1,
-            versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
-            recipe=recipe,
-            num_classes=classes,
-            input_size=tuple(config["input_size"]),
-            train_images=len(data.train),
-            val_images=len(data.val),
-            processes=world.size,
-            batches=len(loading.train),
-            steps_per_epoch=steps_per_epoch,
-            steps=steps,
-            gates=whole.progress.classes,
-            targets=whole.progress.targets,
-            flops=whole.all_flops,
-            params=whole.all_params,
-            layers=tuple(
-                LayerSize(layer.module, layer.all_inputs, layer.all_outputs, layer.all_macs) for layer in whole.layers
-            ),
-        )
-        stepper = Stepper(model, recipe.learning, steps_per_epoch)
+        info = _info(recipe, data, loading, world, summary(model), classes, tuple(config["input_size"]))
+        stepper = Stepper(model, recipe.learning, info.steps_per_epoch)
         bank = gates(model)
         flops = Flops(bank.channel_map, model, bank.added)
         return cls(recipe, info, folder, world, loading, model, stepper, Loss.of(recipe, classes, teacher), flops)
@@ -213,7 +100,7 @@ class _Run:
         """The model of averaged weights, where they are averaged."""
         return None if self.stepper.ema is None else self.stepper.ema.module
 
-    def go_on(self, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Result | None:
+    def run(self, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Result | None:
         """Train the epochs that are left and finalize."""
         watchers = watchers if self.world.main else ()
         wrapped = self.world.wrap(self.model)
@@ -379,3 +266,35 @@ class _Run:
             self.folder.finish(result)
         self.world.wait()
         return result
+
+
+def _steps_per_epoch(recipe: Recipe, loading: Loaders) -> int:
+    return math.ceil(len(loading.train) / recipe.learning.grad_accum_steps)
+
+
+def _info(
+    recipe: Recipe, data: DataSets, loading: Loaders, world: World, whole: Summary, classes: int,
+    input_size: tuple[int, int, int],
+) -> RunInfo:  # fmt: skip
+    """What run.json has: the recipe, and what it means for this model and this data."""
+    steps_per_epoch = _steps_per_epoch(recipe, loading)
+    return RunInfo(
+        format=1,
+        versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        recipe=recipe,
+        num_classes=classes,
+        input_size=input_size,
+        train_images=len(data.train),
+        val_images=len(data.val),
+        processes=world.size,
+        batches=len(loading.train),
+        steps_per_epoch=steps_per_epoch,
+        steps=recipe.learning.epochs * steps_per_epoch,
+        gates=whole.progress.classes,
+        targets=whole.progress.targets,
+        flops=whole.all_flops,
+        params=whole.all_params,
+        layers=tuple(
+            LayerSize(layer.module, layer.all_inputs, layer.all_outputs, layer.all_macs) for layer in whole.layers
+        ),
+    )

@@ -94,7 +94,7 @@ import torch.distributed as dist
 from autogate.cli import app
 from autogate.training import loop
 
-finish = loop._Run._finish
+finish = loop.Loop._finish
 
 
 def compared(run, row):
@@ -105,7 +105,7 @@ def compared(run, row):
     return finish(run, row)
 
 
-loop._Run._finish = compared
+loop.Loop._finish = compared
 app()
 """
 
