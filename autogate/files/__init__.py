@@ -1,6 +1,6 @@
 """Slim models in files: safetensors, timm's text form, ONNX and torch.export."""
 
-from autogate.files.atomic_write import in_place_of
+from autogate.files.atomic_write import atomic_write
 from autogate.files.building import Build, build
 from autogate.files.exporting import inputs_of, to_onnx, to_torch_export
 from autogate.files.loading import dense_model, load
@@ -9,9 +9,9 @@ from autogate.files.timm_text import to_timm_text
 
 __all__ = [
     "Build",
+    "atomic_write",
     "build",
     "dense_model",
-    "in_place_of",
     "inputs_of",
     "load",
     "save",

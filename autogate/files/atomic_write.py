@@ -15,7 +15,7 @@ from rewriters import AutogateError
 
 
 @contextlib.contextmanager
-def in_place_of(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A file to write to that takes the place of `path` when all of it is on the disk, and not before."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")

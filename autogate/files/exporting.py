@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.files.atomic_write import in_place_of
+from autogate.files.atomic_write import atomic_write
 from autogate.inputs import Inputs
 from autogate.slim import History, history_of, read_inputs
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
@@ -64,7 +64,7 @@ def to_torch_export(slim: nn.Module, path: Path, side: int | None = None) -> flo
         VerificationError: the program gives other outputs; there is no file then.
     """
     program = _program(slim, side)
-    with in_place_of(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.export.save(program, temporary)
         loaded = torch.export.load(temporary).module()
         return _compare(slim, side, path, lambda args, kwargs: loaded(*args, **kwargs))
@@ -92,7 +92,7 @@ def to_onnx(slim: nn.Module, path: Path, side: int | None = None) -> float:
     except Exception as error:  # whatever an operator raises that ONNX has no word for
         raise AutogateError(f"torch.onnx can't express it: {error}", where=type(slim).__name__) from error
     assert written is not None  # where it isn't told to write a file
-    with in_place_of(path) as temporary:
+    with atomic_write(path) as temporary:
         written.save(str(temporary), external_data=False)
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         names = [entry.name for entry in session.get_inputs()]

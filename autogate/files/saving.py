@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autogate.files.atomic_write import in_place_of
+from autogate.files.atomic_write import atomic_write
 from autogate.files.building import how_to_build
 from autogate.files.file_format import Header, checksum, metadata_of
 from autogate.gating import BANK
@@ -78,7 +78,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
         training=tuple(path for path, module in slim.named_modules() if module.training),
         forwards=_forwards(slim),
     )
-    with in_place_of(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata_of(header))
 
 

@@ -13,7 +13,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from autogate.files import dense_model, in_place_of, load
+from autogate.files import atomic_write, dense_model, load
 from autogate.inspection import Comparison, Duration, compare, draw, inspect_model, short
 from autogate.training import EpochRow, GateRow, Result, RunFolder, RunInfo, build_network
 from rewriters import AutogateError, ChannelMap
@@ -116,7 +116,7 @@ def write_report(report: Report, out: Path) -> Path:
         options=_options(report.info),
         last=report.rows[-1],
     )
-    with in_place_of(out / "index.html") as temporary:
+    with atomic_write(out / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return out / "index.html"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from autogate.files import in_place_of
+from autogate.files import atomic_write
 from autogate.training.run_folder import RunInfo, from_json, to_json
 from rewriters import AutogateError
 
@@ -67,7 +67,7 @@ def write_tensors(value: Any, path: Path) -> None:
     Raises:
         AutogateError: it could not be written.
     """
-    with in_place_of(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             torch.save(value, temporary)
         except RuntimeError as error:  # how torch tells of a full disk

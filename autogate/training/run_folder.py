@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from autogate.files import in_place_of
+from autogate.files import atomic_write
 from autogate.training.recipe import Recipe
 from rewriters import AutogateError
 
@@ -258,7 +258,7 @@ class RunFolder:
         self._write(self.result_file, to_json(result))
 
     def _write(self, file: Path, text: str) -> None:
-        with in_place_of(file) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_text(text)
 
 
