@@ -16,7 +16,7 @@ from autogate.inspection import Summary, summarise
 from autogate.lock import locked
 from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
-    Asked,
+    AnalysisOptions,
     Origin,
     analyse_whole,
     as_optimizers,
@@ -104,7 +104,7 @@ def prepare(
     shares = Shares(flops, params, activations, latency, resources or {})
     schedule = Schedule(steps=DEFAULT_STEPS if steps is None else steps, round_to=round_to)
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
-    asked = Asked(
+    asked = AnalysisOptions(
         as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
     )
     undo_log = UndoLog()
@@ -291,7 +291,7 @@ def _missed(progress: Progress, tolerance: float) -> str:
     )
 
 
-def _replace_shortcuts(model: nn.Module, asked: Asked, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+def _replace_shortcuts(model: nn.Module, asked: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
     shortcuts = asked.shortcuts
     if shortcuts == "shared":
         return ()

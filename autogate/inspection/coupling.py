@@ -16,7 +16,7 @@ from autogate.budget import Flops, Params, Shares, Target, Targets
 from autogate.inputs import as_call
 from autogate.lock import locked
 from autogate.naming import named_by
-from autogate.slim import Asked, analyse_whole, put_shortcuts
+from autogate.slim import AnalysisOptions, analyse_whole, put_shortcuts
 from autogate.steering import Narrowing, groups_of, part_alike
 from rewriters import AutogateError, ChannelMap, Pin, UndoLog
 
@@ -94,7 +94,7 @@ def inspect_model(
     """
     Shares(flops=flops)  # raises for a share that is none
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
-    asked = Asked(as_call(example_inputs, model), ignored, shortcuts)
+    asked = AnalysisOptions(as_call(example_inputs, model), ignored, shortcuts)
     undo_log = UndoLog()
     try:
         added = {shortcut.weight for shortcut in put_shortcuts(model, asked, undo_log)}

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
 from autogate.slim.history import Slimming
-from autogate.slim.slimming import Asked, analyse_whole, carry_out
+from autogate.slim.slimming import AnalysisOptions, analyse_whole, carry_out
 from autogate.wrappers import take_off_accelerate
 from rewriters import (
     AutogateError,
@@ -41,7 +41,7 @@ class Origin:
         shortcuts: the convolutions that were put on shortcuts.
     """
 
-    asked: Asked
+    asked: AnalysisOptions
     dtype: torch.dtype | None
     shortcuts: tuple[Shortcut, ...] = ()
 

@@ -45,7 +45,7 @@ from rewriters.recording import frozen_heap
 from rewriters.slimming import like, tensor_slots
 
 
-class Asked(NamedTuple):
+class AnalysisOptions(NamedTuple):
     """What `prepare` was asked for, as far as it decides where channels are.
 
     Attributes:
@@ -62,13 +62,13 @@ class Asked(NamedTuple):
 
 
 @frozen_heap()
-def analyse_whole(model: nn.Module, asked: Asked) -> Analysis:
+def analyse_whole(model: nn.Module, asked: AnalysisOptions) -> Analysis:
     """The model's channels, with everything pinned that would not survive a slimming."""
     args, kwargs = asked.inputs
     return dry_run(model, analyse(model, args, kwargs, asked.ignored, asked.embed), args, kwargs)
 
 
-def put_shortcuts(model: nn.Module, asked: Asked, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+def put_shortcuts(model: nn.Module, asked: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
     """1x1 convolutions on those of the model's shortcuts that are asked for."""
     if asked.shortcuts == "shared":
         return ()
@@ -78,7 +78,7 @@ def put_shortcuts(model: nn.Module, asked: Asked, undo_log: UndoLog) -> tuple[Sh
 
 
 def carry_out(
-    model: nn.Module, analysis: Analysis, live: Tensor, asked: Asked, shortcuts: tuple[Shortcut, ...],
+    model: nn.Module, analysis: Analysis, live: Tensor, asked: AnalysisOptions, shortcuts: tuple[Shortcut, ...],
     undo_log: UndoLog, decided: Decisions | None = None,
 ) -> Slimming:  # fmt: skip
     """Slim `model` to the classes in `live` (bool, shape (classes,)); it remembers that.
@@ -129,7 +129,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     _check_tensors(model, slimming.tensors)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
-    asked = Asked(inputs, ignored, slimming.shortcuts, slimming.embed)
+    asked = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
     shortcuts = put_shortcuts(model, asked, undo_log)
     _check_same("the convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_whole(model, asked)

@@ -10,7 +10,7 @@ from torch import nn
 
 import autogate
 from autogate.slim.history import history_of
-from autogate.slim.slimming import Asked, analyse_whole, carry_out, put_shortcuts
+from autogate.slim.slimming import AnalysisOptions, analyse_whole, carry_out, put_shortcuts
 from rewriters import AutogateError, UndoLog, run_eval
 from tests.rewriters.exactness import random_live, zero_kernels
 from tests.rewriters.random_networks import Network, Recipe, build
@@ -20,7 +20,7 @@ from tests.rewriters.test_random_networks import DRAWS, over_seeds
 def slim(network: Network, share: float, seed: int) -> None:
     """One slimming to random classes, of each three one with convolutions on the shortcuts, half of them disturbed."""
     model = network.model
-    asked = Asked((network.args, network.kwargs), {}, "conv" if seed % 3 == 0 else "shared")
+    asked = AnalysisOptions((network.args, network.kwargs), {}, "conv" if seed % 3 == 0 else "shared")
     shortcuts = put_shortcuts(model, asked, UndoLog())
     generator = torch.Generator().manual_seed(seed)
     for shortcut in shortcuts[seed % 2 :: 2]:
