@@ -104,13 +104,13 @@ def prepare(
     shares = Shares(flops, params, activations, latency, resources or {})
     schedule = Schedule(steps=DEFAULT_STEPS if steps is None else steps, round_to=round_to)
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
-    asked = AnalysisOptions(
+    options = AnalysisOptions(
         as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
     )
     undo_log = UndoLog()
     try:
-        replaced = _replace_shortcuts(model, asked, undo_log)
-        analysis = analyse_whole(model, asked)
+        replaced = _replace_shortcuts(model, options, undo_log)
+        analysis = analyse_whole(model, options)
         if analysis.channel_map.size == 0:
             raise AutogateError(
                 f"no channel of it can go. {analysis.channel_map.why_pinned()}",
@@ -119,9 +119,9 @@ def prepare(
                 "last.",
             )
         added = {shortcut.weight for shortcut in replaced}
-        targets = shares.targets(model, analysis.channel_map, asked.inputs, added)
+        targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         analysis.place_statistics(model, undo_log)
-        origin = Origin(asked, dtype_of_parameters(model), replaced)
+        origin = Origin(options, dtype_of_parameters(model), replaced)
         bank = GateBank(model, analysis.channel_map, targets, schedule, origin, added, hooks)
     except BaseException:
         undo_log.undo()
@@ -291,8 +291,8 @@ def _missed(progress: Progress, tolerance: float) -> str:
     )
 
 
-def _replace_shortcuts(model: nn.Module, asked: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
-    shortcuts = asked.shortcuts
+def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+    shortcuts = options.shortcuts
     if shortcuts == "shared":
         return ()
     if shortcuts != "conv":
@@ -305,8 +305,8 @@ def _replace_shortcuts(model: nn.Module, asked: AnalysisOptions, undo_log: UndoL
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
-    wanted = run_eval(model, *asked.inputs)
-    replaced = put_shortcuts(model, asked, undo_log)
+    wanted = run_eval(model, *options.inputs)
+    replaced = put_shortcuts(model, options, undo_log)
     if not replaced:
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "
@@ -314,7 +314,7 @@ def _replace_shortcuts(model: nn.Module, asked: AnalysisOptions, undo_log: UndoL
             stacklevel=4,
         )
         return ()
-    verify(model, asked.inputs, wanted, "the model with convolutions on its shortcuts")
+    verify(model, options.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
 
 

@@ -94,11 +94,11 @@ def inspect_model(
     """
     Shares(flops=flops)  # raises for a share that is none
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
-    asked = AnalysisOptions(as_call(example_inputs, model), ignored, shortcuts)
+    options = AnalysisOptions(as_call(example_inputs, model), ignored, shortcuts)
     undo_log = UndoLog()
     try:
-        added = {shortcut.weight for shortcut in put_shortcuts(model, asked, undo_log)}
-        channel_map = analyse_whole(model, asked).channel_map
+        added = {shortcut.weight for shortcut in put_shortcuts(model, options, undo_log)}
+        channel_map = analyse_whole(model, options).channel_map
         cost, params = Flops(channel_map, model, added), Params(channel_map, model)
     finally:
         undo_log.undo()

@@ -36,18 +36,18 @@ class Origin:
     """What prepare was called with, for finalize to read the same channels again.
 
     Attributes:
-        asked: what channels depend on.
+        options: what channels depend on.
         dtype: of the model's parameters then (`dtype_of_parameters`).
         shortcuts: the convolutions that were put on shortcuts.
     """
 
-    asked: AnalysisOptions
+    options: AnalysisOptions
     dtype: torch.dtype | None
     shortcuts: tuple[Shortcut, ...] = ()
 
     def inputs_for(self, model: nn.Module) -> Inputs:
         """The example inputs, as the model has been moved and cast since."""
-        return fitted(self.asked.inputs, model, self.dtype)
+        return fitted(self.options.inputs, model, self.dtype)
 
 
 def take_out(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
@@ -97,7 +97,7 @@ def _is_exact_in_float64(model: nn.Module, bank: GateBank, inputs: Inputs) -> bo
     twin = copy.deepcopy(model).double()
     gates: GateBank = getattr(twin, BANK)
     origin: Origin = gates.origin
-    gates.origin = replace(origin, asked=origin.asked._replace(inputs=_in_float64(origin.asked.inputs)))
+    gates.origin = replace(origin, options=origin.options._replace(inputs=_in_float64(origin.options.inputs)))
     try:
         _slim_compared(twin, gates, _in_float64(inputs), {torch.float64: EXACT_IN_FLOAT64})
     except Exception:  # whatever a forward made for float32 stumbles over
@@ -113,8 +113,8 @@ def _in_float64(inputs: Inputs) -> Inputs:
 
 def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
     origin: Origin = bank.origin
-    asked = origin.asked._replace(inputs=origin.inputs_for(model))
-    analysis = analyse_whole(model, asked)
+    options = origin.options._replace(inputs=origin.inputs_for(model))
+    analysis = analyse_whole(model, options)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:
         raise AutogateError(
@@ -122,7 +122,7 @@ def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model anew.",
         )
-    return carry_out(model, analysis, bank.live, asked, origin.shortcuts, undo_log)
+    return carry_out(model, analysis, bank.live, options, origin.shortcuts, undo_log)
 
 
 def verify(

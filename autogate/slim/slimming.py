@@ -62,23 +62,23 @@ class AnalysisOptions(NamedTuple):
 
 
 @frozen_heap()
-def analyse_whole(model: nn.Module, asked: AnalysisOptions) -> Analysis:
+def analyse_whole(model: nn.Module, options: AnalysisOptions) -> Analysis:
     """The model's channels, with everything pinned that would not survive a slimming."""
-    args, kwargs = asked.inputs
-    return dry_run(model, analyse(model, args, kwargs, asked.ignored, asked.embed), args, kwargs)
+    args, kwargs = options.inputs
+    return dry_run(model, analyse(model, args, kwargs, options.ignored, options.embed), args, kwargs)
 
 
-def put_shortcuts(model: nn.Module, asked: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+def put_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
     """1x1 convolutions on those of the model's shortcuts that are asked for."""
-    if asked.shortcuts == "shared":
+    if options.shortcuts == "shared":
         return ()
-    within = None if asked.shortcuts == "conv" else asked.shortcuts
+    within = None if options.shortcuts == "conv" else options.shortcuts
     within = (within,) if isinstance(within, str) else within
-    return replace_shortcuts(model, *asked.inputs, undo_log, within, asked.ignored, asked.embed)
+    return replace_shortcuts(model, *options.inputs, undo_log, within, options.ignored, options.embed)
 
 
 def carry_out(
-    model: nn.Module, analysis: Analysis, live: Tensor, asked: AnalysisOptions, shortcuts: tuple[Shortcut, ...],
+    model: nn.Module, analysis: Analysis, live: Tensor, options: AnalysisOptions, shortcuts: tuple[Shortcut, ...],
     undo_log: UndoLog, decided: Decisions | None = None,
 ) -> Slimming:  # fmt: skip
     """Slim `model` to the classes in `live` (bool, shape (classes,)); it remembers that.
@@ -91,7 +91,7 @@ def carry_out(
     with plain_statistics(model):
         before, buffers = describe_tensors(model, added), describe_buffers(model)
         modules = describe_modules(model, added)
-    slim_plan = plan(model, analysis, live, *asked.inputs, decided)
+    slim_plan = plan(model, analysis, live, *options.inputs, decided)
     slim_plan = restore(model, analysis, slim_plan, shortcuts, decided)
     follow = bookkeeping.widths(model)
     apply(model, slim_plan, undo_log)
@@ -99,10 +99,10 @@ def carry_out(
     done = Slimming(
         tensors=before,
         buffers=buffers,
-        inputs=write_inputs(asked.inputs),
-        ignored=tuple(asked.ignored),
-        shortcuts=asked.shortcuts,
-        embed=asked.embed,
+        inputs=write_inputs(options.inputs),
+        ignored=tuple(options.ignored),
+        shortcuts=options.shortcuts,
+        embed=options.embed,
         convolutions=tuple(added),
         kept=kept_indices(analysis.channel_map, slim_plan.live),
         branches=slim_plan.decisions.branches,
@@ -129,13 +129,13 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     _check_tensors(model, slimming.tensors)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
-    asked = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
-    shortcuts = put_shortcuts(model, asked, undo_log)
+    options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
+    shortcuts = put_shortcuts(model, options, undo_log)
     _check_same("the convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
-    analysis = analyse_whole(model, asked)
+    analysis = analyse_whole(model, options)
     live = _live(analysis.channel_map, slimming)
     decided = Decisions(slimming.branches, slimming.selections)
-    done = carry_out(model, analysis, live, asked, shortcuts, undo_log, decided)
+    done = carry_out(model, analysis, live, options, shortcuts, undo_log, decided)
     mine, theirs = by_side(done.kept), by_side(slimming.kept)
     for side in {**theirs, **mine}:
         here, there = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
