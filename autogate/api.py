@@ -17,7 +17,7 @@ from autogate.lock import locked
 from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
-    Origin,
+    PrepareRecord,
     analyse_whole,
     as_optimizers,
     by_side,
@@ -121,7 +121,7 @@ def prepare(
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         analysis.place_statistics(model, undo_log)
-        origin = Origin(options, dtype_of_parameters(model), replaced)
+        origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
         bank = GateBank(model, analysis.channel_map, targets, schedule, origin, added, hooks)
     except BaseException:
         undo_log.undo()
@@ -258,7 +258,7 @@ def finalize(
     check_finite(model)
     optimizers = () if optimizer is None else as_optimizers(optimizer, model)
     bank.fold()
-    origin: Origin = bank.origin
+    origin: PrepareRecord = bank.origin
     given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = origin.inputs_for(model) if given is None else fitted(given, model)
     progress = bank.progress()

@@ -1,6 +1,6 @@
 """From closed gates to the slim model: carried out, verified, written down as a `History`."""
 
-from autogate.slim.finalizing import Origin, check_finite, check_whole, take_out, verify
+from autogate.slim.finalizing import PrepareRecord, check_finite, check_whole, take_out, verify
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
@@ -20,7 +20,7 @@ __all__ = [
     "ATTRIBUTE",
     "AnalysisOptions",
     "History",
-    "Origin",
+    "PrepareRecord",
     "Slimming",
     "analyse_whole",
     "as_optimizers",

@@ -32,7 +32,7 @@ EXACT_IN_FLOAT64 = 1e-10
 
 
 @dataclass(frozen=True)
-class Origin:
+class PrepareRecord:
     """What prepare was called with, for finalize to read the same channels again.
 
     Attributes:
@@ -96,7 +96,7 @@ def _is_exact_in_float64(model: nn.Module, bank: GateBank, inputs: Inputs) -> bo
         return False
     twin = copy.deepcopy(model).double()
     gates: GateBank = getattr(twin, BANK)
-    origin: Origin = gates.origin
+    origin: PrepareRecord = gates.origin
     gates.origin = replace(origin, options=origin.options._replace(inputs=_in_float64(origin.options.inputs)))
     try:
         _slim_compared(twin, gates, _in_float64(inputs), {torch.float64: EXACT_IN_FLOAT64})
@@ -112,7 +112,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
 
 
 def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
-    origin: Origin = bank.origin
+    origin: PrepareRecord = bank.origin
     options = origin.options._replace(inputs=origin.inputs_for(model))
     analysis = analyse_whole(model, options)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
