@@ -26,7 +26,7 @@ from autogate.slim import (
     exchanges,
     go_on,
     put_shortcuts,
-    take_out,
+    slim_verified,
     verify,
 )
 from autogate.steering import DEFAULT_STEPS, Schedule
@@ -263,7 +263,7 @@ def finalize(
     inputs = origin.inputs_for(model) if given is None else fitted(given, model)
     progress = bank.progress()
     before = _parameters(model)
-    done = take_out(model, bank, inputs)
+    done = slim_verified(model, bank, inputs)
     exchanged = exchanges(before, _parameters(model), by_side(done.kept))
     for one in optimizers:
         go_on(one, exchanged)

@@ -1,6 +1,6 @@
 """From closed gates to the slim model: carried out, verified, written down as a `History`."""
 
-from autogate.slim.finalizing import PrepareRecord, check_finite, check_whole, take_out, verify
+from autogate.slim.finalizing import PrepareRecord, check_finite, check_whole, slim_verified, verify
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
@@ -39,6 +39,6 @@ __all__ = [
     "read_inputs",
     "recalibrate",
     "replay",
-    "take_out",
+    "slim_verified",
     "verify",
 ]

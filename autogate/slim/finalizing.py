@@ -50,7 +50,7 @@ class PrepareRecord:
         return fitted(self.options.inputs, model, self.dtype)
 
 
-def take_out(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
+def slim_verified(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
     """Slim a prepared model, and end its bank's life; what was done.
 
     Deep networks may round by more than float32's tolerance: such a one is slimmed if a copy of it in float64 is exact.
