@@ -14,7 +14,7 @@ from autogate.slim.history import (
 )
 from autogate.slim.optimizers import as_optimizers, exchanges, go_on
 from autogate.slim.recalibration import recalibrate
-from autogate.slim.slimming import AnalysisOptions, analyse_whole, cast, first_difference, put_shortcuts, replay
+from autogate.slim.record_replay import AnalysisOptions, analyse_whole, cast, first_difference, put_shortcuts, replay
 
 __all__ = [
     "ATTRIBUTE",

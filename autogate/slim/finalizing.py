@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
 from autogate.slim.history import Slimming
-from autogate.slim.slimming import AnalysisOptions, analyse_whole, carry_out
+from autogate.slim.record_replay import AnalysisOptions, analyse_whole, slim_and_record
 from autogate.wrappers import take_off_accelerate
 from rewriters import (
     AutogateError,
@@ -122,7 +122,7 @@ def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model anew.",
         )
-    return carry_out(model, analysis, bank.live, options, origin.shortcuts, undo_log)
+    return slim_and_record(model, analysis, bank.live, options, origin.shortcuts, undo_log)
 
 
 def verify(

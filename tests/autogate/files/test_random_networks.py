@@ -10,7 +10,7 @@ from torch import nn
 
 import autogate
 from autogate.slim.history import history_of
-from autogate.slim.slimming import AnalysisOptions, analyse_whole, carry_out, put_shortcuts
+from autogate.slim.record_replay import AnalysisOptions, analyse_whole, put_shortcuts, slim_and_record
 from rewriters import AutogateError, UndoLog, run_eval
 from tests.rewriters.exactness import random_live, zero_kernels
 from tests.rewriters.random_networks import Network, Recipe, build
@@ -30,7 +30,7 @@ def slim(network: Network, share: float, seed: int) -> None:
     analysis = analyse_whole(model, options)
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(model, analysis.channel_map, live)
-    carry_out(model, analysis, live, options, shortcuts, UndoLog())
+    slim_and_record(model, analysis, live, options, shortcuts, UndoLog())
 
 
 def with_other_weights(model: nn.Module) -> nn.Module:

@@ -77,7 +77,7 @@ def put_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog)
     return replace_shortcuts(model, *options.inputs, undo_log, within, options.ignored, options.embed)
 
 
-def carry_out(
+def slim_and_record(
     model: nn.Module, analysis: Analysis, live: Tensor, options: AnalysisOptions, shortcuts: tuple[Shortcut, ...],
     undo_log: UndoLog, decided: Decisions | None = None,
 ) -> Slimming:  # fmt: skip
@@ -135,7 +135,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     analysis = analyse_whole(model, options)
     live = _live(analysis.channel_map, slimming)
     decided = Decisions(slimming.branches, slimming.selections)
-    done = carry_out(model, analysis, live, options, shortcuts, undo_log, decided)
+    done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
     mine, theirs = by_side(done.kept), by_side(slimming.kept)
     for side in {**theirs, **mine}:
         here, there = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
