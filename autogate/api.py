@@ -20,11 +20,11 @@ from autogate.slim import (
     PrepareRecord,
     analyse_whole,
     as_optimizers,
-    by_side,
     check_finite,
     check_whole,
     exchanges,
     go_on,
+    kept_by_side,
     put_shortcuts,
     slim_verified,
     verify,
@@ -264,7 +264,7 @@ def finalize(
     progress = bank.progress()
     before = _parameters(model)
     done = slim_verified(model, bank, inputs)
-    exchanged = exchanges(before, _parameters(model), by_side(done.kept))
+    exchanged = exchanges(before, _parameters(model), kept_by_side(done.kept))
     for one in optimizers:
         go_on(one, exchanged)
     missed = _missed(progress, bank.schedule.tolerance)

@@ -5,11 +5,11 @@ from autogate.slim.history import (
     ATTRIBUTE,
     History,
     Slimming,
-    by_side,
     describe_buffers,
     describe_modules,
     describe_tensors,
     history_of,
+    kept_by_side,
     read_inputs,
 )
 from autogate.slim.optimizers import as_optimizers, exchanges, go_on
@@ -24,7 +24,6 @@ __all__ = [
     "Slimming",
     "analyse_whole",
     "as_optimizers",
-    "by_side",
     "cast",
     "check_finite",
     "check_whole",
@@ -35,6 +34,7 @@ __all__ = [
     "first_difference",
     "go_on",
     "history_of",
+    "kept_by_side",
     "put_shortcuts",
     "read_inputs",
     "recalibrate",

@@ -111,7 +111,7 @@ def kept_indices(channel_map: ChannelMap, live: Tensor) -> tuple[KeptIndices, ..
     return tuple(KeptIndices(tuple(sides), size, kept) for (size, kept), sides in gathered.items())
 
 
-def by_side(kept: Collection[KeptIndices]) -> dict[Side, KeptIndices]:
+def kept_by_side(kept: Collection[KeptIndices]) -> dict[Side, KeptIndices]:
     """The same, looked up by side."""
     return {Side(*side): one for one in kept for side in one.sides}
 

@@ -15,12 +15,12 @@ from autogate.slim.history import (
     History,
     Slimming,
     TensorSpec,
-    by_side,
     describe_buffers,
     describe_modules,
     describe_tensors,
     dtype_of,
     history_of,
+    kept_by_side,
     kept_indices,
     rewritten,
     write_inputs,
@@ -136,7 +136,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     live = _live(analysis.channel_map, slimming)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
-    mine, theirs = by_side(done.kept), by_side(slimming.kept)
+    mine, theirs = kept_by_side(done.kept), kept_by_side(slimming.kept)
     for side in {**theirs, **mine}:
         here, there = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
         _check_same(f"what stays of {side}", here, there)
@@ -148,7 +148,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
 def _live(channel_map: ChannelMap, slimming: Slimming) -> Tensor:
     """Classes none of whose indices was taken out, bool of shape (classes,)."""
     live = torch.ones(channel_map.size, dtype=torch.bool)
-    kept = by_side(slimming.kept)
+    kept = kept_by_side(slimming.kept)
     for side, classes in channel_map.classes.items():
         if side in kept:
             _check_same(f"the length of {side}", len(classes), kept[side].size)
