@@ -21,7 +21,7 @@ from autogate.slim import (
     analyse_whole,
     as_optimizers,
     check_finite,
-    check_whole,
+    check_not_sharded,
     exchanges,
     go_on,
     kept_by_side,
@@ -254,7 +254,7 @@ def finalize(
             of float32 alone: in float64 too.
     """
     model, bank = unwrap(model), gates(model)
-    check_whole(model)
+    check_not_sharded(model)
     check_finite(model)
     optimizers = () if optimizer is None else as_optimizers(optimizer, model)
     bank.fold()

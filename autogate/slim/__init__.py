@@ -1,6 +1,6 @@
 """From closed gates to the slim model: carried out, verified, written down as a `History`."""
 
-from autogate.slim.finalizing import PrepareRecord, check_finite, check_whole, slim_verified, verify
+from autogate.slim.finalizing import PrepareRecord, check_finite, check_not_sharded, slim_verified, verify
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
@@ -26,7 +26,7 @@ __all__ = [
     "as_optimizers",
     "cast",
     "check_finite",
-    "check_whole",
+    "check_not_sharded",
     "describe_buffers",
     "describe_modules",
     "describe_tensors",

@@ -144,7 +144,7 @@ def verify(
         )
 
 
-def check_whole(model: nn.Module) -> None:
+def check_not_sharded(model: nn.Module) -> None:
     if has_shards(model):
         raise AutogateError(
             "its parameters are sharded over processes, and a slim model is made of whole ones.",
