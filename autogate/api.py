@@ -18,7 +18,7 @@ from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
-    analyse_whole,
+    analyse_with_dry_run,
     as_optimizers,
     check_finite,
     check_not_sharded,
@@ -110,7 +110,7 @@ def prepare(
     undo_log = UndoLog()
     try:
         replaced = _replace_shortcuts(model, options, undo_log)
-        analysis = analyse_whole(model, options)
+        analysis = analyse_with_dry_run(model, options)
         if analysis.channel_map.size == 0:
             raise AutogateError(
                 f"no channel of it can go. {analysis.channel_map.why_pinned()}",

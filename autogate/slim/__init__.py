@@ -14,7 +14,14 @@ from autogate.slim.history import (
 )
 from autogate.slim.optimizers import as_optimizers, exchanges, go_on
 from autogate.slim.recalibration import recalibrate
-from autogate.slim.record_replay import AnalysisOptions, analyse_whole, cast, first_difference, put_shortcuts, replay
+from autogate.slim.record_replay import (
+    AnalysisOptions,
+    analyse_with_dry_run,
+    cast,
+    first_difference,
+    put_shortcuts,
+    replay,
+)
 
 __all__ = [
     "ATTRIBUTE",
@@ -22,7 +29,7 @@ __all__ = [
     "History",
     "PrepareRecord",
     "Slimming",
-    "analyse_whole",
+    "analyse_with_dry_run",
     "as_optimizers",
     "cast",
     "check_finite",

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
 from autogate.slim.history import Slimming
-from autogate.slim.record_replay import AnalysisOptions, analyse_whole, slim_and_record
+from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, slim_and_record
 from autogate.wrappers import take_off_accelerate
 from rewriters import (
     AutogateError,
@@ -114,7 +114,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
 def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
     origin: PrepareRecord = bank.origin
     options = origin.options._replace(inputs=origin.inputs_for(model))
-    analysis = analyse_whole(model, options)
+    analysis = analyse_with_dry_run(model, options)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:
         raise AutogateError(

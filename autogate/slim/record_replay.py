@@ -62,7 +62,7 @@ class AnalysisOptions(NamedTuple):
 
 
 @frozen_heap()
-def analyse_whole(model: nn.Module, options: AnalysisOptions) -> Analysis:
+def analyse_with_dry_run(model: nn.Module, options: AnalysisOptions) -> Analysis:
     """The model's channels, with everything pinned that would not survive a slimming."""
     args, kwargs = options.inputs
     return dry_run(model, analyse(model, args, kwargs, options.ignored, options.embed), args, kwargs)
@@ -132,7 +132,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
     shortcuts = put_shortcuts(model, options, undo_log)
     _check_same("the convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
-    analysis = analyse_whole(model, options)
+    analysis = analyse_with_dry_run(model, options)
     live = _live(analysis.channel_map, slimming)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)

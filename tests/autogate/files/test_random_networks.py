@@ -10,7 +10,7 @@ from torch import nn
 
 import autogate
 from autogate.slim.history import history_of
-from autogate.slim.record_replay import AnalysisOptions, analyse_whole, put_shortcuts, slim_and_record
+from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, put_shortcuts, slim_and_record
 from rewriters import AutogateError, UndoLog, run_eval
 from tests.rewriters.exactness import random_live, zero_kernels
 from tests.rewriters.random_networks import Network, Recipe, build
@@ -27,7 +27,7 @@ def slim(network: Network, share: float, seed: int) -> None:
         weight = model.get_parameter(shortcut.weight)
         with torch.no_grad():
             weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 10)
-    analysis = analyse_whole(model, options)
+    analysis = analyse_with_dry_run(model, options)
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(model, analysis.channel_map, live)
     slim_and_record(model, analysis, live, options, shortcuts, UndoLog())
