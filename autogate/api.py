@@ -18,6 +18,7 @@ from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
+    add_shortcut_convolutions,
     analyse_with_dry_run,
     as_optimizers,
     check_finite,
@@ -25,7 +26,6 @@ from autogate.slim import (
     exchanges,
     go_on,
     kept_by_side,
-    put_shortcuts,
     slim_verified,
     verify,
 )
@@ -306,7 +306,7 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
     wanted = run_eval(model, *options.inputs)
-    replaced = put_shortcuts(model, options, undo_log)
+    replaced = add_shortcut_convolutions(model, options, undo_log)
     if not replaced:
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "

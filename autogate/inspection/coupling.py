@@ -16,7 +16,7 @@ from autogate.budget import Flops, Params, Shares, Target, Targets
 from autogate.inputs import as_call
 from autogate.lock import locked
 from autogate.naming import named_by
-from autogate.slim import AnalysisOptions, analyse_with_dry_run, put_shortcuts
+from autogate.slim import AnalysisOptions, add_shortcut_convolutions, analyse_with_dry_run
 from autogate.steering import Narrowing, groups_of, part_alike
 from rewriters import AutogateError, ChannelMap, Pin, UndoLog
 
@@ -97,7 +97,7 @@ def inspect_model(
     options = AnalysisOptions(as_call(example_inputs, model), ignored, shortcuts)
     undo_log = UndoLog()
     try:
-        added = {shortcut.weight for shortcut in put_shortcuts(model, options, undo_log)}
+        added = {shortcut.weight for shortcut in add_shortcut_convolutions(model, options, undo_log)}
         channel_map = analyse_with_dry_run(model, options).channel_map
         cost, params = Flops(channel_map, model, added), Params(channel_map, model)
     finally:

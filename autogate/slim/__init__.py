@@ -16,10 +16,10 @@ from autogate.slim.optimizers import as_optimizers, exchanges, go_on
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
+    add_shortcut_convolutions,
     analyse_with_dry_run,
     cast,
     first_difference,
-    put_shortcuts,
     replay,
 )
 
@@ -29,6 +29,7 @@ __all__ = [
     "History",
     "PrepareRecord",
     "Slimming",
+    "add_shortcut_convolutions",
     "analyse_with_dry_run",
     "as_optimizers",
     "cast",
@@ -42,7 +43,6 @@ __all__ = [
     "go_on",
     "history_of",
     "kept_by_side",
-    "put_shortcuts",
     "read_inputs",
     "recalibrate",
     "replay",

@@ -68,7 +68,7 @@ def analyse_with_dry_run(model: nn.Module, options: AnalysisOptions) -> Analysis
     return dry_run(model, analyse(model, args, kwargs, options.ignored, options.embed), args, kwargs)
 
 
-def put_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
     """1x1 convolutions on those of the model's shortcuts that are asked for."""
     if options.shortcuts == "shared":
         return ()
@@ -130,7 +130,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
     options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
-    shortcuts = put_shortcuts(model, options, undo_log)
+    shortcuts = add_shortcut_convolutions(model, options, undo_log)
     _check_same("the convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_with_dry_run(model, options)
     live = _live(analysis.channel_map, slimming)

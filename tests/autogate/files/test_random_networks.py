@@ -10,7 +10,12 @@ from torch import nn
 
 import autogate
 from autogate.slim.history import history_of
-from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, put_shortcuts, slim_and_record
+from autogate.slim.record_replay import (
+    AnalysisOptions,
+    add_shortcut_convolutions,
+    analyse_with_dry_run,
+    slim_and_record,
+)
 from rewriters import AutogateError, UndoLog, run_eval
 from tests.rewriters.exactness import random_live, zero_kernels
 from tests.rewriters.random_networks import Network, Recipe, build
@@ -21,7 +26,7 @@ def slim(network: Network, share: float, seed: int) -> None:
     """One slimming to random classes, of each three one with convolutions on the shortcuts, half of them disturbed."""
     model = network.model
     options = AnalysisOptions((network.args, network.kwargs), {}, "conv" if seed % 3 == 0 else "shared")
-    shortcuts = put_shortcuts(model, options, UndoLog())
+    shortcuts = add_shortcut_convolutions(model, options, UndoLog())
     generator = torch.Generator().manual_seed(seed)
     for shortcut in shortcuts[seed % 2 :: 2]:
         weight = model.get_parameter(shortcut.weight)
