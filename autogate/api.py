@@ -23,9 +23,9 @@ from autogate.slim import (
     as_optimizers,
     check_finite,
     check_not_sharded,
-    exchanges,
-    go_on,
     kept_by_side,
+    parameter_replacements,
+    replace_parameters,
     slim_verified,
     verify,
 )
@@ -158,7 +158,7 @@ def gates(model: nn.Module) -> GateBank:
             where=type(model).__name__,
             remedy=f"Give its {within!r}, which has some." if within else "Call autogate.prepare(model) first.",
         )
-    bank.kernels()  # where fully_shard has exchanged them, the bank takes note
+    bank.kernels()  # where fully_shard has replacements them, the bank takes note
     return bank
 
 
@@ -264,9 +264,9 @@ def finalize(
     progress = bank.progress()
     before = _parameters(model)
     done = slim_verified(model, bank, inputs)
-    exchanged = exchanges(before, _parameters(model), kept_by_side(done.kept))
+    replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
     for one in optimizers:
-        go_on(one, exchanged)
+        replace_parameters(one, replacements)
     missed = _missed(progress, bank.schedule.tolerance)
     if warn and missed:
         warnings.warn(

@@ -12,7 +12,7 @@ from autogate.slim.history import (
     kept_by_side,
     read_inputs,
 )
-from autogate.slim.optimizers import as_optimizers, exchanges, go_on
+from autogate.slim.optimizers import as_optimizers, parameter_replacements, replace_parameters
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
@@ -38,13 +38,13 @@ __all__ = [
     "describe_buffers",
     "describe_modules",
     "describe_tensors",
-    "exchanges",
     "first_difference",
-    "go_on",
     "history_of",
     "kept_by_side",
+    "parameter_replacements",
     "read_inputs",
     "recalibrate",
+    "replace_parameters",
     "replay",
     "slim_verified",
     "verify",

@@ -1,4 +1,4 @@
-"""An optimizer goes on with the slim model: parameters are exchanged in it, and its state is cut as they were."""
+"""An optimizer goes on with the slim model: parameters are replacements in it, and its state is cut as they were."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewriters.slimming import take_indices
 
 
 @dataclass(frozen=True, eq=False)
-class Exchange:
+class Replacement:
     """What becomes of a parameter.
 
     Attributes:
@@ -56,9 +56,9 @@ def _unwrapped(optimizer: Any) -> Any:
     return within if isinstance(within, Optimizer) else optimizer
 
 
-def exchanges(
+def parameter_replacements(
     before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], kept: Mapping[Side, KeptIndices]
-) -> dict[int, Exchange]:
+) -> dict[int, Replacement]:
     """What becomes of each parameter of a model that was slimmed, by its id; those that stay are left out.
 
     Args:
@@ -76,11 +76,11 @@ def exchanges(
             dims = {
                 side.dim: torch.tensor(one.kept, dtype=torch.int64) for side, one in kept.items() if side.tensor in own
             }
-            found[key] = Exchange(new, dims)
+            found[key] = Replacement(new, dims)
     return found
 
 
-def go_on(optimizer: Optimizer, exchanged: Mapping[int, Exchange]) -> None:
+def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, Replacement]) -> None:
     """Lets an optimizer train the slim model: its groups keep their settings, and parameters their state.
 
     A tensor of a state is cut along each dimension in which it is as long as its parameter; those of momentum and
@@ -88,20 +88,20 @@ def go_on(optimizer: Optimizer, exchanged: Mapping[int, Exchange]) -> None:
     and has another kind of tensor begins anew.
     """
     for group in optimizer.param_groups:
-        stays = [(parameter, exchanged.get(id(parameter))) for parameter in group["params"]]
+        stays = [(parameter, replacements.get(id(parameter))) for parameter in group["params"]]
         left = [one is None or one.new is not None for _, one in stays]
         if "param_names" in group:
             group["param_names"][:] = [name for name, stay in zip(group["param_names"], left, strict=True) if stay]
         group["params"][:] = [
             parameter if one is None else one.new for (parameter, one), stay in zip(stays, left, strict=True) if stay
         ]
-    for parameter in [parameter for parameter in optimizer.state if id(parameter) in exchanged]:
-        one, state = exchanged[id(parameter)], optimizer.state.pop(parameter)
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) in replacements]:
+        one, state = replacements[id(parameter)], optimizer.state.pop(parameter)
         if one.new is not None and all(_can_be_cut(value, parameter) for value in state.values()):
             optimizer.state[one.new] = {name: _cut(value, parameter, one.kept) for name, value in state.items()}
     for inner in vars(optimizer).values():  # of Lookahead and its like, which have the same groups
         if isinstance(inner, Optimizer):
-            go_on(inner, exchanged)
+            replace_parameters(inner, replacements)
 
 
 def _can_be_cut(value: Any, parameter: Tensor) -> bool:
