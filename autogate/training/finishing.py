@@ -7,9 +7,9 @@ from pathlib import Path
 
 from autogate.files import save
 from autogate.training.checkpoint import load_checkpoint
+from autogate.training.finalize_run import finalize_run, finalize_run_again
 from autogate.training.network import build_network, with_gates
 from autogate.training.run_folder import Result, RunFolder
-from autogate.training.taking_out import take_out, take_out_again
 from rewriters import AutogateError
 
 
@@ -46,11 +46,11 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> Finished:
     model = build_network(recipe.network, info.num_classes, weights=False)
     model = with_gates(model, recipe.budget, info.input_size, info.steps)
     try:
-        taken = None if found.gates is None else take_out_again(model, found.gates)
+        taken = None if found.gates is None else finalize_run_again(model, found.gates)
         model.load_state_dict(found.model if found.ema is None else found.ema)
     except RuntimeError as error:
         raise AutogateError(f"it doesn't fit its model: {error}", where=str(path)) from error
-    taken = taken or take_out(model)
+    taken = taken or finalize_run(model)
     result = taken.snapshot.result(model, info, found.position.step)
     save(model.eval(), out or folder.slim_file)
     if out is None and folder.info_file.is_file():

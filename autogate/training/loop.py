@@ -19,11 +19,11 @@ from autogate.inspection import Summary
 from autogate.training.checkpoint import Checkpoint, Position, save_checkpoint
 from autogate.training.data import DataSets, Loaders, loaders, on_device, set_epoch
 from autogate.training.distributed import World
+from autogate.training.finalize_run import FinalGates, Snapshot, finalize_run, finalize_run_again
 from autogate.training.learning import Loss, Stepper, accuracy, seed_at
 from autogate.training.network import data_config, with_gates
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import EpochRow, LayerSize, Result, RunFolder, RunInfo
-from autogate.training.taking_out import Snapshot, TakenOut, take_out, take_out_again
 from autogate.training.watching import Moment, Watcher
 from autogate.version import __version__
 from rewriters import AutogateError
@@ -45,7 +45,7 @@ class Loop:
 
     Attributes:
         model: with gates until their targets have been met, slim afterwards.
-        taken_out: its closed channels, None as long as it has gates.
+        final_gates: its closed channels, None as long as it has gates.
     """
 
     recipe: Recipe
@@ -57,7 +57,7 @@ class Loop:
     stepper: Stepper
     loss: Loss
     flops: Flops
-    taken_out: TakenOut | None = None
+    final_gates: FinalGates | None = None
 
     @classmethod
     def on(
@@ -84,7 +84,7 @@ class Loop:
         """Take the state of a checkpoint."""
         try:
             if found.gates is not None:
-                self.taken_out = take_out_again(self.model, found.gates, self._average, self.stepper.optimizer)
+                self.final_gates = finalize_run_again(self.model, found.gates, self._average, self.stepper.optimizer)
             self.model.load_state_dict(found.model)
             self.stepper.optimizer.load_state_dict(dict(found.optimizer))
             if found.scaler is not None:
@@ -110,8 +110,8 @@ class Loop:
             for epoch in range(position.epoch, self.recipe.learning.epochs + 1):
                 if epoch > position.epoch:
                     position = Position(epoch, step=position.step)
-                if epoch and not position.batch and self._may_take_out():
-                    self.taken_out = take_out(self.model, self._average, self.stepper.optimizer)
+                if epoch and not position.batch and self._may_finalize():
+                    self.final_gates = finalize_run(self.model, self._average, self.stepper.optimizer)
                     wrapped = self.world.wrap(self.model)
                 if epoch and position.batch < self.info.batches:
                     position = self._train(wrapped, position, watchers, stop)
@@ -126,9 +126,9 @@ class Loop:
             for watcher in watchers:
                 watcher.finished()
 
-    def _may_take_out(self) -> bool:
+    def _may_finalize(self) -> bool:
         """Whether nothing is left to be learned about channels: what training follows costs less without them."""
-        return self.taken_out is None and gates(self.model).progress().settled
+        return self.final_gates is None and gates(self.model).progress().settled
 
     def _train(self, wrapped: nn.Module, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Position:
         """Train the rest of an epoch."""
@@ -187,11 +187,11 @@ class Loop:
 
     def _tell(self, watchers: Sequence[Watcher], epoch: int, step: int, loss: float, lr: float) -> None:
         self._check_finite(loss, step)
-        if self.taken_out is None:
+        if self.final_gates is None:
             live = gates(self.model).live.cpu()
             share, count = self.flops.share(live), int(live.sum())
         else:
-            share, count = self.taken_out.snapshot.flops / self.info.flops, self.taken_out.snapshot.live
+            share, count = self.final_gates.snapshot.flops / self.info.flops, self.final_gates.snapshot.live
         moment = Moment(epoch, step, loss, lr, share, count)
         for watcher in watchers:
             watcher.stepped(moment)
@@ -210,7 +210,7 @@ class Loop:
         stepper = self.stepper
         scaler = stepper.scaler.state_dict() if stepper.scaler.is_enabled() else None
         ema = self._average.state_dict() if self._average is not None else None
-        closed = self.taken_out.gates if self.taken_out is not None else None
+        closed = self.final_gates.gates if self.final_gates is not None else None
         checkpoint = Checkpoint(
             self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema, closed
         )
@@ -218,7 +218,7 @@ class Loop:
 
     def _evaluate(self, position: Position, stop: Stop) -> EpochRow:
         """How the run stands; the main process writes it down."""
-        now = Snapshot.of(self.model) if self.taken_out is None else self.taken_out.snapshot
+        now = Snapshot.of(self.model) if self.final_gates is None else self.final_gates.snapshot
         batches = max(position.batch, 1) * self.world.size
         row = EpochRow(
             epoch=position.epoch,
@@ -255,11 +255,11 @@ class Loop:
 
     def _finish(self, row: EpochRow) -> Result:
         """Finalize what still has gates, and try the slim model."""
-        if self.taken_out is None:
-            self.taken_out = take_out(self.model, self._average, warn=self.world.main)
+        if self.final_gates is None:
+            self.final_gates = finalize_run(self.model, self._average, warn=self.world.main)
         slim = (self.model if self._average is None else self._average).eval()
         result = replace(
-            self.taken_out.snapshot.result(slim, self.info, row.step), accuracy=self._accuracy(slim, lambda: False)
+            self.final_gates.snapshot.result(slim, self.info, row.step), accuracy=self._accuracy(slim, lambda: False)
         )
         if self.world.main:
             save(slim, self.folder.slim_file)

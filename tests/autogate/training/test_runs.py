@@ -209,7 +209,7 @@ def test_it_comes_to_what_gates_to_the_end_come_to(pictures: Path, tmp_path: Pat
     asks = recipe(pictures, learning=Learning(epochs=4, model_ema=True))
     slim, gated = RunFolder(tmp_path / "slim"), RunFolder(tmp_path / "gated")
     start(asks, slim.path)
-    monkeypatch.setattr(loop.Loop, "_may_take_out", lambda self: False)
+    monkeypatch.setattr(loop.Loop, "_may_finalize", lambda self: False)
     start(asks, gated.path)
     assert load_checkpoint(slim.checkpoint_file).gates is not None
     assert load_checkpoint(gated.checkpoint_file).gates is None

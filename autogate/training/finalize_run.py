@@ -62,7 +62,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, eq=False)
-class TakenOut:
+class FinalGates:
     """A run's closed channels, once they are taken out.
 
     Attributes:
@@ -74,9 +74,9 @@ class TakenOut:
     gates: Mapping[str, Tensor]
 
 
-def take_out(
+def finalize_run(
     model: nn.Module, average: nn.Module | None = None, optimizer: Optimizer | None = None, warn: bool = True
-) -> TakenOut:
+) -> FinalGates:
     """Finalize a run's model, and the average of its weights with it.
 
     Args:
@@ -88,18 +88,18 @@ def take_out(
     Raises:
         AutogateError: as `autogate.finalize` does.
     """
-    found = TakenOut(Snapshot.of(model), {name: value.clone() for name, value in gates(model).state_dict().items()})
+    found = FinalGates(Snapshot.of(model), {name: value.clone() for name, value in gates(model).state_dict().items()})
     finalize(model, optimizer=optimizer, warn=warn)
     if average is not None:
         finalize(average, warn=False)
     return found
 
 
-def take_out_again(
+def finalize_run_again(
     model: nn.Module, state: Mapping[str, Tensor], average: nn.Module | None = None, optimizer: Optimizer | None = None
-) -> TakenOut:
-    """As `take_out`, of a model that was prepared anew for a checkpoint: its gates are in `state`."""
+) -> FinalGates:
+    """As `finalize_run`, of a model that was prepared anew for a checkpoint: its gates are in `state`."""
     for one in (model, average):
         if one is not None:
             gates(one).load_state_dict(state)
-    return take_out(model, average, optimizer)
+    return finalize_run(model, average, optimizer)
