@@ -3,8 +3,8 @@
 A `Recipe` says what to do, `start` does it and writes a `RunFolder`, `resume` goes on with one.
 """
 
+from autogate.training.checkpoint_finalizing import FinalizedCheckpoint, finalize_checkpoint
 from autogate.training.distributed import World, joined
-from autogate.training.finishing import Finished, finalize_checkpoint
 from autogate.training.network import build_network
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
@@ -17,7 +17,7 @@ __all__ = [
     "Budget",
     "Distillation",
     "EpochRow",
-    "Finished",
+    "FinalizedCheckpoint",
     "GateRow",
     "Images",
     "LayerSize",

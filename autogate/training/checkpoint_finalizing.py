@@ -14,14 +14,14 @@ from rewriters import AutogateError
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinalizedCheckpoint:
     """A slim model's file, and what it came to."""
 
     file: Path
     result: Result
 
 
-def finalize_checkpoint(path: Path, out: Path | None = None) -> Finished:
+def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpoint:
     """Take the closed channels out of a run's model as its checkpoint has it, if they aren't out yet.
 
     Where the run averages its weights the average is taken. The run can be gone on with afterwards.
@@ -58,4 +58,4 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> Finished:
         if known is not None and known.step == result.step:
             result = replace(result, accuracy=known.accuracy)
         folder.finish(result)
-    return Finished(out or folder.slim_file, result)
+    return FinalizedCheckpoint(out or folder.slim_file, result)
