@@ -21,6 +21,7 @@ from autogate.inspection import short
 from autogate.training import (
     SCHEDULES,
     Budget,
+    Callback,
     Distillation,
     EpochRow,
     Images,
@@ -32,7 +33,6 @@ from autogate.training import (
     RunFolder,
     RunInfo,
     TensorBoard,
-    Watcher,
     joined,
     resume,
     start,
@@ -130,16 +130,16 @@ def train(
         recipe, folder = _resumed(resume_run, context), resume_run
     stopped = _Signals()
     with joined(recipe.device) as world, stopped:
-        watchers: list[Watcher] = []
+        callbacks: list[Callback] = []
         if world.main:
-            watchers.append(_Bar(console))
+            callbacks.append(_Bar(console))
             if recipe.tensorboard:
-                watchers.append(TensorBoard(folder / "tensorboard"))
+                callbacks.append(TensorBoard(folder / "tensorboard"))
         with telling_warnings():
             if resume_run is None:
-                result = start(recipe, folder, world, watchers, stopped)
+                result = start(recipe, folder, world, callbacks, stopped)
             else:
-                result = resume(folder, world, watchers, stopped, lambda _: recipe)
+                result = resume(folder, world, callbacks, stopped, lambda _: recipe)
         if world.main:
             _tell(result, folder, world.size)
     if result is None:
@@ -218,7 +218,7 @@ class _Signals:
         self.number = number
 
 
-class _Bar(Watcher):
+class _Bar(Callback):
     """A progress bar, and a line for each epoch."""
 
     def __init__(self, console: Console):

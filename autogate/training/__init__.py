@@ -3,18 +3,19 @@
 A `Recipe` says what to do, `start` does it and writes a `RunFolder`, `resume` goes on with one.
 """
 
+from autogate.training.callbacks import Callback, Moment, TensorBoard
 from autogate.training.checkpoint_finalizing import FinalizedCheckpoint, finalize_checkpoint
 from autogate.training.distributed import World, joined
 from autogate.training.network import build_network
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
 from autogate.training.runs import resume, start
-from autogate.training.watching import Moment, TensorBoard, Watcher
 
 __all__ = [
     "BINS",
     "SCHEDULES",
     "Budget",
+    "Callback",
     "Distillation",
     "EpochRow",
     "FinalizedCheckpoint",
@@ -29,7 +30,6 @@ __all__ = [
     "RunFolder",
     "RunInfo",
     "TensorBoard",
-    "Watcher",
     "World",
     "build_network",
     "finalize_checkpoint",

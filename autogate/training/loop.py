@@ -16,6 +16,7 @@ from autogate.api import gates, summary
 from autogate.budget import Flops
 from autogate.files import save
 from autogate.inspection import Summary
+from autogate.training.callbacks import Callback, Moment
 from autogate.training.checkpoint import Checkpoint, Position, save_checkpoint
 from autogate.training.data import DataSets, Loaders, loaders, on_device, set_epoch
 from autogate.training.distributed import World
@@ -24,12 +25,11 @@ from autogate.training.learning import Loss, Stepper, accuracy, seed_at
 from autogate.training.network import data_config, with_gates
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import EpochRow, LayerSize, Result, RunFolder, RunInfo
-from autogate.training.watching import Moment, Watcher
 from autogate.version import __version__
 from rewriters import AutogateError
 
 TELL_EVERY = 10
-"""Steps between two words to the watchers: reading the loss has the host wait for a GPU."""
+"""Steps between two words to the callbacks: reading the loss has the host wait for a GPU."""
 
 Stop = Callable[[], bool]
 """Whether a run shall leave a checkpoint and end; asked after every step."""
@@ -100,12 +100,12 @@ class Loop:
         """The model of averaged weights, where they are averaged."""
         return None if self.stepper.ema is None else self.stepper.ema.module
 
-    def run(self, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Result | None:
+    def run(self, position: Position, callbacks: Sequence[Callback], stop: Stop) -> Result | None:
         """Train the epochs that are left and finalize."""
-        watchers = watchers if self.world.main else ()
+        callbacks = callbacks if self.world.main else ()
         wrapped = self.world.wrap(self.model)
-        for watcher in watchers:
-            watcher.started(self.info, position.step)
+        for callback in callbacks:
+            callback.started(self.info, position.step)
         try:
             for epoch in range(position.epoch, self.recipe.learning.epochs + 1):
                 if epoch > position.epoch:
@@ -114,23 +114,23 @@ class Loop:
                     self.final_gates = finalize_run(self.model, self._average, self.stepper.optimizer)
                     wrapped = self.world.wrap(self.model)
                 if epoch and position.batch < self.info.batches:
-                    position = self._train(wrapped, position, watchers, stop)
+                    position = self._train(wrapped, position, callbacks, stop)
                 self._save(position)
                 row = self._evaluate(position, stop)
-                for watcher in watchers:
-                    watcher.evaluated(row)
+                for callback in callbacks:
+                    callback.evaluated(row)
             return self._finish(row)
         except _Stopped:
             return None
         finally:
-            for watcher in watchers:
-                watcher.finished()
+            for callback in callbacks:
+                callback.finished()
 
     def _may_finalize(self) -> bool:
         """Whether nothing is left to be learned about channels: what training follows costs less without them."""
         return self.final_gates is None and gates(self.model).progress().settled
 
-    def _train(self, wrapped: nn.Module, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Position:
+    def _train(self, wrapped: nn.Module, position: Position, callbacks: Sequence[Callback], stop: Stop) -> Position:
         """Train the rest of an epoch."""
         world, stepper, epoch, step, lr = self.world, self.stepper, position.epoch, position.step, position.lr
         began = time.monotonic() - position.seconds
@@ -157,8 +157,8 @@ class Loop:
                 continue
             step += 1
             lr = stepper.step(self.model, step)
-            if watchers and step % TELL_EVERY == 0:
-                self._tell(watchers, epoch, step, float(total) / done, lr)
+            if callbacks and step % TELL_EVERY == 0:
+                self._tell(callbacks, epoch, step, float(total) / done, lr)
             if world.any(stop()):
                 self._save(here())
                 raise _Stopped
@@ -185,7 +185,7 @@ class Loop:
         first = batch - batch % size
         return range(first, min(first + size, self.info.batches))
 
-    def _tell(self, watchers: Sequence[Watcher], epoch: int, step: int, loss: float, lr: float) -> None:
+    def _tell(self, callbacks: Sequence[Callback], epoch: int, step: int, loss: float, lr: float) -> None:
         self._check_finite(loss, step)
         if self.final_gates is None:
             live = gates(self.model).live.cpu()
@@ -193,8 +193,8 @@ class Loop:
         else:
             share, count = self.final_gates.snapshot.flops / self.info.flops, self.final_gates.snapshot.live
         moment = Moment(epoch, step, loss, lr, share, count)
-        for watcher in watchers:
-            watcher.stepped(moment)
+        for callback in callbacks:
+            callback.stepped(moment)
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):

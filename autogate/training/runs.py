@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from autogate.training.callbacks import Callback
 from autogate.training.checkpoint import Position, load_checkpoint, read_tensors, write_tensors
 from autogate.training.data import find_data
 from autogate.training.distributed import World
@@ -14,12 +15,11 @@ from autogate.training.loop import Loop, Stop
 from autogate.training.network import build_network
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import Result, RunFolder
-from autogate.training.watching import Watcher
 from rewriters import AutogateError
 
 
 def start(
-    recipe: Recipe, path: Path, world: World | None = None, watchers: Sequence[Watcher] = (),
+    recipe: Recipe, path: Path, world: World | None = None, callbacks: Sequence[Callback] = (),
     stop: Stop = lambda: False,
 ) -> Result | None:  # fmt: skip
     """Train a model with gates and finalize it.
@@ -28,7 +28,7 @@ def start(
         recipe: what to do.
         path: of the run's folder, which must be new or empty.
         world: the processes that train; all of them call this. One on the CPU, if None.
-        watchers: are told how it goes.
+        callbacks: are told how it goes.
         stop: see there.
 
     Returns:
@@ -49,17 +49,17 @@ def start(
         folder.create(loop.info)
         if teacher is not None:
             write_tensors(teacher.state_dict(), folder.teacher_file)
-    return loop.run(Position(), watchers, stop)
+    return loop.run(Position(), callbacks, stop)
 
 
 def resume(
-    path: Path, world: World | None = None, watchers: Sequence[Watcher] = (), stop: Stop = lambda: False,
+    path: Path, world: World | None = None, callbacks: Sequence[Callback] = (), stop: Stop = lambda: False,
     change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> Result | None:  # fmt: skip
     """Go on with a run where its checkpoint is: on a CPU with the same weights, bit for bit, as if it had not stopped.
 
     Args:
-        path, world, watchers, stop: as for `start`.
+        path, world, callbacks, stop: as for `start`.
         change: what is different from now on: where the images lie, the number of workers, the device. With other
             workers, other random crops are drawn.
 
@@ -99,4 +99,4 @@ def resume(
     if world.main:
         folder.rewind(found.position.epoch)
     world.wait()
-    return loop.run(found.position, watchers, stop)
+    return loop.run(found.position, callbacks, stop)

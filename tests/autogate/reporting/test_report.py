@@ -72,7 +72,7 @@ def test_the_pictures_show_the_run(page: Path, run: Path):
 
 def test_a_run_that_is_not_finished_is_reported(pictures: Path, tmp_path: Path):
     stop, folder = After(1), tmp_path / "run"
-    assert start(asked(pictures), folder, watchers=[stop], stop=stop) is None
+    assert start(asked(pictures), folder, callbacks=[stop], stop=stop) is None
     told = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "page")])
     assert told.exit_code == 0, told.output
     text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from torch import nn
 import autogate
 from autogate.training import (
     Budget,
+    Callback,
     Distillation,
     EpochRow,
     Images,
@@ -25,17 +26,16 @@ from autogate.training import (
     Network,
     Recipe,
     RunFolder,
-    Watcher,
     finalize_checkpoint,
     loop,
     resume,
     start,
 )
+from autogate.training.callbacks import TensorBoard
 from autogate.training.checkpoint import load_checkpoint, write_tensors
 from autogate.training.data import find_data, loaders, on_device
 from autogate.training.distributed import World
 from autogate.training.learning import Loss, accuracy, distance
-from autogate.training.watching import TensorBoard
 from tests.autogate.conftest import paint
 
 
@@ -51,7 +51,7 @@ def recipe(pictures: Path, **changes: Any) -> Recipe:
     return Recipe(**{**plain, **changes})
 
 
-class Diary(Watcher):
+class Diary(Callback):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Diary(Watcher):
         self.ended += 1
 
 
-class After(Watcher):
+class After(Callback):
     """Stops a run after so many steps."""
 
     def __init__(self, steps: int):
@@ -87,7 +87,7 @@ class After(Watcher):
 def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Diary]:
     """A run that was never stopped."""
     folder, diary = tmp_path_factory.mktemp("runs") / "plain", Diary()
-    assert start(recipe(pictures), folder, watchers=[diary]) is not None
+    assert start(recipe(pictures), folder, callbacks=[diary]) is not None
     return RunFolder(folder), diary
 
 
@@ -142,7 +142,7 @@ def everything(images: Images) -> dict[str, Any]:
 def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path, workers: int, steps: int):
     """Stopped in the middle of an epoch, and killed later on."""
 
-    class Killed(Watcher):
+    class Killed(Callback):
         def evaluated(self, row: EpochRow) -> None:
             if row.epoch == 1:
                 raise KeyboardInterrupt
@@ -152,11 +152,11 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path
     asks = recipe(pictures, **(half if workers else everything(images)))
     whole, parts, stop = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts"), After(steps)
     assert start(asks, whole.path) is not None
-    assert start(asks, parts.path, watchers=[stop], stop=stop) is None
+    assert start(asks, parts.path, callbacks=[stop], stop=stop) is None
     position = load_checkpoint(parts.checkpoint_file).position
     assert position.epoch == 1 and 0 < position.batch < parts.info().batches
     with pytest.raises(KeyboardInterrupt):
-        resume(parts.path, watchers=[Killed()])
+        resume(parts.path, callbacks=[Killed()])
     result = resume(parts.path)
     assert result == whole.result() and result.step == result.steps
     first, second = (load_checkpoint(folder.checkpoint_file) for folder in (whole, parts))
@@ -169,7 +169,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path
         assert dataclasses.replace(one, seconds=None) == dataclasses.replace(other, seconds=None)
 
 
-class InEpoch(Watcher):
+class InEpoch(Callback):
     """Stops a run after the first step of an epoch."""
 
     def __init__(self, epoch: int):
@@ -188,7 +188,7 @@ def slim_early(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunF
     folder, diary = RunFolder(tmp_path_factory.mktemp("runs") / "early"), Diary()
     changes = everything(Images(str(pictures), workers=0))
     learning = dataclasses.replace(changes["learning"], epochs=4, amp=False)
-    start(recipe(pictures, **{**changes, "learning": learning}), folder.path, watchers=[diary])
+    start(recipe(pictures, **{**changes, "learning": learning}), folder.path, callbacks=[diary])
     (moment,), row = diary.moments, diary.rows[-1]
     assert moment.step == 10 and (moment.flops, moment.live) == (row.flops, row.live)
     return folder
@@ -228,7 +228,7 @@ def test_channels_wait_for_the_end_of_an_epoch_that_was_stopped(pictures: Path, 
     asks = recipe(pictures, images=images, budget=Budget(flops=0.97), learning=Learning(epochs=2))
     whole, parts, stop = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts"), After(10)
     assert start(asks, whole.path) is not None
-    assert start(asks, parts.path, watchers=[stop], stop=stop) is None
+    assert start(asks, parts.path, callbacks=[stop], stop=stop) is None
     found = load_checkpoint(parts.checkpoint_file)
     assert found.gates is None and found.model["autogate.settled"] > 0 and found.position.batch == 10
     assert resume(parts.path, stop=lambda: True) is None  # a step more
@@ -240,7 +240,7 @@ def test_channels_wait_for_the_end_of_an_epoch_that_was_stopped(pictures: Path, 
 
 def test_a_run_goes_on_where_it_was_slim(slim_early: RunFolder, tmp_path: Path):
     folder, stop = RunFolder(tmp_path / "run"), InEpoch(4)
-    assert start(slim_early.info().recipe, folder.path, watchers=[stop], stop=stop) is None
+    assert start(slim_early.info().recipe, folder.path, callbacks=[stop], stop=stop) is None
     found = load_checkpoint(folder.checkpoint_file)
     assert found.gates is not None and found.position.batch
     early = finalize_checkpoint(folder.path, tmp_path / "now.safetensors").result
@@ -281,7 +281,7 @@ def test_a_row_that_was_cut_short_is_written_anew(plain: tuple[RunFolder, Diary]
 
 def test_a_run_is_not_gone_on_with_on_other_data(pictures: Path, tmp_path: Path):
     stop = After(1)
-    assert start(recipe(pictures), tmp_path / "run", watchers=[stop], stop=stop) is None
+    assert start(recipe(pictures), tmp_path / "run", callbacks=[stop], stop=stop) is None
     other = paint(tmp_path / "other", {"train": 9, "validation": 5})
     change = lambda asked: dataclasses.replace(asked, images=dataclasses.replace(asked.images, data=str(other)))  # noqa: E731
     with pytest.raises(autogate.AutogateError, match="train images: there are 27 and were 24"):
@@ -294,7 +294,7 @@ def test_a_run_that_was_not_finished_is_finalized(plain: tuple[RunFolder, Diary]
     folder = RunFolder(tmp_path / "run")
     stop = After(1)
     asks = recipe(pictures, learning=Learning(epochs=4))
-    assert start(asks, folder.path, watchers=[stop], stop=stop) is None
+    assert start(asks, folder.path, callbacks=[stop], stop=stop) is None
     with pytest.warns(autogate.BudgetNotMetWarning, match="% of the FLOPs for a target of 70.0%: 1 of 12 steps"):
         found = finalize_checkpoint(folder.path)
     assert found.file == folder.slim_file and folder.result() == found.result

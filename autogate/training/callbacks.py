@@ -31,7 +31,7 @@ class Moment:
     live: int
 
 
-class Watcher:
+class Callback:
     """Is told how a run goes, in the main process; this one doesn't care."""
 
     def started(self, info: RunInfo, step: int) -> None:
@@ -47,7 +47,7 @@ class Watcher:
         """No more will come."""
 
 
-class TensorBoard(Watcher):
+class TensorBoard(Callback):
     """Writes what it is told for TensorBoard.
 
     Args:
