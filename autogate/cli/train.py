@@ -26,12 +26,12 @@ from autogate.training import (
     EpochRow,
     Images,
     Learning,
-    Moment,
     Network,
     Recipe,
     Result,
     RunFolder,
     RunInfo,
+    StepMetrics,
     TensorBoard,
     joined,
     resume,
@@ -238,13 +238,13 @@ class _Bar(Callback):
         self.progress.start()
         self.task = self.progress.add_task("evaluating", total=info.steps, completed=step)
 
-    def stepped(self, moment: Moment) -> None:
+    def stepped(self, metrics: StepMetrics) -> None:
         if self.task is not None:
             words = (
-                f"epoch {moment.epoch}/{self.info.recipe.learning.epochs}, loss {moment.loss:.3f}, FLOPs "
-                f"{moment.flops:.1%}, gates {moment.live}/{self.info.gates}"
+                f"epoch {metrics.epoch}/{self.info.recipe.learning.epochs}, loss {metrics.loss:.3f}, FLOPs "
+                f"{metrics.flops:.1%}, gates {metrics.live}/{self.info.gates}"
             )
-            self.progress.update(self.task, completed=moment.step, description=words)
+            self.progress.update(self.task, completed=metrics.step, description=words)
 
     def evaluated(self, row: EpochRow) -> None:
         loss = "" if row.train_loss is None else f"loss {row.train_loss:.3f}, "

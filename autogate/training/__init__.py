@@ -3,7 +3,7 @@
 A `Recipe` says what to do, `start` does it and writes a `RunFolder`, `resume` goes on with one.
 """
 
-from autogate.training.callbacks import Callback, Moment, TensorBoard
+from autogate.training.callbacks import Callback, StepMetrics, TensorBoard
 from autogate.training.checkpoint_finalizing import FinalizedCheckpoint, finalize_checkpoint
 from autogate.training.distributed import World, joined
 from autogate.training.network import build_network
@@ -23,12 +23,12 @@ __all__ = [
     "Images",
     "LayerSize",
     "Learning",
-    "Moment",
     "Network",
     "Recipe",
     "Result",
     "RunFolder",
     "RunInfo",
+    "StepMetrics",
     "TensorBoard",
     "World",
     "build_network",

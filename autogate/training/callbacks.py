@@ -11,7 +11,7 @@ from rewriters import AutogateError
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepMetrics:
     """A run between two steps.
 
     Attributes:
@@ -37,7 +37,7 @@ class Callback:
     def started(self, info: RunInfo, step: int) -> None:
         """Training begins, or goes on after `step` steps."""
 
-    def stepped(self, moment: Moment) -> None:
+    def stepped(self, metrics: StepMetrics) -> None:
         """Some steps have been taken."""
 
     def evaluated(self, row: EpochRow) -> None:
@@ -67,9 +67,14 @@ class TensorBoard(Callback):
 
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 
-    def stepped(self, moment: Moment) -> None:
-        for name, value in (("loss", moment.loss), ("lr", moment.lr), ("flops", moment.flops), ("live", moment.live)):
-            self.writer.add_scalar(f"step/{name}", value, moment.step)
+    def stepped(self, metrics: StepMetrics) -> None:
+        for name, value in (
+            ("loss", metrics.loss),
+            ("lr", metrics.lr),
+            ("flops", metrics.flops),
+            ("live", metrics.live),
+        ):
+            self.writer.add_scalar(f"step/{name}", value, metrics.step)
 
     def evaluated(self, row: EpochRow) -> None:
         for name, value in asdict(row).items():

@@ -16,7 +16,7 @@ from autogate.api import gates, summary
 from autogate.budget import Flops
 from autogate.files import save
 from autogate.inspection import Summary
-from autogate.training.callbacks import Callback, Moment
+from autogate.training.callbacks import Callback, StepMetrics
 from autogate.training.checkpoint import Checkpoint, Position, save_checkpoint
 from autogate.training.data import DataSets, Loaders, loaders, on_device, set_epoch
 from autogate.training.distributed import World
@@ -192,9 +192,9 @@ class Loop:
             share, count = self.flops.share(live), int(live.sum())
         else:
             share, count = self.final_gates.snapshot.flops / self.info.flops, self.final_gates.snapshot.live
-        moment = Moment(epoch, step, loss, lr, share, count)
+        metrics = StepMetrics(epoch, step, loss, lr, share, count)
         for callback in callbacks:
-            callback.stepped(moment)
+            callback.stepped(metrics)
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):

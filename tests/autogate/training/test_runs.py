@@ -22,10 +22,10 @@ from autogate.training import (
     EpochRow,
     Images,
     Learning,
-    Moment,
     Network,
     Recipe,
     RunFolder,
+    StepMetrics,
     finalize_checkpoint,
     loop,
     resume,
@@ -56,11 +56,11 @@ class Diary(Callback):
 
     def __init__(self) -> None:
         self.rows: list[EpochRow] = []
-        self.moments: list[Moment] = []
+        self.moments: list[StepMetrics] = []
         self.ended = 0
 
-    def stepped(self, moment: Moment) -> None:
-        self.moments.append(moment)
+    def stepped(self, metrics: StepMetrics) -> None:
+        self.moments.append(metrics)
 
     def evaluated(self, row: EpochRow) -> None:
         self.rows.append(row)
@@ -189,8 +189,8 @@ def slim_early(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunF
     changes = everything(Images(str(pictures), workers=0))
     learning = dataclasses.replace(changes["learning"], epochs=4, amp=False)
     start(recipe(pictures, **{**changes, "learning": learning}), folder.path, callbacks=[diary])
-    (moment,), row = diary.moments, diary.rows[-1]
-    assert moment.step == 10 and (moment.flops, moment.live) == (row.flops, row.live)
+    (metrics,), row = diary.moments, diary.rows[-1]
+    assert metrics.step == 10 and (metrics.flops, metrics.live) == (row.flops, row.live)
     return folder
 
 
@@ -399,7 +399,7 @@ def test_tensorboard_is_told_too(plain: tuple[RunFolder, Diary], tmp_path: Path)
     folder, _ = plain
     board = TensorBoard(tmp_path)
     board.started(folder.info(), 0)
-    board.stepped(Moment(1, 2, 0.5, 0.1, 0.9, 600))
+    board.stepped(StepMetrics(1, 2, 0.5, 0.1, 0.9, 600))
     for row in folder.metrics():
         board.evaluated(row)
     board.finished()
