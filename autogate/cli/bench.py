@@ -9,12 +9,12 @@ import torch
 import typer
 from rich.table import Table
 
-from autogate.cli.common import Debug, console, telling_errors, written_model
+from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.files import dense_model, load
 from autogate.inspection import Comparison, Duration, compare, short
 
 
-@telling_errors
+@one_line_errors
 def bench(
     slim: Annotated[Path, typer.Argument(help="A file that autogate.save wrote.")],
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Samples; can be repeated. 1 and 64.")] = None,

@@ -27,7 +27,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def telling_errors(command: F) -> F:
+def one_line_errors(command: F) -> F:
     """A command that tells an error in a line and exits with 1, and raises it where called with `debug`."""
 
     @functools.wraps(command)
@@ -69,7 +69,7 @@ def written_model(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def telling_warnings() -> Iterator[None]:
+def one_line_warnings() -> Iterator[None]:
     """Warnings of what is done within are told in a line each."""
 
     def tell(message: Warning | str, *_: Any) -> None:

@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from autogate import demo as digits_demo
-from autogate.cli.common import Debug, console, telling_errors
+from autogate.cli.common import Debug, console, one_line_errors
 from autogate.files import save
 
 
-@telling_errors
+@one_line_errors
 def demo(
     flops: Annotated[float, typer.Option(help="Share of the FLOPs to be left, in (0, 1].")] = 0.5,
     dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs before the gates go in.")] = 6,

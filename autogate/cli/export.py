@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from autogate.cli.common import Debug, console, telling_errors, written_model
+from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.files import load, to_onnx, to_torch_export
 
 
-@telling_errors
+@one_line_errors
 def export(
     slim: Annotated[Path, typer.Argument(help="A file that autogate.save wrote.")],
     onnx: Annotated[Path | None, typer.Option(help="Write an ONNX file here.")] = None,

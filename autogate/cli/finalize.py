@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from autogate.cli.common import Debug, console, telling_errors, telling_warnings
+from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings
 from autogate.inspection import short
 from autogate.training import finalize_checkpoint
 
 
-@telling_errors
+@one_line_errors
 def finalize(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or its last.pt.")],
     out: Annotated[Path | None, typer.Option(help="Where the slim model goes. slim.safetensors beside it.")] = None,
@@ -26,7 +26,7 @@ def finalize(
     """
     if not checkpoint.exists():
         raise typer.BadParameter(f"there is nothing at {checkpoint}.", param_hint="CHECKPOINT")
-    with telling_warnings(), console.status("finalizing"):
+    with one_line_warnings(), console.status("finalizing"):
         found = finalize_checkpoint(checkpoint, out)
     result = found.result
     console.print(

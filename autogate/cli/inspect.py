@@ -9,12 +9,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from autogate.cli.common import Debug, console, images, telling_errors, timm_model
+from autogate.cli.common import Debug, console, images, one_line_errors, timm_model
 from autogate.files import load
 from autogate.inspection import Inspection, Stage, draw, inspect_model, short
 
 
-@telling_errors
+@one_line_errors
 def inspect(
     model: Annotated[str, typer.Argument(help="A name of timm's, or a file that autogate.save wrote.")],
     flops: Annotated[float, typer.Option(help="Share of the FLOPs to be left, in (0, 1].")] = 0.5,

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from autogate.cli.common import Debug, console, telling_errors
+from autogate.cli.common import Debug, console, one_line_errors
 from autogate.reporting import read_report, write_report
 
 
-@telling_errors
+@one_line_errors
 def report(
     run: Annotated[Path, typer.Argument(help="A folder that autogate train wrote.")],
     out: Annotated[Path | None, typer.Option(help="The folder for it. RUN/report.")] = None,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from autogate.cli.common import Debug, console, telling_errors, telling_warnings, timm_name
+from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings, timm_name
 from autogate.inspection import short
 from autogate.training import (
     SCHEDULES,
@@ -54,7 +54,7 @@ _left, _data, _learn, _run = (
 _L, _I = Learning, Images  # whose defaults are the options'
 
 
-@telling_errors
+@one_line_errors
 def train(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A name of timm's.")] = None,
@@ -135,7 +135,7 @@ def train(
             callbacks.append(_Bar(console))
             if recipe.tensorboard:
                 callbacks.append(TensorBoard(folder / "tensorboard"))
-        with telling_warnings():
+        with one_line_warnings():
             if resume_run is None:
                 result = start(recipe, folder, world, callbacks, stopped)
             else:
