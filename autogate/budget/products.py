@@ -113,7 +113,7 @@ class Product(NamedTuple):
     original: bool = True
 
 
-class OfChannels(Products):
+class ChannelProducts(Products):
     """A resource made of products over the channels of a map."""
 
     def __init__(self, channel_map: ChannelMap, products: Iterable[Product]):
@@ -131,7 +131,7 @@ class OfChannels(Products):
         super().__init__(counts, terms, whole)
 
 
-class Flops(OfChannels):
+class Flops(ChannelProducts):
     """The multiply-adds of a forward pass over one sample, with the macs that the map's kernels state.
 
     Args:
@@ -151,7 +151,7 @@ class Flops(OfChannels):
         super().__init__(channel_map, products)
 
 
-class Params(OfChannels):
+class Params(ChannelProducts):
     """The number of a model's parameters, each shared one counted once.
 
     Args:
@@ -181,7 +181,7 @@ class Params(OfChannels):
         super().__init__(channel_map, products)
 
 
-class Activations(OfChannels):
+class Activations(ChannelProducts):
     """The bytes of what convolutions and linear layers give out for one sample.
 
     Radosavovic et al., "Designing Network Design Spaces", section 4, define the activations so and find the run
