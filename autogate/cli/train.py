@@ -33,7 +33,7 @@ from autogate.training import (
     RunInfo,
     StepMetrics,
     TensorBoard,
-    joined,
+    join_world,
     resume,
     start,
 )
@@ -129,7 +129,7 @@ def train(
     else:
         recipe, folder = _resumed(resume_run, context), resume_run
     stopped = _Signals()
-    with joined(recipe.device) as world, stopped:
+    with join_world(recipe.device) as world, stopped:
         callbacks: list[Callback] = []
         if world.main:
             callbacks.append(_Bar(console))

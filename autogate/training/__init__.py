@@ -5,7 +5,7 @@ A `Recipe` says what to do, `start` does it and writes a `RunFolder`, `resume` g
 
 from autogate.training.callbacks import Callback, StepMetrics, TensorBoard
 from autogate.training.checkpoint_finalizing import FinalizedCheckpoint, finalize_checkpoint
-from autogate.training.distributed import World, joined
+from autogate.training.distributed import World, join_world
 from autogate.training.network import build_network
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
@@ -33,7 +33,7 @@ __all__ = [
     "World",
     "build_network",
     "finalize_checkpoint",
-    "joined",
+    "join_world",
     "resume",
     "start",
 ]

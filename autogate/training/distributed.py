@@ -58,7 +58,7 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(device: str | None = None) -> Iterator[World]:
+def join_world(device: str | None = None) -> Iterator[World]:
     """The world that torchrun's environment tells of.
 
     Args:
