@@ -11,7 +11,7 @@ from rich.table import Table
 
 from autogate.cli.common import Debug, console, images, one_line_errors, timm_model
 from autogate.files import load
-from autogate.inspection import Inspection, Stage, draw, inspect_model, short
+from autogate.inspection import Inspection, Stage, draw_coupling_graph, inspect_model, short
 
 
 @one_line_errors
@@ -45,7 +45,7 @@ def inspect(
     console.print(_stages(found, "layer" if layers else "stage"))
     console.print(_budget(found))
     if graph is not None:
-        draw(found.channel_map, graph)
+        draw_coupling_graph(found.channel_map, graph)
         console.print(f"coupling graph drawn to {graph.resolve()}", soft_wrap=True, highlight=False)
 
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from autogate.files import atomic_write, dense_model, load
-from autogate.inspection import Comparison, Duration, compare, draw, inspect_model, short
+from autogate.inspection import Comparison, Duration, compare, draw_coupling_graph, inspect_model, short
 from autogate.training import EpochRow, GateRow, Result, RunFolder, RunInfo, build_network
 from rewriters import AutogateError, ChannelMap
 
@@ -135,8 +135,8 @@ def _pictures(report: Report, out: Path) -> list[_Picture]:
     for name, figure in figures.items():
         plots.as_png(figure, out / f"{name}.png")
     with plots.styled(), tempfile.TemporaryDirectory() as folder:
-        draw(report.channel_map, out / "groups.png")
-        draw(report.channel_map, Path(folder) / "groups.svg")
+        draw_coupling_graph(report.channel_map, out / "groups.png")
+        draw_coupling_graph(report.channel_map, Path(folder) / "groups.svg")
         drawn["groups"] = Markup(plots.only_svg((Path(folder) / "groups.svg").read_text(encoding="utf-8")))
     return [
         _Picture("course", "What is left, and the accuracy", "Epoch 0 is the dense model.", drawn["course"]),

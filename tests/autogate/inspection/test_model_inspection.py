@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import autogate
 from autogate.budget.products import Flops
 from autogate.cli import app, common
-from autogate.inspection.coupling import draw, inspect_model
+from autogate.inspection import draw_coupling_graph, inspect_model
 from benchmarks.exactness import fvcore_flops
 
 SMALL = ("--image-size", "64", "--classes", "10")
@@ -114,4 +114,4 @@ def test_help_has_an_example(command: list[str]):
 def test_a_model_of_which_nothing_may_go_is_drawn_too(tmp_path: Path):
     found = inspect_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.randn(2, 3))
     assert not found.groups and found.least == 1.0
-    draw(found.channel_map, tmp_path / "groups.png")
+    draw_coupling_graph(found.channel_map, tmp_path / "groups.png")
