@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from autogate.files import Build, build
+from autogate.files import TimmBuild, build_with_timm
 from rewriters import AutogateError
 
 console = Console()
@@ -49,7 +49,7 @@ def one_line_errors(command: F) -> F:
 
 def timm_model(name: str, classes: int | None = None) -> nn.Module:
     """The timm model of that name, its weights random; a name that timm doesn't know is wrong usage."""
-    return build(Build(timm_name(name), {} if classes is None else {"num_classes": classes}))
+    return build_with_timm(TimmBuild(timm_name(name), {} if classes is None else {"num_classes": classes}))
 
 
 def timm_name(name: str) -> str:

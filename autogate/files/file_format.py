@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from autogate.files.building import Build
+from autogate.files.timm_builds import TimmBuild
 from autogate.slim import Slimming
 from rewriters import AutogateError
 
@@ -43,7 +43,7 @@ class Header:
     format: Literal[1]
     versions: Mapping[str, str]
     model: str
-    build: Build | None
+    build: TimmBuild | None
     why_not: str
     slimmings: tuple[Slimming, ...]
     tensors: Mapping[str, str]

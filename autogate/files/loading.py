@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.files.building import build
 from autogate.files.file_format import Header, read_file
+from autogate.files.timm_builds import build_with_timm
 from autogate.gating import BANK
 from autogate.inputs import Inputs, as_call
 from autogate.lock import locked
@@ -95,7 +95,7 @@ def _built(header: Header, path: str | os.PathLike[str]) -> nn.Module:
             where=str(path),
             remedy="Give it: autogate.load(path, model=...).",
         )
-    return build(header.build)
+    return build_with_timm(header.build)
 
 
 def _not_carried_out(error: Exception, header: Header, model: nn.Module, path: str | os.PathLike[str]) -> AutogateError:

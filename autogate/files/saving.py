@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autogate.files.atomic_write import atomic_write
-from autogate.files.building import how_to_build
 from autogate.files.file_format import Header, checksum, metadata_of
+from autogate.files.timm_builds import find_timm_build
 from autogate.gating import BANK
 from autogate.slim import (
     History,
@@ -63,7 +63,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
     slim = unwrap(slim)
     history = _unchanged_history(slim)
     tensors, aliases = _tensors_of(slim)
-    how, why_not = how_to_build(slim, history, model_args)
+    how, why_not = find_timm_build(slim, history, model_args)
     header = Header(
         format=1,
         versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},

@@ -11,7 +11,7 @@ import torch
 from timm.models import adapt_model_from_string
 from torch import nn
 
-from autogate.files.building import build, how_to_build
+from autogate.files.timm_builds import build_with_timm, find_timm_build
 from autogate.slim import describe_tensors, first_difference, history_of
 from autogate.wrappers import unwrap
 from rewriters import AutogateError
@@ -102,14 +102,14 @@ def _dense(slim: nn.Module) -> nn.Module:
     history = history_of(slim)
     if history is None:
         return slim
-    how, why_not = how_to_build(slim, history)
+    how, why_not = find_timm_build(slim, history)
     if how is None:
         raise AutogateError(
             f"the dense model is needed to try the text on, for {why_not}.",
             where=type(slim).__name__,
             remedy="Give it: to_timm_text(slim, dense).",
         )
-    return build(how)
+    return build_with_timm(how)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

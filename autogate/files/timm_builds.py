@@ -21,14 +21,14 @@ _WEIGHTS_FROM_ELSEWHERE = ("pretrained", "checkpoint_path", "cache_dir", "weight
 
 
 @dataclass(frozen=True)
-class Build:
+class TimmBuild:
     """`timm.create_model(name, **arguments)` gives the dense model."""
 
     name: str
     arguments: Mapping[str, JsonValue]
 
 
-def build(how: Build) -> nn.Module:
+def build_with_timm(how: TimmBuild) -> nn.Module:
     """The dense model, its weights random; nothing is downloaded or read from a file.
 
     Raises:
@@ -48,9 +48,9 @@ def build(how: Build) -> nn.Module:
         raise AutogateError(f"timm can't build it with {dict(how.arguments)}: {error}", where=where) from error
 
 
-def how_to_build(
+def find_timm_build(
     model: nn.Module, history: History, arguments: Mapping[str, Any] | None = None
-) -> tuple[Build | None, str]:
+) -> tuple[TimmBuild | None, str]:
     """How timm builds the dense model that `model` was slimmed from, found by trying; None, and why, if it doesn't.
 
     Args:
@@ -71,9 +71,9 @@ def how_to_build(
             )
         return None, "it is none of timm's models"
     name = ".".join(part for part in (config["architecture"], config.get("tag")) if part)
-    how = Build(name, {**_arguments(model, config), **(arguments or {})})
+    how = TimmBuild(name, {**_arguments(model, config), **(arguments or {})})
     try:
-        wrong = _difference(build(how), history)
+        wrong = _difference(build_with_timm(how), history)
     except AutogateError as error:
         wrong = str(error)
     if not wrong:
