@@ -73,7 +73,7 @@ def _blind(line: Line) -> bool:
 
 
 def nothing_to_prune(line: Line) -> bool:
-    return "no channel of it can go" in line["error"]
+    return "none of its channels can be removed" in line["error"]
 
 
 def memory_taken(line: Line) -> float:

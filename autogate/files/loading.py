@@ -1,4 +1,9 @@
-"""Read a slim model from a file."""
+"""Read a slim model from a file: build the dense model, replay its slimmings, and put the file's tensors in.
+
+No code in a file is ever run: autogate writes every rewritten forward again, from the dense model's own code. All
+indices that stay, the branches and the modules removed must come out as recorded; a model whose channels are coupled in
+another way is refused.
+"""
 
 from __future__ import annotations
 
@@ -39,24 +44,23 @@ def load(
     example_inputs: Any = None,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """The slim model from a file that `save` wrote.
+    """Read the slim model from a file that `save` wrote.
 
-    It is as it was saved: its outputs to the last bit, dtypes, frozen parameters, train or eval mode, and it
-    can be trained, saved and slimmed again. No code comes from the file, no pickle is read, and nothing is
-    downloaded.
+    The model is as it was when saved: the same outputs to the last bit, the same dtypes, frozen parameters, and train
+    or eval mode. It can be trained, saved and slimmed again. No code in the file is run, no pickle is read, and nothing
+    is downloaded.
 
     Args:
-        path: of the file.
-        model: the dense model, built like the one that was slimmed; its weights don't matter. It is changed in
-            place and returned. Without it, timm builds the model.
-        example_inputs: what the model is run on to find its channels, as `prepare` takes them; needed where the
-            file says so.
-        device: where the model shall be; where the given one is, or the CPU, if None.
+        path: path of the file.
+        model: the dense model, built like the one that was slimmed; its weights don't matter. It is changed in place
+            and returned. If None, timm builds it.
+        example_inputs: inputs that the model can be run on, as for `prepare`. Needed only if the file says so.
+        device: device of the loaded model. If None, the device of `model`, or the CPU if there is none.
 
     Raises:
-        AutogateError: the file is truncated, altered, or none of these; it needs `model` or `example_inputs`;
-            `model` is not the one that was slimmed; its code or autogate's is too different by now. The message
-            says which part is wrong. A model that was given is as it was.
+        AutogateError: the file is truncated, altered, or not one that `save` wrote; it needs `model` or
+            `example_inputs`; `model` is not the model that was slimmed; or its code or autogate's has changed too much
+            since. The message says which part is wrong. A model that you passed is left as it was.
         FileNotFoundError: there is no such file.
     """
     header, tensors = read_file(Path(path))
@@ -64,7 +68,7 @@ def load(
         model = _built(header, path)
     elif history_of(model) is not None or BANK in model._modules:
         raise AutogateError(
-            "it is prepared or slim already.", where=type(model).__name__, remedy="Give the dense model."
+            "it is already prepared or slim.", where=type(model).__name__, remedy="Pass the dense model."
         )
     undo_log = UndoLog()
     try:
@@ -79,10 +83,10 @@ def load(
 
 
 def dense_model(path: str | os.PathLike[str]) -> nn.Module:
-    """The dense model that the slim model in a file comes from, as timm builds it, its weights random.
+    """Build the dense model that a file's slim model was made from, with random weights.
 
     Raises:
-        AutogateError: as `load` does, where the file can't be read or doesn't say how to build it.
+        AutogateError: the file can't be read (see `load`), or doesn't say how to build the model.
     """
     header, _ = read_file(Path(path))
     return _built(header, path)
@@ -91,16 +95,16 @@ def dense_model(path: str | os.PathLike[str]) -> nn.Module:
 def _built(header: Header, path: str | os.PathLike[str]) -> nn.Module:
     if header.build is None:
         raise AutogateError(
-            f"it doesn't say how to build the dense {header.model}, for {header.why_not}.",
+            f"it doesn't say how to build the dense {header.model}: {header.why_not}.",
             where=str(path),
-            remedy="Give it: autogate.load(path, model=...).",
+            remedy="Pass the dense model: autogate.load(path, model=...).",
         )
     return build_with_timm(header.build)
 
 
 def _not_carried_out(error: Exception, header: Header, model: nn.Module, path: str | os.PathLike[str]) -> AutogateError:
     written = ", ".join(f"{name} {version}" for name, version in header.versions.items())
-    place = f"(plan of {path}, written with {written})"
+    place = f"(file {path}, written with {written})"
     if isinstance(error, AutogateError):
         return AutogateError(f"{error.cause} {place}", where=error.where, remedy=error.remedy)
     return AutogateError(f"it can't be slimmed as the file says: {error} {place}", where=type(model).__name__)
@@ -114,7 +118,7 @@ def _slim_again(model: nn.Module, header: Header, example_inputs: Any, undo_log:
         replay(model, slimming, inputs, undo_log)
     made = history_of(model)
     if made is None:
-        raise AutogateError("the file's plan holds no slimming.")
+        raise AutogateError("the file's header lists no slimming.")
     undo_log.set_attribute(model, ATTRIBUTE, History(header.slimmings, dense, made.modules, made.shapes))
 
 
@@ -123,9 +127,9 @@ def _inputs(slimming: Slimming, example_inputs: Any, model: nn.Module) -> Inputs
         return as_call(example_inputs, model)
     if slimming.inputs is None:
         raise AutogateError(
-            "its example inputs are of a kind that the file can't hold.",
+            "its example inputs are of a type that the file can't store.",
             where=type(model).__name__,
-            remedy="Give them: autogate.load(path, example_inputs=...).",
+            remedy="Pass them: autogate.load(path, example_inputs=...).",
         )
     return read_inputs(slimming.inputs)
 
@@ -137,17 +141,19 @@ def _fill(
     device: torch.device | str | None,
     undo_log: UndoLog,
 ) -> None:
-    """Put a file's tensors into a model that has been slimmed for them."""
+    """Put a file's tensors, dtypes, frozen parameters and modes into a model that was slimmed as the file says."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shapes |= {alias: shapes[name] for alias, name in header.aliases.items()}
     state = model.state_dict(keep_vars=True)
     different = first_difference({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
     if different is not None:
         name, here, there = different
-        raise AutogateError(f"slimmed as the file says it has shape {here}, and its tensor has {there}.", where=name)
+        raise AutogateError(
+            f"its shape is {here} in the model slimmed as the file says, and {there} in the file.", where=name
+        )
     for alias, name in header.aliases.items():
         if state[alias] is not state[name]:
-            raise AutogateError(f"it is shared with {name} in the file, and not in this model.", where=alias)
+            raise AutogateError(f"it shares its tensor with {name} in the file, but not in this model.", where=alias)
     cast(model, header.buffers, undo_log)
     names = {id(tensor): name for name, tensor in reversed(state.items())}
     filled: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Write a slim model to a file."""
+"""Write a slim model to a file (see `autogate.files.file_format`)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from rewriters.slimming import tensor_slots
 
 
 def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[str, Any] | None = None) -> None:
-    """Write a slim model to a safetensors file that `load` makes it from again, to the last bit.
+    """Write a slim model to a safetensors file, from which `load` restores it to the last bit.
 
-    The file says how to build the dense model, where timm's `create_model` gives it (that is tried), and which
-    channels of it stay. It is written beside its place and then put there: if writing fails, what was there
-    before is whole.
+    The file says how timm's `create_model` builds the dense model, if it does (that is checked by building it), and
+    which of its channels stay. The file is written under a temporary name and then moved into place: if writing fails,
+    a file that was there before is intact.
 
         >>> import os, tempfile, timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
@@ -50,14 +50,15 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
         True
 
     Args:
-        slim: as `finalize` returned it, trained on or not; a compiled or distributed wrapper is looked through.
-        path: of the file, by custom "*.safetensors".
-        model_args: arguments of `timm.create_model` that the dense model was built with and that can't be read
-            off it; most can.
+        slim: the model that `finalize` returned, trained further or not, or a compiled or distributed wrapper around
+            it.
+        path: path of the file, by convention "*.safetensors".
+        model_args: arguments of `timm.create_model` that the dense model was built with and that can't be read off the
+            model. Most can.
 
     Raises:
-        AutogateError: it was not slimmed, or was changed since in a way that can't be written down, or holds a
-            tensor that safetensors can't, or timm doesn't build the dense model with `model_args`, or the file
+        AutogateError: the model was not slimmed; it was changed since in a way that the file can't record; it holds a
+            tensor that safetensors can't store; timm doesn't build the dense model with `model_args`; or the file
             can't be written.
     """
     slim = unwrap(slim)
@@ -83,32 +84,32 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
 
 
 def _unchanged_history(slim: nn.Module) -> History:
-    """A model's history, which is all that sets it apart from the dense one, its weights aside."""
+    """The model's history, once nothing but the history and the weights sets the model apart from the dense one."""
     where = type(slim).__name__
     history = history_of(slim) if isinstance(slim, nn.Module) else None
     if history is None:
         raise AutogateError(
-            "it was not slimmed: it carries no record of that.",
+            "it was not slimmed: it has no record of a slimming.",
             where=where,
-            remedy="Save what autogate.finalize returned, or use torch.save for other models.",
+            remedy="Save the model that autogate.finalize returned. For other models use torch.save.",
         )
     if BANK in slim._modules:
-        raise AutogateError("it is prepared, and not slim yet.", where=where, remedy="Finalize it first.")
+        raise AutogateError("it has gates: it is prepared, and not slim yet.", where=where, remedy="Finalize it first.")
     shapes = {name: spec.shape for name, spec in describe_tensors(slim).items()}
     for here, there in ((shapes, history.shapes), (describe_modules(slim), history.modules)):
         different = first_difference(here, there)
         if different is not None:
             name, is_now, was = different
             raise AutogateError(
-                f"it is {is_now} and was {was} when the model was finalized.",
+                f"it is {is_now} now, and was {was} when the model was finalized.",
                 where=name or where,
-                remedy="Change the dense model instead, before prepare; or use torch.save.",
+                remedy="Make the change in the dense model, before prepare, or use torch.save.",
             )
     return history
 
 
 def _tensors_of(slim: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What goes into the file, each tensor once, and the other names that some have."""
+    """The tensors to write, each one once, and the further names that some of them have."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -117,14 +118,16 @@ def _tensors_of(slim: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in state.items():
         if id(value) not in own:
             raise AutogateError(
-                "its state_dict has an entry that is no parameter or buffer.", where=name, remedy="Use torch.save."
+                "this entry of its state_dict is neither a parameter nor a buffer.",
+                where=name,
+                remedy="Use torch.save.",
             )
         if id(value) in first:
             aliases[name] = first[id(value)]
             continue
         first[id(value)] = name
         if value.layout != torch.strided or value.is_meta:
-            raise AutogateError(f"safetensors can't hold it: it is {value.layout} on {value.device}.", where=name)
+            raise AutogateError(f"safetensors can't store it: it is {value.layout} on {value.device}.", where=name)
         tensors[name] = value.detach().cpu().contiguous().clone()
     return tensors, aliases
 

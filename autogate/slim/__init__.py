@@ -1,4 +1,4 @@
-"""From closed gates to the slim model: carried out, verified, written down as a `History`."""
+"""From dead classes to the slim model: slimmed, verified, and recorded in a `History`."""
 
 from autogate.slim.finalizing import PrepareRecord, check_finite, check_not_sharded, slim_verified, verify
 from autogate.slim.history import (

@@ -1,4 +1,9 @@
-"""An optimizer goes on with the slim model: parameters are replacements in it, and its state is cut as they were."""
+"""Let an optimizer continue with the slim model: its parameters are replaced, and its state is sliced like them.
+
+Slim tensors are new parameters, because PyTorch's optimizers and autograd depend on a parameter's shape. An optimizer
+that continues computes what it would have computed with gates. Dead channels had no part in that: their columns are
+zero, and so are the gradients of everything that feeds them.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,8 @@ class Replacement:
     """What becomes of a parameter.
 
     Attributes:
-        new: what stands in its place, None where nothing does.
-        kept: the indices that stay (int64), by dimension, where it loses any.
+        new: the parameter that replaces it; None if none does.
+        kept: the indices that stay (int64), by dimension, for dimensions that lose any.
     """
 
     new: nn.Parameter | None
@@ -29,10 +34,10 @@ class Replacement:
 
 
 def as_optimizers(given: Any, model: nn.Module) -> tuple[Optimizer, ...]:
-    """One optimizer or several, those out of their wrappers that hold parameters of the model.
+    """Check one optimizer or several, and take them out of wrappers such as Lightning's.
 
     Raises:
-        AutogateError: one is none, or trains nothing of the model.
+        AutogateError: one is not an optimizer, or trains no parameter of the model.
     """
     found = tuple(map(_unwrapped, given if isinstance(given, Iterable) else [given]))
     own = {id(parameter) for parameter in model.parameters()}
@@ -43,13 +48,13 @@ def as_optimizers(given: Any, model: nn.Module) -> tuple[Optimizer, ...]:
             raise AutogateError(
                 "it trains no parameter of the model.",
                 where=type(optimizer).__name__,
-                remedy="Give the optimizer that trains the prepared model, or none and build a new one afterwards.",
+                remedy="Pass the optimizer that trains the prepared model, or none and build a new one afterwards.",
             )
     return found
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """What a wrapper that is no optimizer itself (Lightning's) holds."""
+    """The optimizer inside a wrapper that is not an optimizer itself (Lightning's)."""
     if isinstance(optimizer, Optimizer):
         return optimizer
     within = getattr(optimizer, "optimizer", None)
@@ -59,12 +64,12 @@ def _unwrapped(optimizer: Any) -> Any:
 def parameter_replacements(
     before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], kept: Mapping[Side, KeptIndices]
 ) -> dict[int, Replacement]:
-    """What becomes of each parameter of a model that was slimmed, by its id; those that stay are left out.
+    """What becomes of each parameter of a model that was slimmed, by its id. Parameters that stay are not listed.
 
     Args:
-        before: the parameters by name, those that stand in several places under each name.
-        after: the same of the slim model.
-        kept: what stays along each side that lost something.
+        before: the parameters by name; those in several places under each of their names.
+        after: the same for the slim model.
+        kept: the indices that stay along each side that lost any.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in before.items():
@@ -81,11 +86,11 @@ def parameter_replacements(
 
 
 def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, Replacement]) -> None:
-    """Lets an optimizer train the slim model: its groups keep their settings, and parameters their state.
+    """Make an optimizer train the slim model. Its groups keep their settings, and parameters keep their state.
 
-    A tensor of a state is cut along each dimension in which it is as long as its parameter; those of momentum and
-    moments are of its shape, factored ones have a 1 for some dimensions. The state of a parameter that loses something
-    and has another kind of tensor begins anew.
+    A tensor in the state is sliced along each dimension in which it is as long as its parameter. Momentum and moments
+    have the parameter's shape; factored ones have size 1 in some dimensions. If a parameter loses indices and its state
+    has another kind of tensor, its state starts from scratch.
     """
     for group in optimizer.param_groups:
         stays = [(parameter, replacements.get(id(parameter))) for parameter in group["params"]]
@@ -99,7 +104,7 @@ def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, Replacem
         one, state = replacements[id(parameter)], optimizer.state.pop(parameter)
         if one.new is not None and all(_can_be_cut(value, parameter) for value in state.values()):
             optimizer.state[one.new] = {name: _cut(value, parameter, one.kept) for name, value in state.items()}
-    for inner in vars(optimizer).values():  # of Lookahead and its like, which have the same groups
+    for inner in vars(optimizer).values():  # Lookahead and similar optimizers hold one with the same groups
         if isinstance(inner, Optimizer):
             replace_parameters(inner, replacements)
 

@@ -73,7 +73,7 @@ def test_what_is_wrong_is_told_without_a_traceback(slim: Path, tmp_path: Path):
     for words, code, told in (
         (["no.safetensors", "--onnx", "x"], 2, "there is no file"),
         ([slim], 2, "give --onnx"),
-        ([__file__, "--onnx", "x"], 1, "no safetensors file"),
+        ([__file__, "--onnx", "x"], 1, "not a safetensors file"),
         ([slim, "--torch-export", tmp_path / "no" / "x.pt2"], 1, "could not be written"),
     ):
         result = invoke(*words)

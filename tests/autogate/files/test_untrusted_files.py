@@ -61,7 +61,7 @@ def test_only_timms_own_models_are_built(name: str, no_pickle, written: bytes, t
         header["build"] = {"name": name, "arguments": {}}
 
     with_header(tmp_path / "slim", written, change)
-    with pytest.raises(AutogateError, match="no model of this name"):
+    with pytest.raises(AutogateError, match="no model with this name"):
         autogate.load(tmp_path / "slim")
 
 
@@ -71,7 +71,7 @@ def test_no_argument_makes_timm_read_other_files(argument: str, no_pickle, writt
         header["build"] = {"name": "resnet18", "arguments": {argument: "evil.pt"}}
 
     with_header(tmp_path / "slim", written, change)
-    with pytest.raises(AutogateError, match=f"{argument} is no argument"):
+    with pytest.raises(AutogateError, match=f"the argument '{argument}' is not allowed"):
         autogate.load(tmp_path / "slim")
 
 
@@ -79,18 +79,21 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "format": (lambda header: header.update(format=2), "format"),
     "type": (lambda header: header["slimmings"][0].update(ignored=3), r"slimmings\.0\.ignored"),
     "missing": (lambda header: header["slimmings"][0].pop("kept"), r"slimmings\.0\.kept"),
-    "kept": (lambda header: header["slimmings"][0]["kept"][0]["kept"].pop(), "slimmed as the file says it has shape"),
-    "out of range": (lambda header: header["slimmings"][0]["kept"][0].update(kept=[99]), "what stays of"),
-    "side": (lambda header: header["slimmings"][0]["kept"][0]["sides"].append(["x", 0]), r"what stays of x\[0\]"),
+    "kept": (lambda header: header["slimmings"][0]["kept"][0]["kept"].pop(), "in the model slimmed as the file says"),
+    "out of range": (lambda header: header["slimmings"][0]["kept"][0].update(kept=[99]), "set of indices kept of"),
+    "side": (lambda header: header["slimmings"][0]["kept"][0]["sides"].append(["x", 0]), r"kept of x\[0\]"),
     "dtype": (lambda header: header["slimmings"][0]["tensors"]["0.weight"].update(dtype="load"), "no dtype 'load'"),
-    "inputs": (lambda header: header["slimmings"][0].update(inputs=[{"tuple": [{"eval": "1"}]}, {}]), "no example inp"),
+    "inputs": (
+        lambda header: header["slimmings"][0].update(inputs=[{"tuple": [{"eval": "1"}]}, {}]),
+        "not a description of",
+    ),
     "odd inputs": (
         lambda header: header["slimmings"][0].update(inputs=[{"tuple": [1]}, {"dict": {}}]),
         "fails on the example",
     ),
-    "shortcuts": (lambda header: header["slimmings"][0].update(convolutions=["0"]), "the convolutions on shortcuts"),
-    "branches": (lambda header: header["slimmings"][0].update(branches={"0": [True]}), "the branches taken out"),
-    "no slimming": (lambda header: header.update(slimmings=[]), "holds no slimming"),
+    "shortcuts": (lambda header: header["slimmings"][0].update(convolutions=["0"]), "set of convolutions on shortcuts"),
+    "branches": (lambda header: header["slimmings"][0].update(branches={"0": [True]}), "the set of removed branches"),
+    "no slimming": (lambda header: header.update(slimmings=[]), "lists no slimming"),
     "alias": (lambda header: header["aliases"].update({"0.bias": "0.weight"}), "gives 0.bias the tensor"),
     "no tensor": (lambda header: header["tensors"].pop("0.weight"), "tensor 0.weight is in its tensors alone"),
     "checksum": (lambda header: header["tensors"].update({"3.bias": ""}), "tensor 3.bias is not what was saved"),
@@ -114,10 +117,10 @@ def test_files_of_other_kinds(no_pickle, tmp_path: Path):
         autogate.load(path)
     for data in (b"", b"x", pickle.dumps(forbidden), b"PK\3\4" + bytes(1000), random.Random(0).randbytes(5000)):
         path.write_bytes(data)
-        with pytest.raises(AutogateError, match="truncated, or no safetensors file"):
+        with pytest.raises(AutogateError, match="truncated, or not a safetensors file"):
             autogate.load(path)
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(AutogateError, match="none that autogate"):
+    with pytest.raises(AutogateError, match="did not write it"):
         autogate.load(path)
 
 

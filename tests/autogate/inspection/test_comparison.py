@@ -64,7 +64,7 @@ def test_what_is_wrong_is_told_without_a_traceback(slim: Path):
     for words, code, told in (
         (["no.safetensors"], 2, "there is no file"),
         ([slim, "--batch-size", 0], 2, "batch-size"),
-        ([__file__], 1, "no safetensors file"),
+        ([__file__], 1, "not a safetensors file"),
         ([slim, "--device", "nowhere"], 1, "nowhere"),
     ):
         result = invoke(*words)
