@@ -1,7 +1,8 @@
 """Resources that are products of live counts: FLOPs, parameters and bytes of activations.
 
-Guo et al., "GDP", equation 5: R(c) = sum over pairs of layers a_lk c_l c_k + sum over layers b_l c_l. Where a layer
-runs once for each channel of others, as a mixer's layers across tokens do, their count is a third factor.
+Guo et al., "GDP", equation 5: R(c) = sum over pairs of layers a_lk c_l c_k + sum over layers b_l c_l. A layer may run
+once for each channel of other layers, as a mixer's token-mixing layers or a layer shared by all heads do. Then the
+count of these channels is a third factor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rewriters import AutogateError, ChannelMap, Kernel, Side
 class Term(NamedTuple):
     """One product of a resource: coefficient * live counts of the ends `left`, `right` and `third`.
 
-    An end that isn't named counts one.
+    An end of None counts as 1.
     """
 
     coefficient: float
@@ -33,13 +34,13 @@ class Term(NamedTuple):
 class Products(Resource):
     """A resource R(live) = sum over terms of coefficient * live(left end) * live(right end) * live(third end).
 
-    Counts and coefficients are whole numbers for FLOPs and parameters, and float64 holds such sums exactly,
-    in whatever order they are taken: every process of a distributed run finds the same share.
+    For FLOPs and parameters, counts and coefficients are whole numbers, and float64 holds such sums exactly in any
+    order of summation. So every process of a distributed run finds the same share.
 
     Args:
-        sides: what the ends of the terms count.
+        sides: what counts the live channels on the ends.
         terms: the products.
-        whole: what shares are relative to; the resource with every class alive if None.
+        whole: the value that shares are relative to; the value with every class alive if None.
     """
 
     def __init__(self, sides: SideCounts, terms: Sequence[Term], whole: float | None = None):
@@ -67,28 +68,28 @@ class Products(Resource):
         return self._sides.per_class(slopes[:-1])
 
     def drop(self, live: Tensor) -> Tensor:
-        """The price less what a class that lies on several ends of a term is charged repeatedly for."""
+        """The price, minus what a class on several ends of one term is charged for more than once."""
         row, third, factor = self._shared
         twice = torch.zeros(len(self._sides.profiles), dtype=torch.float64)
         twice.index_add_(0, row, factor * self._counts(live)[third])
         return self.price(live) - self._sides.of_profiles(twice)
 
     def _counts(self, live: Tensor) -> Tensor:
-        """Live channels of every end, and 1 for the ends that aren't named."""
+        """Live channels on every end, followed by a 1 for the ends that are None."""
         counts = self._sides.counts(live)
         return torch.cat([counts, counts.new_ones(1)])
 
     def _shared_ends(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor, Tensor]:
-        """For profiles that lie on several ends of a term: the profile, an end, and a factor of that end's live count.
+        """For profiles on several ends of a term: the profile, an end, and a factor of that end's live count.
 
-        Without one of a class that lies k, m and n times on its ends, c * a * b * d falls by the price of that one less
-        c * (m * n * a + k * n * b + k * m * d - k * m * n).
+        Without one class that is k, m and n times on the ends of a term, c * a * b * d falls by the price of that class
+        minus c * (m * n * a + k * n * b + k * m * d - k * m * n).
         """
         on: dict[int, list[int]] = {}
         for place, term in enumerate(terms):
             for end in (end for end in term[1:] if end is not None):
                 on.setdefault(end, []).append(place)
-        one = self._sides.ends  # the end that counts one
+        one = self._sides.ends  # the extra end, whose count is 1
         found: list[tuple[int, int, float]] = []
         for row, counts in enumerate(self._sides.profiles):
             held = dict(counts)
@@ -103,7 +104,7 @@ class Products(Resource):
 
 
 class Product(NamedTuple):
-    """What part of a model costs: coefficient * live channels of each of at most three ends.
+    """The cost of a part of the model: coefficient * live channels on each of at most three ends.
 
     `original` is False for layers that prepare added: shares are relative to the model without them.
     """
@@ -114,7 +115,7 @@ class Product(NamedTuple):
 
 
 class ChannelProducts(Products):
-    """A resource made of products over the channels of a map."""
+    """A resource made of products of live channels of a channel map."""
 
     def __init__(self, channel_map: ChannelMap, products: Iterable[Product]):
         products = list(products)
@@ -132,13 +133,13 @@ class ChannelProducts(Products):
 
 
 class Flops(ChannelProducts):
-    """The multiply-adds of a forward pass over one sample, with the macs that the map's kernels state.
+    """The multiply-adds of a forward pass over one sample, from the kernels' `macs` in the channel map.
 
     Args:
         channel_map: classes and kernels.
-        model: not looked at, for the map knows all; resources are made from both.
-        added: weights of layers that were not in the user's model: they cost what they cost, and shares are
-            relative to the model without them.
+        model: not used, because the map has everything; all resources are made from both.
+        added: weights of layers that were not in the user's model. They cost FLOPs, but shares are relative to the
+            model without them.
     """
 
     name = "FLOPs"
@@ -152,15 +153,15 @@ class Flops(ChannelProducts):
 
 
 class Params(ChannelProducts):
-    """The number of a model's parameters, each shared one counted once.
+    """The number of a model's parameters. A shared parameter counts once.
 
     Args:
-        channel_map: classes and where they lie.
-        model: what it was made from.
+        channel_map: classes and the sides they are on.
+        model: the model that the map was made from.
         added: parameters that were not in the user's model: see `Flops`.
 
     Raises:
-        AutogateError: a parameter carries channels in more than three dimensions.
+        AutogateError: a parameter has channels in more than three dimensions.
     """
 
     name = "parameters"
@@ -172,7 +173,7 @@ class Params(ChannelProducts):
             dims = labelled.get(name, ())
             if len(dims) > 3:
                 raise AutogateError(
-                    f"it carries channels in {len(dims)} dimensions, and a product has three factors.",
+                    f"it has channels in {len(dims)} dimensions, and at most three can be counted.",
                     where=name,
                     remedy="Budget FLOPs instead, or keep the module's channels with `ignore`.",
                 )
@@ -182,15 +183,15 @@ class Params(ChannelProducts):
 
 
 class Activations(ChannelProducts):
-    """The bytes of what convolutions and linear layers give out for one sample.
+    """The bytes that convolutions and linear layers output for one sample.
 
-    Radosavovic et al., "Designing Network Design Spaces", section 4, define the activations so and find the run
-    time on accelerators to go with them more closely than with FLOPs; fvcore counts the same elements.
+    This is the definition of activations in Radosavovic et al., "Designing Network Design Spaces", section 4, who find
+    that the run time on accelerators follows them more closely than FLOPs; fvcore counts the same elements.
 
     Args:
         channel_map: classes and kernels.
-        model: what it was made from; an output's elements are of its kernel's type, or the model's first
-            tensor's where the kernel is computed.
+        model: the model that the map was made from. The elements of an output have the dtype of its kernel, or of the
+            model's first tensor if the kernel is computed in the forward.
         added: weights of layers that were not in the user's model: see `Flops`.
     """
 
@@ -210,7 +211,7 @@ class Activations(ChannelProducts):
 
 
 def _repeats(kernel: Kernel) -> tuple[End, ...]:
-    """The end that a kernel runs once for each channel of, if it does."""
+    """The end for each channel of which a kernel runs once, if there is one."""
     return (kernel.repeats,) if kernel.repeats else ()
 
 
@@ -222,7 +223,7 @@ def _labelled_dimensions(channel_map: ChannelMap) -> Mapping[str, tuple[int, ...
 
 
 def _unique_parameters(model: nn.Module, preferred: Mapping[str, tuple[int, ...]]) -> list[tuple[str, nn.Parameter]]:
-    """Every parameter once, under the name that the map knows it by where it has several."""
+    """Every parameter once. If it has several names, the one that the channel map uses."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in found or name in preferred:

@@ -1,4 +1,4 @@
-"""What channels cost: the contract of a resource, and the counting of live channels that resources are made from."""
+"""The contract of a resource, and the counting of live channels that resources are built from."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rewriters.labelling import gather
 
 
 class Resource(ABC):
-    """Something that a model has less of when channels die, and that a budget can ask a share of.
+    """Something that a model has less of when channels die, and that a budget can limit to a share.
 
-    A resource of one's own is a subclass that gives `value` and `price`, built from the channel map and the
-    model: `prepare(model, resources={MyResource: 0.5})`. Both are asked for whenever a channel dies, so they
-    should take time linear in the number of classes (`SideCounts` does the counting). They have to be the
-    same in every process of a distributed run, and the object has to pickle.
+    A resource of your own is a subclass with `value` and `price`, built from the channel map and the model:
+    `prepare(model, resources={MyResource: 0.5})`. Both methods are called whenever a channel dies, so they should take
+    time linear in the number of classes (`SideCounts` does the counting). They have to give the same results in every
+    process of a distributed run, and the object has to be picklable.
 
     Args:
         size: number of classes.
-        whole: what shares are relative to; the resource with every class alive if None.
+        whole: the value that shares are relative to; the value with every class alive if None.
 
     Attributes:
-        name: what it is called in messages and in `Progress`.
+        name: its name in messages and in `Progress`.
     """
 
     name = "resource"
@@ -38,43 +38,56 @@ class Resource(ABC):
 
     @abstractmethod
     def value(self, live: Tensor) -> Tensor:
-        """What the classes in `live` (bool, shape (classes,), on the CPU) leave of it: 0-dim float64.
+        """The amount that is left if only the classes in `live` are alive. It must not grow when classes die.
 
-        It must not grow when classes die.
+        Args:
+            live: bool, shape (classes,), on the CPU.
+
+        Returns:
+            float64, 0-dim.
         """
 
     @abstractmethod
     def price(self, live: Tensor) -> Tensor:
-        """What one class more or less makes out: beta's second factor in equation 9.
+        """The amount that one class more or less makes a difference of: the second factor of beta in equation 9.
+
+        Args:
+            live: bool, shape (classes,), on the CPU.
 
         Returns:
-            float64, shape (classes,), nonnegative; defined for dead classes also.
+            float64, shape (classes,), nonnegative; defined for dead classes too.
         """
 
     def drop(self, live: Tensor) -> Tensor:
-        """What the value falls by when one class dies and all others stay, float64, shape (classes,).
+        """The amount by which the value falls if one class dies and all others stay.
 
-        The price, unless a subclass knows better.
+        It is the price, unless a subclass overrides it.
+
+        Args:
+            live: bool, shape (classes,), on the CPU.
+
+        Returns:
+            float64, shape (classes,).
         """
         return self.price(live)
 
     @cached_property
     def whole(self) -> float:
-        """What shares are relative to."""
+        """The value that shares are relative to."""
         return float(self.value(self._all())) if self._given_whole is None else self._given_whole
 
     @cached_property
     def start(self) -> float:
-        """The share with every class alive: 1, or more where layers were added to the model."""
+        """The share with every class alive: 1, or more if layers were added to the model."""
         return self.share(self._all())
 
     @cached_property
     def least(self) -> float:
-        """The share that is left when every class is dead: pinned channels stay."""
+        """The share with every class dead: pinned channels stay."""
         return self.share(~self._all())
 
     def share(self, live: Tensor) -> float:
-        """The part of the resource that `live` leaves."""
+        """The share of the resource that is left if only the classes in `live` are alive."""
         return float(self.value(live)) / self.whole if self.whole else 1.0
 
     def _all(self) -> Tensor:
@@ -82,25 +95,25 @@ class Resource(ABC):
 
 
 End = Side | tuple[int, ...]
-"""What is counted: the channels along a side of a kernel, or those of the classes that are named."""
+"""Something to count live channels on: a side of a kernel, or a tuple of classes."""
 
 
 class SideCounts:
-    """Counts the live channels along many sides at once.
+    """Counts the live channels on many sides at once.
 
-    Classes that lie on the same sides, equally often, are counted together ("profiles"), so a count costs
-    one pass over the classes and one over the few profiles, however many layers there are.
+    Classes that are on the same sides, equally often, are counted together (as a "profile"). So a count takes one pass
+    over the classes and one over the few profiles, however many layers there are.
 
     Args:
         size: number of classes.
-        constants: count of each end that no class changes.
-        ends: for each end (a side, or what one likes to count), the class of every index along it; `ALWAYS`
-            entries are not counted.
+        constants: for each end, the count that doesn't depend on classes.
+        ends: for each end (a side, or anything else to count on), the class of every index along it; `ALWAYS` entries
+            are not counted.
 
     Attributes:
         size: number of classes.
         ends: number of ends.
-        profiles: for each profile, the (end, count) pairs that one of its classes lies on.
+        profiles: for each profile, the (end, count) pairs of one of its classes.
     """
 
     def __init__(self, size: int, constants: Sequence[float], ends: Sequence[Sequence[int] | np.ndarray]):
@@ -116,7 +129,7 @@ class SideCounts:
 
     @classmethod
     def along(cls, channel_map: ChannelMap, ends: Sequence[End]) -> SideCounts:
-        """One end for each of these, pinned channels counting always."""
+        """Count on these ends. Pinned channels always count."""
         known = channel_map.classes
         constants: list[float] = []
         classes: list[np.ndarray] = []
@@ -135,10 +148,10 @@ class SideCounts:
         return self._constant.index_add(0, self._end, self._count * alive[self._row])
 
     def per_class(self, per_end: Tensor) -> Tensor:
-        """Sums what each end has per channel over the ends that a class lies on: the price, from slopes.
+        """Sum a value per channel over the ends that each class is on. This turns slopes into prices.
 
         Args:
-            per_end: float64, shape (ends,).
+            per_end: the value of one channel on each end, float64, shape (ends,).
 
         Returns:
             float64, shape (classes,).
@@ -147,5 +160,5 @@ class SideCounts:
         return self.of_profiles(sums)
 
     def of_profiles(self, values: Tensor) -> Tensor:
-        """Each class's value, shape (classes,), from those of the profiles."""
+        """Each class's value, shape (classes,), from the values of the profiles."""
         return values[self._profile]

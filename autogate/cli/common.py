@@ -1,4 +1,4 @@
-"""What the commands share: consoles, errors told in a line, models looked up by name."""
+"""What the commands share: consoles, errors and warnings on one line, models by name or file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def one_line_errors(command: F) -> F:
-    """A command that tells an error in a line and exits with 1, and raises it where called with `debug`."""
+    """Print a command's errors on one line and exit with 1; with `--debug`, raise them."""
 
     @functools.wraps(command)
-    def told(*args: Any, **options: Any) -> Any:
+    def wrapped(*args: Any, **options: Any) -> Any:
         try:
             return command(*args, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -44,25 +44,25 @@ def one_line_errors(command: F) -> F:
             errors.print(what, markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
-    return told  # type: ignore[return-value]
+    return wrapped  # type: ignore[return-value]
 
 
 def timm_model(name: str, classes: int | None = None) -> nn.Module:
-    """The timm model of that name, its weights random; a name that timm doesn't know is wrong usage."""
+    """Build the timm model with this name, with random weights. An unknown name is wrong usage."""
     return build_with_timm(TimmBuild(timm_name(name), {} if classes is None else {"num_classes": classes}))
 
 
 def timm_name(name: str) -> str:
-    """A name that timm has a model of; another is wrong usage."""
+    """Check that timm has a model with this name. An unknown name is wrong usage."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() has their names."
-        raise typer.BadParameter(f"timm has no model {name!r}. {hint}", param_hint="MODEL")
+        hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists all names."
+        raise typer.BadParameter(f"timm has no model named {name!r}. {hint}", param_hint="MODEL")
     return name
 
 
 def written_model(path: Path) -> Path:
-    """A file that is there; one that isn't is wrong usage."""
+    """Check that a file exists. A missing file is wrong usage."""
     if not path.is_file():
         raise typer.BadParameter(f"there is no file {path}.", param_hint="SLIM")
     return path
@@ -70,7 +70,7 @@ def written_model(path: Path) -> Path:
 
 @contextlib.contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Warnings of what is done within are told in a line each."""
+    """Print each warning raised within on one line."""
 
     def tell(message: Warning | str, *_: Any) -> None:
         errors.print("[yellow]warning:[/]", end=" ")
@@ -82,7 +82,7 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def images(model: nn.Module, side: int | None) -> torch.Tensor | None:
-    """A batch of two square images for `prepare`, None to leave the size to the model."""
+    """A batch of two square images for `prepare`; None to use the model's own image size."""
     if side is None:
         return None
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)

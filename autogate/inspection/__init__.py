@@ -1,4 +1,4 @@
-"""Tables of a model: what is left, what could go, how long it takes."""
+"""Tables about a model: what is left under gates, what could be removed, how long it takes."""
 
 from autogate.inspection.comparison import Comparison, Duration, compare
 from autogate.inspection.coupling_graph import draw_coupling_graph

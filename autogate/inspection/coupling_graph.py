@@ -1,4 +1,4 @@
-"""A drawing of which kernels are coupled through which groups of channels."""
+"""Draw which kernels are coupled through which groups of channels."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from rewriters import AutogateError, ChannelMap
 def draw_coupling_graph(channel_map: ChannelMap, path: Path) -> None:
     """Draw which kernels are coupled through which groups of channels.
 
-    Kernels stand on the left in the order they run, groups on the right, each a dot as large as the group has
-    channels; a line leads from a kernel to the groups it makes (blue) and reads (orange). With graphviz (and
-    pydot or pygraphviz) its layout is taken.
+    Kernels are on the left in the order they run, groups on the right, each as a dot whose size grows with its number
+    of channels. Lines connect a kernel to the groups that it outputs (blue) and reads (orange). If graphviz (and pydot
+    or pygraphviz) is installed, its layout is used.
 
     Args:
-        path: of the file, whose ending tells the format.
+        channel_map: the model's channels.
+        path: path of the file, whose suffix sets the format.
 
     Raises:
-        AutogateError: matplotlib is not installed, or doesn't write such files.
+        AutogateError: matplotlib is not installed, or can't write this format.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise AutogateError("drawing needs matplotlib.", remedy="pip install 'autogate[graph]'")
+        raise AutogateError("drawing the coupling graph needs matplotlib.", remedy="pip install 'autogate[graph]'")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -48,7 +49,7 @@ def draw_coupling_graph(channel_map: ChannelMap, path: Path) -> None:
         axes.annotate(node[1], places[node], (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=7)
     for node, width in zip(groups, widths, strict=True):
         axes.annotate(str(width), places[node], (9, 0), textcoords="offset points", va="center", fontsize=7)
-    axes.plot([], [], color="tab:blue", label="the kernel makes these channels")
+    axes.plot([], [], color="tab:blue", label="the kernel outputs these channels")
     axes.plot([], [], color="tab:orange", label="the kernel reads these channels")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.margins(x=0.25, y=0.02)

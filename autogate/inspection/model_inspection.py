@@ -1,4 +1,7 @@
-"""What could be removed from a model, read off its channels: groups, pins, FLOPs by stage."""
+"""What could be removed from a model, before anything is trained: groups, pins, FLOPs by stage.
+
+`autogate inspect` prints it.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from rewriters import ChannelMap, Pin, UndoLog
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that lie on the same sides.
+    """Channels that are on the same sides.
 
     Attributes:
-        width: how many there are.
-        made_by, read_by: the kernels on whose output and input side they lie.
-        price: FLOPs that go with one of them, all others staying.
+        width: number of channels.
+        made_by, read_by: the kernels that have them on their output and input side.
+        price: FLOPs saved by removing one of them, with all others staying.
     """
 
     width: int
@@ -36,7 +39,7 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class Stage:
-    """FLOPs of a part of the model: of the whole model, and at the budget."""
+    """FLOPs of a part of the model: in the dense model, and at the budget."""
 
     name: str
     all_flops: float
@@ -49,13 +52,13 @@ class Inspection:
 
     Attributes:
         channel_map: the model's channels.
-        groups: those that may go.
-        pins: why the others stay.
-        stages: where the FLOPs are, in the order the layers run.
-        keep: part of its channels that every group keeps to meet the budget.
-        flops, all_flops: multiply-adds of one sample, at that and of the whole model.
-        params, all_params: parameters likewise.
-        least: share of the FLOPs that is left with every channel gone that may go.
+        groups: the channels that can be removed.
+        pins: why the other channels stay.
+        stages: the FLOPs by part of the model, in the order the layers run.
+        keep: the part of its channels that every group keeps to meet the budget.
+        flops, all_flops: multiply-adds for one sample, at the budget and in the dense model.
+        params, all_params: the same for parameters.
+        least: share of the FLOPs that is left if all removable channels are removed.
     """
 
     channel_map: ChannelMap
@@ -80,16 +83,16 @@ def inspect_model(
     shortcuts: str | tuple[str, ...] = "shared",
     by_layer: bool = False,
 ) -> Inspection:
-    """What may go of a model and what a budget would leave of it; the model is as it was.
+    """Find out what can be removed from a model and what a budget would leave of it. The model is left as it was.
 
     Args:
         model, example_inputs, flops, ignore, shortcuts: as for `prepare`.
-        by_layer: a stage for each layer.
+        by_layer: make a stage of each layer.
 
     Raises:
-        AutogateError: as for `prepare`; a budget out of reach is met as nearly as can be.
+        AutogateError: as for `prepare`; but a budget out of reach is met as closely as possible.
     """
-    Shares(flops=flops)  # raises for a share that is none
+    Shares(flops=flops)  # raises if the share is outside of (0, 1]
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
     options = AnalysisOptions(as_call(example_inputs, model), ignored, shortcuts)
     undo_log = UndoLog()
@@ -141,7 +144,7 @@ def _stages(channel_map: ChannelMap, live: Tensor, by_layer: bool) -> tuple[Stag
 
 
 def stage_of(module: str) -> str:
-    """The part of the model that a module belongs to: its outermost parent, with its number where it has one.
+    """The part of the model that a module belongs to: its outermost parent, with an index if that is a list of blocks.
 
     >>> stage_of("layer1.0.conv1"), stage_of("blocks.3.0.conv_pw"), stage_of("fc")
     ('layer1', 'blocks.3', 'fc')

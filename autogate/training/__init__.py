@@ -1,6 +1,6 @@
 """A training run with gates, from images to the slim model: what `autogate train` does, as functions.
 
-A `Recipe` says what to do, `start` does it and writes a `RunFolder`, `resume` goes on with one.
+`start` carries out a `Recipe` and writes a `RunFolder`; `resume` continues an interrupted run.
 """
 
 from autogate.training.callbacks import Callback, StepMetrics, TensorBoard

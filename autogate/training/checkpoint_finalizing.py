@@ -1,4 +1,4 @@
-"""A slim model from a checkpoint, without the images."""
+"""Make the slim model of a run from its checkpoint, without the images."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rewriters import AutogateError
 
 @dataclass(frozen=True)
 class FinalizedCheckpoint:
-    """A slim model's file, and what it came to."""
+    """The file of a slim model, and its result."""
 
     file: Path
     result: Result
 
 
 def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpoint:
-    """Take the closed channels out of a run's model as its checkpoint has it, if they aren't out yet.
+    """Remove the dead channels from a run's model as it is in the checkpoint, if they aren't removed yet, and save it.
 
-    Where the run averages its weights the average is taken. The run can be gone on with afterwards.
+    If the run averages its weights, the average is used. The run can be resumed afterwards.
 
     Args:
-        path: of a checkpoint or of a run's folder.
-        out: where the slim model goes; slim.safetensors beside the checkpoint, if None.
+        path: path of a checkpoint or of a run's folder.
+        out: path of the slim model; slim.safetensors next to the checkpoint if None.
 
     Raises:
         AutogateError: there is no checkpoint, or it is damaged.
         FileNotFoundError: there is no such file.
 
     Warns:
-        BudgetNotMetWarning: the targets have not been met.
+        BudgetNotMetWarning: the targets are not met.
     """
     folder = RunFolder(path if path.is_dir() else path.parent)
     if path.is_dir():
@@ -49,7 +49,7 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpo
         taken = None if found.gates is None else finalize_run_again(model, found.gates)
         model.load_state_dict(found.model if found.ema is None else found.ema)
     except RuntimeError as error:
-        raise AutogateError(f"it doesn't fit its model: {error}", where=str(path)) from error
+        raise AutogateError(f"its weights don't fit its model: {error}", where=str(path)) from error
     taken = taken or finalize_run(model)
     result = taken.snapshot.result(model, info, found.position.step)
     save(model.eval(), out or folder.slim_file)

@@ -1,4 +1,11 @@
-"""The training loop: the epochs of one run, its checkpoints and evaluations, and the slim model at the end."""
+"""The training loop: the epochs of one run, its checkpoints and evaluations, and the slim model at the end.
+
+The loop treats gates as any other loop does: the model is prepared before it, and finalized between two epochs once the
+targets are met, or else at the end. One checkpoint is written before each evaluation, so an interrupted evaluation is
+done again. After every step all processes are asked together whether to stop (a sum over gloo, on the CPU), because a
+process that stopped alone would leave the others waiting. A resumed epoch loads the batches that are done again,
+because loader workers draw from generators of their own.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +36,14 @@ from autogate.version import __version__
 from rewriters import AutogateError
 
 TELL_EVERY = 10
-"""Steps between two words to the callbacks: reading the loss has the host wait for a GPU."""
+"""Steps between two calls of the callbacks: reading the loss makes the host wait for a GPU."""
 
 Stop = Callable[[], bool]
-"""Whether a run shall leave a checkpoint and end; asked after every step."""
+"""Whether the run should write a checkpoint and stop. Called after every step."""
 
 
 class _Stopped(Exception):
-    """The run was told to stop, and has left its checkpoint."""
+    """The run was asked to stop, and has written its checkpoint."""
 
 
 @dataclass
@@ -44,8 +51,8 @@ class Loop:
     """A run in memory.
 
     Attributes:
-        model: with gates until their targets have been met, slim afterwards.
-        final_gates: its closed channels, None as long as it has gates.
+        model: the model; with gates until the targets are met, slim afterwards.
+        final_gates: the gates when the model was finalized; None while it has gates.
     """
 
     recipe: Recipe
@@ -64,11 +71,11 @@ class Loop:
         cls, recipe: Recipe, data: DataSets, model: nn.Module, teacher: nn.Module | None, folder: RunFolder,
         world: World,
     ) -> Loop:  # fmt: skip
-        """A run that has not begun."""
+        """Prepare a model, and everything else for a run that has not started."""
         classes = int(getattr(model, "num_classes", 0))
         if data.num_classes is not None and classes < data.num_classes:
             raise AutogateError(
-                f"the model has {classes} outputs and the data {data.num_classes} classes.", where="num_classes"
+                f"the model has {classes} outputs, but the data has {data.num_classes} classes.", where="num_classes"
             )
         config = data_config(model, recipe.network)
         loading = loaders(data, recipe.images, config, world)
@@ -81,7 +88,7 @@ class Loop:
         return cls(recipe, info, folder, world, loading, model, stepper, Loss.of(recipe, classes, teacher), flops)
 
     def load(self, found: Checkpoint) -> None:
-        """Take the state of a checkpoint."""
+        """Load the state of a checkpoint."""
         try:
             if found.gates is not None:
                 self.final_gates = finalize_run_again(self.model, found.gates, self._average, self.stepper.optimizer)
@@ -92,16 +99,18 @@ class Loop:
             if self._average is not None and found.ema is not None:
                 self._average.load_state_dict(found.ema)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise AutogateError(f"it doesn't fit the run: {error}", where=str(self.folder.checkpoint_file)) from error
+            raise AutogateError(
+                f"the checkpoint doesn't fit the run: {error}", where=str(self.folder.checkpoint_file)
+            ) from error
         self.stepper.schedule_to(found.position.step)
 
     @property
     def _average(self) -> nn.Module | None:
-        """The model of averaged weights, where they are averaged."""
+        """The model with averaged weights, if weights are averaged."""
         return None if self.stepper.ema is None else self.stepper.ema.module
 
     def run(self, position: Position, callbacks: Sequence[Callback], stop: Stop) -> Result | None:
-        """Train the epochs that are left and finalize."""
+        """Train the remaining epochs and finalize. None if the run was stopped."""
         callbacks = callbacks if self.world.main else ()
         wrapped = self.world.wrap(self.model)
         for callback in callbacks:
@@ -127,11 +136,11 @@ class Loop:
                 callback.finished()
 
     def _may_finalize(self) -> bool:
-        """Whether nothing is left to be learned about channels: what training follows costs less without them."""
+        """Whether the targets are met: the gates have nothing left to learn, and training costs less without them."""
         return self.final_gates is None and gates(self.model).progress().settled
 
     def _train(self, wrapped: nn.Module, position: Position, callbacks: Sequence[Callback], stop: Stop) -> Position:
-        """Train the rest of an epoch."""
+        """Train the rest of an epoch, and return the position at its end."""
         world, stepper, epoch, step, lr = self.world, self.stepper, position.epoch, position.step, position.lr
         began = time.monotonic() - position.seconds
         total = torch.tensor(position.loss / world.size, device=world.device)
@@ -166,7 +175,7 @@ class Loop:
         return here()
 
     def _batches(self, position: Position) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch that are still to come; those before are loaded too, to draw the same numbers."""
+        """The remaining batches of an epoch. Those before are loaded too, to draw the same random numbers."""
         place = (self.recipe.seed, self.world.rank, position.epoch)
         seed_at(*place, 0)
         set_epoch(self.loaders.train, position.epoch)
@@ -180,7 +189,7 @@ class Loop:
                 yield batch
 
     def _group(self, batch: int) -> range:
-        """The batches whose gradients make one step with those of `batch`."""
+        """The batches whose gradients are accumulated into the same step as those of `batch`."""
         size = self.recipe.learning.grad_accum_steps
         first = batch - batch % size
         return range(first, min(first + size, self.info.batches))
@@ -199,9 +208,9 @@ class Loop:
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
             raise AutogateError(
-                f"the loss is not finite any more at step {step}.",
+                f"the loss is no longer finite at step {step}.",
                 where=str(self.folder.path),
-                remedy="Train with a smaller --lr, with --clip-grad or without --amp, in another folder.",
+                remedy="Start a new run in another folder, with a smaller --lr, with --clip-grad or without --amp.",
             )
 
     def _save(self, position: Position) -> None:
@@ -217,7 +226,7 @@ class Loop:
         save_checkpoint(checkpoint, self.folder.checkpoint_file)
 
     def _evaluate(self, position: Position, stop: Stop) -> EpochRow:
-        """How the run stands; the main process writes it down."""
+        """Evaluate the run; the main process writes the result to the run folder."""
         now = Snapshot.of(self.model) if self.final_gates is None else self.final_gates.snapshot
         batches = max(position.batch, 1) * self.world.size
         row = EpochRow(
@@ -241,7 +250,7 @@ class Loop:
         return row
 
     def _accuracy(self, model: nn.Module, stop: Stop) -> float:
-        """Of the validation images, in percent."""
+        """Accuracy on the validation images, in percent."""
 
         def check() -> None:
             if self.world.size == 1 and stop():
@@ -254,7 +263,7 @@ class Loop:
         return 100 * right / max(seen, 1)
 
     def _finish(self, row: EpochRow) -> Result:
-        """Finalize what still has gates, and try the slim model."""
+        """Finalize the model if it still has gates, evaluate the slim model and save it."""
         if self.final_gates is None:
             self.final_gates = finalize_run(self.model, self._average, warn=self.world.main)
         slim = (self.model if self._average is None else self._average).eval()
@@ -276,7 +285,7 @@ def _info(
     recipe: Recipe, data: DataSets, loading: Loaders, world: World, whole: Summary, classes: int,
     input_size: tuple[int, int, int],
 ) -> RunInfo:  # fmt: skip
-    """What run.json has: the recipe, and what it means for this model and this data."""
+    """The content of run.json: the recipe, and what it means for this model and this data."""
     steps_per_epoch = _steps_per_epoch(recipe, loading)
     return RunInfo(
         format=1,

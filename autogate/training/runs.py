@@ -1,4 +1,4 @@
-"""Start a training run and resume it: from a recipe to a run folder with a slim model in it."""
+"""Start and resume training runs: from a recipe to a run folder with a slim model."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def start(
 
     Args:
         recipe: what to do.
-        path: of the run's folder, which must be new or empty.
-        world: the processes that train; all of them call this. One on the CPU, if None.
-        callbacks: are told how it goes.
-        stop: see there.
+        path: path of the run's folder, which must be new or empty.
+        world: the processes that train; all of them call this. A single process on the CPU if None.
+        callbacks: called with the progress of the run.
+        stop: whether to write a checkpoint and stop; called after every step.
 
     Returns:
-        What the slim model came to; None if the run was stopped.
+        The result for the slim model; None if the run was stopped.
 
     Raises:
-        AutogateError: the data, the model, the budget or the folder can't be had so; the loss is not finite.
+        AutogateError: the data, model, budget or folder can't be used; or the loss is no longer finite.
     """
     world, folder = world or World(), RunFolder(path)
     if world.main:
@@ -56,15 +56,15 @@ def resume(
     path: Path, world: World | None = None, callbacks: Sequence[Callback] = (), stop: Stop = lambda: False,
     change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
 ) -> Result | None:  # fmt: skip
-    """Go on with a run where its checkpoint is: on a CPU with the same weights, bit for bit, as if it had not stopped.
+    """Continue a run from its checkpoint. On a CPU the weights are the same, bit for bit, as without the interruption.
 
     Args:
         path, world, callbacks, stop: as for `start`.
-        change: what is different from now on: where the images lie, the number of workers, the device. With other
-            workers, other random crops are drawn.
+        change: changes the recipe from now on: where the images are, the number of workers, the device. Another number
+            of workers draws other random crops.
 
     Raises:
-        AutogateError: as `start`; there is no run or no checkpoint, or it doesn't fit the data or the number of
+        AutogateError: as for `start`; or there is no run or no checkpoint, or it doesn't fit the data or the number of
             processes.
     """
     world, folder = world or World(), RunFolder(path)
@@ -74,11 +74,13 @@ def resume(
         return result
     if world.size != info.processes:
         raise AutogateError(
-            f"there are {world.size} processes, and were {info.processes} when the run began.", where=str(path)
+            f"there are {world.size} processes now, and there were {info.processes} when the run started.",
+            where=str(path),
+            remedy="Resume with the same number of processes.",
         )
     if not folder.checkpoint_file.is_file():
         raise AutogateError(
-            "the run has no checkpoint yet.", where=str(path), remedy="Delete the folder and start anew."
+            "the run has no checkpoint yet.", where=str(path), remedy="Delete the folder and start the run again."
         )
     found, recipe = load_checkpoint(folder.checkpoint_file), change(info.recipe)
     seed_at(recipe.seed)
@@ -93,7 +95,8 @@ def resume(
         now, then = getattr(loop.info, name), getattr(info, name)
         if now != then:
             raise AutogateError(
-                f"{name.replace('_', ' ')}: there are {now} and were {then} when the run began.", where=str(path)
+                f"{name.replace('_', ' ')}: there are {now} now, and there were {then} when the run started.",
+                where=str(path),
             )
     loop.load(found)
     if world.main:

@@ -64,7 +64,7 @@ def test_with_convolutions_on_the_shortcuts_and_the_model_as_it_was():
 def test_the_command_tells_groups_pins_stages_and_the_budget(tmp_path: Path):
     told = invoke("resnet18", *SMALL, "--graph", str(tmp_path / "groups.svg"))
     assert told.exit_code == 0, told.output
-    for words in ("layer1.0.conv1", "the model returns it", "layer4", "of its channels leaves", "groups.svg"):
+    for words in ("layer1.0.conv1", "the model returns it", "layer4", "of its channels, ", "groups.svg"):
         assert words in told.output
     picture = (tmp_path / "groups.svg").read_text()
     assert "layer4.1.conv2" in picture and "512" in picture
