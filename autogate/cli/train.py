@@ -96,7 +96,7 @@ def train(
     val_split: Annotated[str, _data("Name of the part to evaluate on.")] = _I.val_split,
     img_size: Annotated[int | None, _data("Side of the images in pixels. Default: the model's.", min=1)] = None,
     batch_size: Annotated[int, _data("Images per batch and process.", "--batch-size", "-b", min=1)] = _I.batch_size,
-    validation_batch_size: Annotated[int | None, _data("The same for evaluation. Default: --batch-size.", min=1)] = None,
+    validation_batch_size: Annotated[int | None, _data("For evaluation. Default: --batch-size.", min=1)] = None,
     workers: Annotated[int, _data("Processes that load images.", "--workers", "-j", min=0)] = _I.workers,
     scale: Annotated[tuple[float, float], _data("Range of the area of random crops.")] = _I.scale,
     hflip: Annotated[float, _data("Probability of a horizontal flip.", min=0.0, max=1.0)] = _I.hflip,

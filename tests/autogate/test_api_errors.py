@@ -168,7 +168,7 @@ def test_a_layer_swapped_between_prepare_and_finalize_is_named():
 
 def test_stopping_early_warns_with_the_numbers():
     model = autogate.prepare(net(), example(), flops=0.5, steps=100)
-    with pytest.warns(autogate.BudgetNotMetWarning, match=r"100\.0% of the FLOPs.*50\.0%.*0 of 100 steps"):
+    with pytest.warns(autogate.BudgetNotMetWarning, match=r"0 of 100 steps: 100\.0% of the FLOPs .* 50\.0%"):
         autogate.finalize(model)
 
 
