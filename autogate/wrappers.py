@@ -31,7 +31,7 @@ def is_wrapped(model: nn.Module) -> bool:
     return unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__
 
 
-def take_off_accelerate(model: nn.Module, undo_log: UndoLog) -> None:
+def unwrap_accelerate(model: nn.Module, undo_log: UndoLog) -> None:
     """Restore the forward that Accelerate wrapped in autocast, and let Accelerate prepare the model again.
 
     Beneath the wrapped forward, a rewritten forward of the slim model would never be called; and outputs in half

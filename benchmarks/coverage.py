@@ -90,29 +90,28 @@ class Limits:
 
 @dataclass
 class Result:
-    """What is measured of a model.
+    """The measurements of a model.
 
     Attributes:
-        model, family: its name and the file that it is from.
-        arguments: what it was built with beside its name.
+        model, family: name of the model, and the file that it is defined in.
+        arguments: arguments that it was built with, besides its name.
         image: side of the images, or shape of the example.
         params: number of parameters.
-        step: what it failed in ("build", "prepare", "kill", "finalize", "float64", "memory", "time"),
-            empty if in nothing.
-        error: the failure's text.
-        difference: largest relative difference of gated and slim outputs, in float32.
-        spread: how far the gated outputs of two samples lie apart, over their size: below it no difference counts.
-        double_difference: the same in float64, where float32's is larger than `SINGLE`.
+        step: the step that failed ("build", "prepare", "kill", "finalize", "float64", "memory", "time"); empty if none
+            did.
+        error: text of the failure.
+        difference: largest relative difference between gated and slim outputs, in float32.
+        spread: relative distance between the gated outputs of two samples; smaller differences don't count.
+        double_difference: the difference in float64, if float32's is larger than `SINGLE`.
         reach: share of the FLOPs in layers with a gate on their input or output side.
         left: share of the FLOPs with half of the classes dead, mean of three patterns.
         classes: number of gates.
         prepare_s, finalize_s: seconds of processor time, on one thread.
-        prepare_bytes: by how much prepare's peak of memory lay above what the process had before it, pages of
-            libraries' code not counted.
-        model_bytes: of parameters and buffers.
-        graph_bytes: by how much the process grew by capturing the model's graph.
-        peak_bytes: the process's peak at the end.
-        pinned: FLOPs out of gates' reach, as a share, by the op and reason that pin a side of such a layer.
+        prepare_bytes: peak memory of prepare, above what the process had before; pages of libraries' code don't count.
+        model_bytes: bytes of parameters and buffers.
+        graph_bytes: growth of the process when it captured the model's graph.
+        peak_bytes: peak memory of the process at the end.
+        pinned: share of the FLOPs that gates don't reach, by the op and reason that pin a side of such a layer.
     """
 
     model: str
@@ -190,9 +189,9 @@ def measure(one: Listed, prepare_only: bool = False) -> Iterator[Result]:
 
 
 class Small(nn.Module):
-    """A few layers with what a process does at its first model only, so that no other is charged for it.
+    """A few layers that trigger all one-time work of a process, so that no measured model is charged for it.
 
-    Norms, attention, and a forward that holds sizes: what they are analysed with is imported when it is first needed.
+    Norms, attention and a size-dependent forward: the modules that analyse them are imported when first needed.
     """
 
     def __init__(self) -> None:
@@ -218,15 +217,15 @@ def _forget_peak() -> None:
 
 
 def _memory(of: str) -> int:
-    """Bytes of memory: "VmHWM", this process's peak; "RssAnon", what it has now; "RssFile", files mapped into it."""
+    """Bytes of memory: "VmHWM" is the peak, "RssAnon" what this process has now, "RssFile" the files mapped into it."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{of}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def _graph_bytes(model: nn.Module, inputs: Inputs) -> int | None:
-    """What the captured graph takes, None where none can be captured.
+    """Memory of the captured graph; None if the model can't be captured.
 
-    It is captured in a child, so that prepare finds this process as it was.
+    It is captured in a child process, so that this process is unchanged when prepare runs.
     """
     here, there = FORKED.Pipe(duplex=False)
     child = FORKED.Process(target=_tell_graph_bytes, args=(model, inputs, there))
@@ -256,7 +255,7 @@ def _prepared(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, float]:
 
 
 def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
-    """(relative difference of the outputs that finalize compares, their spread, seconds); told and not judged."""
+    """(relative difference of the outputs that finalize compares, their spread, seconds), whatever the difference is."""
     found: list[tuple[float, float]] = []
 
     def note(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

@@ -82,7 +82,7 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def images(model: nn.Module, side: int | None) -> torch.Tensor | None:
-    """A batch of two square images for `prepare`; None to use the model's own image size."""
+    """A batch of two square images for `prepare`; None if `side` is None, so that the model's own size is used."""
     if side is None:
         return None
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)

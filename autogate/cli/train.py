@@ -139,7 +139,7 @@ def train(
             else:
                 result = resume(folder, world, callbacks, stopped, lambda _: recipe)
         if world.main:
-            _tell(result, folder, world.size)
+            _print_result(result, folder, world.size)
     if result is None:
         raise typer.Exit(128 + (stopped.number or signal.SIGTERM))
 
@@ -260,7 +260,7 @@ class _Bar(Callback):
         self.progress.stop()
 
 
-def _tell(result: Result | None, folder: Path, processes: int) -> None:
+def _print_result(result: Result | None, folder: Path, processes: int) -> None:
     if result is None:
         command = ["autogate", "train", "--resume", str(folder)]
         if processes > 1:

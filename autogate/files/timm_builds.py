@@ -100,7 +100,7 @@ def find_timm_build(
 
 
 def _arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of create_model that can be read off a model, where they differ from the defaults."""
+    """Arguments of create_model that can be read off a model and that differ from the defaults."""
     found: dict[str, Any] = {}
     classes = getattr(model, "num_classes", None)
     features = getattr(model, "feature_info", None)

@@ -22,7 +22,7 @@ from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
 from autogate.slim.history import Slimming
 from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, slim_and_record
-from autogate.wrappers import take_off_accelerate
+from autogate.wrappers import unwrap_accelerate
 from rewriters import (
     AutogateError,
     Shortcut,
@@ -89,7 +89,7 @@ def _slim_compared(
 ) -> Slimming:
     undo_log = UndoLog()
     try:
-        take_off_accelerate(model, undo_log)
+        unwrap_accelerate(model, undo_log)
         wanted = run_eval(model, *inputs)
         undo_log.remove(model._modules, BANK)
         undo_log.remove(model._forward_pre_hooks, bank.hook.id)

@@ -125,12 +125,12 @@ def rewritten(slim_plan: SlimPlan) -> dict[str, str]:
     return why | dict.fromkeys(slim_plan.restored, "restored")
 
 
-def describe_tensors(model: nn.Module, but: Collection[str] = ()) -> dict[str, TensorSpec]:
-    """Shapes and dtypes of parameters and persistent buffers, without those of the modules in `but`."""
+def describe_tensors(model: nn.Module, excluded: Collection[str] = ()) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of parameters and persistent buffers, without those of the modules in `excluded`."""
     return {
         name: TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype))
         for name, module, own_name, tensor in tensor_slots(model)
-        if is_persistent(module, own_name) and not is_under(name, set(but))
+        if is_persistent(module, own_name) and not is_under(name, set(excluded))
     }
 
 
@@ -143,9 +143,9 @@ def describe_buffers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def describe_modules(model: nn.Module, but: Collection[str] = ()) -> dict[str, str]:
-    """Each module's class and `extra_repr`, by path, without those of the modules in `but`."""
-    return {path: _describe(module) for path, module in model.named_modules() if not is_under(path, set(but))}
+def describe_modules(model: nn.Module, excluded: Collection[str] = ()) -> dict[str, str]:
+    """Each module's class and `extra_repr`, by path, without those of the modules in `excluded`."""
+    return {path: _describe(module) for path, module in model.named_modules() if not is_under(path, set(excluded))}
 
 
 def _describe(module: nn.Module) -> str:

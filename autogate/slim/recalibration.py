@@ -54,7 +54,7 @@ def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
         norm.register_forward_hook(lambda norm, *_: ran.add(norm))
     count = max(1, min(batches, _length(loader, batches)))
     try:
-        update_bn_stats(_Caller(trial), itertools.islice(_again_and_again(loader), count), count)
+        update_bn_stats(_Caller(trial), itertools.islice(_repeated(loader), count), count)
     except AssertionError as error:
         raise AutogateError(
             f"its batch norms can't be recalibrated: {error}",
@@ -93,7 +93,7 @@ def _length(loader: Iterable[Any], otherwise: int) -> int:
         return otherwise
 
 
-def _again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
+def _repeated(loader: Iterable[Any]) -> Iterator[Any]:
     """The loader's batches, over and over. Ends if the loader yields none."""
     while True:
         given = 0

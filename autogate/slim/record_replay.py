@@ -7,7 +7,7 @@ every position, and whether a shortcut's 1x1 kernel only passes channels on. `re
 `plan` and `restore` take them instead of looking at the weights, and constants are zero until their tensors are put in.
 
 Classes have no names, and another version of autogate may number them differently. So the record holds the indices that
-stay of every tensor, and a replay lets those classes die that have a removed index. Then all indices, the removed
+stay of every tensor, and a replay makes those classes dead that have a removed index. Then all indices, the removed
 branches and the removed modules must be the same as in the record; otherwise the replay is refused, with the name of
 what differs.
 """

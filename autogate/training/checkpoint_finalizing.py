@@ -39,7 +39,7 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpo
     """
     folder = RunFolder(path if path.is_dir() else path.parent)
     if path.is_dir():
-        folder.info()  # raises where there is no run
+        folder.info()  # raises if there is no run
         path = folder.checkpoint_file
     found = load_checkpoint(path)
     info, recipe = found.info, found.info.recipe

@@ -72,11 +72,11 @@ class FinalGates:
 
     Attributes:
         snapshot: the gates just before. They no longer change.
-        gates: the bank's state_dict just before. With it, a resumed run removes the same channels.
+        bank_state: the bank's state_dict just before. With it, a resumed run removes the same channels.
     """
 
     snapshot: Snapshot
-    gates: Mapping[str, Tensor]
+    bank_state: Mapping[str, Tensor]
 
 
 def finalize_run(

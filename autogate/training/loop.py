@@ -67,7 +67,7 @@ class Loop:
     final_gates: FinalGates | None = None
 
     @classmethod
-    def on(
+    def prepare(
         cls, recipe: Recipe, data: DataSets, model: nn.Module, teacher: nn.Module | None, folder: RunFolder,
         world: World,
     ) -> Loop:  # fmt: skip
@@ -167,7 +167,7 @@ class Loop:
             step += 1
             lr = stepper.step(self.model, step)
             if callbacks and step % TELL_EVERY == 0:
-                self._tell(callbacks, epoch, step, float(total) / done, lr)
+                self._report_step(callbacks, epoch, step, float(total) / done, lr)
             if world.any(stop()):
                 self._save(here())
                 raise _Stopped
@@ -194,7 +194,7 @@ class Loop:
         first = batch - batch % size
         return range(first, min(first + size, self.info.batches))
 
-    def _tell(self, callbacks: Sequence[Callback], epoch: int, step: int, loss: float, lr: float) -> None:
+    def _report_step(self, callbacks: Sequence[Callback], epoch: int, step: int, loss: float, lr: float) -> None:
         self._check_finite(loss, step)
         if self.final_gates is None:
             live = gates(self.model).live.cpu()
@@ -219,9 +219,9 @@ class Loop:
         stepper = self.stepper
         scaler = stepper.scaler.state_dict() if stepper.scaler.is_enabled() else None
         ema = self._average.state_dict() if self._average is not None else None
-        closed = self.final_gates.gates if self.final_gates is not None else None
+        bank_state = self.final_gates.bank_state if self.final_gates is not None else None
         checkpoint = Checkpoint(
-            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema, closed
+            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema, bank_state
         )
         save_checkpoint(checkpoint, self.folder.checkpoint_file)
 

@@ -44,7 +44,7 @@ def start(
     data = find_data(recipe.images)
     model = build_network(recipe.network, recipe.network.num_classes or data.num_classes).to(world.device)
     teacher = copy.deepcopy(model) if recipe.distillation is not None else None
-    loop = Loop.on(recipe, data, model, teacher, folder, world)
+    loop = Loop.prepare(recipe, data, model, teacher, folder, world)
     if world.main:
         folder.create(loop.info)
         if teacher is not None:
@@ -90,7 +90,7 @@ def resume(
     if recipe.distillation is not None:
         teacher = copy.deepcopy(model)
         teacher.load_state_dict(read_tensors(folder.teacher_file))
-    loop = Loop.on(recipe, data, model, teacher, folder, world)
+    loop = Loop.prepare(recipe, data, model, teacher, folder, world)
     for name in ("num_classes", "train_images", "val_images", "batches", "steps", "gates"):
         now, then = getattr(loop.info, name), getattr(info, name)
         if now != then:
