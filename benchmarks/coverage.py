@@ -255,7 +255,7 @@ def _prepared(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, float]:
 
 
 def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
-    """(relative difference of the outputs that finalize compares, their spread, seconds), whatever the difference is."""
+    """(relative difference of the outputs that finalize compares, their spread, seconds), whatever the difference."""
     found: list[tuple[float, float]] = []
 
     def note(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

@@ -1,4 +1,9 @@
-"""The command line: `autogate --help`."""
+"""The command line: `autogate --help`.
+
+Each command is a file that reads options and prints tables. What it prints comes as plain values from
+`autogate.inspection` (inspect, bench), `autogate.files` (export), `autogate.demo`, `autogate.training` (train,
+finalize) and `autogate.reporting` (report).
+"""
 
 from __future__ import annotations
 

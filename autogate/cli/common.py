@@ -1,4 +1,7 @@
-"""What the commands share: consoles, errors and warnings on one line, models by name or file."""
+"""What the commands share: consoles, errors and warnings on one line, models by name or file.
+
+An error is printed on one line and the exit code is 1; with `--debug` it is raised. Wrong usage exits with 2.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Read a slim model from a file: build the dense model, replay its slimmings, and put the file's tensors in.
 
-No code in a file is ever run: autogate writes every rewritten forward again, from the dense model's own code. All
-indices that stay, the branches and the modules removed must come out as recorded; a model whose channels are coupled in
-another way is refused.
+No code in a file is ever run: autogate writes every rewritten forward again, from the dense model's own code. The file
+shows the code of the forwards it had, for people to read. A pickle of the slim model, or graphs in the file, would be
+code from whoever wrote the file. All indices that stay, and the branches and modules removed, must come out as
+recorded; a model whose channels are coupled in another way is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Write one self-contained HTML page about a run, and its figures as PNG files."""
+"""Write one self-contained HTML page about a run, and its figures as PNG files.
+
+The page is made from the run's folder, and the dense model's channels, which are analysed again.
+"""
 
 from __future__ import annotations
 

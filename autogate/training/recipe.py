@@ -1,4 +1,4 @@
-"""The recipe of a training run, as plain values. Names and meanings are those of timm's train.py."""
+"""The recipe of a training run: what to do, as frozen values. Names and meanings are those of timm's train.py."""
 
 from __future__ import annotations
 

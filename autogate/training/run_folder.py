@@ -251,7 +251,7 @@ class RunFolder:
             lines.write(json.dumps(asdict(gates)) + "\n")
 
     def rewind(self, epoch: int) -> None:
-        """Delete what was written about `epoch` and later ones, which are going to be trained again."""
+        """Delete the rows of `epoch` and later ones, because these epochs are going to be trained again."""
         for file, keep in (
             (self.metrics_file, epoch + 1),
             (self.gates_file, epoch),
