@@ -77,9 +77,9 @@ def prepare(
             dimension can't be mistaken for another dimension of size 1.
         flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to keep, in (0, 1];
             0.5 if no budget is given. If several budgets are given, all of them are met.
-        params: share of its parameters to keep.
-        activations: share of the bytes that its convolutions and linear layers output for one sample, to keep.
-        latency: share of the time that one sample takes on this machine, to keep. Each layer is timed at a grid of
+        params: share of the model's parameters to keep.
+        activations: share to keep of the bytes that its convolutions and linear layers output for one sample.
+        latency: share to keep of the time that one sample takes on this machine. Each layer is timed at a grid of
             widths. This takes a while the first time; the timings are kept on disk (see `autogate.budget.timing`).
         resources: shares of resources of your own, keyed by their class (see `autogate.Resource`).
         steps: number of optimizer steps in the training that follows. The budget is reached within these steps, and
@@ -158,9 +158,7 @@ def gates(model: nn.Module) -> GateBank:
         raise AutogateError(
             "it has no gates: it was not prepared, or is already finalized.",
             where=type(model).__name__,
-            remedy=f"Pass its submodule {within!r}, which has gates."
-            if within
-            else "Call autogate.prepare(model) first.",
+            remedy=f"Pass its {within!r}, which has some." if within else "Call autogate.prepare(model) first.",
         )
     bank.kernels()  # if fully_shard has replaced the kernels, the bank notices it here
     return bank

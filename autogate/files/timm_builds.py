@@ -50,9 +50,7 @@ def build_with_timm(how: TimmBuild) -> nn.Module:
                 where=where,
             )
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # saving in the middle of a run must not change the random numbers that follow
+        with torch.random.fork_rng(devices=[]):  # a save in the middle of a run leaves its random numbers alone
             arguments: dict[str, Any] = dict(how.arguments)
             return timm.create_model(how.name, pretrained=False, **arguments)
     except Exception as error:  # timm's entry points raise errors of all kinds

@@ -75,7 +75,9 @@ class Loop:
         classes = int(getattr(model, "num_classes", 0))
         if data.num_classes is not None and classes < data.num_classes:
             raise AutogateError(
-                f"the model has {classes} outputs, but the data has {data.num_classes} classes.", where="num_classes"
+                f"the model has {classes} outputs, but the data has {data.num_classes} classes.",
+                where="num_classes",
+                remedy="Omit --num-classes, or give at least as many as the data has.",
             )
         config = data_config(model, recipe.network)
         loading = loaders(data, recipe.images, config, world)

@@ -252,10 +252,7 @@ class RunFolder:
 
     def rewind(self, epoch: int) -> None:
         """Delete the rows of `epoch` and later ones, because these epochs are going to be trained again."""
-        for file, keep in (
-            (self.metrics_file, epoch + 1),
-            (self.gates_file, epoch),
-        ):  # one line per epoch; metrics have a header
+        for file, keep in ((self.metrics_file, epoch + 1), (self.gates_file, epoch)):  # the metrics have a header
             self._write(file, "".join(file.read_text().splitlines(keepends=True)[:keep]))
 
     def finish(self, result: Result) -> None:
