@@ -60,7 +60,7 @@ def timm_name(name: str) -> str:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists all names."
-        raise typer.BadParameter(f"timm has no model named {name!r}. {hint}", param_hint="MODEL")
+        raise typer.BadParameter(f"timm has no model {name!r}. {hint}", param_hint="MODEL")
     return name
 
 

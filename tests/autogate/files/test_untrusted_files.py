@@ -96,9 +96,12 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "shortcuts": (lambda header: header["slimmings"][0].update(convolutions=["0"]), "set of convolutions on shortcuts"),
     "branches": (lambda header: header["slimmings"][0].update(branches={"0": [True]}), "the set of removed branches"),
     "no slimming": (lambda header: header.update(slimmings=[]), "lists no slimming"),
-    "alias": (lambda header: header["aliases"].update({"0.bias": "0.weight"}), "gives 0.bias the tensor"),
-    "no tensor": (lambda header: header["tensors"].pop("0.weight"), "tensor 0.weight is in its tensors alone"),
-    "checksum": (lambda header: header["tensors"].update({"3.bias": ""}), "tensor 3.bias is not what was saved"),
+    "alias": (lambda header: header["aliases"].update({"0.bias": "0.weight"}), "0.bias shares the tensor"),
+    "no tensor": (lambda header: header["tensors"].pop("0.weight"), "tensor 0.weight is only in its tensors"),
+    "checksum": (
+        lambda header: header["tensors"].update({"3.bias": ""}),
+        "tensor 3.bias is not the one that was saved",
+    ),
 }
 
 
