@@ -1,7 +1,7 @@
-"""autogate: learn which channels a model can do without, then make it physically smaller.
+"""autogate: learn which channels a model can do without, then make the model physically smaller.
 
-model = autogate.prepare(model, flops=0.5, steps=10_000)   # gates in: same object, same outputs
-train(model)                                               # your own loop
+model = autogate.prepare(model, flops=0.5, steps=10_000)   # add gates: same object, same outputs
+train(model)                                               # your own training loop
 slim = autogate.finalize(model)                            # plain layers, half the FLOPs, same outputs
 """
 

@@ -1,4 +1,4 @@
-"""The verbs: prepare, gates, summary, finalize."""
+"""The verbs: `prepare`, `gates`, `step`, `summary` and `finalize`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from autogate.lock import locked
 from autogate.methods import GDP
 from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
-    Asked,
-    Origin,
-    analyse_whole,
+    AnalysisOptions,
+    PrepareRecord,
+    add_shortcut_convolutions,
+    analyse_with_dry_run,
     as_optimizers,
-    by_side,
     check_finite,
-    check_whole,
-    exchanges,
-    go_on,
-    put_shortcuts,
-    take_out,
+    check_not_sharded,
+    kept_by_side,
+    parameter_replacements,
+    replace_parameters,
+    slim_verified,
     verify,
 )
 from autogate.steering import DEFAULT_STEPS, Schedule
@@ -38,7 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class BudgetNotMetWarning(UserWarning):
-    """The model was finalized before its gates had come down to the budget."""
+    """The model was finalized before its gates had met the budget."""
 
 
 @locked
@@ -58,10 +58,11 @@ def prepare(
     hooks: bool = True,
     embed: bool = True,
 ) -> M:
-    """Give `model` gates that learn, in any training loop, which channels it can do without.
+    """Add gates to `model`. While you train it, they learn which channels it can do without.
 
-    No number in the model changes and nothing is added to its forward: gates are kept multiplied into the
-    kernels, and move after each step of whatever optimizer trains these (see `GateBank`).
+    Train the prepared model in any training loop, then call `finalize`. No number in the model changes and nothing
+    is added to its forward: the gates are stored multiplied into the kernels, and move after each step of the
+    optimizer that trains the kernels (see `GateBank`).
 
         >>> import timm, torch, autogate
         >>> model = timm.create_model("resnet18", num_classes=10)
@@ -70,59 +71,60 @@ def prepare(
         torch.Size([2880])
 
     Args:
-        model: any module; the same object is returned. Prepare it before it is compiled or wrapped for
-            distributed training.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments that the model can be
-            run on; a timm model needs none. A batch of two or more tells the batch from other dimensions.
-        flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to be left, in
-            (0, 1]; 0.5 if no budget is named. Of several budgets all are met.
-        params: share of its parameters to be left.
-        activations: share of the bytes that its convolutions and linear layers give out for one sample.
-        latency: share of the time that it takes here for one sample. Each layer is timed at a grid of widths,
-            which takes a while the first time; the timings are kept on disk (see `autogate.budget.latency`).
-        resources: shares of resources of your own, by their class (see `autogate.Resource`).
-        steps: optimizer steps that training will take; the share is reached within them, and what training
-            follows is plain. `autogate.steering.schedule.DEFAULT_STEPS` (10,000) if None.
-        round_to: a layer that loses channels ends with a multiple of so many, as fast kernels like them.
+        model: any module; the same object is returned. Prepare it before you compile it or wrap it for distributed
+            training.
+        example_inputs: inputs that the model can be run on: a tensor, a tuple of positional arguments or a dict of
+            keyword arguments. A timm model needs none. Give a batch of two or more samples, so that the batch
+            dimension can't be mistaken for another dimension of size 1.
+        flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to keep, in (0, 1];
+            0.5 if no budget is given. If several budgets are given, all of them are met.
+        params: share of the model's parameters to keep.
+        activations: share to keep of the bytes that its convolutions and linear layers output for one sample.
+        latency: share to keep of the time that one sample takes on this machine. Each layer is timed at a grid of
+            widths. This takes a while the first time; the timings are kept on disk (see `autogate.budget.timing`).
+        resources: shares of resources of your own, keyed by their class (see `autogate.Resource`).
+        steps: number of optimizer steps in the training that follows. The budget is reached within these steps, and
+            the remaining ones are plain training. `autogate.steering.schedule.DEFAULT_STEPS` (10,000) if None.
+        round_to: a layer that loses channels ends with a multiple of this number, which fast kernels prefer.
         ignore: paths of modules, or names of parameters, whose channels all stay.
-        shortcuts: "shared": what an identity shortcut's residual add couples (a whole stage) keeps or loses a
-            channel together. "conv": each such shortcut becomes a 1x1 convolution, started as the identity, so
-            that every block has a width of its own (Yang et al., "Non-uniform DNN Structured Subnets Sampling
-            for Dynamic Inference", section IV.A.2). It costs FLOPs, which the budget counts; the share asked
-            for is of the model without them. Paths of modules choose some. The new kernels are parameters:
-            build the optimizer after prepare.
-        hooks: gates move with every step of the optimizer that trains the kernels, through PyTorch's global
-            step hooks. If False, call `autogate.step(model, lr=...)` after each.
-        embed: whether channels that a norm across channels looks at (LayerNorm, GroupNorm, RMSNorm, GRN: the
-            embedding of a transformer, the residual stream of a ConvNeXt) may die. While gates train such a
-            norm then takes its statistics over the live channels. If False, these channels stay.
+        shortcuts: "shared": the channels that an identity shortcut's residual add couples (those of a whole stage)
+            are kept or removed together. "conv": each such shortcut becomes a 1x1 convolution, initialised to the
+            identity, so that every block has a width of its own (Yang et al., "Non-uniform DNN Structured Subnets
+            Sampling for Dynamic Inference", section IV.A.2). The convolutions cost FLOPs, which count in what is
+            left; the share is relative to the model without them. A list of module paths selects some shortcuts.
+            The new kernels are parameters: build the optimizer after prepare.
+        hooks: whether gates move with every step of the optimizer that trains the kernels, through PyTorch's global
+            step hooks. If False, call `autogate.step(model, lr=...)` after each step.
+        embed: whether channels that a cross-channel statistic is taken over can be removed (LayerNorm, GroupNorm,
+            RMSNorm, GRN: the embedding of a transformer, the residual stream of a ConvNeXt). While gates train,
+            such a norm takes its statistics over the live channels. If False, these channels stay.
 
     Raises:
-        AutogateError: the model can't be analysed, nothing in it can go, a share is out of reach, or an
-            argument is wrong. The message names the place and the way out; the model is as it was.
+        AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
+            an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
     _check_model(model)
     shares = Shares(flops, params, activations, latency, resources or {})
     schedule = Schedule(steps=DEFAULT_STEPS if steps is None else steps, round_to=round_to)
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
-    asked = Asked(
+    options = AnalysisOptions(
         as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
     )
     undo_log = UndoLog()
     try:
-        replaced = _replace_shortcuts(model, asked, undo_log)
-        analysis = analyse_whole(model, asked)
+        replaced = _replace_shortcuts(model, options, undo_log)
+        analysis = analyse_with_dry_run(model, options)
         if analysis.channel_map.size == 0:
             raise AutogateError(
-                f"no channel of it can go. {analysis.channel_map.why_pinned()}",
+                f"none of its channels can be removed. {analysis.channel_map.why_pinned()}",
                 where=type(model).__name__,
-                remedy="Check `ignore` and that the model has convolutions or linear layers between its first and "
-                "last.",
+                remedy="Check `ignore`, and that the model has convolutions or linear layers between its first and its "
+                "last one.",
             )
         added = {shortcut.weight for shortcut in replaced}
-        targets = shares.targets(model, analysis.channel_map, asked.inputs, added)
+        targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         analysis.place_statistics(model, undo_log)
-        origin = Origin(asked, dtype_of_parameters(model), replaced)
+        origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
         bank = GateBank(model, analysis.channel_map, targets, schedule, GDP(), origin, added, hooks)
     except BaseException:
         undo_log.undo()
@@ -132,10 +134,10 @@ def prepare(
 
 
 def gates(model: nn.Module) -> GateBank:
-    """The bank of gates of a prepared model.
+    """Return the gate bank of a prepared model.
 
-    `bank.alpha`, shape (classes,), holds one entry for each class of coupled channels; `bank.where(i)` tells
-    where class i lives. Setting entries to zero kills channels by a criterion of one's own:
+    `bank.alpha`, shape (classes,), has one entry for each class of coupled channels; `bank.where(i)` says where the
+    channels of class i are. To prune by a criterion of your own, set entries to zero:
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
@@ -145,30 +147,30 @@ def gates(model: nn.Module) -> GateBank:
         >>> slim = autogate.finalize(model, warn=False)
 
     Args:
-        model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
+        model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
 
     Raises:
-        AutogateError: the model was not prepared, or is finalized already.
+        AutogateError: the model was not prepared, or is already finalized.
     """
     model = unwrap(model)
     bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
     if not isinstance(bank, GateBank):
         within = _gated_within(model)
         raise AutogateError(
-            "it has no gates: it was not prepared, or is finalized already.",
+            "it has no gates: it was not prepared, or is already finalized.",
             where=type(model).__name__,
-            remedy=f"Give its {within!r}, which has some." if within else "Call autogate.prepare(model) first.",
+            remedy=f"Pass its {within!r}, which has some." if within else "Call autogate.prepare(model) first.",
         )
-    bank.kernels()  # where fully_shard has exchanged them, the bank takes note
+    bank.kernels()  # if fully_shard has replaced the kernels, the bank notices it here
     return bank
 
 
 def step(model: nn.Module, *, lr: float) -> None:
-    """The gates' step, for a loop that was prepared with `hooks=False`: call it after the optimizer's.
+    """Move the gates by one step. Call it after the optimizer's step, if you prepared with `hooks=False`.
 
-    The mathematics are those of the hooks, which call the same code. The gradients have to stand in `.grad`
-    as backward left them (unscaled and clipped, if you do that): an optimizer that writes into them, as SGD
-    with `nesterov=True, foreach=True` does, needs the hooks. Where the optimizer skipped its step, skip this.
+    It computes what the hooks compute, with the same code. The gradients must still be in `.grad` as backward left
+    them (unscaled and clipped, if you do that). An optimizer that writes into the gradients, as SGD with
+    `nesterov=True, foreach=True` does, needs the hooks. If the optimizer skipped its step, skip this call too.
 
         >>> import timm, torch, autogate
         >>> model = timm.create_model("resnet18", num_classes=10)
@@ -179,26 +181,26 @@ def step(model: nn.Module, *, lr: float) -> None:
         >>> autogate.step(model, lr=0.05)
 
     Args:
-        model: prepared with `hooks=False`; a compiled or distributed wrapper is looked through.
-        lr: the learning rate that the optimizer's step was taken with.
+        model: a model prepared with `hooks=False`, or a compiled or distributed wrapper around it.
+        lr: the learning rate of the optimizer's step.
 
     Raises:
-        AutogateError: the model was not prepared, or its gates move by themselves.
+        AutogateError: the model was not prepared, or was prepared with hooks.
     """
     bank = gates(model)
     if bank.follows:
         raise AutogateError(
-            "its gates move with the optimizer's step by themselves.",
+            "its gates already move with the optimizer's step.",
             where=type(unwrap(model)).__name__,
-            remedy="Leave autogate.step out, or call prepare(..., hooks=False).",
+            remedy="Don't call autogate.step, or prepare the model with hooks=False.",
         )
     bank.step(lr)
 
 
 def summary(model: nn.Module) -> Summary:
-    """FLOPs, parameters and channels left of a prepared model, and what is pinned and why; print it.
+    """Summarise a prepared model: FLOPs, parameters and channels left, and what is pinned and why. Print the result.
 
-    Alphas that were set by hand count, whether or not the model has run since.
+    Alphas that you set by hand count, whether or not the model has run since.
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -207,7 +209,7 @@ def summary(model: nn.Module) -> Summary:
         (1814073344.0, 11689512, 1.0)
 
     Args:
-        model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
+        model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
 
     Raises:
         AutogateError: the model was not prepared.
@@ -220,15 +222,15 @@ def finalize(
     model: M, example_inputs: Any = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None,
     warn: bool = True,
 ) -> M:  # fmt: skip
-    """Take the closed channels out of a prepared model; its outputs stay what they were.
+    """Remove the dead channels from a prepared model. Its outputs stay what they were.
 
-    The slim model is the same object, of plain layers: every tensor is sliced, the sizes that modules hold
-    follow, and no trace of gates is left. It is run on the example inputs before and after. Autocast that
-    Accelerate has put around the model's forward is taken off: what comes back is the model that it was given.
-    Where it raises, the model is as it was, its gates still there.
+    The slim model is the same object, made of plain layers: every tensor is sliced, the sizes that modules store are
+    updated, and no trace of the gates is left. The model is run on the example inputs before and after, and the
+    outputs are compared. If Accelerate has put autocast around the model's forward, that is removed: you get back the
+    model that you gave to Accelerate. If finalize raises, the model is as it was, with its gates.
 
-    Once the targets are met (`gates(model).progress().settled`) nothing is left to be learned about channels, and what
-    training follows costs less in the slim model. Give the optimizer, and it goes on with that:
+    Once the targets are met (`gates(model).progress().settled`), there is nothing left to learn about channels, and the
+    rest of the training costs less in the slim model. Pass the optimizer, and it continues with the slim model:
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -240,38 +242,39 @@ def finalize(
         True
 
     Args:
-        model: as `prepare` returned it; a compiled or distributed wrapper is looked through.
-        example_inputs: inputs to check the outputs on; those that `prepare` had, if None.
-        optimizer: the one that trains the model, or several. The slim parameters take the places of the model's in
-            it, in the same groups, and momentum and moments are slimmed like them. Call this between two steps.
-        warn: warn when the budget has not been met.
+        model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
+        example_inputs: inputs to compare the outputs on; those given to `prepare` if None.
+        optimizer: the optimizer that trains the model, or several. In it, the slim parameters replace the model's, in
+            the same groups, and momentum and moments are sliced like their parameters. Call finalize between two
+            steps.
+        warn: whether to warn if the budget is not met.
 
     Raises:
-        AutogateError: no gates, a weight or gate that is not finite, a layer that was changed since
-            `prepare`, or a model sharded by FSDP2 (the message tells how to gather it); an optimizer that trains
-            nothing of the model.
+        AutogateError: the model has no gates; a weight or gate is not finite; a layer was changed since `prepare`; the
+            model is sharded by FSDP2 (the message says how to gather it); or an optimizer trains no parameter of the
+            model.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
-        VerificationError: the outputs would differ by more than `finalizing.TOLERANCE`, and not by the rounding
-            of float32 alone: in float64 too.
+        VerificationError: the outputs would differ by more than `finalizing.TOLERANCE`, and not by float32's rounding
+            alone: they differ in float64 too.
     """
     model, bank = unwrap(model), gates(model)
-    check_whole(model)
+    check_not_sharded(model)
     check_finite(model)
     optimizers = () if optimizer is None else as_optimizers(optimizer, model)
     bank.fold()
-    origin: Origin = bank.origin
+    origin: PrepareRecord = bank.origin
     given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = origin.inputs_for(model) if given is None else fitted(given, model)
     progress = bank.progress()
     before = _parameters(model)
-    done = take_out(model, bank, inputs)
-    exchanged = exchanges(before, _parameters(model), by_side(done.kept))
+    done = slim_verified(model, bank, inputs)
+    replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
     for one in optimizers:
-        go_on(one, exchanged)
+        replace_parameters(one, replacements)
     missed = _missed(progress, bank.schedule.tolerance)
     if warn and missed:
         warnings.warn(
-            f"finalized at {missed}: {progress.step} of {progress.steps} steps were taken",
+            f"finalized before the budget was met, after {progress.step} of {progress.steps} steps: {missed}",
             BudgetNotMetWarning,
             stacklevel=3,
         )
@@ -283,17 +286,17 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _missed(progress: Progress, tolerance: float) -> str:
-    """Shares that are above their targets, by more than a settled run may end above them."""
+    """The shares that miss their targets, in words; a settled run may end above them by `tolerance`."""
     above = tolerance if progress.settled else 0.0
     return " and ".join(
-        f"{share:.1%} of the {name} for a target of {progress.targets[name]:.1%}"
+        f"{share:.1%} of the {name} are left, the target is {progress.targets[name]:.1%}"
         for name, share in progress.shares.items()
         if share > progress.targets[name] + above
     )
 
 
-def _replace_shortcuts(model: nn.Module, asked: Asked, undo_log: UndoLog) -> tuple[Shortcut, ...]:
-    shortcuts = asked.shortcuts
+def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+    shortcuts = options.shortcuts
     if shortcuts == "shared":
         return ()
     if shortcuts != "conv":
@@ -302,31 +305,31 @@ def _replace_shortcuts(model: nn.Module, asked: Asked, undo_log: UndoLog) -> tup
             if path not in paths:
                 wrong = f"shortcuts is {path!r}" if isinstance(shortcuts, str) else f"shortcuts names {path!r}"
                 raise AutogateError(
-                    f"{wrong}, which is no module of it.",
+                    f"{wrong}, which is not a module of the model.",
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
-    wanted = run_eval(model, *asked.inputs)
-    replaced = put_shortcuts(model, asked, undo_log)
+    wanted = run_eval(model, *options.inputs)
+    replaced = add_shortcut_convolutions(model, options, undo_log)
     if not replaced:
         warnings.warn(
-            f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing, for no identity shortcut in it alone "
-            "couples channels that may go",
+            f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing: no identity shortcut in it is the only "
+            "thing that couples removable channels",
             stacklevel=4,
         )
         return ()
-    verify(model, asked.inputs, wanted, "the model with convolutions on its shortcuts")
+    verify(model, options.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
 
 
 def _check_model(model: Any) -> None:
     where = type(model).__name__
     if not isinstance(model, nn.Module):
-        raise AutogateError("it is not a torch.nn.Module.", where=where, remedy="Give the model itself.")
+        raise AutogateError("it is not a torch.nn.Module.", where=where, remedy="Pass the model itself.")
     if BANK in model._modules:
-        raise AutogateError("it is prepared already.", where=where, remedy="Train it, or finalize it first.")
+        raise AutogateError("it is already prepared.", where=where, remedy="Train it, or finalize it first.")
     if hasattr(model, BANK):
-        raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename that.")
+        raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename the attribute.")
     if has_shards(model):
         raise AutogateError(
             "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
@@ -342,6 +345,6 @@ def _check_model(model: Any) -> None:
 
 
 def _gated_within(model: Any) -> str | None:
-    """Path of a prepared module that the model holds, a LightningModule's network for instance."""
+    """Path of a prepared submodule, for instance a LightningModule's network; None if there is none."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)

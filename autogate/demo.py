@@ -1,4 +1,4 @@
-"""The whole way on real digits: train a small timm network, train it on with gates, take out what closed."""
+"""A complete example on real digits: train a small timm network, train it with gates, and remove the dead channels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from autogate.api import finalize, prepare, summary
 from autogate.budget import Shares
 
 MODEL = "test_resnet"
-"""A ResNet of timm's with 0.4 M parameters, small enough for minutes on two cores."""
+"""A timm ResNet with 0.4 M parameters, small enough to train in minutes on two cores."""
 
 BATCH = 64
 
 Advance = Callable[[str], None]
-"""Called after each optimizer step with a word on how training stands."""
+"""Called after each optimizer step with a short text about the training."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Measures:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo came to.
+    """The outcome of the demo.
 
     Attributes:
         dense, slim: the network before and after.
-        gated_accuracy: of the gated network, in percent, just before its channels were taken out.
-        differing: test images on which the gated and the slim network disagree.
+        gated_accuracy: accuracy of the gated network, in percent, just before it was finalized.
+        differing: number of test images on which the predictions of the gated and the slim network differ.
         error: largest relative difference between their outputs on the test images.
         model: the slim network.
     """
@@ -57,17 +57,17 @@ class Outcome:
 
 
 def steps_in(epochs: int, split: digits.Split) -> int:
-    """Optimizer steps that `fit` takes."""
+    """Number of optimizer steps that `fit` takes."""
     return epochs * (len(split.labels) // BATCH)
 
 
 def fit(model: nn.Module, split: digits.Split, epochs: int, peak: float, advance: Advance = lambda _: None) -> None:
-    """A plain training loop, which knows of no gates: SGD with momentum under a one-cycle schedule.
+    """A plain training loop, which knows nothing of gates: SGD with momentum and a one-cycle schedule.
 
     Args:
-        model: takes images (N, 1, H, W) and gives logits (N, 10).
-        split: the images to train on, shifted by up to two pixels at random.
-        epochs: passes over them, the last incomplete batch left out.
+        model: takes images (N, 1, H, W) and returns logits (N, 10).
+        split: images to train on; they are shifted by up to two pixels at random.
+        epochs: passes over the images, without the last incomplete batch.
         peak: highest learning rate.
         advance: called after each step.
     """
@@ -102,7 +102,7 @@ def accuracy(output: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def latencies(models: Iterable[nn.Module], image: Tensor, rounds: int = 60) -> list[float]:
-    """Median seconds of one forward of each model, measured in turn so that a drifting machine is fair to all."""
+    """Median seconds of one forward of each model. The models take turns, so that a drifting machine is fair to all."""
     models = list(models)
     times: list[list[float]] = [[] for _ in models]
     for model in models:
@@ -122,12 +122,12 @@ def run(
     """Train dense, train with gates, finalize and compare.
 
     Args:
-        flops: share of the FLOPs to be left.
+        flops: share of the FLOPs to keep.
         dense_epochs, gated_epochs: passes over the 1,347 training images.
-        seed: for weights, shuffling and the split.
+        seed: seed of the weights, the shuffling and the split.
         advance: called after each optimizer step.
     """
-    Shares(flops=flops)  # a wrong share is refused before anything is trained
+    Shares(flops=flops)  # raises for a wrong share before anything is trained
     torch.manual_seed(seed)
     train, test = digits.load(seed)
     model = timm.create_model(MODEL, num_classes=10, in_chans=1)
@@ -154,7 +154,7 @@ def run(
 
 
 def total_steps(dense_epochs: int = 6, gated_epochs: int = 14) -> int:
-    """Optimizer steps that `run` takes with these many epochs."""
+    """Number of optimizer steps that `run` takes."""
     train, _ = digits.load()
     return steps_in(dense_epochs + gated_epochs, train)
 

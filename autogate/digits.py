@@ -1,4 +1,4 @@
-"""A real data set that comes inside a package: scikit-learn's handwritten digits, 8x8 pixels."""
+"""A real data set that comes with a package: scikit-learn's handwritten digits, 8x8 pixels."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 SIZE = 32
-"""Side of the images after upscaling, in pixels: what a small timm network can be run on."""
+"""Side of the upscaled images, in pixels: large enough for a small timm network."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 1, SIZE, SIZE) float32 of mean 0 and labels (N,) int64."""
+    """Images, float32 in [-1, 1] of shape (N, 1, SIZE, SIZE), and labels, int64 of shape (N,)."""
 
     images: Tensor
     labels: Tensor
 
 
 def load(seed: int = 0, test_share: float = 0.25) -> tuple[Split, Split]:
-    """The 1,797 digits, shuffled by `seed`, as a train and a test split."""
+    """Load the 1,797 digits, shuffled by `seed`, as a train and a test split."""
     data = load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
     images = F.interpolate(images, SIZE, mode="bilinear")

@@ -1,4 +1,4 @@
-"""Example inputs: what the caller gives, or what a timm model's own configuration tells."""
+"""Example inputs: those the caller gives, or some made from the configuration of a timm model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.utils._pytree import tree_map_only
 from rewriters import AutogateError
 
 BATCH = 2
-"""Samples in a made-up batch: with one, a batch could not be told from a dimension that happens to be 1."""
+"""Samples in a generated batch: with one, the batch dimension could be mistaken for another dimension of size 1."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
-    """Positional and keyword arguments for `model`, from what the caller gave as `example_inputs`.
+    """Turn what the caller gave as `example_inputs` into positional and keyword arguments for `model`.
 
     Args:
-        example_inputs: a tensor (the only argument), a tuple or list (the positional arguments), a mapping
-            (keyword arguments), or None for a batch of the size in the model's timm configuration.
+        example_inputs: a tensor (the only argument), a tuple or list (positional arguments), a mapping (keyword
+            arguments), or None for a random batch of the input size in the model's timm configuration.
+        model: the model that is going to be run on them.
 
     Raises:
-        AutogateError: none was given and the model has no timm configuration, or what was given is none of
-            these.
+        AutogateError: `example_inputs` is None and the model has no timm configuration, or is of another type.
     """
     if example_inputs is None:
         return (_from_timm(model),), {}
@@ -39,17 +39,23 @@ def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
     raise AutogateError(
         f"example_inputs is a {type(example_inputs).__name__}.",
         where=type(model).__name__,
-        remedy="Give a tensor, a tuple of positional arguments or a dict of keyword arguments.",
+        remedy="Pass a tensor, a tuple of positional arguments or a dict of keyword arguments.",
     )
 
 
 def dtype_of_parameters(model: nn.Module) -> torch.dtype | None:
-    """That of a model's first floating-point parameter; None if it has none."""
+    """The dtype of a model's first floating-point parameter; None if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def fitted(inputs: Inputs, model: nn.Module, was: torch.dtype | None = None) -> Inputs:
-    """Inputs on the model's device; where they are of the dtype that its parameters had, of the one they have now."""
+    """Move inputs to the model's device, and cast those of dtype `was` to the dtype of the model's parameters.
+
+    Args:
+        inputs: positional and keyword arguments.
+        model: the model that is going to be run on them.
+        was: the dtype that the model's parameters had when the inputs were made; None casts nothing.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = dtype_of_parameters(model)
     return tree_map_only(Tensor, lambda x: x.to(device, dtype if x.dtype == was else x.dtype), inputs)
@@ -60,9 +66,9 @@ def _from_timm(model: nn.Module) -> Tensor:
     size = config.get("input_size") if isinstance(config, Mapping) else None
     if not size:
         raise AutogateError(
-            "there are no example inputs, and the model carries no timm configuration to make some from.",
+            "no example inputs were given, and the model has no timm configuration to make some from.",
             where=type(model).__name__,
-            remedy="Give example_inputs, for instance torch.randn(2, 3, 224, 224).",
+            remedy="Pass example_inputs, for instance torch.randn(2, 3, 224, 224).",
         )
     image_size = _built_for(model) or tuple(size[1:])
     channels = getattr(model, "in_chans", None) or _first_kernel_width(model) or size[0]
@@ -77,6 +83,6 @@ def _built_for(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def _first_kernel_width(model: nn.Module) -> int | None:
-    """Input channels of the first convolution: `in_chans=` changes them, and not the configuration."""
+    """Input channels of the first convolution. `in_chans=` changes these, but not the configuration."""
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     return first.in_channels if first is not None else None

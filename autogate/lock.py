@@ -1,4 +1,4 @@
-"""One model at a time is looked at: PyTorch is patched meanwhile, for every thread."""
+"""A lock: only one model is analysed or rewritten at a time, because PyTorch is patched meanwhile, for all threads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _LOCK = threading.RLock()
 
 
 def locked(function: Callable[P, R]) -> Callable[P, R]:
-    """Let calls from several threads wait for each other.
+    """Make calls from several threads wait for each other.
 
-    Inside of `torch.inference_mode` they run as outside: parameters that were made in it could not be trained.
+    Within `torch.inference_mode` they run as outside of it: parameters made in inference mode could not be trained.
     """
 
     @functools.wraps(function)

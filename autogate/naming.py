@@ -1,4 +1,4 @@
-"""Names that the caller gives: what they speak of in a model, and what was meant where they speak of nothing."""
+"""Names that the caller gives: the tensors they refer to, and suggestions for a name that doesn't exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from rewriters import AutogateError
 
 
 def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
-    """Names of the parameters and buffers that `ignore` speaks of."""
+    """Names of the parameters and buffers that `ignore` refers to: their own names, or the paths of their modules.
+
+    Raises:
+        AutogateError: a name is neither a module nor a tensor of the model.
+    """
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     paths = [path for path, _ in model.named_modules() if path]
@@ -20,7 +24,7 @@ def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
         found = [tensor for tensor in tensors if tensor == name or tensor.startswith(f"{name}.")]
         if not found and name not in paths:
             raise AutogateError(
-                f"ignore names {name!r}, which is no module or parameter of it.",
+                f"ignore names {name!r}, which is neither a module nor a parameter of the model.",
                 where=type(model).__name__,
                 remedy=did_you_mean(name, paths + tensors),
             )
@@ -29,6 +33,6 @@ def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """The way out for a name that is unknown: those that look like it."""
+    """A remedy for an unknown name: the known names that look like it."""
     near = difflib.get_close_matches(name, known, n=3)
     return f"Did you mean {' or '.join(map(repr, near))}?" if near else "See model.named_modules()."

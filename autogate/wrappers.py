@@ -1,4 +1,4 @@
-"""What training puts around a model: torch.compile, distributed training, Accelerate's autocast."""
+"""Wrappers that training puts around a model: torch.compile, distributed training, Accelerate's autocast."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 from rewriters import UndoLog
 
 _WRAPPED_FORWARD = "_original_forward"
-"""Where Accelerate keeps a model's forward when it puts autocast around it (`Accelerator.prepare_model`)."""
+"""Where `Accelerator.prepare_model` keeps a model's own forward when it wraps that in autocast."""
 
 _PREPARED = "_is_accelerate_prepared"
-"""Set there too: such a model isn't prepared once more."""
+"""Attribute that Accelerate sets too: it doesn't prepare such a model again."""
 
 
 def unwrap(model: Any) -> Any:
@@ -27,15 +27,15 @@ def unwrap(model: Any) -> Any:
 
 
 def is_wrapped(model: nn.Module) -> bool:
-    """Whether something stands around the model, or around its forward."""
+    """Whether there is a wrapper around the model or around its forward."""
     return unwrap(model) is not model or _WRAPPED_FORWARD in model.__dict__
 
 
-def take_off_accelerate(model: nn.Module, undo_log: UndoLog) -> None:
-    """Gives a model the forward back that Accelerate has put autocast around, and lets it be prepared there anew.
+def unwrap_accelerate(model: nn.Module, undo_log: UndoLog) -> None:
+    """Restore the forward that Accelerate wrapped in autocast, and let Accelerate prepare the model again.
 
-    A forward rewritten for the slim model would go unheard beneath another, and outputs in half precision couldn't be
-    compared to the last digit.
+    Beneath the wrapped forward, a rewritten forward of the slim model would never be called; and outputs in half
+    precision could not be compared to the last digit.
     """
     if _PREPARED in model.__dict__:
         undo_log.remove(model.__dict__, _PREPARED)

@@ -1,11 +1,11 @@
-"""Attention in its forms: what gates reach, what half of the classes dead leaves, how exact slim outputs are.
+"""Forms of attention: reach of gates, FLOPs left with half of the classes dead, exactness of slim outputs.
 
     python -m benchmarks.attention --out runs/attention.jsonl [MODEL ...]
 
-Measured as in `benchmarks/norms.py`, with embeddings that may shrink: the share of FLOPs with a gate on input or
+Measured as in `benchmarks/norms.py`, with embeddings that can shrink: the share of FLOPs with a gate on the input or
 output side; the share left with a random half of the classes dead (mean of three seeds); the largest relative
-difference between gated and slim outputs with 30, 50 and 70 % dead. Models are timm's with fewer blocks, computed in
-float64. Models that the output file has already are passed over.
+difference between gated and slim outputs with 30, 50 and 70 % dead. The models are timm's with fewer blocks, computed
+in float64. Models that are already in the output file are skipped.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mobilevitv2, linear attention": ("mobilevitv2_050", 64, {}),
     "mobilenetv4, shared keys": ("mobilenetv4_hybrid_medium", 64, {}),
 }  # fmt: skip
-"""By the name in the table: the timm model, the side of its images and the options it is built with."""
+"""By name in the table: the timm model, the side of its images and the options to build it with."""
 
 
 @torch.no_grad()
 def build(name: str) -> tuple[nn.Module, Tensor]:
-    """The model with no vector and no classifier as it is initialised, and an example, in float64."""
+    """The model, with vectors and classifier unlike their initialisation, and an example, in float64."""
     torch.manual_seed(0)
     timm_name, side, options = MODELS[name]
     model, example = timm.create_model(timm_name, num_classes=10, **options), torch.randn(2, 3, side, side)

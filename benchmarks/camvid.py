@@ -1,9 +1,9 @@
-"""DeepLabV3+ on CamVid: dense training, then gates from that trained net, then the slim one.
+"""DeepLabV3+ on CamVid: dense training, then training with gates from the trained network, then the slim one.
 
     python -m benchmarks.camvid --data FOLDER --out runs/camvid.json --epochs 15 --flops 0.5
 
-FOLDER holds CamVid as it comes with SegNet's tutorial: images in `train` and `test`, labels of the same names in
-`trainannot` and `testannot`, one number for each pixel: 0 to 10 the classes, 11 what is left out. Needs
+FOLDER has CamVid as in SegNet's tutorial: images in `train` and `test`, labels of the same names in `trainannot` and
+`testannot`, one number per pixel: 0 to 10 for the classes, 11 for pixels that don't count. Needs
 segmentation_models_pytorch (`pip install -e ".[test]"`).
 """
 
@@ -33,7 +33,7 @@ def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) float32 and labels (N, H, W) int64, cut to a multiple of the encoder's stride."""
     names = sorted(path.name for path in (folder / split).glob("*.png"))
     if not names:
-        raise SystemExit(f"{folder / split} holds no PNG images; see python -m benchmarks.camvid --help")
+        raise SystemExit(f"{folder / split} has no PNG images; see python -m benchmarks.camvid --help")
     images = np.stack([np.asarray(Image.open(folder / split / name).convert("RGB")) for name in names])
     labels = np.stack([np.asarray(Image.open(folder / f"{split}annot" / name)) for name in names])
     height, width = (side // STRIDE * STRIDE for side in labels.shape[1:])
@@ -42,7 +42,7 @@ def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def crops(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same random window of all images, mirrored every other time."""
+    """The same random crop of all images, mirrored with probability one half."""
     top, left = (int(torch.randint(whole - part + 1, ())) for whole, part in zip(labels.shape[1:], CROP, strict=True))
     window = (..., slice(top, top + CROP[0]), slice(left, left + CROP[1]))
     images, labels = images[window], labels[window]
@@ -50,7 +50,7 @@ def crops(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, peak: float) -> None:
-    """A loop that knows of no gates."""
+    """A training loop that knows nothing of gates."""
     steps = epochs * (len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, max(1, steps), pct_start=0.1)
@@ -75,7 +75,7 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy of pixels and mean intersection over union of the classes that occur, in percent."""
+    """Pixel accuracy, and mean intersection over union of the classes that occur, in percent."""
     seen = labels != VOID
     told, wanted = logits.argmax(1)[seen], labels[seen]
     table = torch.bincount(wanted * CLASSES + told, minlength=CLASSES**2).view(CLASSES, CLASSES).double()
@@ -90,10 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=15, help="of dense training, and as many with gates")
+    parser.add_argument("--epochs", type=int, default=15, help="epochs of dense training, and again with gates")
     parser.add_argument("--flops", type=float, default=0.5)
     parser.add_argument("--encoder", default="resnet18")
-    parser.add_argument("--images", type=int, help="train and test on so many images only")
+    parser.add_argument("--images", type=int, help="number of images to train and test on")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:

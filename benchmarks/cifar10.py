@@ -1,13 +1,13 @@
-"""The course of gated runs on CIFAR-10, at several FLOPs budgets and both kinds of shortcuts.
+"""Gated runs on CIFAR-10 over time, at several FLOPs budgets and with both kinds of shortcuts.
 
     python -m benchmarks.cifar10 --data FOLDER --out runs/cifar10 --epochs 12 --flops 0.5 0.3
     python -m benchmarks.cifar10 --data FOLDER --out runs/cifar10 --flops 0.5 0.25 --shortcuts shared conv
     python -m benchmarks.cifar10_channels --runs runs/cifar10 --out docs/figures/shortcuts.svg
     python -m benchmarks.cifar10_polarization --run runs/cifar10/shared_0.5_0.json --out docs/figures/polarization.svg
 
-FOLDER holds torchvision's CIFAR-10, or `train.npz` and `test.npz` with arrays `images`, (N, 32, 32, 3) uint8,
-and `labels`, (N,). Each run leaves one JSON file in the output folder; a run whose file stands there is not
-run again, so that a broken-off benchmark goes on where it was.
+FOLDER has torchvision's CIFAR-10, or `train.npz` and `test.npz` with arrays `images`, (N, 32, 32, 3) uint8, and
+`labels`, (N,). Each run writes one JSON file into the output folder. A run whose file exists is skipped, so an
+interrupted benchmark can be continued.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ BINS = 20
 def gated_run(
     dense: nn.Module, train: Data, test: Data, recipe: Recipe, flops: float, shortcuts: Literal["shared", "conv"]
 ) -> dict:
-    """Gates from the trained dense net. Each point of the curve has the accuracy of the gated net, and of the same
-    net finalized at that epoch."""
+    """Train with gates from the trained dense network.
+
+    Each point of the curve has the accuracy of the gated network, and of the same network finalized at that epoch.
+    """
     model = copy.deepcopy(dense)
     steps = recipe.steps(train, recipe.epochs)
     model = autogate.prepare(model, normalise(train.images[:2]), flops=flops, steps=steps, shortcuts=shortcuts)
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--model", default="resnet20", choices=list(MODELS))
-    parser.add_argument("--epochs", type=int, default=12, help="dense, and gated, epochs each")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of dense training, and again with gates")
     parser.add_argument("--peak", type=float, default=0.1, help="peak learning rate; half of it with gates")
     parser.add_argument("--flops", type=float, nargs="*", default=[0.5, 0.3])
     parser.add_argument("--shortcuts", nargs="*", default=["shared"], choices=["shared", "conv"])

@@ -1,9 +1,9 @@
-"""Draws the channels that each layer keeps, with shared shortcuts and with 1x1 convolutions, one panel a budget.
+"""Draw the channels that each layer keeps, with shared shortcuts and with 1x1 convolutions, one panel per budget.
 
     python -m benchmarks.cifar10_channels --runs runs/cifar10 --out docs/figures/shortcuts.svg
 
-Reads what `benchmarks.cifar10` left in a folder. Yang et al., "Non-uniform DNN Structured Subnets Sampling for
-Dynamic Inference", figure 6. Needs matplotlib (`pip install -e ".[benchmarks]"`).
+Reads the results that `benchmarks.cifar10` wrote into a folder. Yang et al., "Non-uniform DNN Structured Subnets
+Sampling for Dynamic Inference", figure 6. Needs matplotlib (`pip install -e ".[benchmarks]"`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def runs_in(folder: Path) -> dict[float, dict[str, dict]]:
 
 
 def convolutions(result: dict) -> list[tuple[str, int, int]]:
-    """(layer, channels left, channels in all) of the layers that both kinds of model have, but the classifier."""
+    """(layer, channels left, all channels) of the layers in both kinds of model, without the classifier."""
     return [tuple(layer) for layer in result["channels"][:-1] if "shortcut_conv" not in layer[0]]
 
 

@@ -1,9 +1,9 @@
-"""Draws how gates part in the course of a run: their histogram, the FLOPs left, and accuracy before and after finalize.
+"""Draw how gates polarise during a run: their histogram, the FLOPs left, and accuracy before and after finalize.
 
     python -m benchmarks.cifar10_polarization --run runs/cifar10/shared_0.5_0.json --out docs/figures/polarization.svg
 
-Reads one run that `benchmarks.cifar10` left. Guo et al., "GDP", figures 9 (gates), 10 (the gated net's accuracy
-tells the slim one's) and 11 (stability). Needs matplotlib (`pip install -e ".[benchmarks]"`).
+Reads one run that `benchmarks.cifar10` wrote. Guo et al., "GDP", figures 9 (gates), 10 (the gated network's accuracy
+predicts the slim one's) and 11 (stability). Needs matplotlib (`pip install -e ".[benchmarks]"`).
 """
 
 from __future__ import annotations

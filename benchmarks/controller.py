@@ -1,10 +1,10 @@
-"""How closely budgets are met, untuned: over architectures, targets, optimizers and lengths of run.
+"""How closely budgets are met without tuning: over architectures, targets, optimizers and lengths of run.
 
     python -m benchmarks.controller trained --out runs/controller      # 300 steps on the digits, SGD and AdamW
     python -m benchmarks.controller simulated --out runs/controller    # 300 to 30,000 steps against a made-up loss
     python -m benchmarks.controller table --out runs/controller
 
-Each run leaves a line of JSON; those that stand there are not run again.
+Each run writes one line of JSON; runs that already have one are skipped.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OPTIMIZERS = {
 }
 LENGTHS = (300, 3000, 30_000)
 STRENGTH = 10.0
-"""Of the made-up loss: the pull of the middle gate, dL/dg, when it is nearly closed."""
+"""Of the made-up loss: dL/dg of the middle gate when it is nearly closed."""
 BATCH = 8
 
 
@@ -84,7 +84,7 @@ def trained(name: str, target: float, optimizer_name: str, steps: int = 300) -> 
         loss = F.cross_entropy(model(train.images[index]), train.labels[index])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # some of them diverge without, gated or not
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # without clipping some of them diverge, gated or not
         optimizer.step()
         schedule.step()
         met_at = met_at or (step + 1 if bank.settled or bank.targets.distance(bank.live) <= 0 else 0)
@@ -92,7 +92,7 @@ def trained(name: str, target: float, optimizer_name: str, steps: int = 300) -> 
 
 
 def simulated(name: str, target: float, strength: float, steps: int) -> dict:
-    """Alpha alone, under a loss that holds each gate open with a strength of its own, and noise as strong."""
+    """Train alpha alone, with a loss that holds each gate open with a different strength, and noise of that size."""
     bank = autogate.gates(prepared(name, target, steps))
     generator = torch.Generator().manual_seed(0)
     learner = Learner(GDP(), bank.targets, Schedule(steps), groups_of(bank.channel_map, 1))
@@ -111,7 +111,7 @@ def simulated(name: str, target: float, strength: float, steps: int) -> dict:
 
 
 def runs(kind: str, names: Iterable[str]) -> Iterator[tuple]:
-    """What is run: architecture, target, optimizer or strength, steps."""
+    """The runs: architecture, target, optimizer or strength, steps."""
     for name in names:
         for target in TARGETS:
             if kind == "trained":

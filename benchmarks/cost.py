@@ -1,10 +1,9 @@
-"""What gates cost: prepare, a training step, the slim model's latency.
+"""What gates cost: time of prepare, time and memory of a training step, and the slim model's latency.
 
     python -m benchmarks.cost
 
-Times are medians of runs taken in turn, so that a drifting machine is fair to both sides, and are told as
-ratios. Peak memory is that of a process of its own for each side: resident memory on a CPU, allocated
-memory on a GPU.
+Times are medians of runs that take turns, so that a drifting machine is fair to both sides, and are printed as ratios.
+Peak memory is measured in a separate process for each side: resident memory on a CPU, allocated memory on a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 class InTurn(NamedTuple):
-    """Seconds of two things run in turn, and the ratio of the second's to the first's."""
+    """Seconds of two things that run in turn, and the ratio of the second's to the first's."""
 
     first: float
     second: float
@@ -54,7 +53,7 @@ class InTurn(NamedTuple):
 
 
 def in_turn(first: Callable[[], object], second: Callable[[], object], rounds: int) -> InTurn:
-    """Medians over `rounds`, each thing going first in every other one, after one run of each."""
+    """Medians over `rounds`, after one warm-up run of each. The two take turns in going first."""
     first(), second()
     pairs = []
     for index in range(rounds):
@@ -75,7 +74,7 @@ def prepare_times(names: list[str], rounds: int) -> None:
             taken.append(seconds(lambda model=model: autogate.prepare(model)))
         nodes = len(list(model.modules()))
         median = statistics.median(taken)
-        print(f"prepare {name}: {median:.2f} s (first {taken[0]:.2f} s), {1000 * median / nodes:.2f} ms a module")
+        print(f"prepare {name}: {median:.2f} s (first {taken[0]:.2f} s), {1000 * median / nodes:.2f} ms per module")
 
 
 def training_step(model: nn.Module, batch: int, size: int) -> Callable[[], None]:
@@ -101,7 +100,7 @@ def resnet50(gated: bool) -> nn.Module:
 
 
 def gates_times(steps: int) -> tuple[float, float]:
-    """Seconds that a step of a resnet50's gates takes by itself, while they learn and once they stand still."""
+    """Seconds of a step of a resnet50's gates alone, while they learn and after they have settled."""
     model = timm.create_model("resnet50").to(DEVICE)
     bank = autogate.gates(autogate.prepare(model, flops=0.5, steps=steps))
     for parameter in model.parameters():
@@ -128,7 +127,7 @@ def _peak(gated: bool, batch: int, size: int, answer) -> None:
 
 
 def peak_memory(gated: bool, batch: int, size: int) -> float:
-    """Bytes, of a process that takes three steps."""
+    """Peak bytes of a process that takes three steps."""
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     process = context.Process(target=_peak, args=(gated, batch, size, answer))
@@ -139,7 +138,7 @@ def peak_memory(gated: bool, batch: int, size: int) -> float:
 
 
 def half_resnet50(gated: bool) -> nn.Module:
-    """A resnet50 with three tenths of its classes closed, and half of its FLOPs left: with gates, or slim."""
+    """A resnet50 with three tenths of its classes dead and half of its FLOPs left: with gates, or slim."""
     model = resnet50(gated=True)
     bank = autogate.gates(model)
     with torch.no_grad():
@@ -148,7 +147,7 @@ def half_resnet50(gated: bool) -> nn.Module:
 
 
 def built_by_hand(slim: nn.Module) -> nn.Module:
-    """A resnet50 whose layers were made with the slim one's widths."""
+    """A resnet50 built with the widths of the slim one."""
     model = timm.create_model("resnet50").to(DEVICE)
     for path, module in slim.named_modules():
         parent, _, name = path.rpartition(".")
@@ -196,7 +195,7 @@ def main() -> None:
     )
     print(f"half of its FLOPs left: {found.first:.3f} s gated, {found.second:.3f} s finalized; {found}")
     learning, still = gates_times(3 * args.rounds)
-    print(f"of it the gates' own: {learning * 1e3:.0f} ms while they learn, {still * 1e3:.0f} ms afterwards")
+    print(f"of which the gates: {learning * 1e3:.0f} ms while they learn, {still * 1e3:.0f} ms afterwards")
     plain, gated = (peak_memory(gated, args.batch, args.size) for gated in (False, True))
     print(f"peak memory: {plain / 1e6:.0f} MB plain, {gated / 1e6:.0f} MB gated; ratio {gated / plain:.3f}")
     latency(5 * args.rounds)

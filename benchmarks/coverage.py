@@ -1,4 +1,4 @@
-"""Every model in timm: prepare, classes dead at random, finalize; what gates reach, what it takes, what fails.
+"""Every timm model: prepare, random classes dead, finalize. Measures the reach of gates, time and memory, and failures.
 
     python -m benchmarks.coverage --out runs/coverage.jsonl --jobs 2
     python -m benchmarks.coverage --sample one-per-file --out runs/sample.jsonl
@@ -6,11 +6,11 @@
     python -m benchmarks.coverage --method prepare --out runs/prepared.jsonl
     python -m benchmarks.coverage --method torch-pruning --out runs/peer.jsonl
 
-Each model is measured in a process of its own, under a limit of memory and of time, and gets a line of JSON.
-Models that the output file has already are passed over. Weights are random, norms' statistics too. Each process sees a
-small model first: imports, and what else is done once, are charged to none. Memory is read as Linux tells it. The
-line's fields are those of `Result`, or `peer` for the other method, with what `prepare` takes beside it;
-`python -m benchmarks.coverage_table` writes docs/coverage.md from the lines of both.
+Each model is measured in a process of its own, with a limit on memory and on time, and gets one line of JSON. Models
+that are already in the output file are skipped. Weights and norms' statistics are random. Each process first runs a
+small model, so that imports and other one-time work are not charged to the measured model. Memory is as Linux reports
+it. The fields of a line are those of `Result`, or `peer` for the other method, with the cost of `prepare` beside it;
+`python -m benchmarks.coverage_table` writes docs/coverage.md from the lines of both methods.
 """
 
 from __future__ import annotations
@@ -59,26 +59,26 @@ DEAD = 0.5
 """Share of the classes that die."""
 
 SEEDS = (0, 1, 2)
-"""FLOPs left are the mean of so many patterns; exactness is tried on the first."""
+"""Seeds of the patterns: FLOPs left are the mean over all, exactness is measured on the first."""
 
 FORKED = multiprocessing.get_context("fork")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["benchmarks.model_lists", "benchmarks.parts"])  # to import takes seconds
+PROCESSES.set_forkserver_preload(["benchmarks.model_lists", "benchmarks.parts"])  # imports take seconds
 
 SINGLE, DOUBLE = 1e-5, 1e-10
-"""Differences of the outputs that float32 and float64 may have: float64 is tried where float32 has more."""
+"""Accepted differences of outputs in float32 and in float64. float64 is tried only if float32 exceeds its own."""
 
 
 PEER_SECONDS = 30
-"""Processor time that the peer may take for a model; some keep it for hours."""
+"""Limit on the peer's processor time for a model, in seconds; some models take it hours."""
 
 TURNS = 3
-"""How often the peer and `prepare` are timed in turn, where both can do a model."""
+"""How often the peer and `prepare` are timed in turn, if both can process a model."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory (data, without files) and processor time that a process may take."""
+    """Limits on a process's memory (data, without files) and processor time."""
 
     memory_gib: float
     seconds: int
@@ -90,29 +90,28 @@ class Limits:
 
 @dataclass
 class Result:
-    """What is measured of a model.
+    """The measurements of a model.
 
     Attributes:
-        model, family: its name and the file that it is from.
-        arguments: what it was built with beside its name.
+        model, family: name of the model, and the file that it is defined in.
+        arguments: arguments that it was built with, besides its name.
         image: side of the images, or shape of the example.
         params: number of parameters.
-        step: what it failed in ("build", "prepare", "kill", "finalize", "float64", "memory", "time"),
-            empty if in nothing.
-        error: the failure's text.
-        difference: largest relative difference of gated and slim outputs, in float32.
-        spread: how far the gated outputs of two samples lie apart, over their size: below it no difference counts.
-        double_difference: the same in float64, where float32's is larger than `SINGLE`.
+        step: the step that failed ("build", "prepare", "kill", "finalize", "float64", "memory", "time"); empty if none
+            did.
+        error: text of the failure.
+        difference: largest relative difference between gated and slim outputs, in float32.
+        spread: relative distance between the gated outputs of two samples; smaller differences don't count.
+        double_difference: the difference in float64, if float32's is larger than `SINGLE`.
         reach: share of the FLOPs in layers with a gate on their input or output side.
         left: share of the FLOPs with half of the classes dead, mean of three patterns.
         classes: number of gates.
         prepare_s, finalize_s: seconds of processor time, on one thread.
-        prepare_bytes: by how much prepare's peak of memory lay above what the process had before it, pages of
-            libraries' code not counted.
-        model_bytes: of parameters and buffers.
-        graph_bytes: by how much the process grew by capturing the model's graph.
-        peak_bytes: the process's peak at the end.
-        pinned: FLOPs out of gates' reach, as a share, by the op and reason that pin a side of such a layer.
+        prepare_bytes: peak memory of prepare, above what the process had before; pages of libraries' code don't count.
+        model_bytes: bytes of parameters and buffers.
+        graph_bytes: growth of the process when it captured the model's graph.
+        peak_bytes: peak memory of the process at the end.
+        pinned: share of the FLOPs that gates don't reach, by the op and reason that pin a side of such a layer.
     """
 
     model: str
@@ -138,7 +137,7 @@ class Result:
 
 
 def build(one: Listed, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Inputs]:
-    """The model with random norms, and a batch of two that it runs on."""
+    """The model with random norms, and a batch of two to run it on."""
     torch.manual_seed(0)
     model = one.build()
     randomise_norms(model)
@@ -149,7 +148,7 @@ def build(one: Listed, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, I
 
 
 def measure(one: Listed, prepare_only: bool = False) -> Iterator[Result]:
-    """The result as far as it is known, again after each step: the last one counts."""
+    """Yields the result as far as it is known, after each step; the last one counts."""
     result = Result(one.name, one.family, one.arguments, step="build")
     yield result
     autogate.prepare(*small())
@@ -190,9 +189,9 @@ def measure(one: Listed, prepare_only: bool = False) -> Iterator[Result]:
 
 
 class Small(nn.Module):
-    """A few layers with what a process does at its first model only, so that no other is charged for it.
+    """A few layers that trigger all one-time work of a process, so that no measured model is charged for it.
 
-    Norms, attention, and a forward that holds sizes: what they are analysed with is imported when it is first needed.
+    Norms, attention and a size-dependent forward: the modules that analyse them are imported when first needed.
     """
 
     def __init__(self) -> None:
@@ -213,20 +212,20 @@ def small() -> tuple[nn.Module, torch.Tensor]:
 
 
 def _forget_peak() -> None:
-    """From here on the process's peak of memory is counted anew."""
+    """Reset the process's peak memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _memory(of: str) -> int:
-    """Bytes of memory: "VmHWM", this process's peak; "RssAnon", what it has now; "RssFile", files mapped into it."""
+    """Bytes of memory: "VmHWM" is the peak, "RssAnon" what this process has now, "RssFile" the files mapped into it."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{of}:\s+(\d+) kB", status)[1]) * 1024
 
 
 def _graph_bytes(model: nn.Module, inputs: Inputs) -> int | None:
-    """What the captured graph takes, None where none can be captured.
+    """Memory of the captured graph; None if the model can't be captured.
 
-    It is captured in a child, so that prepare finds this process as it was.
+    It is captured in a child process, so that this process is unchanged when prepare runs.
     """
     here, there = FORKED.Pipe(duplex=False)
     child = FORKED.Process(target=_tell_graph_bytes, args=(model, inputs, there))
@@ -245,7 +244,7 @@ def _tell_graph_bytes(model: nn.Module, inputs: Inputs, to: Connection) -> None:
     with contextlib.suppress(autogate.AutogateError):
         captured = capture(model.eval(), *inputs)
         to.send(_memory("RssAnon") - before)
-        del captured  # until here it has to live
+        del captured  # it has to live until here
 
 
 def _prepared(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, float]:
@@ -256,7 +255,7 @@ def _prepared(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, float]:
 
 
 def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
-    """(relative difference of the outputs that finalize compares, their spread, seconds); told and not judged."""
+    """(relative difference of the outputs that finalize compares, their spread, seconds), whatever the difference."""
     found: list[tuple[float, float]] = []
 
     def note(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
@@ -288,7 +287,7 @@ def _left(channel_map: rewriters.ChannelMap, live: torch.Tensor) -> float:
 
 
 def _out_of_reach(channel_map: rewriters.ChannelMap) -> dict[str, float]:
-    """Multiply-adds of layers without a gate on either side, by what pins one of their sides."""
+    """Multiply-adds of layers without a gate on either side, by the pin on one of their sides."""
     places: dict[rewriters.Side, set[str]] = {}
     for pin in channel_map.pins:
         for side in pin.sides:
@@ -306,7 +305,7 @@ def _out_of_reach(channel_map: rewriters.ChannelMap) -> dict[str, float]:
 
 
 def measure_here(one: Listed, out: Path, prepare_only: bool = False) -> None:
-    """Measure in this process; `out` holds what is known at any moment, for a process may be ended."""
+    """Measure in this process. `out` always has what is known so far, because the process may be killed."""
     result = Result(one.name, one.family, one.arguments)
     try:
         for result in measure(one, prepare_only):
@@ -334,7 +333,7 @@ def measure_autogate(one: Listed, limits: Limits, prepare_only: bool = False) ->
 
 
 def measure_peer(one: Listed, limits: Limits) -> dict[str, Any]:
-    """What Torch-Pruning does with a model (see `benchmarks.peer`), measured in a process of its own."""
+    """A line with Torch-Pruning's figures (see `benchmarks.peer`), measured in a process of its own."""
     done, ended = _apart(_measure_peer, one, replace(limits, seconds=min(limits.seconds, PEER_SECONDS)))
     peer = done or {"seconds": None, "left": None, "error": ended}
     print(f"{one.name}: {peer}", flush=True)
@@ -349,7 +348,7 @@ METHODS: dict[str, Callable[[Listed, Limits], dict[str, Any]]] = {
 
 
 def _measure_peer(one: Listed, out: Path) -> None:
-    """The peer's figures, and beside its seconds those that `prepare` takes in the same process: the least of turns."""
+    """The peer's figures, and the seconds of `prepare` in the same process: the least over all turns, for both."""
     model, example = small()
     torch_pruning(model, ((example,), {}))
     autogate.prepare(*small())
@@ -368,7 +367,7 @@ def _measure_peer(one: Listed, out: Path) -> None:
 
 
 def _apart(target: Callable[[Listed, Path], None], one: Listed, limits: Limits) -> tuple[dict[str, Any] | None, str]:
-    """What `target` left in the file that it was given, and how its process ended if not by itself."""
+    """What `target` wrote into its file, and how its process ended, if not normally."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         process = PROCESSES.Process(target=_limited, args=(target, one, out, limits))
@@ -391,13 +390,15 @@ def _limited(target: Callable[[Listed, Path], None], one: Listed, out: Path, lim
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=["*"], help="patterns of names, as fnmatch reads them")
-    parser.add_argument("--sample", default="all", help="all, one-per-file, or a number: so many, drawn at random")
-    parser.add_argument("--size", type=int, default=0, help="side of the images, where a model takes any; 0: its own")
+    parser.add_argument("--models", nargs="*", default=["*"], help="patterns of names, for fnmatch")
+    parser.add_argument("--sample", default="all", help="all, one-per-file, or a number of random models")
+    parser.add_argument(
+        "--size", type=int, default=0, help="side of the images, for models that take any size; 0 for their own"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/coverage.jsonl"))
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--memory", type=float, default=20.0, help="GiB a model may take")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds of processor time a model may take")
+    parser.add_argument("--memory", type=float, default=20.0, help="limit on a model's memory, in GiB")
+    parser.add_argument("--timeout", type=int, default=600, help="limit on a model's processor time, in seconds")
     parser.add_argument("--method", choices=list(METHODS), default="autogate")
     args = parser.parse_args()
     every = listed(args.size)

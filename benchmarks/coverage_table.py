@@ -16,10 +16,10 @@ from benchmarks.coverage import DOUBLE, PEER_SECONDS, SINGLE, TURNS
 from benchmarks.parts import LEAST_SPREAD, lines
 
 WANTED = 0.9
-"""Models whose gates reach less of the FLOPs are listed, with what keeps the rest."""
+"""Models whose gates reach a smaller share of the FLOPs are listed, with what pins the rest."""
 
 MEMORY = 1.5
-"""What prepare may take at its peak, over model and captured graph."""
+"""Limit on the peak memory of prepare, relative to model and captured graph."""
 
 Line = dict[str, Any]
 
@@ -55,7 +55,7 @@ If several files have a model, the last one counts. A file of `--method prepare`
 
 
 def joined(found: Iterable[Line]) -> list[Line]:
-    """A line a model, of what both methods' files say of it; none for those that autogate hasn't been tried on."""
+    """One line per model, joined from both methods' files; none for models that autogate hasn't been run on."""
     by_model: dict[str, Line] = {}
     for line in found:
         known = by_model.setdefault(line["model"], {})
@@ -65,12 +65,12 @@ def joined(found: Iterable[Line]) -> list[Line]:
 
 
 def only_prepared(line: Line) -> bool:
-    """Whether nothing was asked of a model but to be prepared: the rest may stand in an earlier line."""
+    """Whether a model was only prepared: the rest may be in an earlier line."""
     return line.get("step") == "" and line["difference"] is None
 
 
 def exact(line: Line) -> bool:
-    """Whether gated and slim outputs are the same to rounding."""
+    """Whether gated and slim outputs are the same up to rounding."""
     if line["step"] or only_prepared(line):
         return False
     double = line["double_difference"]
@@ -78,16 +78,16 @@ def exact(line: Line) -> bool:
 
 
 def _blind(line: Line) -> bool:
-    """Whether it is exact, but would be if it were wrong: outputs hardly depend on inputs."""
+    """Whether it is exact, but would be so if it were wrong, because outputs hardly depend on inputs."""
     return exact(line) and not line["spread"] > LEAST_SPREAD
 
 
 def nothing_to_prune(line: Line) -> bool:
-    return "no channel of it can go" in line["error"]
+    return "none of its channels can be removed" in line["error"]
 
 
 def memory_taken(line: Line) -> float:
-    """What prepare took at its peak, over model and captured graph."""
+    """Peak memory of prepare, relative to model and captured graph."""
     return line["prepare_bytes"] / (line["model_bytes"] + line["graph_bytes"])
 
 
@@ -240,10 +240,10 @@ def _table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="of both methods")
+    parser.add_argument("results", type=Path, nargs="+", help="files of results, of both methods")
     parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
     parser.add_argument(
-        "--options", nargs="+", default=["--out runs/coverage.jsonl"], help="of each run, in one string"
+        "--options", nargs="+", default=["--out runs/coverage.jsonl"], help="options of each run, in one string"
     )
     args = parser.parse_args()
     args.out.write_text(

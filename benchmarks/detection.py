@@ -1,12 +1,12 @@
-"""Ultralytics' networks: what gates reach, what half of the classes dead leaves, how exact slim outputs are.
+"""Ultralytics' networks: reach of gates, FLOPs left with half of the classes dead, exactness of slim outputs.
 
     pip install ultralytics
     python -m benchmarks.detection [--out runs/detection.jsonl] [MODEL ...]
 
-Measured as in `benchmarks/attention.py`: the share of FLOPs with a gate on input or output side; the share left with a
-random half of the classes dead (mean of three seeds); the largest relative difference between gated and slim outputs
-with 30, 50 and 70 % dead, in float64. In between the models run at other sizes and in train mode, as in a trainer:
-heads keep the anchors of the size that they saw last. Models that the output file has already are passed over.
+Measured as in `benchmarks/attention.py`: the share of FLOPs with a gate on the input or output side; the share left
+with a random half of the classes dead (mean of three seeds); the largest relative difference between gated and slim
+outputs with 30, 50 and 70 % dead, in float64. In between the models run at other sizes and in train mode, as in a
+trainer: heads keep the anchors of the size that they saw last. Models that are already in the output file are skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MODELS = (
 
 
 def build(name: str) -> nn.Module:
-    """The network with random weights, and norms as no initialisation leaves them."""
+    """The network with random weights, and with norms unlike their initialisation."""
     from ultralytics import YOLO
 
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""Exactness and reach over a table of timm models: random zero patterns in, equal outputs out.
+"""Exactness and reach for a list of timm models: with random classes dead, gated and slim outputs are equal.
 
     python -m benchmarks.exactness --out runs/exactness.jsonl [MODEL ...]
 
-Each model is prepared, a random 10, 40 and 80 % of its gates are set to zero under three seeds, and it is finalized,
-in float64, on images of 96 pixels a side. A line a model tells the largest relative difference between gated and slim
-outputs, how far the outputs of two samples lie apart at least, the share of FLOPs that gates reach, and how the FLOPs
-of the channel map compare to fvcore's count. Models that the output file has already are passed over.
+Each model is prepared, a random 10, 40 and 80 % of its gates are set to zero with three seeds each, and it is
+finalized, in float64, on images of 96 x 96 pixels. One line per model has the largest relative difference between gated
+and slim outputs, the smallest distance between the outputs of two samples, the share of FLOPs that gates reach, and the
+FLOPs of the channel map relative to fvcore's count. Models that are already in the output file are skipped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def fvcore_flops(model: nn.Module, example: Tensor) -> float:
 def trial(
     model: nn.Module, analysis: rewriters.Analysis, example: Tensor, dead: float, seed: int
 ) -> tuple[float, float, float]:
-    """(relative difference of outputs, their spread, FLOPs over fvcore's) for a random pattern; spends the model."""
+    """(relative difference of outputs, their spread, FLOPs over fvcore's) for a random pattern. Uses the model up."""
     kill(model, dead, seed)
     settle_norms(model, ((example,), {}))
     bank = autogate.gates(model)
@@ -63,7 +63,7 @@ def trial(
 
 
 def measure(name: str) -> dict:
-    """All patterns of one model."""
+    """Measure all patterns of one model."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     randomise_norms(model)

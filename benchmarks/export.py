@@ -1,12 +1,12 @@
-"""Slim models of twenty families and more: exported, read back, run, compiled, and compared.
+"""Slim models of more than twenty families: exported, read back, run, compiled, and compared.
 
     python -m benchmarks.export --out runs/export.jsonl [--backend inductor] [MODEL ...]
 
-Each model is prepared, a random half of its classes dies, and it is finalized; what is left is written as a
-torch.export program and as an ONNX file, each read back and run beside it on batches of two and three samples, and
-compiled as one graph. A line a model tells the largest relative difference of each, or what went wrong, and how much
-float32 alone rounds (the slim model's outputs beside those it has in float64). Models that the output file has already
-are passed over.
+Each model is prepared, a random half of its classes dies, and it is finalized. The slim model is written as a
+torch.export program and as an ONNX file, each of which is read back and compared on batches of two and of three
+samples; and it is compiled as one graph. One line per model has the largest relative difference of each, or what went
+wrong, and how much float32 alone rounds (the slim model's outputs compared with its outputs in float64). Models that
+are already in the output file are skipped.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fastvit": ("fastvit_sa12", 64, _SHORT),
     "mobilevit": ("mobilevit_xxs", 64, {}),
 }  # fmt: skip
-"""By family: the timm model, the side of its images and the options it is built with."""
+"""By family: the timm model, the side of its images and the options to build it with."""
 
 
 def slim_model(name: str) -> nn.Module:
-    """The model with a random half of its classes taken out."""
+    """The slim model, after a random half of its classes died."""
     torch.manual_seed(0)
     timm_name, side, options = MODELS[name]
     model = timm.create_model(timm_name, num_classes=10, **options)
@@ -79,7 +79,7 @@ def slim_model(name: str) -> nn.Module:
 
 
 def compiled(model: nn.Module, side: int, backend: str) -> float:
-    """Largest relative difference between the model's outputs and those of it compiled as one graph."""
+    """Largest relative difference between the outputs of the model and of the model compiled as one graph."""
     example = torch.randn(2, 3, side, side)
     wanted = rewriters.run_eval(model, (example,))
     torch.compiler.reset()
@@ -90,7 +90,7 @@ def compiled(model: nn.Module, side: int, backend: str) -> float:
 
 
 def rounding(model: nn.Module) -> float:
-    """Relative difference of a model's outputs in float32 from those in float64, the largest of several samples."""
+    """Relative difference between a model's outputs in float32 and in float64, the largest over several samples."""
     args, kwargs = inputs_of(model, 16)
     in_double = tree_map_only(Tensor, Tensor.double, (args, kwargs))
     wanted = rewriters.run_eval(copy.deepcopy(model).double(), *in_double)
@@ -100,7 +100,7 @@ def rounding(model: nn.Module) -> float:
 def _tried(step: Callable[[], float]) -> float | str:
     try:
         return step()
-    except Exception as error:  # whatever a backend raises is the result
+    except Exception as error:  # the result is whatever the backend raises
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path("runs/export.jsonl"))
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
     args = parser.parse_args()
     measure_missing(args.out, args.models, partial(measure, backend=args.backend))
 

@@ -1,9 +1,9 @@
-"""Whether a latency budget comes true: the share by the table of timings beside that of the slim model, measured.
+"""Whether a latency budget holds: the share that the table of timings predicts, and the slim model's measured share.
 
     python -m benchmarks.latency --models resnet18 mobilenetv2_100 --target 0.6
 
-Gates go down to the budget without training (alpha alone moves, by price), the model is finalized, and dense and slim
-run in turn. The table is measured anew in every run.
+Gates are moved down to the budget without training (only alpha moves, by price), the model is finalized, and the dense
+and the slim model run in turn. The table is measured again in every run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.cost import DEVICE, in_turn
 
 
 def go_down(bank: autogate.GateBank, steps: int) -> None:
-    """Moves alpha by price alone until the target is met, with a little noise for classes of one price."""
+    """Move alpha by price alone until the target is met, with a little noise to separate classes of equal price."""
     gates = bank.learner.start()
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):

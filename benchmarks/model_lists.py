@@ -1,4 +1,4 @@
-"""Models by name, where they are from, and what they are run on: all of timm's, torchvision's by "torchvision:NAME"."""
+"""Models by name, their origin and their inputs: all of timm's, and torchvision's as "torchvision:NAME"."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TORCHVISION = "torchvision:"
 BATCH = 2
 
 LEAST_SIDES = {"inception": 299, "ssd300": 300}
-"""Of images for torchvision's models that can't be run on smaller ones, by a part of their names."""
+"""Side of the images for torchvision models that can't run on smaller ones, by a part of their names."""
 
 SHALLOW: dict[str, dict[str, Any]] = {
     "vit_7b_*": {"depth": 2},
@@ -34,14 +34,14 @@ SHALLOW: dict[str, dict[str, Any]] = {
     "vit_pe_*_gigantic_*": {"depth": 2},
     "swinv2_cr_giant_*": {"depths": (1, 1, 2, 1)},
 }
-"""Arguments of timm's for models that don't fit in 20 GiB with all their blocks, by patterns of their names."""
+"""timm's arguments for models that don't fit into 20 GiB with all their blocks, by patterns of their names."""
 
 RESIZED = ("vit_*_patch*", "eva*_patch*", "beit*_patch*", "deit*_patch*", "aimv2_*_patch*")
-"""Models of fixed image sizes that timm builds for any multiple of their patches: `img_size`."""
+"""Models with a fixed image size that timm builds for any multiple of their patch size, with `img_size`."""
 
 
 class DenseParts(nn.Module):
-    """Backbone, neck and heads of a detector of torchvision's, without what follows from the values of tensors."""
+    """Backbone, neck and heads of a torchvision detector, without the steps that depend on values of tensors."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -58,9 +58,9 @@ class Listed:
     """A model that can be built.
 
     Attributes:
-        name: timm's, or torchvision's after "torchvision:".
-        family: the file that it is from.
-        side: of the images it is run on, where it takes any; 0 for what it is configured for.
+        name: timm's name, or "torchvision:" and torchvision's name.
+        family: the file that the model is defined in.
+        side: side of the images to run it on, if it takes any size; 0 for the size it is configured for.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Listed:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What timm is told beside the name: fewer blocks, where all of them don't fit, and smaller images."""
+        """Arguments for timm besides the name: fewer blocks if all of them don't fit, and smaller images."""
         found = (arguments for pattern, arguments in SHALLOW.items() if fnmatch.fnmatchcase(self.name, pattern))
         patches = re.search(r"_patch(\d+)", self.name)
         if not self.side or not any(fnmatch.fnmatchcase(self.name, pattern) for pattern in RESIZED):
@@ -102,9 +102,9 @@ class Listed:
         return tuple(torch.randn(BATCH, 3, side, side) for _ in range(images))
 
     def _resized(self, model: nn.Module) -> Tensor | None:
-        """A batch of smaller images, where the model takes one; None where it doesn't."""
+        """A batch of smaller images, if the model takes them; else None."""
         if "img_size" in self.arguments:
-            return None  # its own size is the smaller one
+            return None  # its own size is smaller
         config = model.default_cfg
         channels, own = config["input_size"][0], config["input_size"][-1]
         if not self.side or config.get("fixed_input_size") or self.side >= own:
@@ -113,13 +113,13 @@ class Listed:
 
     @staticmethod
     def shape(inputs: Inputs) -> tuple[int, ...]:
-        """Of a sample of the first tensor."""
+        """Shape of a sample of the first tensor."""
         args, kwargs = inputs
         return tuple(next(iter((*args, *kwargs.values()))).shape[1:])
 
 
 def listed(side: int = 0) -> list[Listed]:
-    """All of timm's models, then torchvision's whose forward is one of tensors."""
+    """All timm models, then the torchvision models whose forward takes and returns tensors."""
     ours = [Listed(name, _registry._model_to_module[name], side) for name in timm.list_models()]
     theirs = [
         Listed(
@@ -132,9 +132,9 @@ def listed(side: int = 0) -> list[Listed]:
 
 
 def smallest_of_each_file(models: Iterable[Listed], cache: Path) -> list[Listed]:
-    """Of the models of each file that with the fewest parameters, timm's models made for tests left out.
+    """The model with the fewest parameters of each file, without the models that timm made for tests.
 
-    The numbers are kept in `cache`, for to build every model takes minutes, without weights too.
+    The numbers are kept in `cache`, because building every model takes minutes, even without weights.
     """
     counts = json.loads(cache.read_text()) if cache.exists() else {}
     smallest: dict[str, Listed] = {}
@@ -151,10 +151,10 @@ def smallest_of_each_file(models: Iterable[Listed], cache: Path) -> list[Listed]
 
 
 def _count_parameters(one: Listed) -> int:
-    """Without memory for them, where the model can be built so."""
+    """Count parameters, without memory for them if the model can be built that way."""
     try:
         with torch.device("meta"):
             model = one.build()
-    except Exception:  # it computes with what it builds
+    except Exception:  # it computes with the tensors that it builds
         model = one.build()
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,11 +1,11 @@
-"""Models whose norms look across channels: what gates reach with embeddings that stay, and that may shrink.
+"""Models whose norms take cross-channel statistics: reach of gates if embeddings stay, and if they can shrink.
 
     python -m benchmarks.norms --out runs/norms.jsonl [MODEL ...]
 
-For `embed=False` and `embed=True`: the share of FLOPs with a gate on the input or output side, and the share
-left when a random half of the classes is dead (mean of three seeds). For `embed=True` also the largest
-relative difference between gated and slim outputs, with 30, 50 and 70 % dead under three seeds. Norms'
-statistics and vectors are random. Models that the output file has already are passed over.
+For `embed=False` and `embed=True`: the share of FLOPs with a gate on the input or output side, and the share left with
+a random half of the classes dead (mean of three seeds). For `embed=True` also the largest relative difference between
+gated and slim outputs, with 30, 50 and 70 % dead and three seeds. Norms' statistics and vectors are random. Models that
+are already in the output file are skipped.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "resnetv2_50d_evos": ("resnetv2_50d_evos", 64, {}),
     "resnetv2_50d_frn": ("resnetv2_50d_frn", 64, {}),
 }
-"""By the name in the table: the timm model, the side of its images and the options it is built with."""
+"""By name in the table: the timm model, the side of its images and the options to build it with."""
 
 DOUBLE = {"resnetv2_50d_frn"}
-"""Computed in float64: with random weights float32's rounding alone comes to 1e-5."""
+"""Models computed in float64: with random weights, float32's rounding alone amounts to 1e-5."""
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def reach(name: str, embed: bool) -> tuple[float, float]:
     model, example = build(name)
     try:
         model = autogate.prepare(model, example, flops=0.99, embed=embed)
-    except rewriters.AutogateError:  # nothing can go
+    except rewriters.AutogateError:  # no channel can be removed
         return 0.0, 1.0
     return autogate.summary(model).reach, share_left(model)
 

@@ -1,4 +1,4 @@
-"""What several benchmarks do: models as no initialisation leaves them, classes dead at random, files of results."""
+"""Shared parts of the benchmarks: models unlike their initialisation, random dead classes, files of results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rewriters.recording.side_effects import set_modes
 
 @torch.no_grad()
 def randomise_norms(model: nn.Module, seed: int = 0) -> None:
-    """Statistics and affine parameters of batch norms as no initialisation leaves them."""
+    """Give batch norms statistics and affine parameters that no initialisation leaves."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
@@ -36,7 +36,7 @@ def randomise_norms(model: nn.Module, seed: int = 0) -> None:
 
 @torch.no_grad()
 def randomise_vectors(model: nn.Module) -> None:
-    """Weights, biases and scales of everything but batch norms, drawn where they are vectors."""
+    """Draw the weights, biases and scales that are vectors, of everything but batch norms."""
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             for key, vector in module.named_parameters(recurse=False):
@@ -49,13 +49,12 @@ def randomise_vectors(model: nn.Module) -> None:
 
 
 TINY = 2e-3
-"""Standard deviation of a kernel that is as good as zero."""
+"""Standard deviation of a kernel that is practically zero."""
 
 
 @torch.no_grad()
 def randomise_constants(model: nn.Module, seed: int = 0) -> None:
-    """Noise on parameters that begin as one number everywhere, as scales of branches do, or as good as zero, as some
-    classifiers' kernels do."""
+    """Add noise to parameters that start as one number everywhere (scales of branches) or near zero (classifiers)."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if not parameter.is_floating_point() or not parameter.numel():
@@ -66,20 +65,20 @@ def randomise_constants(model: nn.Module, seed: int = 0) -> None:
 
 NOISE = 1e-5
 MOST_GROWTH = 1e3
-"""How much larger a small change of the inputs may come out, relative to what it is added to."""
+"""Limit on how much a small change of the inputs may grow on its way to the outputs, in relative terms."""
 
 RAISES = 24
-"""How often variances are raised at most."""
+"""Limit on how often variances are raised."""
 
 
 @torch.no_grad()
 def settle_norms(model: nn.Module, inputs: Inputs) -> None:
-    """Running statistics of batch norms as these inputs have them, and then changed a little.
+    """Set the running statistics of batch norms to those of these inputs, then change them a little.
 
-    Statistics that don't fit shrink what goes through layer by layer, until outputs are biases alone, and a comparison
-    of outputs can't tell a wrong network from a right one. On the other hand deep random networks are chaotic: layer by
-    layer they blow up rounding errors. So no variance lies below the mean of all, as that of a channel that comes out
-    nearly the same everywhere, and all are raised until the network is calm (`MOST_GROWTH`).
+    Statistics that don't fit shrink the signal layer by layer, until only biases reach the outputs, and comparing
+    outputs can't tell a wrong network from a right one. On the other hand, deep random networks are chaotic: they
+    amplify rounding errors layer by layer. So no variance is below the mean of all variances, as that of a nearly
+    constant channel would be, and all are raised until the network is calm (`MOST_GROWTH`).
     """
     norms = [
         module for module in model.modules()
@@ -105,7 +104,7 @@ def settle_norms(model: nn.Module, inputs: Inputs) -> None:
 
 
 def growth(model: nn.Module, inputs: Inputs) -> float:
-    """How much larger noise of `NOISE` of the inputs comes out, relative to the outputs; of the worst output."""
+    """How much relative noise of `NOISE` on the inputs grows in the worst output."""
 
     def noisy(tensor: Tensor) -> Tensor:
         return tensor * (1 + NOISE * torch.randn_like(tensor)) if tensor.is_floating_point() else tensor
@@ -115,9 +114,9 @@ def growth(model: nn.Module, inputs: Inputs) -> float:
 
 
 def spread(outputs: Iterable[Tensor]) -> float:
-    """How far outputs for the first two samples of a batch lie apart, over their size; of the output that says least.
+    """Relative distance between the outputs of the first two samples of a batch, for the output where it is smallest.
 
-    Where it is nothing, a comparison of outputs tells nothing.
+    If it is zero, comparing outputs says nothing.
     """
     apart = [(out[0] - out[1]).abs().max() / out.abs().max() for out in outputs if out.is_floating_point()]
     return float(min(apart))
@@ -125,26 +124,26 @@ def spread(outputs: Iterable[Tensor]) -> float:
 
 @torch.no_grad()
 def kill(model: nn.Module, share: float, seed: int = 0) -> None:
-    """Close a random `share` of a prepared model's gates."""
+    """Set a random `share` of a prepared model's gates to zero."""
     alpha = autogate.gates(model).alpha
     dead = torch.rand(len(alpha), generator=torch.Generator().manual_seed(seed)) < share
     alpha[dead.to(alpha.device)] = 0
 
 
 LEAST_SPREAD = 1e-3
-"""Outputs that two samples have nearer to each other say too little of the network to be compared."""
+"""If the outputs of two samples are closer than this, they say too little about the network to be compared."""
 
 
 def finalize_compared(model: nn.Module, inputs: Inputs, *others: Inputs) -> float:
-    """Settle a prepared model's norms and finalize it; the largest relative difference of its outputs before and after.
+    """Settle a prepared model's norms and finalize it. Returns the largest relative difference of its outputs.
 
     Args:
-        model: a prepared one.
-        inputs: the norms are settled on these.
-        others: more inputs to compare outputs for, batches of another size, say.
+        model: a prepared model.
+        inputs: inputs to settle the norms on.
+        others: more inputs to compare outputs on, for instance batches of another size.
 
     Raises:
-        ValueError: the gated outputs hardly depend on the inputs, and would be the same of a wrong network.
+        ValueError: the gated outputs hardly depend on the inputs; a wrong network would have the same ones.
     """
     settle_norms(model, inputs)
     gated = rewriters.run_eval(model, *inputs)
@@ -157,7 +156,7 @@ def finalize_compared(model: nn.Module, inputs: Inputs, *others: Inputs) -> floa
 
 
 def share_left(model: nn.Module) -> float:
-    """The share of FLOPs that a prepared model has left with half of its classes dead: a mean over three draws."""
+    """The share of FLOPs left with half of a prepared model's classes dead: the mean over three draws."""
     left = []
     for seed in range(3):
         twin = copy.deepcopy(model)
@@ -168,7 +167,7 @@ def share_left(model: nn.Module) -> float:
 
 
 def worst_difference(model: nn.Module, inputs: Inputs, draws: Iterable[tuple[float, int]]) -> float:
-    """The largest of `finalize_compared` on copies of a prepared model, for (share of dead classes, seed) each."""
+    """The largest result of `finalize_compared` on copies of a prepared model, over (share of dead classes, seed)."""
     differences = []
     for share, seed in draws:
         twin = copy.deepcopy(model)
@@ -178,11 +177,11 @@ def worst_difference(model: nn.Module, inputs: Inputs, draws: Iterable[tuple[flo
 
 
 PRODUCTS_WITH_KERNELS = (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm)
-"""Convolutions, and products with two-dimensional kernels as linear layers have them."""
+"""Convolutions, and products with two-dimensional kernels such as those of linear layers."""
 
 
 def recorded_flops(model: nn.Module, inputs: Inputs, of: Collection[Any] | None = None) -> float:
-    """Multiply-adds of one sample in eval mode, by torch's own formulas; only those of the ops in `of`."""
+    """Multiply-adds of the ops in `of` for one sample in eval mode, by torch's own formulas."""
     modes = set_modes(model, False)
     try:
         graph = capture(model, *inputs).graph
@@ -198,7 +197,7 @@ def recorded_flops(model: nn.Module, inputs: Inputs, of: Collection[Any] | None 
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """The results in a file of JSON lines; none where there is no file."""
+    """The results in a file of JSON lines; none if there is no file."""
     return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
@@ -210,7 +209,7 @@ def append(out: Path, result: dict[str, Any]) -> None:
 
 
 def measure_missing(out: Path, models: Iterable[str], measure: Callable[[str], dict[str, Any]]) -> None:
-    """A line of JSON for each model that has none in `out` yet."""
+    """Append a line of JSON for each model that has none in `out` yet."""
     done = {line["model"] for line in lines(out)}
     for name in models:
         if name not in done:

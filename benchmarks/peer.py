@@ -1,4 +1,4 @@
-"""The same step with Torch-Pruning: its graph of dependencies, and half the channels taken out by magnitude.
+"""The same step with Torch-Pruning: its dependency graph, and half of the channels removed by magnitude.
 
 pip install torch-pruning
 """
@@ -16,12 +16,12 @@ from rewriters.verify import run_eval
 
 
 def torch_pruning(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Processor time of its graph's build and of the pruner's step, FLOPs left, and whether the forward still runs.
+    """Processor time for building its graph and for the pruner's step, FLOPs left, and whether the forward still runs.
 
-    With importance by magnitude, half of the channels, and the last linear layer ignored, as its own timm
-    example does.
+    The settings are those of its own timm example: importance by magnitude, half of the channels, and the last linear
+    layer ignored.
     """
-    import torch_pruning as tp  # the rest of the benchmark does without it
+    import torch_pruning as tp  # the rest of the benchmark doesn't need it
 
     model.eval()
     dense = recorded_flops(model, inputs)

@@ -1,10 +1,10 @@
-"""Slim models in eight bits: sizes of the files and what rounding does to outputs.
+"""Slim models in eight bits: file sizes, and the effect of rounding on the outputs.
 
     python -m benchmarks.quantization
 
-Every other class of channels is taken out of each model (random weights, norms' statistics made up), then it is
-quantized in the two ways of docs/quantization.md. Errors are those of outputs for random images that weren't among the
-ones the scales were taken from. Needs torchao (`pip install -e ".[test]"`).
+Every other class of channels is removed from each model (random weights and norms' statistics). Then it is quantized in
+the two ways of docs/quantization.md. Errors are those of the outputs for random images that were not used to set the
+scales. Needs torchao (`pip install -e ".[test]"`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODELS = ["resnet18", "mobilenetv2_100", "vit_tiny_patch16_224"]
 
 
 def slimmed(name: str, example: Tensor) -> nn.Module:
-    """A model of timm's with half of its channels."""
+    """A timm model with half of its channels."""
     model = timm.create_model(name, num_classes=100)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -44,14 +44,14 @@ def slimmed(name: str, example: Tensor) -> nn.Module:
 
 
 def dynamic(slim: nn.Module) -> nn.Module:
-    """Linear layers in eight bits, their inputs rounded as they come."""
+    """Linear layers in eight bits, with inputs quantized dynamically."""
     quantized = copy.deepcopy(slim)
     quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
     return quantized
 
 
 def static(slim: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """Convolutions and linear layers in eight bits, with scales taken from some batches."""
+    """Convolutions and linear layers in eight bits, with scales calibrated on some batches."""
     program = torch.export.export(slim, (batches[0],)).module()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(program, quantizer)
@@ -61,7 +61,7 @@ def static(slim: nn.Module, batches: list[Tensor]) -> nn.Module:
 
 
 def without_unread(program: nn.Module) -> nn.Module:
-    """Drops the kernels in float that conversion leaves behind."""
+    """Delete the float kernels that the conversion leaves behind."""
     read = {node.target for node in program.graph.nodes if node.op == "get_attr"}
     for name in [name for name, _ in (*program.named_parameters(), *program.named_buffers()) if name not in read]:
         owner, _, attribute = name.rpartition(".")
@@ -70,7 +70,7 @@ def without_unread(program: nn.Module) -> nn.Module:
 
 
 def size(model: nn.Module) -> float:
-    """Megabytes of its state_dict on the disk."""
+    """Size of its state_dict on disk, in megabytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
         torch.save(model.state_dict(), path)

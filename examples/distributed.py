@@ -1,11 +1,12 @@
-"""Gates learned by several processes, on handwritten digits.
+"""Train gates in several processes, on handwritten digits.
 
     torchrun --nproc-per-node 2 examples/distributed.py --strategy ddp
     torchrun --nproc-per-node 2 examples/distributed.py --strategy fsdp
 
-A small network is trained, then trained on with gates, each process on its part of the data: with
-DistributedDataParallel on a whole model, with FSDP2 on a part of every kernel. The gates are the same on all of
-them. At the end the first one takes the closed channels out and saves the model.
+A small network is trained, then trained further with gates, with each process on its part of the data. "ddp" uses
+DistributedDataParallel, with the whole model in each process; "fsdp" uses FSDP2, with a part of every kernel in each
+process. The gates are the same in all processes. At the end the first process removes the dead channels and saves the
+model.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def plain() -> nn.Module:
 
 
 def prepared(model: nn.Module, steps: int) -> nn.Module:
-    """With gates, before anything is wrapped or sharded."""
+    """Add gates. This comes before wrapping and sharding."""
     return autogate.prepare(model, torch.randn(2, 1, digits.SIZE, digits.SIZE), flops=0.5, steps=steps)
 
 
 def distributed(model: nn.Module, strategy: str) -> nn.Module:
-    """The model as it is trained."""
+    """Wrap or shard the model for training."""
     if strategy == "ddp":
         return DistributedDataParallel(model)
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
@@ -46,7 +47,7 @@ def distributed(model: nn.Module, strategy: str) -> nn.Module:
 
 
 def gathered(model: nn.Module, steps: int) -> nn.Module | None:
-    """A plain, whole model with the weights and gates of a sharded one, on the first process; all have to call it."""
+    """Gather a sharded model, with its gates, into a plain one on the first process. All processes must call this."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() != 0:
         return None
@@ -56,7 +57,7 @@ def gathered(model: nn.Module, steps: int) -> nn.Module | None:
 
 
 def train(model: nn.Module, loader: DataLoader, epochs: int, device: torch.device, peak: float) -> None:
-    """A plain loop, which knows nothing of gates."""
+    """A plain training loop, which knows nothing of gates."""
     optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, epochs * len(loader))
     model.train()
@@ -71,16 +72,16 @@ def train(model: nn.Module, loader: DataLoader, epochs: int, device: torch.devic
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: digits.Split) -> float:
-    """In percent."""
+    """Accuracy in percent."""
     return 100 * (model.eval()(split.images).argmax(1) == split.labels).float().mean().item()
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--strategy", choices=["ddp", "fsdp"], default="ddp")
-    arguments.add_argument("--epochs", type=int, default=6, help="before and again after prepare")
-    arguments.add_argument("--batch", type=int, default=32, help="images a process and step")
-    arguments.add_argument("--save", help="where the slim model goes, a .pt file")
+    arguments.add_argument("--epochs", type=int, default=6, help="number of epochs before prepare, and again after it")
+    arguments.add_argument("--batch", type=int, default=32, help="images per process and step")
+    arguments.add_argument("--save", help="file for the slim model (.pt)")
     options = arguments.parse_args()
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -104,7 +105,7 @@ def main() -> None:
         print(f"{options.strategy}: accuracy {before:.2f} % gated, {accuracy(slim, testing):.2f} % slim")
         if options.save:
             torch.save(slim, options.save)
-    dist.barrier()  # none leaves while another is at work
+    dist.barrier()  # no process leaves while another one is working
     dist.destroy_process_group()
 
 

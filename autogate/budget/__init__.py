@@ -1,6 +1,7 @@
-"""What shall be left: in come shares (half of the FLOPs), out come `Targets` that price every class of channels."""
+"""What is to be left of a model. `Shares` (half of the FLOPs) become `Targets`, which price every class of channels."""
 
-from autogate.budget.resources import Flops, Params, Resource, SideCounts
+from autogate.budget.products import Flops, Params
+from autogate.budget.resource import Resource, SideCounts
 from autogate.budget.targets import ROUNDING, ResourceMaker, Shares, Target, Targets
 
 __all__ = [

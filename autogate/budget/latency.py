@@ -1,4 +1,8 @@
-"""Latency as a resource: tables of what each layer takes at a grid of widths (see `autogate.budget.timing`)."""
+"""Latency as a resource: time interpolated in tables of each layer's time at a grid of widths.
+
+`autogate.budget.timing` measures the tables. A layer that runs once for each channel of other layers is timed for all
+of them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autogate.budget.resources import Activations, Resource, SideCounts
+from autogate.budget.products import Activations
+from autogate.budget.resource import Resource, SideCounts
 from autogate.budget.timing import Layer, Timings, machine, time_model
 from autogate.inputs import Inputs
 from rewriters import ChannelMap, Kernel, Side
@@ -18,24 +23,24 @@ from rewriters import ChannelMap, Kernel, Side
 T = TypeVar("T")
 
 GRID = (0.125, 0.25, 0.5, 0.75, 1.0)
-"""Widths that a layer is timed at, as parts of its own."""
+"""Widths at which a layer is timed, as parts of its full width."""
 
 
 class Latency(Resource):
-    """The time of a forward pass over one sample, from tables of layers' timings.
+    """The time of a forward pass over one sample, from tables of layer timings.
 
-    Between the widths of a table time is interpolated, from zero where a side has no channel left. It is made
-    to grow with both widths, as a measured one may not. What the model takes beyond its convolutions and linear
-    layers (norms, activations, sums) goes with the bytes that these give out.
+    Between the widths in a table, time is interpolated, starting from zero for a side without channels. It is made to
+    grow with both widths, which measured times may not do. The time that the model spends outside of its convolutions
+    and linear layers (norms, activations, sums) is taken to be proportional to the bytes that these layers output.
 
     Args:
-        sides: live channels along both sides of each layer's kernel; side 2 i is dimension 0 of layer i's, side
-            2 i + 1 dimension 1.
-        widths: float64, shape (layers, 2, points): the widths timed along each dimension, ascending from 0 to
-            the whole one.
+        sides: counts of live channels along both sides of each layer's kernel; side 2 i is dimension 0 of layer i's
+            kernel, side 2 i + 1 is dimension 1.
+        widths: float64, shape (layers, 2, points): the widths timed along each dimension, ascending from 0 to the full
+            width.
         seconds: float64, shape (layers, points, points).
-        rest: seconds that all else takes with every class alive.
-        rest_goes_with: the resource that these go with.
+        rest: seconds spent outside of the layers with every class alive.
+        rest_goes_with: the resource that these seconds are proportional to.
         original: bool, shape (layers,): False for layers that prepare added.
     """
 
@@ -55,15 +60,15 @@ class Latency(Resource):
 
     @classmethod
     def measure(cls, channel_map: ChannelMap, model: nn.Module, inputs: Inputs, added: Collection[str] = ()) -> Latency:
-        """Times the model and its layers as they are: on their device, in their type, eval mode, one sample.
+        """Time the model and its layers as they are: on their device, in their dtype, in eval mode, for one sample.
 
-        In a distributed run the first process's timings are everybody's, if the process group is there.
+        In a distributed run with an initialised process group, all processes use the timings of the first.
 
         Args:
             channel_map: classes and kernels.
-            model: what it was made from.
-            inputs: a batch of samples; the first is taken.
-            added: weights of layers that were not in the user's model; shares are of the model without them.
+            model: the model that the map was made from.
+            inputs: a batch of samples; the first one is used.
+            added: weights of layers that were not in the user's model; shares are relative to the model without them.
         """
         layers = _layers(channel_map, model)
         whole, tables = _from_first_process(lambda: _measure(model, layers, inputs))
@@ -80,13 +85,13 @@ class Latency(Resource):
         return self._interpolate(live)[0].sum() + self._rest * self._rest_goes_with.share(live)
 
     def price(self, live: Tensor) -> Tensor:
-        """Seconds a channel: the slopes towards narrower layers, at the widths that `live` leaves."""
+        """Seconds per channel: the slopes towards narrower layers, at the widths that `live` leaves."""
         _, slopes = self._interpolate(live)
         rest = self._rest_goes_with.price(live) * (self._rest / max(self._rest_goes_with.whole, 1.0))
         return self._sides.per_class(slopes.flatten()) + rest
 
     def _interpolate(self, live: Tensor) -> tuple[Tensor, Tensor]:
-        """Seconds of each layer, shape (layers,), and their slopes by both widths, shape (layers, 2)."""
+        """Seconds of each layer, shape (layers,), and their slopes along both widths, shape (layers, 2)."""
         counts = self._sides.counts(live).view(-1, 2, 1)
         cell = (torch.searchsorted(self._widths, counts) - 1).clamp(min=0)
         low, high = self._widths.gather(2, cell), self._widths.gather(2, cell + 1)
@@ -103,13 +108,13 @@ class Latency(Resource):
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution or linear layer that can be timed alone."""
+    """A convolution or linear layer that can be timed on its own."""
 
     kernel: Kernel
     module: Layer
     shape: torch.Size
     free: tuple[bool, bool]
-    """Which of the kernel's first two dimensions hold channels that may go."""
+    """Which of the kernel's first two dimensions have channels that can be removed."""
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -117,12 +122,12 @@ class _Layer:
 
     @property
     def widths(self) -> list[list[float]]:
-        """The grid of both dimensions, in channels."""
+        """The grid along both dimensions, in channels."""
         return [[0.0, *(float(max(1, round(part * size))) for part in GRID)] for size in self.shape[:2]]
 
 
 def _layers(channel_map: ChannelMap, model: nn.Module) -> list[_Layer]:
-    """The kernels that are the weight of such a layer; others count among the rest."""
+    """The kernels that are the weight of such a layer. All others count in the rest."""
     found = []
     for kernel in channel_map.kernels:
         path, _, name = kernel.weight.rpartition(".")
@@ -134,9 +139,9 @@ def _layers(channel_map: ChannelMap, model: nn.Module) -> list[_Layer]:
 
 
 def _table(layer: _Layer, calls: Sequence[Tensor], timings: Timings) -> list[list[float]]:
-    """Seconds of all of a layer's calls at each pair of widths, the first row and column being of width 0.
+    """Seconds of all calls of a layer at each pair of widths. The first row and column are for width 0.
 
-    A dimension without channels that may go is timed at its whole width alone.
+    A dimension without removable channels is timed only at its full width.
     """
     rows, columns = layer.widths
     table = [[0.0] * len(columns)]
@@ -158,7 +163,7 @@ def _measure(model: nn.Module, layers: Sequence[_Layer], inputs: Inputs) -> tupl
 
 
 def _from_first_process(make: Callable[[], T]) -> T:
-    """What the first process of a distributed run makes, in all of them."""
+    """What `make` returns in the first process of a distributed run, in all processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return make()
     made = [make() if dist.get_rank() == 0 else None]

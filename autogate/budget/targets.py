@@ -1,8 +1,8 @@
-"""What a run shall come to: resources with the share of each that shall be left, taken together as one.
+"""Targets: resources with the share of each that is to be left, combined into one distance.
 
-Where a model stands is told by one number, its distance from the targets: 1 where the gates start, 0 where the
-last of the targets is met, in between the largest part of the way that any resource has still to go. With one
-resource that is its share on another scale; with several the one furthest behind counts.
+The distance from the targets is 1 at the start and 0 when the last target is met. In between, it is the largest part of
+the way that any resource still has to go. With one resource, it is that resource's share on another scale; with
+several, the one furthest behind counts. Prices are averaged, weighted by the way that each resource still has to go.
 """
 
 from __future__ import annotations
@@ -15,28 +15,31 @@ import torch
 from torch import Tensor, nn
 
 from autogate.budget.latency import Latency
-from autogate.budget.resources import Activations, Flops, Params, Resource
+from autogate.budget.products import Activations, Flops, Params
+from autogate.budget.resource import Resource
 from autogate.inputs import Inputs
 from rewriters import AutogateError, ChannelMap
 
 ResourceMaker = Callable[[ChannelMap, nn.Module], Resource]
-"""A resource's class, or anything else that makes one from a channel map and the model it is of."""
+"""A resource's class, or any callable that makes a resource from a channel map and its model."""
 
 
 ROUNDING = 1e-9
-"""A share that differs from another by less is that share: sums of float64 may be off in their last places."""
+"""Shares that differ by less are equal: sums in float64 may be off in their last digits."""
 
 
 @dataclass(frozen=True)
 class Shares:
-    """What the caller asks for: shares in (0, 1], None where a resource is free; half the FLOPs if all are.
+    """The budget that the caller asks for: shares in (0, 1], None for a resource without one.
+
+    If all are None, half of the FLOPs are to be left.
 
     Attributes:
         flops, params, activations, latency: see `autogate.prepare`.
-        resources: shares of resources of the caller's own.
+        resources: shares of the caller's own resources.
 
     Raises:
-        AutogateError: for a share outside its range.
+        AutogateError: a share is outside of its range.
     """
 
     flops: float | None = None
@@ -59,13 +62,13 @@ class Shares:
     def targets(
         self, model: nn.Module, channel_map: ChannelMap, inputs: Inputs, added: Collection[str] = ()
     ) -> Targets:
-        """The resources that are asked a share of, built for a model.
+        """Build the resources that have a share, for a model.
 
         Args:
-            model: the model that shall be slimmed.
+            model: the model to slim.
             channel_map: its classes of channels.
-            inputs: what it is run on where its latency is measured.
-            added: weights of layers that were not in the user's model; shares are of the model without them.
+            inputs: inputs to measure the latency on.
+            added: weights of layers that were not in the user's model; shares are relative to the model without them.
         """
         makers: dict[str, Callable[[], Resource]] = {
             "flops": lambda: Flops(channel_map, model, added),
@@ -79,18 +82,18 @@ class Shares:
 
 @dataclass(frozen=True)
 class Target:
-    """A resource, and the share of it that shall be left, in (0, 1]."""
+    """A resource, and the share of it that is to be left, in (0, 1]."""
 
     resource: Resource
     share: float
 
     @cached_property
     def way(self) -> float:
-        """The part of the resource that has to go: what distances are measured in."""
+        """The part of the resource that has to be removed: the unit of distances."""
         return self.resource.start - self.share
 
     def distance(self, live: Tensor) -> float:
-        """The part of the way that is still to go, negative beyond the target."""
+        """The part of the way that is still to go; negative beyond the target."""
         gap = self.resource.share(live) - self.share
         return 0.0 if abs(gap) < ROUNDING else gap / self.way
 
@@ -98,14 +101,14 @@ class Target:
 class Targets:
     """The targets of a run.
 
-    A resource that meets its target with every class alive stays met, since nothing comes back to life: it is
-    reported and asks for nothing.
+    A resource that meets its target with every class alive stays met, because dead classes don't come back. It is
+    reported, and otherwise ignored.
 
     Args:
-        targets: at least one, each of another resource.
+        targets: at least one, each for another resource.
 
     Raises:
-        AutogateError: two targets speak of the same resource.
+        AutogateError: two targets are for the same resource.
     """
 
     def __init__(self, targets: Sequence[Target]):
@@ -113,7 +116,7 @@ class Targets:
         for name in names:
             if names.count(name) > 1:
                 raise AutogateError(
-                    f"the {name} have several targets.", where="budget", remedy="Ask for the smallest of them only."
+                    f"the {name} have several targets.", where="budget", remedy="Give only the smallest one."
                 )
         self.targets = tuple(targets)
         self._open = tuple(target for target in self.targets if target.way > 0)
@@ -124,19 +127,19 @@ class Targets:
         return self.targets[0].resource.size
 
     def shares(self, live: Tensor) -> dict[str, float]:
-        """The part of each resource that `live` (bool, shape (classes,), on the CPU) leaves, by its name."""
+        """The share of each resource that `live` (bool, shape (classes,), on the CPU) leaves, by its name."""
         return {target.resource.name: target.resource.share(live) for target in self.targets}
 
     def wanted(self) -> dict[str, float]:
-        """The part of each resource that shall be left, by its name."""
+        """The target share of each resource, by the resource's name."""
         return {target.resource.name: target.share for target in self.targets}
 
     def distance(self, live: Tensor) -> float:
-        """The part of the way still to go: 1 with every class alive, 0 or less where all targets are met."""
+        """The part of the way still to go: 1 with every class alive, 0 or less if all targets are met."""
         return max((target.distance(live) for target in self._open), default=0.0)
 
     def distance_without_each(self, live: Tensor) -> Tensor:
-        """The distance after the death of one class, for each of them: float64, shape (classes,)."""
+        """For each class, the distance if that class dies too: float64, shape (classes,)."""
         each = torch.full((self.size,), -torch.inf, dtype=torch.float64)
         for target in self._open:
             drop = target.resource.drop(live) / target.resource.whole / target.way
@@ -144,9 +147,9 @@ class Targets:
         return each
 
     def price(self, live: Tensor) -> Tensor:
-        """What each class costs, relative to the mean of live classes: float64, shape (classes,).
+        """The price of each class, relative to the mean price of live classes: float64, shape (classes,).
 
-        Of several resources the prices are averaged, each with the weight of the way it has still to go.
+        The prices of several resources are averaged, weighted by the way that each still has to go.
         """
         weights = [max(target.distance(live), 0.0) for target in self._open]
         total = sum(weights)
@@ -159,9 +162,9 @@ class Targets:
         return price
 
     def tolerance(self, share: float) -> float:
-        """The distance that a difference of `share` in the resource with the longest way makes."""
+        """The distance that corresponds to a difference of `share` in the resource with the longest way."""
         return share / max((target.way for target in self._open), default=1.0)
 
     def out_of_reach(self) -> tuple[Target, ...]:
-        """Targets that are missed even when every class that may die is dead."""
+        """Targets that are missed even if every class that can die is dead."""
         return tuple(target for target in self.targets if target.resource.least > target.share)

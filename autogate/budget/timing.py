@@ -1,7 +1,7 @@
-"""What a model's forward and its layers take on this machine, measured once and kept on disk.
+"""Measure the time of a model's forward and of its layers on this machine, once, and keep the timings on disk.
 
-Timings stand in one JSON file for each machine and kind of tensor, in the folder that the environment variable
-AUTOGATE_CACHE names, or beside torch's own cache (TORCH_HOME). Deleting a file has its timings taken again.
+There is one JSON file for each machine, device and number of threads. It is in the folder that the environment variable
+AUTOGATE_CACHE names, or else next to torch's own cache (TORCH_HOME). If you delete a file, its timings are taken again.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ from rewriters import fields_after, samples_in
 Layer = nn.modules.conv._ConvNd | nn.Linear
 
 SECONDS = 0.02
-"""Least time that a call is repeated for; the median of the repetitions counts."""
+"""Minimum time to repeat a call for, in seconds. The median of the repetitions counts."""
 
 
 @torch.no_grad()
 def seconds(call: Callable[[], Any]) -> float:
-    """Median seconds of a call, warmed up; a GPU's work is waited for."""
+    """Median seconds of a call after a warm-up, including the work of a GPU."""
     call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=SECONDS).median
 
 
 def time_model(model: nn.Module, layers: Sequence[Layer], inputs: Inputs) -> tuple[float, dict[Layer, list[Tensor]]]:
-    """Seconds of a model's forward over one sample in eval mode, and what its layers are called with in it.
+    """Time a model's forward over one sample in eval mode, and collect what its layers are called with.
 
     Args:
-        model: nothing in it changes.
+        model: the model; it is not changed.
         layers: modules that take one tensor.
-        inputs: a batch of samples; the first is taken.
+        inputs: a batch of samples; the first one is used.
+
+    Returns:
+        Seconds, and for each layer the inputs of its calls.
     """
     samples = samples_in(*inputs)
     args, kwargs = tree_map_only(Tensor, lambda x: x[:1] if x.ndim and len(x) == samples else x, inputs)
@@ -66,12 +69,12 @@ def time_model(model: nn.Module, layers: Sequence[Layer], inputs: Inputs) -> tup
 
 
 def narrowed(layer: Layer, widths: Sequence[int], whole_groups: bool) -> Layer:
-    """A layer like `layer` with a kernel of other widths, its values made up.
+    """A layer like `layer` whose kernel has other widths and random values.
 
     Args:
-        layer: a convolution or linear layer; nothing in it changes.
+        layer: a convolution or linear layer; it is not changed.
         widths: the first two dimensions of the new kernel.
-        whole_groups: a grouped convolution loses whole groups, and not the same places in every group.
+        whole_groups: whether a grouped convolution loses whole groups, not the same positions in every group.
     """
     weight = layer.weight
     shape = torch.Size((*widths, *weight.shape[2:]))
@@ -79,7 +82,7 @@ def narrowed(layer: Layer, widths: Sequence[int], whole_groups: bool) -> Layer:
     like = copy.copy(layer)
     like.__dict__.update(fields, _forward_hooks={}, _forward_pre_hooks={})
     outputs = int(fields.get("out_channels", fields.get("out_features", 0)))
-    # Strides go along: a kernel in channels_last runs another code.
+    # The strides are kept, because a channels_last kernel runs other code.
     made = torch.randn_like(weight.detach()[tuple(slice(size) for size in shape)])
     bias = None if layer.bias is None else nn.Parameter(weight.detach().new_zeros(outputs))
     like._parameters = {"weight": nn.Parameter(made, requires_grad=False), "bias": bias}
@@ -87,7 +90,7 @@ def narrowed(layer: Layer, widths: Sequence[int], whole_groups: bool) -> Layer:
 
 
 def machine(model: nn.Module) -> dict[str, Any]:
-    """What a timing holds for: the host, its processor, threads and torch, the model's device."""
+    """What timings are valid for: the host, the model's device, the number of threads and the version of torch."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     threads = torch.get_num_threads() if device.type == "cpu" else 0
@@ -95,13 +98,15 @@ def machine(model: nn.Module) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Where timings are kept."""
+    """The folder of the timings."""
     named = os.environ.get("AUTOGATE_CACHE")
     return Path(named) if named else Path(torch.hub.get_dir()).parent / "autogate"
 
 
 class Timings:
-    """Timings of layers by what was timed: read from a file on entering, written back on leaving.
+    """Timings of layers, looked up by what was timed.
+
+    They are read from a file on entering the context, and written back on leaving it.
 
     Args:
         on: the machine, see `machine`.
@@ -126,7 +131,7 @@ class Timings:
         if not self.taken:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may have written meanwhile: its timings stay beside these.
+        # Another process may have written in the meantime: its timings are kept.
         content = {"machine": self._machine, "seconds": {**self._read(), **self.taken}}
         with NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
             json.dump(content, file, indent=1, sort_keys=True)
@@ -139,7 +144,7 @@ class Timings:
             return {}
 
     def layer(self, layer: Layer, widths: Sequence[int], whole_groups: bool, x: Tensor) -> float:
-        """Seconds of a layer with a kernel of other widths, on an input like `x` with as many channels."""
+        """Seconds of a layer with a kernel of other widths, on an input like `x` with as many channels as it takes."""
         like = narrowed(layer, widths, whole_groups)
         channels, dim = (
             (like.in_features, x.ndim - 1)

@@ -1,4 +1,9 @@
-"""The command line: `autogate --help`."""
+"""The command line: `autogate --help`.
+
+Each command is a file that reads options and prints tables. What it prints comes as plain values from
+`autogate.inspection` (inspect, bench), `autogate.files` (export), `autogate.demo`, `autogate.training` (train,
+finalize) and `autogate.reporting` (report).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +22,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False, ric
 
 @app.callback()
 def main() -> None:
-    """Learn which channels a PyTorch model can do without, then make it physically smaller.
+    """Learn which channels a PyTorch model can do without, then make the model physically smaller.
 
-    Exit codes: 0, all went well; 1, it could not be done; 2, the command was not understood; 130 or 143, a run was
-    stopped by Ctrl-C or SIGTERM and can be gone on with.
+    Exit codes: 0 success; 1 error; 2 wrong usage; 130 or 143 a run was stopped by Ctrl-C or SIGTERM and can be resumed.
     """
 
 

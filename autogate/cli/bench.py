@@ -1,4 +1,4 @@
-"""`autogate bench`: latency and throughput of a slim model beside the dense one."""
+"""`autogate bench`: latency and throughput of a slim model, compared with the dense one."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ import torch
 import typer
 from rich.table import Table
 
-from autogate.cli.common import Debug, console, telling_errors, written_model
+from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.files import dense_model, load
 from autogate.inspection import Comparison, Duration, compare, short
 
 
-@telling_errors
+@one_line_errors
 def bench(
-    slim: Annotated[Path, typer.Argument(help="A file that autogate.save wrote.")],
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Samples; can be repeated. 1 and 64.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, if not that of prepare.")] = None,
-    device: Annotated[list[str] | None, typer.Option(help="cpu, cuda; can be repeated. All there are.")] = None,
-    eager: Annotated[bool, typer.Option("--eager", help="Leave torch.compile out.")] = False,
-    seconds: Annotated[float, typer.Option(min=0.01, help="To measure each for.")] = 1.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU; torch's own number.")] = None,
+    slim: Annotated[Path, typer.Argument(help="Slim model, as written by autogate.save or autogate train.")],
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help="Samples per batch; can be repeated. Default: 1 and 64.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images in pixels. Default: as given to prepare.")
+    ] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="cpu or cuda; can be repeated. Default: all available.")
+    ] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Measure only without torch.compile.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Time to measure each model for, in seconds.")] = 1.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Latency and throughput of a slim model beside the dense one, with random weights: median and quartiles.
+    """Measure latency and throughput of a slim model and of its dense model.
+
+    The dense model has random weights. Prints the median of all measurements, with quartiles.
 
     Example: autogate bench slim.safetensors --batch-size 1 --batch-size 64 --device cpu
     """

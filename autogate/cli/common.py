@@ -1,4 +1,7 @@
-"""What the commands share: consoles, errors told in a line, models looked up by name."""
+"""What the commands share: consoles, errors and warnings on one line, models by name or file.
+
+An error is printed on one line and the exit code is 1; with `--debug` it is raised. Wrong usage exits with 2.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from autogate.files import Build, build
+from autogate.files import TimmBuild, build_with_timm
 from rewriters import AutogateError
 
 console = Console()
@@ -27,11 +30,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def telling_errors(command: F) -> F:
-    """A command that tells an error in a line and exits with 1, and raises it where called with `debug`."""
+def one_line_errors(command: F) -> F:
+    """Print a command's errors on one line and exit with 1; with `--debug`, raise them."""
 
     @functools.wraps(command)
-    def told(*args: Any, **options: Any) -> Any:
+    def wrapped(*args: Any, **options: Any) -> Any:
         try:
             return command(*args, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -44,33 +47,33 @@ def telling_errors(command: F) -> F:
             errors.print(what, markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
-    return told  # type: ignore[return-value]
+    return wrapped  # type: ignore[return-value]
 
 
 def timm_model(name: str, classes: int | None = None) -> nn.Module:
-    """The timm model of that name, its weights random; a name that timm doesn't know is wrong usage."""
-    return build(Build(timm_name(name), {} if classes is None else {"num_classes": classes}))
+    """Build the timm model with this name, with random weights. An unknown name is wrong usage."""
+    return build_with_timm(TimmBuild(timm_name(name), {} if classes is None else {"num_classes": classes}))
 
 
 def timm_name(name: str) -> str:
-    """A name that timm has a model of; another is wrong usage."""
+    """Check that timm has a model with this name. An unknown name is wrong usage."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() has their names."
+        hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists all names."
         raise typer.BadParameter(f"timm has no model {name!r}. {hint}", param_hint="MODEL")
     return name
 
 
 def written_model(path: Path) -> Path:
-    """A file that is there; one that isn't is wrong usage."""
+    """Check that a file exists. A missing file is wrong usage."""
     if not path.is_file():
         raise typer.BadParameter(f"there is no file {path}.", param_hint="SLIM")
     return path
 
 
 @contextlib.contextmanager
-def telling_warnings() -> Iterator[None]:
-    """Warnings of what is done within are told in a line each."""
+def one_line_warnings() -> Iterator[None]:
+    """Print each warning raised within on one line."""
 
     def tell(message: Warning | str, *_: Any) -> None:
         errors.print("[yellow]warning:[/]", end=" ")
@@ -82,7 +85,7 @@ def telling_warnings() -> Iterator[None]:
 
 
 def images(model: nn.Module, side: int | None) -> torch.Tensor | None:
-    """A batch of two square images for `prepare`, None to leave the size to the model."""
+    """A batch of two square images for `prepare`; None if `side` is None, so that the model's own size is used."""
     if side is None:
         return None
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)

@@ -1,4 +1,4 @@
-"""`autogate demo`: the whole way on a small network, in a minute."""
+"""`autogate demo`: train, prune and check a small network, in a minute."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from autogate import demo as digits_demo
-from autogate.cli.common import Debug, console, telling_errors
+from autogate.cli.common import Debug, console, one_line_errors
 from autogate.files import save
 
 
-@telling_errors
+@one_line_errors
 def demo(
-    flops: Annotated[float, typer.Option(help="Share of the FLOPs to be left, in (0, 1].")] = 0.5,
-    dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs before the gates go in.")] = 6,
+    flops: Annotated[float, typer.Option(help="Share of the FLOPs to keep, in (0, 1].")] = 0.5,
+    dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs before gates are added.")] = 6,
     gated_epochs: Annotated[int, typer.Option(min=1, help="Epochs with gates.")] = 14,
-    seed: Annotated[int, typer.Option(help="For weights and data order.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where the slim model goes.")] = Path("autogate_demo_slim.safetensors"),
+    seed: Annotated[int, typer.Option(help="Seed for weights and data order.")] = 0,
+    out: Annotated[Path, typer.Option(help="File for the slim model.")] = Path("autogate_demo_slim.safetensors"),
     debug: Debug = False,
 ) -> None:
-    """Train, slim and check a small timm network on scikit-learn's handwritten digits.
+    """Try autogate in a minute: train, slim and check a small timm network on scikit-learn's handwritten digits.
 
     Example: autogate demo --flops 0.3
     """
-    torch.set_num_threads(1)  # the fastest for a network this small
+    torch.set_num_threads(1)  # fastest for a network this small
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=digits_demo.total_steps(dense_epochs, gated_epochs))
@@ -37,11 +37,11 @@ def demo(
         )
     console.print(_before_after(outcome))
     console.print(
-        f"gated and slim network: {outcome.differing} of the test images told apart differently, "
-        f"outputs equal to {outcome.error:.0e}"
+        f"gated and slim network: different predictions on {outcome.differing} of the test images, outputs equal to "
+        f"{outcome.error:.0e}"
     )
     save(outcome.model, out)
-    console.print(f"slim model saved to {out.resolve()} (autogate.load gives it back)", soft_wrap=True)
+    console.print(f"slim model saved to {out.resolve()} (read it with autogate.load)", soft_wrap=True)
 
 
 def _before_after(outcome: digits_demo.Outcome) -> Table:

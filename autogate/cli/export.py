@@ -1,4 +1,4 @@
-"""`autogate export`: a slim model for other runtimes."""
+"""`autogate export`: write a slim model for other runtimes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Annotated
 
 import typer
 
-from autogate.cli.common import Debug, console, telling_errors, written_model
+from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.files import load, to_onnx, to_torch_export
 
 
-@telling_errors
+@one_line_errors
 def export(
-    slim: Annotated[Path, typer.Argument(help="A file that autogate.save wrote.")],
-    onnx: Annotated[Path | None, typer.Option(help="Write an ONNX file here.")] = None,
-    torch_export: Annotated[Path | None, typer.Option(help="Write a torch.export program (.pt2) here.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images, if not that of prepare.")] = None,
+    slim: Annotated[Path, typer.Argument(help="Slim model, as written by autogate.save or autogate train.")],
+    onnx: Annotated[Path | None, typer.Option(help="ONNX file to write.")] = None,
+    torch_export: Annotated[Path | None, typer.Option(help="torch.export program (.pt2) to write.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images in pixels. Default: as given to prepare.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a slim model as an ONNX file or a torch.export program, for batches of any size.
+    """Export a slim model to ONNX or torch.export, for batches of any size.
 
-    What was written is read back and run beside the model; other outputs are an error.
+    Each file is read back and its outputs are compared with the model's; different outputs are an error.
 
     Example: autogate export slim.safetensors --onnx slim.onnx --torch-export slim.pt2
     """

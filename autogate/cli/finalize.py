@@ -1,4 +1,4 @@
-"""`autogate finalize`: the slim model of a run that was not finished."""
+"""`autogate finalize`: make the slim model of an unfinished run."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Annotated
 
 import typer
 
-from autogate.cli.common import Debug, console, telling_errors, telling_warnings
+from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings
 from autogate.inspection import short
 from autogate.training import finalize_checkpoint
 
 
-@telling_errors
+@one_line_errors
 def finalize(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or its last.pt.")],
-    out: Annotated[Path | None, typer.Option(help="Where the slim model goes. slim.safetensors beside it.")] = None,
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, or its last.pt.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File for the slim model. Default: slim.safetensors next to the checkpoint.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Take the closed channels out of a run's model as its checkpoint has it, wherever training stands.
+    """Make the slim model of a run from its last checkpoint, however far training is.
 
-    A budget that is not met yet is told with the numbers. The run can be gone on with afterwards.
+    If the budget is not met yet, a warning says so with the numbers. The run can be resumed afterwards.
 
     Example: autogate finalize runs/resnet50
     """
     if not checkpoint.exists():
         raise typer.BadParameter(f"there is nothing at {checkpoint}.", param_hint="CHECKPOINT")
-    with telling_warnings(), console.status("finalizing"):
+    with one_line_warnings(), console.status("finalizing"):
         found = finalize_checkpoint(checkpoint, out)
     result = found.result
     console.print(

@@ -1,4 +1,4 @@
-"""`autogate inspect`: what could go of a model, before anything is trained."""
+"""`autogate inspect`: what could be removed from a model, before anything is trained."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from autogate.cli.common import Debug, console, images, telling_errors, timm_model
+from autogate.cli.common import Debug, console, images, one_line_errors, timm_model
 from autogate.files import load
-from autogate.inspection import Inspection, Stage, draw, inspect_model, short
+from autogate.inspection import Inspection, Stage, draw_coupling_graph, inspect_model, short
 
 
-@telling_errors
+@one_line_errors
 def inspect(
-    model: Annotated[str, typer.Argument(help="A name of timm's, or a file that autogate.save wrote.")],
-    flops: Annotated[float, typer.Option(help="Share of the FLOPs to be left, in (0, 1].")] = 0.5,
+    model: Annotated[str, typer.Argument(help="Name of a timm model, or a file that autogate.save wrote.")],
+    flops: Annotated[float, typer.Option(help="Share of the FLOPs to keep, in (0, 1].")] = 0.5,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images; the model's own if left out.")
+        int | None, typer.Option(min=1, help="Side of the images in pixels. Default: the model's own.")
     ] = None,
-    classes: Annotated[int | None, typer.Option(min=0, help="Outputs of the classifier.")] = None,
-    shortcuts: Annotated[str, typer.Option(help='"shared", or "conv": 1x1 convolutions on the shortcuts.')] = "shared",
-    ignore: Annotated[list[str] | None, typer.Option(help="A module whose channels all stay; can be repeated.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="FLOPs by layer, not by stage.")] = False,
-    graph: Annotated[Path | None, typer.Option(help="Draw the coupling graph to this file (svg, png, pdf).")] = None,
+    classes: Annotated[int | None, typer.Option(min=0, help="Number of classes. Default: the model's own.")] = None,
+    shortcuts: Annotated[
+        str, typer.Option(help='"shared", or "conv" for 1x1 convolutions on identity shortcuts.')
+    ] = "shared",
+    ignore: Annotated[list[str] | None, typer.Option(help="Module whose channels all stay; can be repeated.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show FLOPs by layer instead of by stage.")] = False,
+    graph: Annotated[Path | None, typer.Option(help="File to draw the coupling graph to (svg, png, pdf).")] = None,
     debug: Debug = False,
 ) -> None:
-    """Groups of coupled channels, what is pinned and why, where the FLOPs are, what a budget would leave.
+    """Show which channels of a model could be removed, which are pinned and why, and what a budget would leave.
 
-    Nothing is trained or downloaded.
+    Prints groups of coupled channels, pinned channels, and FLOPs by stage. Nothing is trained or downloaded.
 
     Example: autogate inspect resnet50 --flops 0.5 --graph groups.svg
     """
     network = load(model) if Path(model).suffix and Path(model).is_file() else timm_model(model, classes)
-    with console.status("reading the model"):
+    with console.status("analysing the model"):
         found = inspect_model(
             network, images(network, image_size), flops=flops, ignore=ignore or (), shortcuts=shortcuts, by_layer=layers
         )
@@ -45,12 +47,14 @@ def inspect(
     console.print(_stages(found, "layer" if layers else "stage"))
     console.print(_budget(found))
     if graph is not None:
-        draw(found.channel_map, graph)
+        draw_coupling_graph(found.channel_map, graph)
         console.print(f"coupling graph drawn to {graph.resolve()}", soft_wrap=True, highlight=False)
 
 
 def _groups(found: Inspection, name: str) -> Table:
-    table = Table("group", "channels", "made by", "read by", "FLOPs a channel", title=f"Channels of {name} that may go")
+    table = Table(
+        "group", "channels", "output of", "input of", "FLOPs per channel", title=f"Removable channels of {name}"
+    )
     for column in (table.columns[1], table.columns[4]):
         column.justify = "right"
     for index, group in enumerate(found.groups):
@@ -64,7 +68,7 @@ def _few(names: tuple[str, ...], most: int = 3) -> str:
 
 
 def _pins(found: Inspection) -> Table:
-    table = Table("at", "op", "why", "what stays", title="Channels that always stay")
+    table = Table("pinned at", "op", "reason", "channels", title="Pinned channels")
     for pin in found.pins:
         sides = _few(tuple(map(str, pin.sides)), 1)
         table.add_row(escape(pin.module or "(outputs)"), escape(pin.op), escape(pin.reason), sides)
@@ -72,10 +76,10 @@ def _pins(found: Inspection) -> Table:
 
 
 def _stages(found: Inspection, kind: str) -> Table:
-    table = Table(kind, "FLOPs", "of the whole", "left", title="Multiply-adds of one sample")
+    table = Table(kind, "FLOPs", "share", "left", title="FLOPs (multiply-adds) for one sample")
     for column in table.columns[1:]:
         column.justify = "right"
-    for stage in (*found.stages, Stage("together", found.all_flops, found.flops)):
+    for stage in (*found.stages, Stage("total", found.all_flops, found.flops)):
         part = stage.all_flops / found.all_flops if found.all_flops else 0.0
         left = stage.flops / stage.all_flops if stage.all_flops else 0.0
         table.add_row(escape(stage.name), short(stage.all_flops), f"{part:.1%}", f"{left:.0%}")
@@ -84,7 +88,7 @@ def _stages(found: Inspection, kind: str) -> Table:
 
 def _budget(found: Inspection) -> str:
     return (
-        f"Every group keeping {found.keep:.0%} of its channels leaves {found.flops / found.all_flops:.1%} of "
+        f"If every group keeps {found.keep:.0%} of its channels, {found.flops / found.all_flops:.1%} of "
         f"{short(found.all_flops)} FLOPs and {found.params / found.all_params:.1%} of {short(found.all_params)} "
-        f"parameters. The least that could be left is {found.least:.1%} of the FLOPs."
+        f"parameters are left. The smallest possible share of the FLOPs is {found.least:.1%}."
     )

@@ -1,4 +1,4 @@
-"""`autogate report`: a page that shows a run."""
+"""`autogate report`: a page about a run."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from typing import Annotated
 
 import typer
 
-from autogate.cli.common import Debug, console, telling_errors
+from autogate.cli.common import Debug, console, one_line_errors
 from autogate.reporting import read_report, write_report
 
 
-@telling_errors
+@one_line_errors
 def report(
-    run: Annotated[Path, typer.Argument(help="A folder that autogate train wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The folder for it. RUN/report.")] = None,
-    latency: Annotated[bool, typer.Option("--latency", help="Time the slim model beside the dense one.")] = False,
-    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="To time; can be repeated. 1 and 64.")] = None,
+    run: Annotated[Path, typer.Argument(help="Folder of a run, written by autogate train.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the page. Default: RUN/report.")] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Measure the latency of the slim and the dense model too.")
+    ] = False,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Samples per batch for --latency; can be repeated. Default: 1 and 64."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show a run on a page of its own, with pictures: channels, gates, FLOPs and accuracy over time, coupling.
+    """Write an HTML page about a run: FLOPs and accuracy over time, channels of each layer, gates, coupling graph.
 
-    The page loads nothing from elsewhere. The run need not be finished.
+    The page is self-contained. The run need not be finished.
 
     Example: autogate report runs/resnet50 --latency
     """

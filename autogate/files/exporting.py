@@ -1,4 +1,4 @@
-"""Slim models as torch.export programs and ONNX files, each read back and run beside the model."""
+"""Export slim models as torch.export programs and ONNX files, and compare what was written with the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.files.slim_files import in_place_of
+from autogate.files.atomic_write import atomic_write
 from autogate.inputs import Inputs
 from autogate.slim import History, history_of, read_inputs
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
@@ -19,25 +19,29 @@ from rewriters.recording import tensors_of
 from rewriters.verify import full_precision
 
 TOLERANCE = 1e-4
-"""Largest relative difference that is accepted between the model's outputs and the exported one's."""
+"""Largest accepted relative difference between the outputs of the model and of the exported one."""
 
 
 def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
-    """Random inputs like those that a slim model was prepared with, of `batch` samples.
+    """Random inputs like those that a slim model was prepared with, for `batch` samples.
 
     Args:
-        side: of square images, where the only tensor among the inputs holds such; as they were, if None.
+        slim: a slim model.
+        batch: number of samples.
+        side: side of square images, if the inputs are one batch of images; the original size if None.
 
     Raises:
-        AutogateError: it remembers no inputs.
+        AutogateError: the model has no record of its example inputs, or `side` is given and they are not images.
     """
     history = history_of(slim)
     if not isinstance(history, History) or history.slimmings[-1].inputs is None:
-        raise AutogateError("it remembers no example inputs.", where=type(slim).__name__)
+        raise AutogateError("it has no record of its example inputs.", where=type(slim).__name__)
     inputs = read_inputs(history.slimmings[-1].inputs)
     tensors = tensors_of(inputs)
     if side is not None and (len(tensors) != 1 or tensors[0].ndim != 4):
-        raise AutogateError("it takes other inputs than images.", where=type(slim).__name__)
+        raise AutogateError(
+            "its inputs are not one batch of images, so their size can't be changed.", where=type(slim).__name__
+        )
     samples = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
     at = next(slim.parameters()).device
 
@@ -56,15 +60,20 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
 def to_torch_export(slim: nn.Module, path: Path, side: int | None = None) -> float:
     """Write a slim model in eval mode as a torch.export program, for batches of any size.
 
+    Args:
+        slim: a slim model.
+        path: path of the file, by convention "*.pt2".
+        side: side of square images; that of the example inputs if None.
+
     Returns:
-        The largest relative difference of its outputs, over batches of two and three samples.
+        The largest relative difference between the outputs, over batches of two and of three samples.
 
     Raises:
-        AutogateError: torch.export can't follow the model, or the file can't be written.
-        VerificationError: the program gives other outputs; there is no file then.
+        AutogateError: torch.export can't export the model, or the file can't be written.
+        VerificationError: the outputs of the program differ; no file is written.
     """
     program = _program(slim, side)
-    with in_place_of(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.export.save(program, temporary)
         loaded = torch.export.load(temporary).module()
         return _compare(slim, side, path, lambda args, kwargs: loaded(*args, **kwargs))
@@ -73,12 +82,18 @@ def to_torch_export(slim: nn.Module, path: Path, side: int | None = None) -> flo
 def to_onnx(slim: nn.Module, path: Path, side: int | None = None) -> float:
     """Write a slim model in eval mode as an ONNX file, for batches of any size.
 
+    Args:
+        slim: a slim model.
+        path: path of the file, by convention "*.onnx".
+        side: side of square images; that of the example inputs if None.
+
     Returns:
-        The largest relative difference of its outputs under onnxruntime, over batches of two and three samples.
+        The largest relative difference between the outputs under onnxruntime, over batches of two and of three samples.
 
     Raises:
-        AutogateError: onnx, onnxscript or onnxruntime is not installed, or the model can't be expressed.
-        VerificationError: the file would give other outputs; there is none then.
+        AutogateError: onnx, onnxscript or onnxruntime is not installed, the model can't be exported, or the file can't
+            be written.
+        VerificationError: the outputs of the file would differ; no file is written.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
@@ -89,10 +104,10 @@ def to_onnx(slim: nn.Module, path: Path, side: int | None = None) -> float:
     program = _program(slim, side)
     try:
         written = torch.onnx.export(program, args, kwargs=kwargs, dynamo=True, verbose=False)
-    except Exception as error:  # whatever an operator raises that ONNX has no word for
-        raise AutogateError(f"torch.onnx can't express it: {error}", where=type(slim).__name__) from error
-    assert written is not None  # where it isn't told to write a file
-    with in_place_of(path) as temporary:
+    except Exception as error:  # operators that ONNX lacks raise errors of all kinds
+        raise AutogateError(f"torch.onnx can't export it: {error}", where=type(slim).__name__) from error
+    assert written is not None  # None is returned only if a file is given
+    with atomic_write(path) as temporary:
         written.save(str(temporary), external_data=False)
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         names = [entry.name for entry in session.get_inputs()]
@@ -115,8 +130,8 @@ def _program(slim: nn.Module, side: int | None) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
             return torch.export.export(slim, args, kwargs, dynamic_shapes=shapes)
-    except Exception as error:  # whatever user code does that torch.export does not foresee
-        raise AutogateError(f"torch.export can't follow it: {error}", where=type(slim).__name__) from error
+    except Exception as error:  # user code can raise anything under torch.export
+        raise AutogateError(f"torch.export can't export it: {error}", where=type(slim).__name__) from error
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -132,7 +147,8 @@ def _compare(slim: nn.Module, side: int | None, path: Path, run: Callable[[Any, 
         worst = max(worst, relative_error(got, [leaf.cpu() for leaf in wanted] if _on_cpu(got) else wanted))
     if not worst <= TOLERANCE:
         raise VerificationError(
-            f"its outputs differ by {worst:.1e} of their size from the slim model's, more than {TOLERANCE:.0e}.",
+            f"its outputs differ from the slim model's by {worst:.1e} of their size, more than {TOLERANCE:.0e}. It "
+            "was not written.",
             where=str(path),
             remedy="Please report the model.",
         )

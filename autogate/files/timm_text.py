@@ -1,8 +1,8 @@
 """timm's own form of a pruned model: a text of tensor shapes, by which timm narrows the layers of the dense model.
 
-"conv1.weight:[32, 3, 3, 3]***bn1.weight:[32]***..." is what timm keeps in `timm/models/_pruned` for the models that
-it ships pruned, and what its `adapt_model_from_string` reads. It tells the widths of 2-d convolutions, batch norms
-and linear layers. It has no word for other layers that change their width, nor for forwards that change.
+"conv1.weight:[32, 3, 3, 3]***bn1.weight:[32]***..." is what timm keeps in `timm/models/_pruned` for its pruned models,
+and what its `adapt_model_from_string` reads. It states the widths of 2-d convolutions, batch norms and linear layers.
+It can't express other layers that change their width, or forwards that change.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from timm.models import adapt_model_from_string
 from torch import nn
 
-from autogate.files.building import build, how_to_build
+from autogate.files.timm_builds import build_with_timm, find_timm_build
 from autogate.slim import describe_tensors, first_difference, history_of
 from autogate.wrappers import unwrap
 from rewriters import AutogateError
@@ -21,9 +21,10 @@ _BETWEEN = "***"
 
 
 def to_timm_text(slim: nn.Module, dense: nn.Module | None = None) -> str:
-    """The shapes of a slim model in the form that `timm.models.adapt_model_from_string(dense, text)` reads.
+    """Write the shapes of a slim model as the text that `timm.models.adapt_model_from_string(dense, text)` reads.
 
-    timm is let narrow the dense model by the text, to see that this is the slim model but for its weights.
+    To check the text, timm narrows the dense model with it, and the result is compared with the slim model. Everything
+    but the weights must be the same.
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
@@ -39,18 +40,20 @@ def to_timm_text(slim: nn.Module, dense: nn.Module | None = None) -> str:
         <All keys matched successfully>
 
     Args:
-        slim: as `finalize` returned it; or any model, such as those that timm ships pruned.
-        dense: the model it was slimmed from. If None, timm builds it, as for `load`; a model that was never
-            slimmed is taken for its own.
+        slim: the model that `finalize` returned, or any other, such as timm's pruned models.
+        dense: the model that it was slimmed from. If None, timm builds it, as for `load`; a model that was never
+            slimmed is taken for its own dense model.
 
     Raises:
-        AutogateError: the form can't express it; the message names the module or tensor.
+        AutogateError: the text can't express the model. The message names the module or tensor.
     """
     slim = unwrap(slim)
     for path, module in slim.named_modules():
         if isinstance(module.__dict__.get("forward"), RewrittenForward):
             raise AutogateError(
-                "its forward was rewritten, which a text of shapes can't tell.", where=path, remedy="Use autogate.save."
+                "its forward was rewritten, which a text of shapes can't express.",
+                where=path,
+                remedy="Use autogate.save.",
             )
     text = _BETWEEN.join(f"{name}:{list(tensor.shape)}" for name, tensor in slim.state_dict().items())
     try:
@@ -58,7 +61,7 @@ def to_timm_text(slim: nn.Module, dense: nn.Module | None = None) -> str:
             narrow = adapt_model_from_string(_dense(slim) if dense is None else dense, text)
     except AutogateError:
         raise
-    except Exception as error:  # a layer without the tensors that timm expects of it
+    except Exception as error:  # such as a layer that lacks a tensor timm expects
         raise AutogateError(
             f"timm can't narrow its dense model: {type(error).__name__}: {error}.",
             where=type(slim).__name__,
@@ -69,7 +72,7 @@ def to_timm_text(slim: nn.Module, dense: nn.Module | None = None) -> str:
         if different is not None:
             name, timms, ours = different
             raise AutogateError(
-                f"timm, reading a text of shapes, makes it {timms}, and it is {ours}.",
+                f"timm makes it {timms} when it reads the text of shapes, and it is {ours} in the slim model.",
                 where=name,
                 remedy="Use autogate.save.",
             )
@@ -77,14 +80,14 @@ def to_timm_text(slim: nn.Module, dense: nn.Module | None = None) -> str:
 
 
 def read_timm_text(text: str) -> dict[str, tuple[int, ...]]:
-    """Shapes by name from a text of timm's form.
+    """Parse a text of shapes into shapes by name.
 
         >>> from autogate.files.timm_text import read_timm_text
         >>> read_timm_text("conv1.weight:[32, 3, 3, 3]***bn1.num_batches_tracked:[]")
         {'conv1.weight': (32, 3, 3, 3), 'bn1.num_batches_tracked': ()}
 
     Raises:
-        AutogateError: an entry is not of the form "name:[size, ...]".
+        AutogateError: an entry doesn't have the form "name:[size, ...]".
     """
     shapes = {}
     for entry in text.strip().split(_BETWEEN):
@@ -92,7 +95,7 @@ def read_timm_text(text: str) -> dict[str, tuple[int, ...]]:
         numbers = [number.strip() for number in sizes[1:-1].split(",") if number.strip()]
         if not name or sizes[:1] + sizes[-1:] != "[]" or not all(number.isdecimal() for number in numbers):
             raise AutogateError(
-                f"{entry[:60]!r} is no entry of a text of shapes.", remedy='Entries are of the form "name:[2, 3]".'
+                f"{entry[:60]!r} is not an entry of a text of shapes.", remedy='Entries have the form "name:[2, 3]".'
             )
         shapes[name] = tuple(map(int, numbers))
     return shapes
@@ -102,14 +105,14 @@ def _dense(slim: nn.Module) -> nn.Module:
     history = history_of(slim)
     if history is None:
         return slim
-    how, why_not = how_to_build(slim, history)
+    how, why_not = find_timm_build(slim, history)
     if how is None:
         raise AutogateError(
-            f"the dense model is needed to try the text on, for {why_not}.",
+            f"the dense model is needed to check the text, and timm can't build it: {why_not}.",
             where=type(slim).__name__,
-            remedy="Give it: to_timm_text(slim, dense).",
+            remedy="Pass the dense model: to_timm_text(slim, dense).",
         )
-    return build(how)
+    return build_with_timm(how)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

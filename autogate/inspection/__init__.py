@@ -1,7 +1,8 @@
-"""Tables of a model: what is left, what could go, how long it takes."""
+"""Tables about a model: what is left under gates, what could be removed, how long it takes."""
 
 from autogate.inspection.comparison import Comparison, Duration, compare
-from autogate.inspection.coupling import Inspection, Stage, draw, inspect_model
+from autogate.inspection.coupling_graph import draw_coupling_graph
+from autogate.inspection.model_inspection import Inspection, Stage, inspect_model
 from autogate.inspection.summary import Summary, short, summarise
 
 __all__ = [
@@ -11,7 +12,7 @@ __all__ = [
     "Stage",
     "Summary",
     "compare",
-    "draw",
+    "draw_coupling_graph",
     "inspect_model",
     "short",
     "summarise",

@@ -1,4 +1,4 @@
-"""How long a slim model takes beside the dense one."""
+"""Measure how long a slim model takes, compared with the dense one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from autogate.inputs import Inputs
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds that a forward pass takes, over several measurements.
+    """Seconds of a forward pass, over several measurements.
 
     Attributes:
-        median: of all measurements.
+        median: median of all measurements.
         low, high: quartiles.
     """
 
@@ -33,10 +33,10 @@ class Comparison:
     """A dense and a slim model on the same inputs.
 
     Attributes:
-        device: "cpu", "cuda".
-        compiled: by torch.compile.
-        batch: samples.
-        dense, slim: seconds a batch takes, or why it could not be run.
+        device: "cpu" or "cuda".
+        compiled: whether by torch.compile.
+        batch: number of samples.
+        dense, slim: seconds per batch, or why the model could not be run.
     """
 
     device: str
@@ -50,15 +50,15 @@ def compare(
     dense: nn.Module, slim: nn.Module, *, batches: Sequence[int] = (1, 64), devices: Sequence[str] | None = None,
     compiled: Sequence[bool] = (False, True), seconds: float = 1.0, side: int | None = None,
 ) -> Iterator[Comparison]:  # fmt: skip
-    """Time both models in eval mode, the one after the other in turns so that both see the same machine.
+    """Time both models in eval mode. They take turns, so that both see the machine in the same state.
 
     Args:
-        dense, slim: moved to each device, and put in eval mode.
+        dense, slim: the models. They are moved to each device and put in eval mode.
         batches: numbers of samples.
-        devices: the CPU and, where there is one, the GPU, if None.
-        compiled: whether by torch.compile; both in turn by default.
-        seconds: to measure each for, at the least.
-        side: of square images, if not that of `prepare`.
+        devices: devices; the CPU and, if there is one, the GPU if None.
+        compiled: whether to use torch.compile; by default both without and with it.
+        seconds: minimum time to measure each model for.
+        side: side of square images, if not that of the example inputs.
     """
     for device in devices or ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         dense, slim = dense.to(device).eval(), slim.to(device).eval()
@@ -81,14 +81,14 @@ def _in_turns(models: list[nn.Module], inputs: Inputs, by_compiler: bool, second
 
 
 def _timer(model: nn.Module, inputs: Inputs, by_compiler: bool) -> Timer | str:
-    """A timer whose model has run, or why it doesn't run."""
+    """A timer for a model that has run once, or why the model doesn't run."""
     args, kwargs = inputs
     try:
         torch.compiler.reset()
         run: Any = torch.compile(model) if by_compiler else model
         with torch.inference_mode():
             run(*args, **kwargs)
-    except Exception as error:  # no compiler, too little memory
+    except Exception as error:  # such as a missing compiler or too little memory
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     names = {"run": run, "args": args, "kwargs": kwargs, "torch": torch}
     statement = "with torch.inference_mode(): run(*args, **kwargs)"

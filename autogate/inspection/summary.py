@@ -1,4 +1,4 @@
-"""What is left of a model under its gates, layer by layer, and what stays because it has to."""
+"""What is left of a model under its gates, layer by layer, and what is pinned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rewriters import ChannelMap, Kernel, Pin, Side
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer: channels left and in all, on both sides, and its cost."""
+    """A convolution or linear layer: its channels left and in all, on both sides, and its multiply-adds."""
 
     module: str
     inputs: int
@@ -29,17 +29,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts are for one sample; FLOPs are multiply-adds of convolutions and linear layers, as fvcore counts.
+    """The state of a prepared model. Print it for a table.
+
+    Counts are for one sample. FLOPs are multiply-adds of convolutions and linear layers, as fvcore counts them.
 
     Attributes:
-        flops, all_flops: left under the gates, and of the whole model as it was given to `prepare`.
-        params, all_params: parameters likewise.
+        flops, all_flops: FLOPs left under the gates, and of the model as it was given to `prepare`.
+        params, all_params: the same for parameters.
         reach: part of `all_flops` in layers that have a gate on their input or output side.
-        layers: in the order they run.
-        shortcuts: those of the layers that `prepare` put in the place of identity shortcuts; they count in
-            what is left and not in the whole.
+        layers: all layers, in the order they run.
+        shortcuts: the layers among them that `prepare` added for identity shortcuts. They count in `flops` and
+            `params`, but not in `all_flops` and `all_params`.
         pins: channels that always stay, by the op that needs them.
-        progress: where learning stands.
+        progress: how far the gates are.
     """
 
     flops: float
@@ -64,7 +66,7 @@ class Summary:
 
 
 def summarise(model: nn.Module, bank: GateBank) -> Summary:
-    """The state of `model` under `bank`'s gates as they stand (alphas set by hand included)."""
+    """Summarise `model` under the current state of `bank`'s gates, including alphas set by hand."""
     channel_map, live = bank.channel_map, (bank.live & (bank.alpha != 0)).cpu()
     layers = tuple(_layer(channel_map, live, kernel) for kernel in channel_map.kernels)
     added = {kernel.module for kernel in channel_map.kernels if kernel.weight in bank.added}
@@ -123,7 +125,7 @@ def _share(left: float, whole: float) -> str:
 
 
 def short(number: float) -> str:
-    """A number with a unit: 4.09 G."""
+    """A number with a unit prefix: 4.09 G."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
@@ -147,7 +149,7 @@ def _layers(summary: Summary) -> Table:
 
 
 def _shortcuts(summary: Summary) -> Table:
-    table = Table("1x1 convolution for a shortcut", "inputs", "outputs", "FLOPs", "of the whole")
+    table = Table("1x1 convolution on a shortcut", "inputs", "outputs", "FLOPs", "share of all FLOPs")
     for column in table.columns[1:]:
         column.justify = "right"
     for layer in summary.shortcuts:
@@ -159,12 +161,12 @@ def _shortcuts(summary: Summary) -> Table:
             f"{layer.macs / summary.all_flops:.1%}",
         )
     cost = sum(layer.macs for layer in summary.shortcuts)
-    table.add_row("together", "", "", short(cost), f"{cost / summary.all_flops:.1%}")
+    table.add_row("total", "", "", short(cost), f"{cost / summary.all_flops:.1%}")
     return table
 
 
 def _pins(summary: Summary) -> Table:
-    table = Table("pinned at", "op", "why", "what stays")
+    table = Table("pinned at", "op", "reason", "channels")
     for pin in summary.pins:
         more = f" and {len(pin.sides) - 1} more" if len(pin.sides) > 1 else ""
         table.add_row(pin.module or "(outputs)", pin.op, pin.reason, f"{pin.sides[0]}{more}")

@@ -1,4 +1,4 @@
-"""A page that shows a training run: what `autogate report` writes."""
+"""An HTML page about a training run: what `autogate report` writes."""
 
 from autogate.reporting.page import Report, read_report, write_report
 

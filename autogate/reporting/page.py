@@ -1,4 +1,7 @@
-"""One page about a run, with nothing to be loaded from anywhere, and its figures as PNG files."""
+"""Write one self-contained HTML page about a run, and its figures as PNG files.
+
+The page is made from the run's folder, and the dense model's channels, which are analysed again.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,22 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from autogate.files import dense_model, in_place_of, load
-from autogate.inspection import Comparison, Duration, compare, draw, inspect_model, short
+from autogate.files import atomic_write, dense_model, load
+from autogate.inspection import Comparison, Duration, compare, draw_coupling_graph, inspect_model, short
 from autogate.training import EpochRow, GateRow, Result, RunFolder, RunInfo, build_network
 from rewriters import AutogateError, ChannelMap
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a page tells.
+    """The content of a page.
 
     Attributes:
-        name: of the run's folder.
-        info, rows, gates, result: as the folder has them.
+        name: name of the run's folder.
+        info, rows, gates, result: as in the run's folder.
         channel_map: the dense model's channels.
-        latency: the slim model's beside the dense one's; empty where it was not measured.
-        threads: on the CPU, while that was measured.
+        latency: latency of the slim and the dense model; empty if it was not measured.
+        threads: CPU threads during that measurement.
     """
 
     name: str
@@ -43,7 +46,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A figure of the page: the name of its file, a title, a line about it, the drawing, its class in the style."""
+    """A figure of the page: name of its file, title, one line of text, the drawing, and its CSS class."""
 
     name: str
     title: str
@@ -56,17 +59,20 @@ def read_report(run: Path, latency: bool = False, batches: Sequence[int] = (1, 6
     """Read a run's folder.
 
     Args:
-        run: the folder; the run need not be finished.
-        latency: time the slim model beside the dense one, in eager mode, which takes some seconds for each row.
-        batches: to time them for.
+        run: the folder. The run need not be finished.
+        latency: whether to measure the latency of the slim and the dense model, in eager mode. This takes some seconds
+            for each batch size.
+        batches: batch sizes to measure.
 
     Raises:
-        AutogateError: there is no run, or no epoch of it is over yet, or no slim model to be timed.
+        AutogateError: there is no run, its first evaluation is not done, or it has no slim model to measure.
     """
     folder = RunFolder(run)
     info, rows = folder.info(), folder.metrics()
     if not rows:
-        raise AutogateError("there is nothing to tell yet: the dense model is being evaluated.", where=str(run))
+        raise AutogateError(
+            "there is nothing to report yet: the evaluation of the dense model isn't done.", where=str(run)
+        )
     network, budget = info.recipe.network, info.recipe.budget
     model = build_network(network, info.num_classes, weights=False)
     example = torch.randn(2, *info.input_size)
@@ -75,7 +81,9 @@ def read_report(run: Path, latency: bool = False, batches: Sequence[int] = (1, 6
     if latency:
         if not folder.slim_file.is_file():
             raise AutogateError(
-                "there is no slim model to be timed yet.", where=str(run), remedy=f"autogate finalize {run} makes one."
+                "there is no slim model to measure yet.",
+                where=str(run),
+                remedy=f"Make one with autogate finalize {run}.",
             )
         models = dense_model(folder.slim_file), load(folder.slim_file)
         timed = tuple(compare(*models, batches=batches, compiled=(False,)))
@@ -89,11 +97,11 @@ def write_report(report: Report, out: Path) -> Path:
     """Write the page, index.html, and a PNG file for each of its figures.
 
     Args:
-        report: what to tell.
-        out: a folder, which need not be there yet.
+        report: the content.
+        out: a folder, which need not exist yet.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
         AutogateError: matplotlib is not installed, or the files can't be written.
@@ -103,7 +111,7 @@ def write_report(report: Report, out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AutogateError(f"it can't be made: {error}.", where=str(out)) from error
+        raise AutogateError(f"the folder can't be made: {error}.", where=str(out)) from error
     environment = Environment(
         loader=PackageLoader("autogate.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -116,7 +124,7 @@ def write_report(report: Report, out: Path) -> Path:
         options=_options(report.info),
         last=report.rows[-1],
     )
-    with in_place_of(out / "index.html") as temporary:
+    with atomic_write(out / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return out / "index.html"
 
@@ -135,23 +143,23 @@ def _pictures(report: Report, out: Path) -> list[_Picture]:
     for name, figure in figures.items():
         plots.as_png(figure, out / f"{name}.png")
     with plots.styled(), tempfile.TemporaryDirectory() as folder:
-        draw(report.channel_map, out / "groups.png")
-        draw(report.channel_map, Path(folder) / "groups.svg")
+        draw_coupling_graph(report.channel_map, out / "groups.png")
+        draw_coupling_graph(report.channel_map, Path(folder) / "groups.svg")
         drawn["groups"] = Markup(plots.only_svg((Path(folder) / "groups.svg").read_text(encoding="utf-8")))
     return [
         _Picture("course", "What is left, and the accuracy", "Epoch 0 is the dense model.", drawn["course"]),
         _Picture("widths", "Channels of each layer", f"After epoch {last.epoch}.", drawn["widths"], "tall"),
-        _Picture("gates", "Gates", "How many have which value after each epoch.", drawn["gates"]),
+        _Picture("gates", "Gates", "Number of gates by value, after each epoch.", drawn["gates"]),
         _Picture(
             "groups", "Coupled channels",
-            "Kernels on the left, in the order they run; on the right groups of channels that live or die together.",
+            "Left: kernels, in the order they run. Right: groups of coupled channels.",
             drawn["groups"], "wide",
         ),
     ]  # fmt: skip
 
 
 def _numbers(report: Report) -> list[tuple[str, str, str, str]]:
-    """The table of what the run came to: a name, dense, now, and their ratio."""
+    """The rows of the table of results: a name, dense, now, and their ratio."""
     info, last, result = report.info, report.rows[-1], report.result
     flops, params = (last.flops * info.flops, last.params * info.params)
     accuracy = last.accuracy if last.ema_accuracy is None else last.ema_accuracy
@@ -181,7 +189,7 @@ def _milliseconds(time: Duration | str) -> str:
 
 
 def _options(info: RunInfo) -> list[tuple[str, Any]]:
-    """What was asked for, but for what was left out."""
+    """The options of the run, without those that are off."""
     found: list[tuple[str, Any]] = []
     for name, value in asdict(info.recipe).items():
         parts = value.items() if isinstance(value, dict) else [(name, value)]

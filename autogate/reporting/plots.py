@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn with matplotlib from what stands in its folder."""
+"""Figures of a run, drawn with matplotlib from the files in its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from autogate.training import BINS, EpochRow, GateRow, Result, RunInfo
 
 WIDTH = 4.6
-"""Inches: at this width the labels can be read on a phone, where a figure is as wide as the screen."""
+"""Width of a figure in inches. At this width labels are legible on a phone, where the figure fills the screen."""
 
 DENSE, SLIM, OTHER = "#c9d3df", "#2f6db5", "#c8553d"
 
@@ -30,7 +30,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def widths(info: RunInfo, last: GateRow) -> Figure:
-    """Output channels of each layer, in the dense model and now."""
+    """Draw the output channels of each layer, in the dense model and now."""
     names = [layer.module for layer in info.layers]
     places = np.arange(len(names))
     figure, axes = _figure(0.9 + 0.17 * len(names))
@@ -45,7 +45,7 @@ def widths(info: RunInfo, last: GateRow) -> Figure:
 
 
 def gate_histogram(gates: Sequence[GateRow]) -> Figure:
-    """How many gates have which value, epoch by epoch; the lowest row are those that are closed for good."""
+    """Draw how many gates have which value, by epoch. The lowest row is the dead gates."""
     counts = np.array([(line.dead, *line.histogram) for line in gates], dtype=float).T
     epochs = [line.epoch for line in gates]
     figure, axes = _figure(2.9)
@@ -54,7 +54,7 @@ def gate_histogram(gates: Sequence[GateRow]) -> Figure:
     shown = np.ma.masked_equal(counts, 0)
     mesh = axes.pcolormesh(steps, edges, shown, cmap="YlGnBu", norm=LogNorm(1, max(counts.max(), 2)))
     axes.axhline(0, color="white", linewidth=2)
-    axes.set_yticks([-0.05, 0.5, 1.0], ["closed", "0.5", "1"])
+    axes.set_yticks([-0.05, 0.5, 1.0], ["dead", "0.5", "1"])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     axes.set_ylabel("gate")
@@ -63,7 +63,7 @@ def gate_histogram(gates: Sequence[GateRow]) -> Figure:
 
 
 def course(info: RunInfo, rows: Sequence[EpochRow], result: Result | None) -> Figure:
-    """What is left and the accuracy, epoch by epoch."""
+    """Draw the shares left and the accuracy, by epoch."""
     epochs = [row.epoch for row in rows]
     figure, (left, right) = _figure(4.2, rows=2)
     left.plot(epochs, [100 * row.flops for row in rows], "o-", color=SLIM, markersize=3, label="FLOPs")
@@ -89,12 +89,12 @@ def course(info: RunInfo, rows: Sequence[EpochRow], result: Result | None) -> Fi
 
 
 def styled() -> Any:
-    """The look of the figures; a context to draw and to save in."""
+    """A context with the style of the figures, for drawing and saving them."""
     return rc_context(_STYLE)
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """A figure as an svg element, the same each time."""
+    """A figure as an svg element, the same text each time."""
     text = io.StringIO()
     with rc_context({**_STYLE, "svg.hashsalt": name}):
         figure.savefig(text, format="svg", metadata={"Date": None})

@@ -1,44 +1,51 @@
-"""From closed gates to the slim model: carried out, verified, written down as a `History`."""
+"""From dead classes to the slim model: slimmed, verified, and recorded in a `History`."""
 
-from autogate.slim.finalizing import Origin, check_finite, check_whole, take_out, verify
+from autogate.slim.finalizing import PrepareRecord, check_finite, check_not_sharded, slim_verified, verify
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
     Slimming,
-    by_side,
     describe_buffers,
     describe_modules,
     describe_tensors,
     history_of,
+    kept_by_side,
     read_inputs,
 )
-from autogate.slim.optimizers import as_optimizers, exchanges, go_on
+from autogate.slim.optimizers import as_optimizers, parameter_replacements, replace_parameters
 from autogate.slim.recalibration import recalibrate
-from autogate.slim.slimming import Asked, analyse_whole, cast, first_difference, put_shortcuts, replay
+from autogate.slim.record_replay import (
+    AnalysisOptions,
+    add_shortcut_convolutions,
+    analyse_with_dry_run,
+    cast,
+    first_difference,
+    replay,
+)
 
 __all__ = [
     "ATTRIBUTE",
-    "Asked",
+    "AnalysisOptions",
     "History",
-    "Origin",
+    "PrepareRecord",
     "Slimming",
-    "analyse_whole",
+    "add_shortcut_convolutions",
+    "analyse_with_dry_run",
     "as_optimizers",
-    "by_side",
     "cast",
     "check_finite",
-    "check_whole",
+    "check_not_sharded",
     "describe_buffers",
     "describe_modules",
     "describe_tensors",
-    "exchanges",
     "first_difference",
-    "go_on",
     "history_of",
-    "put_shortcuts",
+    "kept_by_side",
+    "parameter_replacements",
     "read_inputs",
     "recalibrate",
+    "replace_parameters",
     "replay",
-    "take_out",
+    "slim_verified",
     "verify",
 ]

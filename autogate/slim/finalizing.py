@@ -1,4 +1,12 @@
-"""Take the closed channels out of a prepared model, and see that its outputs stay: whole or not at all."""
+"""Slim a prepared model and verify that its outputs stay the same. If anything fails, the model is left as it was.
+
+Outputs are compared in full precision, whatever a GPU is allowed to round (`rewriters.verify`). A deep network whose
+weights amplify rounding may differ by more than float32's tolerance. Only then a copy of it is slimmed in float64,
+which shows whether rounding is all there is.
+
+The model is analysed again, instead of keeping the analysis from prepare. This is quick, a deep copy or a pickle of a
+gated model stays small, and a layer that was replaced in between is noticed, because the two channel maps differ.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +21,8 @@ from torch.utils._pytree import tree_map_only
 from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
 from autogate.slim.history import Slimming
-from autogate.slim.slimming import Asked, analyse_whole, carry_out
-from autogate.wrappers import take_off_accelerate
+from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, slim_and_record
+from autogate.wrappers import unwrap_accelerate
 from rewriters import (
     AutogateError,
     Shortcut,
@@ -25,43 +33,46 @@ from rewriters import (
 )
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest relative difference that finalize accepts between the gated and the slim model's outputs."""
+"""Largest relative difference that finalize accepts between the outputs of the gated and the slim model, by dtype."""
 
 EXACT_IN_FLOAT64 = 1e-10
-"""Largest relative difference in float64 of a model whose float32 outputs differ by their rounding alone."""
+"""Largest relative difference in float64 if only rounding makes the float32 outputs differ."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What prepare was called with, for finalize to read the same channels again.
+class PrepareRecord:
+    """What prepare leaves in the gate bank, so that finalize finds the same channels again.
 
     Attributes:
-        asked: what channels depend on.
-        dtype: of the model's parameters then (`dtype_of_parameters`).
-        shortcuts: the convolutions that were put on shortcuts.
+        options: the arguments of prepare that decide where channels are.
+        dtype: dtype of the model's parameters at that time (`dtype_of_parameters`).
+        shortcuts: the convolutions that prepare put on identity shortcuts.
     """
 
-    asked: Asked
+    options: AnalysisOptions
     dtype: torch.dtype | None
     shortcuts: tuple[Shortcut, ...] = ()
 
     def inputs_for(self, model: nn.Module) -> Inputs:
-        """The example inputs, as the model has been moved and cast since."""
-        return fitted(self.asked.inputs, model, self.dtype)
+        """The example inputs, on the device and in the dtype that the model has now."""
+        return fitted(self.options.inputs, model, self.dtype)
 
 
-def take_out(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
-    """Slim a prepared model, and end its bank's life; what was done.
+def slim_verified(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
+    """Slim a prepared model, compare its outputs, and detach its gate bank.
 
-    Deep networks may round by more than float32's tolerance: such a one is slimmed if a copy of it in float64 is exact.
+    A deep network may round by more than float32's tolerance: it is slimmed if a float64 copy of it is exact.
 
     Args:
-        model: prepared, its gates folded.
-        bank: its bank.
-        inputs: what outputs are compared on.
+        model: a prepared model, its gates folded.
+        bank: its gate bank.
+        inputs: inputs to compare the outputs on.
+
+    Returns:
+        A record of what was done.
 
     Raises:
-        AutogateError: as `autogate.finalize`; the model is as it was then.
+        AutogateError: see `autogate.finalize`. The model is left as it was.
     """
     try:
         done = _slim_compared(model, bank, inputs, TOLERANCE)
@@ -78,7 +89,7 @@ def _slim_compared(
 ) -> Slimming:
     undo_log = UndoLog()
     try:
-        take_off_accelerate(model, undo_log)
+        unwrap_accelerate(model, undo_log)
         wanted = run_eval(model, *inputs)
         undo_log.remove(model._modules, BANK)
         undo_log.remove(model._forward_pre_hooks, bank.hook.id)
@@ -91,16 +102,16 @@ def _slim_compared(
 
 
 def _is_exact_in_float64(model: nn.Module, bank: GateBank, inputs: Inputs) -> bool:
-    """Whether a copy of a float32 model is slimmed exactly; False for models that don't run in float64."""
+    """Whether slimming a float64 copy of a float32 model is exact; False for models that don't run in float64."""
     if any(tensor.dtype != torch.float32 for tensor in model.parameters() if tensor.is_floating_point()):
         return False
     twin = copy.deepcopy(model).double()
     gates: GateBank = getattr(twin, BANK)
-    origin: Origin = gates.origin
-    gates.origin = replace(origin, asked=origin.asked._replace(inputs=_in_float64(origin.asked.inputs)))
+    origin: PrepareRecord = gates.origin
+    gates.origin = replace(origin, options=origin.options._replace(inputs=_in_float64(origin.options.inputs)))
     try:
         _slim_compared(twin, gates, _in_float64(inputs), {torch.float64: EXACT_IN_FLOAT64})
-    except Exception:  # whatever a forward made for float32 stumbles over
+    except Exception:  # a forward written for float32 can fail in any way
         return False
     finally:
         gates.detach()
@@ -112,17 +123,17 @@ def _in_float64(inputs: Inputs) -> Inputs:
 
 
 def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
-    origin: Origin = bank.origin
-    asked = origin.asked._replace(inputs=origin.inputs_for(model))
-    analysis = analyse_whole(model, asked)
+    origin: PrepareRecord = bank.origin
+    options = origin.options._replace(inputs=origin.inputs_for(model))
+    analysis = analyse_with_dry_run(model, options)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:
         raise AutogateError(
-            "this layer is not what it was when the model was prepared.",
+            "this layer has changed since the model was prepared.",
             where=changed,
-            remedy="Change layers before prepare, or prepare the changed model anew.",
+            remedy="Change layers before prepare, or prepare the changed model again.",
         )
-    return carry_out(model, analysis, bank.live, asked, origin.shortcuts, undo_log)
+    return slim_and_record(model, analysis, bank.live, options, origin.shortcuts, undo_log)
 
 
 def verify(
@@ -132,36 +143,49 @@ def verify(
     what: str,
     tolerance: Mapping[torch.dtype, float] = TOLERANCE,
 ) -> None:
-    """Raises unless the outputs are what they were."""
+    """Raise unless a model's outputs are what they were.
+
+    Args:
+        model: the changed model.
+        inputs: inputs to run it on.
+        wanted: the outputs from before the change.
+        what: what the message calls the model.
+        tolerance: largest relative difference, by dtype.
+
+    Raises:
+        VerificationError: the outputs differ by more.
+    """
     error = relative_error(run_eval(model, *inputs), wanted)
     allowed = max((tolerance.get(value.dtype, 0.0) for value in wanted), default=0.0)
     if not error <= allowed:
         raise VerificationError(
             f"the outputs of {what} differ by {error:.1e} of their size, more than {allowed:.0e}; "
-            "the model is as it was.",
+            "the model is left as it was.",
             where=type(model).__name__,
-            remedy="Please report the model. `prepare(..., ignore=[...])` keeps a module's channels.",
+            remedy="Please report the model. To work around it, keep a module's channels with "
+            "`prepare(..., ignore=[...])`.",
         )
 
 
-def check_whole(model: nn.Module) -> None:
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise if the parameters are sharded over processes."""
     if has_shards(model):
         raise AutogateError(
-            "its parameters are sharded over processes, and a slim model is made of whole ones.",
+            "its parameters are sharded over processes; only whole parameters can be sliced.",
             where=type(model).__name__,
-            remedy="Gather them, state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
-            "cpu_offload=True)) from torch.distributed.checkpoint.state_dict, on all ranks; on one of them prepare "
-            "the plain model as before, load_state_dict(state) and finalize that.",
+            remedy="On all ranks gather them: state = get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True, cpu_offload=True)) from torch.distributed.checkpoint.state_dict. On one rank "
+            "prepare the plain model as before, load_state_dict(state) and finalize it.",
         )
 
 
 def check_finite(model: nn.Module) -> None:
-    """Parameters are to be finite; a buffer may hold an infinity (of a mask, of a range without an end)."""
+    """Raise if a parameter is not finite or a buffer has a NaN. Buffers may hold infinities, as masks do."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         broken = ~torch.isfinite(tensor) if isinstance(tensor, nn.Parameter) else torch.isnan(tensor)
         if tensor.is_floating_point() and broken.any():
             raise AutogateError(
                 f"{int(broken.sum())} of its {tensor.numel()} values are not finite.",
                 where=name,
-                remedy="Go back to a checkpoint from before training diverged.",
+                remedy="Load a checkpoint from before training diverged.",
             )

@@ -1,7 +1,7 @@
-"""What a slim model remembers of how it came to be: a small value that says how to slim the dense model again.
+"""The record that a slim model has of its slimmings: a small value that says how to slim the dense model again.
 
-It stands on the model as a plain attribute: not in its state_dict, not among its modules; a deep copy or a
-pickle of the model takes it along.
+It is a plain attribute of the model, outside of its state_dict and its modules. A deep copy or a pickle of the model
+has it too. Slimming a model again adds another `Slimming` to its `History`; loading replays them in order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rewriters import AutogateError, ChannelMap, Side, SlimPlan
 from rewriters.slimming import is_under, tensor_slots
 
 ATTRIBUTE = "_autogate_history"
-"""Name of the attribute of a slim model."""
+"""Name of the attribute of a slim model that holds its history."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class KeptIndices:
-    """Which indices stay along sides that lose the same ones.
+    """The indices that stay along sides that lose the same ones.
 
     Attributes:
         sides: (name of the parameter or buffer, dimension).
-        size: the length they had.
-        kept: ascending.
+        size: length of these sides before.
+        kept: the indices that stay, ascending.
     """
 
     sides: tuple[tuple[str, int], ...]
@@ -48,20 +48,20 @@ class KeptIndices:
 
 @dataclass(frozen=True)
 class Slimming:
-    """One slimming that a model went through, as plain data.
+    """One slimming of a model, as plain data.
 
     Attributes:
-        tensors: parameters and buffers as they were before, those of convolutions on shortcuts left out.
+        tensors: parameters and buffers before the slimming, without those of convolutions on shortcuts.
         buffers: dtypes of the buffers that are not in the state_dict.
-        inputs: shapes and dtypes of the example inputs, None where they hold what JSON can't (`write_inputs`).
-        ignored: tensors whose channels all stay, as the caller asked.
-        shortcuts, embed: what `prepare` was asked for.
-        convolutions: paths of the 1x1 convolutions that it put on shortcuts.
+        inputs: shapes and dtypes of the example inputs; None if they hold what JSON can't (`write_inputs`).
+        ignored: tensors whose channels all stay because the caller asked for it.
+        shortcuts, embed: arguments of `prepare`.
+        convolutions: paths of the 1x1 convolutions that prepare put on shortcuts.
         kept: indices that stay, for all sides that lose any.
         branches, selections: what was decided by the weights (`rewriters.Decisions`).
-        rewritten: modules whose forward was changed, and why: "sizes", "branches", "shortcut"; "restored" where
-            it is again what it was before convolutions were put on its shortcuts.
-        removed: modules that are called no more and were taken out.
+        rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
+            what it was before convolutions were put on its shortcuts.
+        removed: modules that are no longer called and were removed.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -83,10 +83,10 @@ class History:
     """All slimmings of a model, the first one first.
 
     Attributes:
-        slimmings: what was done.
-        dense_modules: the dense model's modules by path, each in a line of text (`describe_modules`).
-        modules: the same of the slim model, when it was slimmed last.
-        shapes: shapes of its parameters and buffers then.
+        slimmings: records of the slimmings.
+        dense_modules: the dense model's modules by path, each as a line of text (`describe_modules`).
+        modules: the same for the slim model, after its last slimming.
+        shapes: shapes of its parameters and buffers, after its last slimming.
     """
 
     slimmings: tuple[Slimming, ...]
@@ -96,13 +96,13 @@ class History:
 
 
 def history_of(model: nn.Module) -> History | None:
-    """What a slim model remembers, None if it was never slimmed."""
+    """The history of a slim model; None if the model was never slimmed."""
     found = model.__dict__.get(ATTRIBUTE)
     return found if isinstance(found, History) else None
 
 
 def kept_indices(channel_map: ChannelMap, live: Tensor) -> tuple[KeptIndices, ...]:
-    """Indices that stay along every side that loses any when the classes in `live` stay."""
+    """For every side that loses indices when only the classes in `live` stay: the indices that stay."""
     gathered: dict[tuple[int, tuple[int, ...]], list[tuple[str, int]]] = {}
     for side, classes in channel_map.classes.items():
         kept = tuple(channel_map.kept(side, live.cpu()).tolist())
@@ -111,13 +111,13 @@ def kept_indices(channel_map: ChannelMap, live: Tensor) -> tuple[KeptIndices, ..
     return tuple(KeptIndices(tuple(sides), size, kept) for (size, kept), sides in gathered.items())
 
 
-def by_side(kept: Collection[KeptIndices]) -> dict[Side, KeptIndices]:
-    """The same, looked up by side."""
+def kept_by_side(kept: Collection[KeptIndices]) -> dict[Side, KeptIndices]:
+    """The same, by side."""
     return {Side(*side): one for one in kept for side in one.sides}
 
 
 def rewritten(slim_plan: SlimPlan) -> dict[str, str]:
-    """Modules whose forward a plan changes, and why."""
+    """The modules whose forward a plan changes, and why."""
     with_selection = {path.rpartition(".")[0] for path in slim_plan.decisions.selections}
     why = dict.fromkeys(slim_plan.forwards, "sizes")
     why |= {path: "shortcut" for path in slim_plan.forwards if path in with_selection}
@@ -125,12 +125,12 @@ def rewritten(slim_plan: SlimPlan) -> dict[str, str]:
     return why | dict.fromkeys(slim_plan.restored, "restored")
 
 
-def describe_tensors(model: nn.Module, but: Collection[str] = ()) -> dict[str, TensorSpec]:
-    """Parameters and persistent buffers, those of the modules in `but` left out."""
+def describe_tensors(model: nn.Module, excluded: Collection[str] = ()) -> dict[str, TensorSpec]:
+    """Shapes and dtypes of parameters and persistent buffers, without those of the modules in `excluded`."""
     return {
         name: TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype))
         for name, module, own_name, tensor in tensor_slots(model)
-        if is_persistent(module, own_name) and not is_under(name, set(but))
+        if is_persistent(module, own_name) and not is_under(name, set(excluded))
     }
 
 
@@ -143,18 +143,18 @@ def describe_buffers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def describe_modules(model: nn.Module, but: Collection[str] = ()) -> dict[str, str]:
-    """Each module's class and what it shows of itself, by path, those in `but` left out."""
-    return {path: _describe(module) for path, module in model.named_modules() if not is_under(path, set(but))}
+def describe_modules(model: nn.Module, excluded: Collection[str] = ()) -> dict[str, str]:
+    """Each module's class and `extra_repr`, by path, without those of the modules in `excluded`."""
+    return {path: _describe(module) for path, module in model.named_modules() if not is_under(path, set(excluded))}
 
 
 def _describe(module: nn.Module) -> str:
-    shown = re.sub(r" at 0x[0-9a-fA-F]+", "", module.extra_repr())  # addresses differ from process to process
+    shown = re.sub(r" at 0x[0-9a-fA-F]+", "", module.extra_repr())  # addresses differ between processes
     return f"{type(module).__module__}.{type(module).__qualname__}({shown})"
 
 
 def is_persistent(module: nn.Module, own_name: str) -> bool:
-    """Whether a module's parameter or buffer goes into its state_dict."""
+    """Whether a module's parameter or buffer is in its state_dict."""
     return own_name not in module._non_persistent_buffers_set
 
 
@@ -163,10 +163,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype of that name.
+    """The dtype with this name.
 
     Raises:
-        AutogateError: there is none.
+        AutogateError: torch has no such dtype.
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
@@ -175,7 +175,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def write_inputs(inputs: Inputs) -> JsonValue:
-    """Example inputs as JSON, tensors by shape and dtype; None where they hold anything else that JSON can't."""
+    """Example inputs as JSON, tensors as shape and dtype; None if they hold anything else that JSON can't."""
     try:
         return [_write(value) for value in inputs]
     except TypeError:
@@ -193,14 +193,14 @@ def _write(value: Any) -> JsonValue:
         return [_write(item) for item in value]
     if type(value) is dict and all(type(key) is str for key in value):
         return {"dict": {key: _write(item) for key, item in value.items()}}
-    raise TypeError(f"a {type(value).__name__} can't be written down")
+    raise TypeError(f"a {type(value).__name__} can't be described in JSON")
 
 
 def read_inputs(written: JsonValue) -> Inputs:
-    """Inputs of the kind that `write_inputs` wrote down; all tensors are zero.
+    """Make inputs like those that `write_inputs` described; all tensors are zero.
 
     Raises:
-        AutogateError: it is nothing that it writes.
+        AutogateError: it is not a description that `write_inputs` writes.
     """
     inputs = _read(written)
     if not (isinstance(inputs, list) and len(inputs) == 2 and isinstance(inputs[0], tuple)):
@@ -227,4 +227,4 @@ def _read(written: Any) -> Any:
 
 
 def _unreadable(written: Any) -> AutogateError:
-    return AutogateError(f"{str(written)[:80]!r} describes no example inputs.")
+    return AutogateError(f"{str(written)[:80]!r} is not a description of example inputs.")

@@ -1,4 +1,9 @@
-"""An optimizer goes on with the slim model: parameters are exchanged in it, and its state is cut as they were."""
+"""Let an optimizer continue with the slim model: its parameters are replaced, and its state is sliced like them.
+
+Slim tensors are new parameters, because PyTorch's optimizers and autograd depend on a parameter's shape. An optimizer
+that continues computes what it would have computed with gates. Dead channels had no part in that: their columns are
+zero, and so are the gradients of everything that feeds them.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,12 @@ from rewriters.slimming import take_indices
 
 
 @dataclass(frozen=True, eq=False)
-class Exchange:
+class Replacement:
     """What becomes of a parameter.
 
     Attributes:
-        new: what stands in its place, None where nothing does.
-        kept: the indices that stay (int64), by dimension, where it loses any.
+        new: the parameter that replaces it; None if none does.
+        kept: the indices that stay (int64), by dimension, for dimensions that lose any.
     """
 
     new: nn.Parameter | None
@@ -29,10 +34,10 @@ class Exchange:
 
 
 def as_optimizers(given: Any, model: nn.Module) -> tuple[Optimizer, ...]:
-    """One optimizer or several, those out of their wrappers that hold parameters of the model.
+    """Check one optimizer or several, and take them out of wrappers such as Lightning's.
 
     Raises:
-        AutogateError: one is none, or trains nothing of the model.
+        AutogateError: one is not an optimizer, or trains no parameter of the model.
     """
     found = tuple(map(_unwrapped, given if isinstance(given, Iterable) else [given]))
     own = {id(parameter) for parameter in model.parameters()}
@@ -43,28 +48,28 @@ def as_optimizers(given: Any, model: nn.Module) -> tuple[Optimizer, ...]:
             raise AutogateError(
                 "it trains no parameter of the model.",
                 where=type(optimizer).__name__,
-                remedy="Give the optimizer that trains the prepared model, or none and build a new one afterwards.",
+                remedy="Pass the optimizer that trains the prepared model, or none and build a new one afterwards.",
             )
     return found
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """What a wrapper that is no optimizer itself (Lightning's) holds."""
+    """The optimizer inside a wrapper that is not an optimizer itself (Lightning's)."""
     if isinstance(optimizer, Optimizer):
         return optimizer
     within = getattr(optimizer, "optimizer", None)
     return within if isinstance(within, Optimizer) else optimizer
 
 
-def exchanges(
+def parameter_replacements(
     before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], kept: Mapping[Side, KeptIndices]
-) -> dict[int, Exchange]:
-    """What becomes of each parameter of a model that was slimmed, by its id; those that stay are left out.
+) -> dict[int, Replacement]:
+    """What becomes of each parameter of a model that was slimmed, by its id. Parameters that stay are not listed.
 
     Args:
-        before: the parameters by name, those that stand in several places under each name.
-        after: the same of the slim model.
-        kept: what stays along each side that lost something.
+        before: the parameters by name; those in several places under each of their names.
+        after: the same for the slim model.
+        kept: the indices that stay along each side that lost any.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in before.items():
@@ -76,32 +81,32 @@ def exchanges(
             dims = {
                 side.dim: torch.tensor(one.kept, dtype=torch.int64) for side, one in kept.items() if side.tensor in own
             }
-            found[key] = Exchange(new, dims)
+            found[key] = Replacement(new, dims)
     return found
 
 
-def go_on(optimizer: Optimizer, exchanged: Mapping[int, Exchange]) -> None:
-    """Lets an optimizer train the slim model: its groups keep their settings, and parameters their state.
+def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, Replacement]) -> None:
+    """Make an optimizer train the slim model. Its groups keep their settings, and parameters keep their state.
 
-    A tensor of a state is cut along each dimension in which it is as long as its parameter; those of momentum and
-    moments are of its shape, factored ones have a 1 for some dimensions. The state of a parameter that loses something
-    and has another kind of tensor begins anew.
+    A tensor in the state is sliced along each dimension in which it is as long as its parameter. Momentum and moments
+    have the parameter's shape; factored ones have size 1 in some dimensions. If a parameter loses indices and its state
+    has another kind of tensor, its state starts from scratch.
     """
     for group in optimizer.param_groups:
-        stays = [(parameter, exchanged.get(id(parameter))) for parameter in group["params"]]
+        stays = [(parameter, replacements.get(id(parameter))) for parameter in group["params"]]
         left = [one is None or one.new is not None for _, one in stays]
         if "param_names" in group:
             group["param_names"][:] = [name for name, stay in zip(group["param_names"], left, strict=True) if stay]
         group["params"][:] = [
             parameter if one is None else one.new for (parameter, one), stay in zip(stays, left, strict=True) if stay
         ]
-    for parameter in [parameter for parameter in optimizer.state if id(parameter) in exchanged]:
-        one, state = exchanged[id(parameter)], optimizer.state.pop(parameter)
+    for parameter in [parameter for parameter in optimizer.state if id(parameter) in replacements]:
+        one, state = replacements[id(parameter)], optimizer.state.pop(parameter)
         if one.new is not None and all(_can_be_cut(value, parameter) for value in state.values()):
             optimizer.state[one.new] = {name: _cut(value, parameter, one.kept) for name, value in state.items()}
-    for inner in vars(optimizer).values():  # of Lookahead and its like, which have the same groups
+    for inner in vars(optimizer).values():  # Lookahead and similar optimizers hold one with the same groups
         if isinstance(inner, Optimizer):
-            go_on(inner, exchanged)
+            replace_parameters(inner, replacements)
 
 
 def _can_be_cut(value: Any, parameter: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Batch norms' running statistics taken anew, on weights that stand still."""
+"""Recompute batch norms' running statistics, with the weights fixed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch.utils._pytree import tree_map_only
 from rewriters import AutogateError
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a function when it is imported
+    warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a function on import
     from fvcore.nn.precise_bn import update_bn_stats
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
-    """Take the running statistics of a model's batch norms anew, as averages over many batches.
+    """Recompute the running statistics of a model's batch norms, as averages over many batches.
 
-    While gates close the running averages lag behind the weights, and an evaluation in the middle of a run
-    sees a worse model than there is. This is fvcore's precise BN (Wu and Johnson, "Rethinking 'Batch' in
-    BatchNorm", section 3): the weights stand still, and the batches' statistics are averaged. All but the
-    batch norms runs in eval mode meanwhile. Norms that don't run then (those of auxiliary heads) stay as they are.
+    While gates close, the running averages lag behind the weights, and an evaluation in the middle of a run sees a
+    worse model than there is. This is fvcore's precise BN (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", section
+    3): the weights are fixed, and the batches' statistics are averaged. Everything but the batch norms runs in eval
+    mode meanwhile. Norms that don't run in eval mode (those of auxiliary heads) keep their statistics.
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
@@ -35,14 +35,14 @@ def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
         >>> model = autogate.recalibrate(model, loader)
 
     Args:
-        model: prepared, finalized or neither; the same object is returned. A copy of it runs meanwhile.
-        loader: batches: tensors, mappings of keyword arguments, or tuples or lists that begin with one of
+        model: prepared, finalized or neither; the same object is returned. The forwards run on a copy of it.
+        loader: yields batches: tensors, mappings of keyword arguments, or tuples or lists whose first item is one of
             these (images and labels). They are moved to the model's device.
-        batches: how many to average over; all that the loader has, if it knows of fewer.
+        batches: number of batches to average over; all of the loader's, if its length is smaller.
 
     Raises:
-        AutogateError: the loader gives too few batches, or a norm runs several times in one forward, which
-            fvcore can't average. The statistics are as they were.
+        AutogateError: the loader yields too few batches, or a norm runs several times in one forward, which fvcore
+            can't average. The statistics are left as they were.
     """
     trial = copy.deepcopy(model).eval()
     norms = _norms(trial)
@@ -54,12 +54,12 @@ def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
         norm.register_forward_hook(lambda norm, *_: ran.add(norm))
     count = max(1, min(batches, _length(loader, batches)))
     try:
-        update_bn_stats(_Caller(trial), itertools.islice(_again_and_again(loader), count), count)
+        update_bn_stats(_Caller(trial), itertools.islice(_repeated(loader), count), count)
     except AssertionError as error:
         raise AutogateError(
             f"its batch norms can't be recalibrated: {error}",
             where=type(model).__name__,
-            remedy="Give a loader of at least one batch, and `batches` no larger than it has.",
+            remedy="Pass a loader with at least one batch, and `batches` no larger than its number of batches.",
         ) from error
     for norm, taken in zip(_norms(model), norms, strict=True):
         for name in ("running_mean", "running_var") if taken in ran else ():
@@ -68,7 +68,7 @@ def recalibrate(model: M, loader: Iterable[Any], *, batches: int = 200) -> M:
 
 
 class _Caller(nn.Module):
-    """Calls a model on batches as loaders give them."""
+    """Calls a model on batches as loaders yield them."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -93,8 +93,8 @@ def _length(loader: Iterable[Any], otherwise: int) -> int:
         return otherwise
 
 
-def _again_and_again(loader: Iterable[Any]) -> Iterator[Any]:
-    """The loader's batches, from the start again when it is through; ends with one that gives no more."""
+def _repeated(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's batches, over and over. Ends if the loader yields none."""
     while True:
         given = 0
         for batch in loader:

@@ -1,4 +1,4 @@
-"""Widths that a timm model keeps beside its layers, for `reset_classifier` and its like."""
+"""Widths that a timm model stores besides its layers, which `reset_classifier` and others read."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from rewriters import UndoLog
 _FIELDS = ("num_features", "head_hidden_size", "in_features", "embed_dim")
 
 _HEADS = ("conv_head", "pre_logits", "head")
-"""Where layers stand that come between the features and the classifier, in the models that have such."""
+"""Names of modules that may hold layers between the features and the classifier."""
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Input features of the classifier and of the head as a whole, which may have other layers before that."""
+    """Input features of the classifier, and of the whole head, which may have other layers before the classifier."""
 
     classifier: int | None
     head: int | None
 
 
 def widths(model: nn.Module) -> Widths:
-    """The widths as the layers have them, None where there is no such layer."""
+    """The widths that the layers have; None for a layer that doesn't exist."""
     heads = (getattr(model, name, None) for name in _HEADS)
     layers = (layer for head in heads if isinstance(head, nn.Module) for layer in head.modules())
     return Widths(_inputs(_classifier(model)), next((_inputs(layer) for layer in layers if _inputs(layer)), None))
 
 
 def _classifier(model: nn.Module) -> object:
-    """What the model calls its classifier; None where it doesn't find it, as when its head was fused into one layer."""
+    """What the model returns as its classifier; None if it can't, as when its head was fused into one layer."""
     get_classifier = getattr(model, "get_classifier", None)
     try:
         return get_classifier() if callable(get_classifier) else None
@@ -47,7 +47,7 @@ def _inputs(layer: object) -> int | None:
 
 
 def update(model: nn.Module, before: Widths, undo_log: UndoLog) -> None:
-    """Let the fields that named one of the widths name what it is now."""
+    """Update the fields that held one of the widths before to the width that it is now."""
     after = widths(model)
     keepers = [module for module in (model, getattr(model, "head", None)) if isinstance(module, nn.Module)]
     for module in keepers:

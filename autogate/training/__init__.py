@@ -1,39 +1,39 @@
 """A training run with gates, from images to the slim model: what `autogate train` does, as functions.
 
-A `Recipe` says what to do, `start` does it and writes a `RunFolder`, `resume` goes on with one.
+`start` carries out a `Recipe` and writes a `RunFolder`; `resume` continues an interrupted run.
 """
 
-from autogate.training.distributed import World, joined
-from autogate.training.finishing import Finished, finalize_checkpoint
-from autogate.training.loop import resume, start
+from autogate.training.callbacks import Callback, StepMetrics, TensorBoard
+from autogate.training.checkpoint_finalizing import FinalizedCheckpoint, finalize_checkpoint
+from autogate.training.distributed import World, join_world
 from autogate.training.network import build_network
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
-from autogate.training.watching import Moment, TensorBoard, Watcher
+from autogate.training.runs import resume, start
 
 __all__ = [
     "BINS",
     "SCHEDULES",
     "Budget",
+    "Callback",
     "Distillation",
     "EpochRow",
-    "Finished",
+    "FinalizedCheckpoint",
     "GateRow",
     "Images",
     "LayerSize",
     "Learning",
-    "Moment",
     "Network",
     "Recipe",
     "Result",
     "RunFolder",
     "RunInfo",
+    "StepMetrics",
     "TensorBoard",
-    "Watcher",
     "World",
     "build_network",
     "finalize_checkpoint",
-    "joined",
+    "join_world",
     "resume",
     "start",
 ]

@@ -1,4 +1,8 @@
-"""A run in a file: all that going on needs, in torch's format, read without pickled code."""
+"""Checkpoints: everything that resuming a run needs, in torch's format, read without pickled code.
+
+A checkpoint has no random number states. Before each batch all generators are seeded from the place in the run instead
+(see `autogate.training.learning.seed_at`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 
 import torch
 
-from autogate.files import in_place_of
+from autogate.files import atomic_write
 from autogate.training.run_folder import RunInfo, from_json, to_json
 from rewriters import AutogateError
 
@@ -24,12 +28,12 @@ class Position:
     """How far a run is.
 
     Attributes:
-        epoch: that is being trained; 0 before the first.
-        batch: batches of it that are done, in each process.
-        step: optimizer steps in all.
+        epoch: the epoch being trained; 0 before the first one.
+        batch: batches of the epoch that are done, in each process.
+        step: optimizer steps so far.
         loss: sum of the losses of these batches, over all processes.
-        seconds: that they took.
-        lr: learning rate of the last step; None before the first.
+        seconds: the time that these batches took.
+        lr: learning rate of the last step; None before the first step.
     """
 
     epoch: int = 0
@@ -42,14 +46,14 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What stands in a file.
+    """The content of a checkpoint file.
 
     Attributes:
-        info: the run that it belongs to.
-        position: how far that was.
-        model, optimizer: their state_dicts; the model's has the gates, as long as it has some.
-        scaler, ema: those of the gradient scaler and of the averaged model, where there are such.
-        gates: that of the gates just before their channels were taken out; None as long as they are there.
+        info: the run.
+        position: how far the run is.
+        model, optimizer: their state_dicts; the model's includes the gates, until it is finalized.
+        scaler, ema: state_dicts of the gradient scaler and of the averaged model; None if there is none.
+        gates: state_dict of the gate bank just before the model was finalized; None until then.
     """
 
     info: RunInfo
@@ -62,24 +66,24 @@ class Checkpoint:
 
 
 def write_tensors(value: Any, path: Path) -> None:
-    """Write tensors and plain values in torch's format; a file that was there before is whole until then.
+    """Write tensors and plain values in torch's format, completely or not at all.
 
     Raises:
-        AutogateError: it could not be written.
+        AutogateError: the file could not be written.
     """
-    with in_place_of(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             torch.save(value, temporary)
-        except RuntimeError as error:  # how torch tells of a full disk
+        except RuntimeError as error:  # what torch raises for a full disk
             raise OSError(str(error).splitlines()[0]) from error
 
 
 def read_tensors(path: Path) -> Any:
-    """What `write_tensors` wrote; other pickles are not read.
+    """Read a file that `write_tensors` wrote. Other pickles are refused.
 
     Raises:
-        AutogateError: it is none of its files, or damaged.
-        FileNotFoundError: there is none.
+        AutogateError: the file is damaged, or not such a file.
+        FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -87,7 +91,7 @@ def read_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise AutogateError(
-            f"it is damaged, or no checkpoint: {str(error).strip().splitlines()[0] if str(error).strip() else 'empty'}",
+            f"it is damaged, or not a checkpoint: {(str(error).strip().splitlines() or ['empty'])[0]}",
             where=str(path),
         ) from error
 
@@ -103,11 +107,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        AutogateError, FileNotFoundError: as `read_tensors`.
+        AutogateError, FileNotFoundError: see `read_tensors`.
     """
     found = read_tensors(path)
     if not isinstance(found, dict) or set(found) != _ENTRIES or found["format"] != FORMAT:
-        raise AutogateError("it is no checkpoint of autogate train.", where=str(path))
+        raise AutogateError("it is not a checkpoint that this version of autogate train wrote.", where=str(path))
     info = from_json(RunInfo, found["run"], str(path))
     state = {name: found[name] for name in _STATES}
     return Checkpoint(info, Position(**found["position"]), **state)

@@ -1,4 +1,4 @@
-"""Images for a run: timm's data sets, transforms and loaders."""
+"""The images of a run: timm's data sets, transforms and loaders."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from autogate.training.recipe import Images
 from rewriters import AutogateError
 
 KINDS = ("torch", "tfds", "hfds", "hfids", "wds")
-"""Beginnings of the names that `timm.data.create_dataset` knows."""
+"""Prefixes of the names that `timm.data.create_dataset` accepts."""
 
 SHORT_NAMES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}
 
 
 @dataclass(frozen=True)
 class DataSets:
-    """Both parts of a data set, and how many classes it has (None where it doesn't tell)."""
+    """The training and validation part of a data set, and its number of classes (None if it doesn't say)."""
 
     train: Any
     val: Any
@@ -36,12 +36,12 @@ class DataSets:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of images (N, C, H, W), float32 and normalised, and labels (N,).
+    """Loaders of batches: images (N, C, H, W), float32 and normalised, and labels (N,).
 
     Attributes:
-        train: shuffled, the last incomplete batch left out.
-        val: every image once; a process of several may see a few at its end a second time.
-        val_share: how many of its validation images a process counts; None counts all.
+        train: shuffled, without the last incomplete batch.
+        val: every image once; with several processes, some may see a few images at the end twice.
+        val_share: number of its validation images that a process counts; None to count all.
     """
 
     train: Any
@@ -50,21 +50,21 @@ class Loaders:
 
 
 def find_data(images: Images) -> DataSets:
-    """The data set that was asked for.
+    """Open the data set that a recipe asks for.
 
     Raises:
-        AutogateError: there is none, or it has no images, or not two parts, or parts of different classes.
+        AutogateError: it doesn't exist, it has no images or not two parts, or its parts have different classes.
     """
     if not (images.batch_size >= 1 and images.workers >= 0):
-        raise AutogateError("batch_size must be at least 1 and workers at least 0.", where="images")
+        raise AutogateError("batch_size must be at least 1, and workers at least 0.", where="images")
     name = SHORT_NAMES.get(images.data, images.data)
     if os.path.isdir(images.data):
         return _from_folder(images)
     if name.partition("/")[0].lower() not in KINDS:
         raise AutogateError(
-            "there is no such folder.",
+            "there is no such folder or data set.",
             where=f"--data {images.data}",
-            remedy="Give a folder with train/ and validation/, or a name: cifar10, cifar100, torch/..., tfds/..., "
+            remedy="Give a folder that has train/ and validation/, or a name: cifar10, cifar100, torch/..., tfds/..., "
             "hfds/..., wds/....",
         )
     train, val = (_named(name, images, split, split == images.train_split) for split in _splits(images))
@@ -73,7 +73,11 @@ def find_data(images: Images) -> DataSets:
 
 def _splits(images: Images) -> tuple[str, str]:
     if images.train_split == images.val_split:
-        raise AutogateError(f"both parts are {images.val_split!r}.", where=f"--data {images.data}")
+        raise AutogateError(
+            f"the training and the validation part are both {images.val_split!r}.",
+            where=f"--data {images.data}",
+            remedy="Name two parts with --train-split and --val-split.",
+        )
     return images.train_split, images.val_split
 
 
@@ -82,16 +86,16 @@ def _from_folder(images: Images) -> DataSets:
     names: Mapping[str, int] = train.reader.class_to_idx
     if len(names) < 2:
         raise AutogateError(
-            f"all training images are of one class, {next(iter(names))!r}.",
+            f"all training images are in one class, {next(iter(names))!r}.",
             where=f"--data {images.data}",
-            remedy="Images lie in one folder for each class.",
+            remedy="Put the images of each class into a folder of its own.",
         )
     unknown = sorted(set(val.reader.class_to_idx) - set(names))
     if unknown:
         raise AutogateError(
-            f"class {unknown[0]!r} has validation images and no training images.", where=f"--data {images.data}"
+            f"class {unknown[0]!r} has validation images, but no training images.", where=f"--data {images.data}"
         )
-    # timm numbers the classes of each part by itself: one that has no validation images would shift the others.
+    # timm numbers the classes of each part separately: a class without validation images would shift the others.
     val = create_dataset("", root=val.reader.root, split=images.val_split, search_split=False, class_map=dict(names))
     return DataSets(train, val, len(names))
 
@@ -100,15 +104,17 @@ def _folder(images: Images, split: str) -> Any:
     where = f"--data {images.data}"
     try:
         found = create_dataset("", root=images.data, split=split)
-    except RuntimeError as error:  # timm's own words have the folder and the endings that it looks for
-        raise AutogateError(f"{error}.", where=where, remedy="Images lie in one folder for each class.") from error
+    except RuntimeError as error:  # timm's message names the folder and the file suffixes it looks for
+        raise AutogateError(
+            f"{error}.", where=where, remedy="Put the images of each class into a folder of its own."
+        ) from error
     root = getattr(found.reader, "root", None)
     if root is not None and Path(root).resolve() == Path(images.data).resolve():
         there = ", ".join(sorted(entry.name for entry in Path(images.data).iterdir() if entry.is_dir())[:6])
         raise AutogateError(
-            f"it has no folder {split!r} (it has {there}).",
+            f"it has no folder {split!r} (its folders: {there}).",
             where=where,
-            remedy="Put the images under train/CLASS/ and validation/CLASS/, or name the folders with --train-split "
+            remedy="Put the images into train/CLASS/ and validation/CLASS/, or name the folders with --train-split "
             "and --val-split.",
         )
     return found
@@ -118,13 +124,13 @@ def _named(name: str, images: Images, split: str, training: bool) -> Any:
     where = f"--data {images.data}"
     root = images.data_dir
     if root is None and name.startswith("torch/"):
-        raise AutogateError("where does it lie?", where=where, remedy="Name its folder with --data-dir.")
+        raise AutogateError("this data set needs a folder.", where=where, remedy="Name the folder with --data-dir.")
     try:
         return create_dataset(
             name, root=root, split=split, is_training=training, download=images.download, batch_size=images.batch_size
         )
     except (RuntimeError, AssertionError, ImportError, NameError, ValueError, FileNotFoundError) as error:
-        remedy = "" if images.download else "--data-download fetches a data set that is not there yet."
+        remedy = "" if images.download else "If the data set is not there yet, --data-download fetches it."
         raise AutogateError(f"{str(error).strip() or type(error).__name__}.", where=where, remedy=remedy) from error
 
 
@@ -137,31 +143,33 @@ def _classes_of(dataset: Any) -> int | None:
 
 
 def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Loaders:
-    """Loaders with timm's transforms.
+    """Make loaders with timm's transforms.
 
     Args:
-        data: as `find_data` found it.
-        images: what shall be done to them.
-        config: "input_size", "mean", "std", "interpolation" and "crop_pct", as `timm.data.resolve_data_config` has it.
+        data: the data sets, from `find_data`.
+        images: how to transform and batch the images.
+        config: "input_size", "mean", "std", "interpolation" and "crop_pct", as in `timm.data.resolve_data_config`.
         world: the processes that share the images.
 
     Raises:
-        AutogateError: there are fewer images than go into a batch.
+        AutogateError: there are fewer images than in one batch.
     """
-    shared: dict[str, Any] = {
-        "input_size": config["input_size"],
-        "mean": config["mean"],
-        "std": config["std"],
-        "num_workers": images.workers,
-        "distributed": world.size > 1,
-        "pin_memory": world.device.type == "cuda",
-        "device": world.device,
-        # Without processes that load, images are transformed in this one: not a batch ahead, so that all that is
-        # random about a batch is drawn after the one before it was trained.
-        "use_prefetcher": world.device.type == "cuda" and images.workers > 0,
-        "persistent_workers": False,  # they would go on from their own random numbers, which no checkpoint knows
-    }
-    train = create_loader(
+    train, val = _train_loader(data, images, config, world), _val_loader(data, images, config, world)
+    if len(train) == 0:
+        raise AutogateError(
+            f"{len(data.train)} training images for {world.size} process(es) don't fill a batch of "
+            f"{images.batch_size}.",
+            where=f"--data {images.data}",
+            remedy="Use a smaller --batch-size.",
+        )
+    share = None
+    if world.size > 1 and not isinstance(data.val, IterableDataset):
+        share = len(range(world.rank, len(data.val), world.size))
+    return Loaders(train, val, share)
+
+
+def _train_loader(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Any:
+    return create_loader(
         data.train,
         batch_size=images.batch_size,
         is_training=True,
@@ -170,30 +178,39 @@ def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: Wo
         color_jitter=images.color_jitter,
         auto_augment=images.aa,
         interpolation=config["interpolation"],
-        **shared,
+        **_shared_options(images, config, world),
     )
-    val = create_loader(
+
+
+def _val_loader(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Any:
+    return create_loader(
         data.val,
         batch_size=images.validation_batch_size or images.batch_size,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
-        **shared,
+        **_shared_options(images, config, world),
     )
-    if len(train) == 0:
-        raise AutogateError(
-            f"{len(data.train)} training images for {world.size} process(es) don't fill a batch of "
-            f"{images.batch_size}.",
-            where=f"--data {images.data}",
-            remedy="Take a smaller --batch-size.",
-        )
-    share = None
-    if world.size > 1 and not isinstance(data.val, IterableDataset):
-        share = len(range(world.rank, len(data.val), world.size))
-    return Loaders(train, val, share)
+
+
+def _shared_options(images: Images, config: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """Arguments of `timm.data.create_loader` that are the same for training and validation."""
+    return {
+        "input_size": config["input_size"],
+        "mean": config["mean"],
+        "std": config["std"],
+        "num_workers": images.workers,
+        "distributed": world.size > 1,
+        "pin_memory": world.device.type == "cuda",
+        "device": world.device,
+        # Without worker processes, images are transformed in this process. They must not be a batch ahead, so that all
+        # random numbers for a batch are drawn after the batch before it was trained.
+        "use_prefetcher": world.device.type == "cuda" and images.workers > 0,
+        "persistent_workers": False,  # they would keep their own random number states, which no checkpoint has
+    }
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell whoever shuffles the images which epoch it is."""
+    """Tell the sampler and the data set, which shuffle, the epoch."""
     for holder in (loader.sampler, loader.dataset):
         if hasattr(holder, "set_epoch"):
             holder.set_epoch(epoch)
@@ -201,11 +218,11 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Signals to stop wait until the end of this; processes that are begun inside never get them.
+    """Block SIGINT and SIGTERM within. Processes started within never get them.
 
-    They are for the process that trains, which ends its workers itself.
+    These signals are for the training process, which stops its workers itself.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows hands no signal to a group of processes
+    if not hasattr(signal, "pthread_sigmask"):  # Windows sends no signal to a process group
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
@@ -216,8 +233,8 @@ def _signals_held() -> Iterator[None]:
 
 
 def on_device(loader: Iterable[Any], device: torch.device) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of a loader, where the model is."""
-    with _signals_held():  # some loaders begin their workers with the first batch
+    """A loader's batches, on the model's device."""
+    with _signals_held():  # some loaders start their workers with the first batch
         batches = iter(loader)
         first = list(itertools.islice(batches, 1))
     for images, labels, *_ in itertools.chain(first, batches):

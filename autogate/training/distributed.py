@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them; one alone is a world of its own."""
+"""The processes of a run, as torchrun starts them. A single process is a world of size 1."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rewriters import AutogateError
 
 @dataclass(frozen=True)
 class World:
-    """This process among all that train one model.
+    """The processes that train one model, seen from this one.
 
     Attributes:
-        rank: its number.
-        size: how many there are.
-        device: what it trains on.
+        rank: number of this process.
+        size: number of processes.
+        device: device that this process trains on.
     """
 
     rank: int = 0
@@ -30,7 +30,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether it is the one that writes and talks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
@@ -41,16 +41,16 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether any process has the flag up. All of them have to ask."""
-        return bool(self.total(torch.tensor(int(flag))))  # on the CPU: no GPU has to be waited for
+        """Whether the flag is set in any process. All processes have to call this."""
+        return bool(self.total(torch.tensor(int(flag))))  # on the CPU, so as not to wait for a GPU
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over all processes."""
+        """Wrap the model so that its gradients are averaged over all processes."""
         if self.size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -58,11 +58,11 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(device: str | None = None) -> Iterator[World]:
-    """The world that torchrun's environment tells of.
+def join_world(device: str | None = None) -> Iterator[World]:
+    """Join the world that torchrun's environment variables describe.
 
     Args:
-        device: "cpu", "cuda", "cuda:1"; a GPU where there is one, if None.
+        device: "cpu", "cuda", "cuda:1"; if None, a GPU if there is one.
 
     Raises:
         AutogateError: there is no such device.

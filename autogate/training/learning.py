@@ -1,4 +1,4 @@
-"""What is stepped in a run: optimizer, schedule, scaler, averaged weights, the loss."""
+"""The parts of a training step: optimizer, schedule, gradient scaler, averaged weights, and the loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from autogate.training.recipe import Distillation, Learning, Recipe
 
 
 def seed_at(*place: int) -> None:
-    """Make all that is random a function of a place in the run, so that a run that goes on needs no other memory.
+    """Seed all random generators from a place in the run.
+
+    So a resumed run draws the same numbers, in one process or in several, without random number states in the
+    checkpoint.
 
     Args:
         place: the run's seed, process, epoch, batch.
@@ -35,9 +38,9 @@ class Stepper:
     """Optimizer, schedule, gradient scaler and averaged weights of a model.
 
     Args:
-        model: with gates, on its device.
-        learning: what was asked for.
-        steps_per_epoch: optimizer steps.
+        model: a model with gates, on its device.
+        learning: how to train it.
+        steps_per_epoch: optimizer steps in an epoch.
     """
 
     def __init__(self, model: nn.Module, learning: Learning, steps_per_epoch: int):
@@ -63,16 +66,16 @@ class Stepper:
         self.ema = ModelEmaV3(model, decay=learning.model_ema_decay, use_warmup=True) if learning.model_ema else None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision, where it was asked for."""
+        """A context of mixed precision, if the recipe asks for it."""
         dtype = getattr(torch, self.learning.amp_dtype)
         return torch.autocast(self.device.type, dtype, enabled=self.learning.amp)
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients."""
+        """Add the gradients of a loss."""
         self.scaler.scale(loss).backward()
 
     def step(self, model: nn.Module, step: int) -> float:
-        """Take step number `step` (the first is 1); gates move with the optimizer's. Returns its learning rate."""
+        """Take step number `step`, counted from 1. The gates move with it. Return the learning rate of the step."""
         lr = self.optimizer.param_groups[0]["lr"]
         if self.learning.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
@@ -86,7 +89,7 @@ class Stepper:
         return lr
 
     def schedule_to(self, step: int) -> None:
-        """Set the learning rate for the step that follows `step` steps."""
+        """Set the learning rate for the step that comes after `step` steps."""
         if self._schedule is not None and step:
             self._schedule.step_update(step)
 
@@ -97,8 +100,8 @@ class Loss:
 
     Attributes:
         smoothing: label smoothing.
-        mixup: mixes images and labels, None doesn't.
-        distillation: how much the teacher counts, None where there is none.
+        mixup: mixes images and labels; None for no mixing.
+        distillation: weight and temperature of the teacher; None without a teacher.
         teacher: the dense model, frozen.
     """
 
@@ -109,7 +112,7 @@ class Loss:
 
     @classmethod
     def of(cls, recipe: Recipe, num_classes: int, teacher: nn.Module | None) -> Loss:
-        """The one that a recipe asks for."""
+        """The loss that a recipe asks for."""
         images, smoothing = recipe.images, recipe.learning.smoothing
         mixup = Mixup(images.mixup, images.cutmix, label_smoothing=smoothing, num_classes=num_classes)
         if teacher is not None:
@@ -117,7 +120,7 @@ class Loss:
         return cls(smoothing, mixup if images.mixes else None, recipe.distillation, teacher)
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of images (N, C, H, W) with labels (N,); the images may be mixed in place."""
+        """The mean loss of images (N, C, H, W) with labels (N,). The images may be mixed in place."""
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
         logits = model(images)
@@ -131,7 +134,9 @@ class Loss:
 
 
 def distance(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """The teacher's part of the loss: KL divergence at a temperature, times its square (Hinton et al., section 2).
+    """The teacher's part of the loss: KL divergence at a temperature, times the squared temperature.
+
+    See Hinton et al., "Distilling the Knowledge in a Neural Network", section 2.
 
     >>> logits = torch.tensor([[1.0, 2.0, 3.0]])
     >>> float(distance(logits, logits, 2.0))
@@ -143,13 +148,16 @@ def distance(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Any, most: int | None = None, stop: Any = None) -> tuple[int, int]:
-    """Images that a model in eval mode tells right at first guess, and how many it saw.
+    """Count the images that a model classifies correctly (top 1) in eval mode.
 
     Args:
-        model: its mode is as before afterwards.
-        batches: of images and labels, on its device.
-        most: images that count.
+        model: the model; its mode is restored afterwards.
+        batches: batches of images and labels, on the model's device.
+        most: number of images that count; None to count all.
         stop: called before each batch.
+
+    Returns:
+        The number of correct images, and of all images counted.
     """
     training, right, seen = model.training, 0, 0
     model.eval()

@@ -1,14 +1,19 @@
-"""The training loop: from a recipe to a run folder with a slim model in it, in one go or in several."""
+"""The training loop: the epochs of one run, its checkpoints and evaluations, and the slim model at the end.
+
+The loop treats gates as any other loop does: the model is prepared before it, and finalized between two epochs once the
+targets are met, or else at the end. One checkpoint is written before each evaluation, so an interrupted evaluation is
+done again. After every step all processes are asked together whether to stop (a sum over gloo, on the CPU), because a
+process that stopped alone would leave the others waiting. A resumed epoch loads the batches that are done again,
+because loader workers draw from generators of their own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import timm
 import torch
@@ -17,127 +22,37 @@ from torch import Tensor, nn
 from autogate.api import gates, summary
 from autogate.budget import Flops
 from autogate.files import save
-from autogate.training.checkpoint import (
-    Checkpoint,
-    Position,
-    load_checkpoint,
-    read_tensors,
-    save_checkpoint,
-    write_tensors,
-)
-from autogate.training.data import DataSets, Loaders, find_data, loaders, on_device, set_epoch
+from autogate.inspection import Summary
+from autogate.training.callbacks import Callback, StepMetrics
+from autogate.training.checkpoint import Checkpoint, Position, save_checkpoint
+from autogate.training.data import DataSets, Loaders, loaders, on_device, set_epoch
 from autogate.training.distributed import World
+from autogate.training.finalize_run import FinalGates, Snapshot, finalize_run, finalize_run_again
 from autogate.training.learning import Loss, Stepper, accuracy, seed_at
-from autogate.training.network import build_network, data_config, with_gates
+from autogate.training.network import data_config, with_gates
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import EpochRow, LayerSize, Result, RunFolder, RunInfo
-from autogate.training.taking_out import Snapshot, TakenOut, take_out, take_out_again
-from autogate.training.watching import Moment, Watcher
 from autogate.version import __version__
 from rewriters import AutogateError
 
 TELL_EVERY = 10
-"""Steps between two words to the watchers: reading the loss has the host wait for a GPU."""
+"""Steps between two calls of the callbacks: reading the loss makes the host wait for a GPU."""
 
 Stop = Callable[[], bool]
-"""Whether a run shall leave a checkpoint and end; asked after every step."""
+"""Whether the run should write a checkpoint and stop. Called after every step."""
 
 
 class _Stopped(Exception):
-    """The run was told to stop, and has left its checkpoint."""
-
-
-def start(
-    recipe: Recipe, path: Path, world: World | None = None, watchers: Sequence[Watcher] = (),
-    stop: Stop = lambda: False,
-) -> Result | None:  # fmt: skip
-    """Train a model with gates and finalize it.
-
-    Args:
-        recipe: what to do.
-        path: of the run's folder, which must be new or empty.
-        world: the processes that train; all of them call this. One on the CPU, if None.
-        watchers: are told how it goes.
-        stop: see there.
-
-    Returns:
-        What the slim model came to; None if the run was stopped.
-
-    Raises:
-        AutogateError: the data, the model, the budget or the folder can't be had so; the loss is not finite.
-    """
-    world, folder = world or World(), RunFolder(path)
-    if world.main:
-        folder.check_free()
-    seed_at(recipe.seed)
-    data = find_data(recipe.images)
-    model = build_network(recipe.network, recipe.network.num_classes or data.num_classes).to(world.device)
-    teacher = copy.deepcopy(model) if recipe.distillation is not None else None
-    run = _Run.on(recipe, data, model, teacher, folder, world)
-    if world.main:
-        folder.create(run.info)
-        if teacher is not None:
-            write_tensors(teacher.state_dict(), folder.teacher_file)
-    return run.go_on(Position(), watchers, stop)
-
-
-def resume(
-    path: Path, world: World | None = None, watchers: Sequence[Watcher] = (), stop: Stop = lambda: False,
-    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
-) -> Result | None:  # fmt: skip
-    """Go on with a run where its checkpoint is: on a CPU with the same weights, bit for bit, as if it had not stopped.
-
-    Args:
-        path, world, watchers, stop: as for `start`.
-        change: what is different from now on: where the images lie, the number of workers, the device. With other
-            workers, other random crops are drawn.
-
-    Raises:
-        AutogateError: as `start`; there is no run or no checkpoint, or it doesn't fit the data or the number of
-            processes.
-    """
-    world, folder = world or World(), RunFolder(path)
-    info = folder.info()
-    result = folder.result()
-    if result is not None and result.complete and folder.slim_file.is_file():
-        return result
-    if world.size != info.processes:
-        raise AutogateError(
-            f"there are {world.size} processes, and were {info.processes} when the run began.", where=str(path)
-        )
-    if not folder.checkpoint_file.is_file():
-        raise AutogateError(
-            "the run has no checkpoint yet.", where=str(path), remedy="Delete the folder and start anew."
-        )
-    found, recipe = load_checkpoint(folder.checkpoint_file), change(info.recipe)
-    seed_at(recipe.seed)
-    data = find_data(recipe.images)
-    model = build_network(recipe.network, info.num_classes, weights=False).to(world.device)
-    teacher = None
-    if recipe.distillation is not None:
-        teacher = copy.deepcopy(model)
-        teacher.load_state_dict(read_tensors(folder.teacher_file))
-    run = _Run.on(recipe, data, model, teacher, folder, world)
-    for name in ("num_classes", "train_images", "val_images", "batches", "steps", "gates"):
-        now, then = getattr(run.info, name), getattr(info, name)
-        if now != then:
-            raise AutogateError(
-                f"{name.replace('_', ' ')}: there are {now} and were {then} when the run began.", where=str(path)
-            )
-    run.load(found)
-    if world.main:
-        folder.rewind(found.position.epoch)
-    world.wait()
-    return run.go_on(found.position, watchers, stop)
+    """The run was asked to stop, and has written its checkpoint."""
 
 
 @dataclass
-class _Run:
+class Loop:
     """A run in memory.
 
     Attributes:
-        model: with gates until their targets have been met, slim afterwards.
-        taken_out: its closed channels, None as long as it has gates.
+        model: the model; with gates until the targets are met, slim afterwards.
+        final_gates: the gates when the model was finalized; None while it has gates.
     """
 
     recipe: Recipe
@@ -149,55 +64,36 @@ class _Run:
     stepper: Stepper
     loss: Loss
     flops: Flops
-    taken_out: TakenOut | None = None
+    final_gates: FinalGates | None = None
 
     @classmethod
-    def on(
+    def prepare(
         cls, recipe: Recipe, data: DataSets, model: nn.Module, teacher: nn.Module | None, folder: RunFolder,
         world: World,
-    ) -> _Run:  # fmt: skip
-        """A run that has not begun."""
+    ) -> Loop:  # fmt: skip
+        """Prepare a model, and everything else for a run that has not started."""
         classes = int(getattr(model, "num_classes", 0))
         if data.num_classes is not None and classes < data.num_classes:
             raise AutogateError(
-                f"the model has {classes} outputs and the data {data.num_classes} classes.", where="num_classes"
+                f"the model has {classes} outputs, but the data has {data.num_classes} classes.",
+                where="num_classes",
+                remedy="Omit --num-classes, or give at least as many as the data has.",
             )
         config = data_config(model, recipe.network)
         loading = loaders(data, recipe.images, config, world)
-        steps_per_epoch = math.ceil(len(loading.train) / recipe.learning.grad_accum_steps)
-        steps = recipe.learning.epochs * steps_per_epoch
+        steps = recipe.learning.epochs * _steps_per_epoch(recipe, loading)
         model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps)
-        whole = summary(model)
-        info = RunInfo(
-            format=1,
-            versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
-            recipe=recipe,
-            num_classes=classes,
-            input_size=tuple(config["input_size"]),
-            train_images=len(data.train),
-            val_images=len(data.val),
-            processes=world.size,
-            batches=len(loading.train),
-            steps_per_epoch=steps_per_epoch,
-            steps=steps,
-            gates=whole.progress.classes,
-            targets=whole.progress.targets,
-            flops=whole.all_flops,
-            params=whole.all_params,
-            layers=tuple(
-                LayerSize(layer.module, layer.all_inputs, layer.all_outputs, layer.all_macs) for layer in whole.layers
-            ),
-        )
-        stepper = Stepper(model, recipe.learning, steps_per_epoch)
+        info = _info(recipe, data, loading, world, summary(model), classes, tuple(config["input_size"]))
+        stepper = Stepper(model, recipe.learning, info.steps_per_epoch)
         bank = gates(model)
         flops = Flops(bank.channel_map, model, bank.added)
         return cls(recipe, info, folder, world, loading, model, stepper, Loss.of(recipe, classes, teacher), flops)
 
     def load(self, found: Checkpoint) -> None:
-        """Take the state of a checkpoint."""
+        """Load the state of a checkpoint."""
         try:
             if found.gates is not None:
-                self.taken_out = take_out_again(self.model, found.gates, self._average, self.stepper.optimizer)
+                self.final_gates = finalize_run_again(self.model, found.gates, self._average, self.stepper.optimizer)
             self.model.load_state_dict(found.model)
             self.stepper.optimizer.load_state_dict(dict(found.optimizer))
             if found.scaler is not None:
@@ -205,46 +101,48 @@ class _Run:
             if self._average is not None and found.ema is not None:
                 self._average.load_state_dict(found.ema)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise AutogateError(f"it doesn't fit the run: {error}", where=str(self.folder.checkpoint_file)) from error
+            raise AutogateError(
+                f"the checkpoint doesn't fit the run: {error}", where=str(self.folder.checkpoint_file)
+            ) from error
         self.stepper.schedule_to(found.position.step)
 
     @property
     def _average(self) -> nn.Module | None:
-        """The model of averaged weights, where they are averaged."""
+        """The model with averaged weights, if weights are averaged."""
         return None if self.stepper.ema is None else self.stepper.ema.module
 
-    def go_on(self, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Result | None:
-        """Train the epochs that are left and finalize."""
-        watchers = watchers if self.world.main else ()
+    def run(self, position: Position, callbacks: Sequence[Callback], stop: Stop) -> Result | None:
+        """Train the remaining epochs and finalize. None if the run was stopped."""
+        callbacks = callbacks if self.world.main else ()
         wrapped = self.world.wrap(self.model)
-        for watcher in watchers:
-            watcher.started(self.info, position.step)
+        for callback in callbacks:
+            callback.started(self.info, position.step)
         try:
             for epoch in range(position.epoch, self.recipe.learning.epochs + 1):
                 if epoch > position.epoch:
                     position = Position(epoch, step=position.step)
-                if epoch and not position.batch and self._may_take_out():
-                    self.taken_out = take_out(self.model, self._average, self.stepper.optimizer)
+                if epoch and not position.batch and self._may_finalize():
+                    self.final_gates = finalize_run(self.model, self._average, self.stepper.optimizer)
                     wrapped = self.world.wrap(self.model)
                 if epoch and position.batch < self.info.batches:
-                    position = self._train(wrapped, position, watchers, stop)
+                    position = self._train(wrapped, position, callbacks, stop)
                 self._save(position)
                 row = self._evaluate(position, stop)
-                for watcher in watchers:
-                    watcher.evaluated(row)
+                for callback in callbacks:
+                    callback.evaluated(row)
             return self._finish(row)
         except _Stopped:
             return None
         finally:
-            for watcher in watchers:
-                watcher.finished()
+            for callback in callbacks:
+                callback.finished()
 
-    def _may_take_out(self) -> bool:
-        """Whether nothing is left to be learned about channels: what training follows costs less without them."""
-        return self.taken_out is None and gates(self.model).progress().settled
+    def _may_finalize(self) -> bool:
+        """Whether the targets are met: the gates have nothing left to learn, and training costs less without them."""
+        return self.final_gates is None and gates(self.model).progress().settled
 
-    def _train(self, wrapped: nn.Module, position: Position, watchers: Sequence[Watcher], stop: Stop) -> Position:
-        """Train the rest of an epoch."""
+    def _train(self, wrapped: nn.Module, position: Position, callbacks: Sequence[Callback], stop: Stop) -> Position:
+        """Train the rest of an epoch, and return the position at its end."""
         world, stepper, epoch, step, lr = self.world, self.stepper, position.epoch, position.step, position.lr
         began = time.monotonic() - position.seconds
         total = torch.tensor(position.loss / world.size, device=world.device)
@@ -270,8 +168,8 @@ class _Run:
                 continue
             step += 1
             lr = stepper.step(self.model, step)
-            if watchers and step % TELL_EVERY == 0:
-                self._tell(watchers, epoch, step, float(total) / done, lr)
+            if callbacks and step % TELL_EVERY == 0:
+                self._report_step(callbacks, epoch, step, float(total) / done, lr)
             if world.any(stop()):
                 self._save(here())
                 raise _Stopped
@@ -279,7 +177,7 @@ class _Run:
         return here()
 
     def _batches(self, position: Position) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch that are still to come; those before are loaded too, to draw the same numbers."""
+        """The remaining batches of an epoch. Those before are loaded too, to draw the same random numbers."""
         place = (self.recipe.seed, self.world.rank, position.epoch)
         seed_at(*place, 0)
         set_epoch(self.loaders.train, position.epoch)
@@ -293,28 +191,28 @@ class _Run:
                 yield batch
 
     def _group(self, batch: int) -> range:
-        """The batches whose gradients make one step with those of `batch`."""
+        """The batches whose gradients are accumulated into the same step as those of `batch`."""
         size = self.recipe.learning.grad_accum_steps
         first = batch - batch % size
         return range(first, min(first + size, self.info.batches))
 
-    def _tell(self, watchers: Sequence[Watcher], epoch: int, step: int, loss: float, lr: float) -> None:
+    def _report_step(self, callbacks: Sequence[Callback], epoch: int, step: int, loss: float, lr: float) -> None:
         self._check_finite(loss, step)
-        if self.taken_out is None:
+        if self.final_gates is None:
             live = gates(self.model).live.cpu()
             share, count = self.flops.share(live), int(live.sum())
         else:
-            share, count = self.taken_out.snapshot.flops / self.info.flops, self.taken_out.snapshot.live
-        moment = Moment(epoch, step, loss, lr, share, count)
-        for watcher in watchers:
-            watcher.stepped(moment)
+            share, count = self.final_gates.snapshot.flops / self.info.flops, self.final_gates.snapshot.live
+        metrics = StepMetrics(epoch, step, loss, lr, share, count)
+        for callback in callbacks:
+            callback.stepped(metrics)
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
             raise AutogateError(
-                f"the loss is not finite any more at step {step}.",
+                f"the loss is no longer finite at step {step}.",
                 where=str(self.folder.path),
-                remedy="Train with a smaller --lr, with --clip-grad or without --amp, in another folder.",
+                remedy="Start a new run in another folder, with a smaller --lr, with --clip-grad or without --amp.",
             )
 
     def _save(self, position: Position) -> None:
@@ -323,15 +221,15 @@ class _Run:
         stepper = self.stepper
         scaler = stepper.scaler.state_dict() if stepper.scaler.is_enabled() else None
         ema = self._average.state_dict() if self._average is not None else None
-        closed = self.taken_out.gates if self.taken_out is not None else None
+        bank_state = self.final_gates.bank_state if self.final_gates is not None else None
         checkpoint = Checkpoint(
-            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema, closed
+            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema, bank_state
         )
         save_checkpoint(checkpoint, self.folder.checkpoint_file)
 
     def _evaluate(self, position: Position, stop: Stop) -> EpochRow:
-        """How the run stands; the main process writes it down."""
-        now = Snapshot.of(self.model) if self.taken_out is None else self.taken_out.snapshot
+        """Evaluate the run; the main process writes the result to the run folder."""
+        now = Snapshot.of(self.model) if self.final_gates is None else self.final_gates.snapshot
         batches = max(position.batch, 1) * self.world.size
         row = EpochRow(
             epoch=position.epoch,
@@ -354,7 +252,7 @@ class _Run:
         return row
 
     def _accuracy(self, model: nn.Module, stop: Stop) -> float:
-        """Of the validation images, in percent."""
+        """Accuracy on the validation images, in percent."""
 
         def check() -> None:
             if self.world.size == 1 and stop():
@@ -367,15 +265,47 @@ class _Run:
         return 100 * right / max(seen, 1)
 
     def _finish(self, row: EpochRow) -> Result:
-        """Finalize what still has gates, and try the slim model."""
-        if self.taken_out is None:
-            self.taken_out = take_out(self.model, self._average, warn=self.world.main)
+        """Finalize the model if it still has gates, evaluate the slim model and save it."""
+        if self.final_gates is None:
+            self.final_gates = finalize_run(self.model, self._average, warn=self.world.main)
         slim = (self.model if self._average is None else self._average).eval()
         result = replace(
-            self.taken_out.snapshot.result(slim, self.info, row.step), accuracy=self._accuracy(slim, lambda: False)
+            self.final_gates.snapshot.result(slim, self.info, row.step), accuracy=self._accuracy(slim, lambda: False)
         )
         if self.world.main:
             save(slim, self.folder.slim_file)
             self.folder.finish(result)
         self.world.wait()
         return result
+
+
+def _steps_per_epoch(recipe: Recipe, loading: Loaders) -> int:
+    return math.ceil(len(loading.train) / recipe.learning.grad_accum_steps)
+
+
+def _info(
+    recipe: Recipe, data: DataSets, loading: Loaders, world: World, whole: Summary, classes: int,
+    input_size: tuple[int, int, int],
+) -> RunInfo:  # fmt: skip
+    """The content of run.json: the recipe, and what it means for this model and this data."""
+    steps_per_epoch = _steps_per_epoch(recipe, loading)
+    return RunInfo(
+        format=1,
+        versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        recipe=recipe,
+        num_classes=classes,
+        input_size=input_size,
+        train_images=len(data.train),
+        val_images=len(data.val),
+        processes=world.size,
+        batches=len(loading.train),
+        steps_per_epoch=steps_per_epoch,
+        steps=recipe.learning.epochs * steps_per_epoch,
+        gates=whole.progress.classes,
+        targets=whole.progress.targets,
+        flops=whole.all_flops,
+        params=whole.all_params,
+        layers=tuple(
+            LayerSize(layer.module, layer.all_inputs, layer.all_outputs, layer.all_macs) for layer in whole.layers
+        ),
+    )

@@ -1,4 +1,4 @@
-"""The model of a run: as timm builds it, and with the gates that its budget asks for."""
+"""The model of a run: the dense model from timm, and the prepared one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rewriters import AutogateError
 
 
 def build_network(network: Network, num_classes: int | None, weights: bool = True) -> nn.Module:
-    """The dense model.
+    """Build the dense model.
 
     Args:
-        network: what was asked for.
-        num_classes: outputs; the model's own if None.
-        weights: read those that were asked for. Without, they are random.
+        network: what to build.
+        num_classes: number of outputs; the model's default if None.
+        weights: whether to load the weights that `network` asks for. If False, the weights are random.
 
     Raises:
-        AutogateError: timm doesn't build it so.
+        AutogateError: timm can't build it.
     """
     arguments: dict[str, Any] = {"drop_rate": network.drop, "drop_path_rate": network.drop_path}
     arguments = {name: rate for name, rate in arguments.items() if rate}
@@ -37,24 +37,24 @@ def build_network(network: Network, num_classes: int | None, weights: bool = Tru
         arguments |= {"pretrained": network.pretrained, "checkpoint_path": network.initial_checkpoint or ""}
     try:
         return timm.create_model(network.name, **arguments)
-    except Exception as error:  # whatever an entry point makes of its arguments, or the network of a download
+    except Exception as error:  # timm's entry points and downloads raise errors of all kinds
         raise AutogateError(f"timm can't build it with {arguments}: {error}", where=network.name) from error
 
 
 def data_config(model: nn.Module, network: Network) -> dict[str, Any]:
-    """Size of the images and how they are normalised: "input_size", "mean", "std", "interpolation", "crop_pct"."""
+    """Size and normalisation of the images: "input_size", "mean", "std", "interpolation", "crop_pct"."""
     asked = {} if network.img_size is None else {"img_size": network.img_size}
     return resolve_data_config(asked, model=model)
 
 
 def with_gates(model: nn.Module, budget: Budget, input_size: tuple[int, int, int], steps: int) -> nn.Module:
-    """The model, prepared for its budget.
+    """Prepare the model for its budget.
 
     Args:
-        model: dense, on the device that it is trained on.
-        budget: what shall be left.
+        model: the dense model, on the device that it is trained on.
+        budget: the budget.
         input_size: channels, height and width of an image.
-        steps: optimizer steps that it will be trained for.
+        steps: number of optimizer steps that it is going to be trained for.
     """
     device = next(model.parameters()).device
     shares: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What a training run is asked to do, as plain values. Names and meanings are those of timm's train.py."""
+"""The recipe of a training run: what to do, as frozen values. Names and meanings are those of timm's train.py."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from autogate.budget import Shares
 from rewriters import AutogateError
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "constant", "none")
-"""Those of timm's schedules that go by the number of steps."""
+"""The timm schedules that are driven by the number of steps."""
 
 WORKERS = min(4, os.cpu_count() or 1)
-"""Processes that load images, if nobody says: torch warns of more than there are cores."""
+"""Default number of processes that load images. torch warns if there are more than cores."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Network:
     """The dense model, built by timm.
 
     Attributes:
-        name: of the model, with a tag if there are several pretrained ones.
-        pretrained: with the weights that timm has for it.
-        initial_checkpoint: a file of weights to begin with.
-        num_classes: outputs; as many as the data has classes if None.
+        name: name of the model, with a tag if timm has several sets of pretrained weights.
+        pretrained: whether to load timm's weights.
+        initial_checkpoint: a file of weights to start from.
+        num_classes: number of outputs; the number of classes in the data if None.
         img_size: side of the images in pixels; the model's own if None.
         drop, drop_path: rates of dropout and of stochastic depth.
     """
@@ -44,22 +44,22 @@ class Network:
 
 @dataclass(frozen=True)
 class Images:
-    """The data set and what is done to its images.
+    """The data set, and how its images are loaded and augmented.
 
     Attributes:
-        data: a folder with one folder a class under train/ and validation/ (or val/), or a name that
-            `timm.data.create_dataset` knows: "torch/cifar10", "tfds/...", "hfds/...", "wds/...".
-        data_dir: where the data of such a name lies.
-        download: fetch it there.
+        data: a folder with train/ and validation/ (or val/), each with one folder per class; or a name that
+            `timm.data.create_dataset` accepts: "torch/cifar10", "tfds/...", "hfds/...", "wds/...".
+        data_dir: folder of a named data set.
+        download: whether to download it into that folder.
         train_split, val_split: names of the two parts.
-        batch_size: images a process and batch.
-        validation_batch_size: for evaluation; the same if None.
+        batch_size: images per batch, in each process.
+        validation_batch_size: the same for evaluation; `batch_size` if None.
         workers: processes that load images, for each process that trains.
-        scale: least and largest part of an image's area that random crops take.
+        scale: smallest and largest part of an image's area for random crops.
         hflip: probability of a horizontal flip.
-        color_jitter: strength of it.
-        aa: policy of AutoAugment or RandAugment in timm's notation, "rand-m9-mstd0.5" for instance.
-        mixup, cutmix: alpha of each; 0 is off.
+        color_jitter: strength of the color jitter.
+        aa: AutoAugment or RandAugment policy in timm's notation, such as "rand-m9-mstd0.5".
+        mixup, cutmix: alpha of each; 0 turns it off.
     """
 
     data: str
@@ -84,7 +84,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Budget:
-    """What shall be left, as `autogate.prepare` takes it."""
+    """The budget, with the names and meanings of `autogate.prepare`."""
 
     flops: float | None = None
     params: float | None = None
@@ -95,7 +95,7 @@ class Budget:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        Shares(self.flops, self.params, self.activations, self.latency)  # raises for a share that is none
+        Shares(self.flops, self.params, self.activations, self.latency)  # raises if a share is outside of (0, 1]
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,19 @@ class Learning:
     """How the weights are trained.
 
     Attributes:
-        epochs: passes over the training images, warm-up included.
+        epochs: passes over the training images, including the warm-up.
         opt: one of `timm.optim.list_optimizers()`.
         lr: peak learning rate.
-        weight_decay, momentum: of the optimizer.
+        weight_decay, momentum: settings of the optimizer.
         sched: one of `SCHEDULES`.
-        warmup_epochs, warmup_lr: a linear warm-up, and where it begins.
-        min_lr: where the schedule ends.
-        decay_epochs, decay_rate: of the schedules that fall in steps ("poly" takes the rate as its power).
-        clip_grad: largest norm of the gradient; None doesn't clip.
-        grad_accum_steps: batches a step.
+        warmup_epochs, warmup_lr: length of a linear warm-up, and the learning rate that it starts from.
+        min_lr: the learning rate that the schedule ends with.
+        decay_epochs, decay_rate: for schedules that fall in steps ("poly" uses the rate as its power).
+        clip_grad: largest norm of the gradient; None for no clipping.
+        grad_accum_steps: batches per optimizer step.
         smoothing: label smoothing.
-        amp: autocast, in `amp_dtype`; float16 with a gradient scaler.
-        model_ema, model_ema_decay: average the weights; the average is what is finalized.
+        amp: whether to use autocast in `amp_dtype`; float16 uses a gradient scaler.
+        model_ema, model_ema_decay: whether to average the weights, and the decay. The average is what is finalized.
     """
 
     epochs: int = 30
@@ -143,7 +143,8 @@ class Learning:
         _known("amp_dtype", self.amp_dtype, ("bfloat16", "float16"))
         if not 0 <= self.warmup_epochs < self.epochs:
             raise AutogateError(
-                f"{self.warmup_epochs} of {self.epochs} epochs can't be warm-up.", where="warmup_epochs"
+                f"{self.warmup_epochs} of {self.epochs} epochs are warm-up; it must be shorter than the run.",
+                where="warmup_epochs",
             )
 
 
@@ -152,8 +153,8 @@ class Distillation:
     """Training against the outputs of the dense model (Hinton et al., "Distilling the Knowledge in a Neural Network").
 
     Attributes:
-        weight: of the teacher's part of the loss, in (0, 1]; the labels have the rest.
-        temperature: both outputs are divided by it.
+        weight: weight of the teacher's part of the loss, in (0, 1]; the labels have the rest.
+        temperature: divides the outputs of both models.
     """
 
     weight: float = 0.5
@@ -161,21 +162,23 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not 0 < self.weight <= 1:
-            raise AutogateError(f"{self.weight} is no weight; it must be in (0, 1].", where="distill_weight")
+            raise AutogateError(f"the weight is {self.weight}; it must be in (0, 1].", where="distill_weight")
         if not self.temperature > 0:
-            raise AutogateError(f"{self.temperature} is no temperature.", where="distill_temperature")
+            raise AutogateError(
+                f"the temperature is {self.temperature}; it must be positive.", where="distill_temperature"
+            )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run depends on.
+    """Everything that a run depends on.
 
     Attributes:
-        network, images, budget, learning: see there.
-        distillation: None trains with the labels alone.
-        seed: for weights, the order of images and all that is random about them.
-        device: "cpu", "cuda"; a GPU where there is one if None.
-        tensorboard: log for TensorBoard too.
+        network, images, budget, learning: see the classes.
+        distillation: None to train with the labels alone.
+        seed: seed of the weights, the order of images and all other random numbers.
+        device: "cpu", "cuda"; a GPU if there is one, if None.
+        tensorboard: whether to log for TensorBoard too.
     """
 
     network: Network
@@ -196,4 +199,4 @@ def _known(option: str, name: str, names: Iterable[str]) -> None:
     names = list(names)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:12]
-        raise AutogateError(f"{name!r} is unknown.", where=option, remedy=f"There is {', '.join(near)}.")
+        raise AutogateError(f"{name!r} is unknown.", where=option, remedy=f"Known names are {', '.join(near)}.")

@@ -1,1 +1,1 @@
-"""Accuracy at equal FLOPs and equal epochs, side by side with other methods: `python -m benchmarks.accuracy --help`."""
+"""Accuracy at equal FLOPs and equal epochs, compared with other methods: `python -m benchmarks.accuracy --help`."""

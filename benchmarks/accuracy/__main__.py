@@ -1,16 +1,15 @@
-"""Accuracy at equal FLOPs and equal epochs: autogate beside Torch-Pruning's methods and dense training.
+"""Accuracy at equal FLOPs and equal epochs: autogate, Torch-Pruning's methods and dense training.
 
     python -m benchmarks.accuracy run --data FOLDER --out runs/accuracy
     python -m benchmarks.accuracy run --data FOLDER --out runs/accuracy --models resnet56 --epochs 200 --jobs 16
     python -m benchmarks.accuracy table --out runs/accuracy --docs docs/benchmarks
 
-FOLDER holds torchvision's CIFAR-10, or `train.npz` and `test.npz` (see `data.load`). All methods start from the same
-trained network (one a seed) and spend the same epochs. Each run leaves one JSON file; one whose file stands there isn't
-run again, so that a broken-off benchmark goes on where it was.
+FOLDER has torchvision's CIFAR-10, or `train.npz` and `test.npz` (see `data.load`). All methods start from the same
+trained network (one per seed) and train for the same number of epochs. Each run writes one JSON file. A run whose file
+exists is skipped, so an interrupted benchmark can be continued.
 
-Settings are chosen with `--held-out`: a fifth of the training images is kept from all training, and accuracy is read
-off it. `--set damping=0.3` runs with another value of a field of `autogate.methods.GDP`, `--schedule keep=0.5` with
-another schedule.
+To choose settings use `--held-out`: a fifth of the training images is never trained on, and accuracy is measured on it.
+`--set damping=0.3` sets a field of `autogate.methods.GDP` for the run, `--schedule keep=0.5` a field of the schedule.
 
 Torch-Pruning's methods need `pip install torch-pruning`.
 """
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 @contextmanager
 def in_processes(jobs: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` that has so many processes at work; the plain one for a single one."""
+    """A `map` over this many processes; the built-in one for a single process."""
     if jobs == 1:
         yield map
         return
@@ -72,14 +71,14 @@ def main() -> None:
     running.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     running.add_argument("--flops", type=float, nargs="+", default=[0.5, 0.3])
     running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    running.add_argument("--epochs", type=int, default=10, help="dense, and again for each method")
-    running.add_argument("--peak", type=float, default=0.1, help="learning rate; half of it after the dense training")
-    running.add_argument("--compiled", action="store_true", help="torch.compile")
-    running.add_argument("--held-out", action="store_true", help="accuracy on a fifth of the training images")
+    running.add_argument("--epochs", type=int, default=10, help="epochs of dense training, and again of each method")
+    running.add_argument("--peak", type=float, default=0.1, help="peak learning rate; half of it after dense training")
+    running.add_argument("--compiled", action="store_true", help="use torch.compile")
+    running.add_argument("--held-out", action="store_true", help="measure accuracy on a fifth of the training images")
     running.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     running.add_argument("--schedule", nargs="*", default=[], metavar="FIELD=VALUE")
-    running.add_argument("--threads", type=int, help="on the CPU")
-    running.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
+    running.add_argument("--threads", type=int, help="CPU threads")
+    running.add_argument("--jobs", type=int, default=1, help="number of parallel runs, each in its own process")
     running.set_defaults(command=run)
     writing = commands.add_parser("table", help="write the page and the figure")
     writing.add_argument("--docs", type=Path, default=Path("docs/benchmarks"))

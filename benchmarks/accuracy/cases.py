@@ -1,4 +1,4 @@
-"""One run: what it is asked, how its process is set up for it, what it tells."""
+"""One run: its settings, how its process is set up, and its result."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from benchmarks.accuracy.runs import dense_model, once
 
 @dataclass(frozen=True)
 class Options:
-    """What all runs of one call share.
+    """The settings that all runs of one call share.
 
     Attributes:
         data: folder of the images.
-        out: folder of results, of those on held-out images or of those on test images.
+        out: folder of the results, either on held-out images or on test images.
         recipe: how networks are trained.
-        held_out: whether accuracy is read off held-out training images.
-        set, schedule: fields of `GDP` and of `Schedule` with other values than by default, see `with_fields`.
-        threads: on the CPU; PyTorch's choice if None.
+        held_out: whether accuracy is measured on held-out training images.
+        set, schedule: fields of `GDP` and of `Schedule` that differ from the defaults, see `with_fields`.
+        threads: CPU threads; PyTorch's default if None.
     """
 
     data: Path
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a method on the network that a seed gave. The one that trains that network has no method."""
+    """One run: a method applied to the network trained with a seed. The run that trains this network has no method."""
 
     model: str
     seed: int
@@ -53,14 +53,14 @@ class Case:
     flops: float = 1.0
 
     def parts(self, changed: Sequence[str]) -> list[str]:
-        """What the run's file is named by."""
+        """The stem of the name of the run's file."""
         method = "start" if self.method is None else self.method.replace(", ", "_").replace(" ", "_")
         return [self.model, method, str(self.flops), *changed, str(self.seed)]
 
 
 @lru_cache
 def set_up(options: Options) -> tuple[Data, Data]:
-    """Makes this process one that runs cases, once; the images to train on and those to read accuracy off."""
+    """Set this process up for running cases, once. Returns the images to train on and those to measure accuracy on."""
     if options.set:
         autogate.api.GDP = with_fields(GDP, options.set)
     if options.schedule:
@@ -74,7 +74,7 @@ def set_up(options: Options) -> tuple[Data, Data]:
 
 
 def run_case(options: Options, case: Case) -> str:
-    """Runs a case that has no result yet; a line that tells the result."""
+    """Run a case that has no result yet. Returns the result as a line of text."""
     train, test = set_up(options)
     dense = dense_model(case.model, case.seed, train, test, options.recipe, options.out)
     changed = [*options.set, *options.schedule]
@@ -89,7 +89,7 @@ def run_case(options: Options, case: Case) -> str:
 
 
 def slim_run(dense: torch.nn.Module, case: Case, train: Data, test: Data, recipe: Recipe) -> dict:
-    """One method on one trained network: its accuracy, and what of the FLOPs and parameters is left."""
+    """Apply one method to one trained network: its accuracy, and the shares of FLOPs and parameters left."""
     model = copy.deepcopy(dense)
     example = normalise(train.images[:2])
     whole, params = count_flops(model, example), sum(parameter.numel() for parameter in model.parameters())

@@ -14,7 +14,7 @@ from torch import Tensor
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 HOLD_OUT = 5
-"""One image in so many of the training set is held out where settings are chosen."""
+"""One in this many training images is held out for choosing settings."""
 
 
 class Data(NamedTuple):
@@ -28,7 +28,7 @@ class Data(NamedTuple):
 
 
 def load(folder: Path, split: str) -> Data:
-    """The split named "train" or "test": torchvision's CIFAR-10, or `train.npz` and `test.npz`.
+    """Load the split named "train" or "test" from torchvision's CIFAR-10, or from `train.npz` and `test.npz`.
 
     The latter have arrays `images`, (N, 32, 32, 3) uint8, and `labels`, (N,).
     """
@@ -42,22 +42,22 @@ def load(folder: Path, split: str) -> Data:
         try:
             data = CIFAR10(str(folder), train=split == "train")
         except RuntimeError as error:
-            sys.exit(f"{folder} holds neither {split}.npz nor torchvision's CIFAR-10: {error}")
+            sys.exit(f"{folder} has neither {split}.npz nor torchvision's CIFAR-10: {error}")
         images, labels = data.data, np.asarray(data.targets)
     return Data(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long())
 
 
 def held_out(train: Data) -> tuple[Data, Data]:
-    """The training set without a fifth of it, and that fifth: always the same, drawn from all classes."""
+    """Split off a fifth of the training set: always the same images, drawn from all classes."""
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
     cut = len(order) // HOLD_OUT
     return tuple(Data(train.images[part], train.labels[part]) for part in (order[cut:], order[:cut]))
 
 
 def layout(device: torch.device) -> torch.memory_format:
-    """Channels last, which is quicker, but not on processors without AVX-512.
+    """Use channels_last, which is faster, but not on processors without AVX-512.
 
-    There PyTorch 2.14's backward of a strided 1x1 convolution of fewer than eight channels writes beyond its memory.
+    There, PyTorch 2.14's backward of a strided 1x1 convolution with fewer than eight channels writes out of bounds.
     """
     plain = device.type == "cpu" and not torch.cpu._is_avx512_supported()
     return torch.contiguous_format if plain else torch.channels_last
@@ -69,7 +69,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Flips and shifts by up to 4 pixels, the whole batch at once."""
+    """Flip and shift the whole batch at once, by up to 4 pixels."""
     count, device = len(images), images.device
     flip = torch.rand(count, device=device) < 0.5
     images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)

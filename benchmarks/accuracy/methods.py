@@ -1,10 +1,10 @@
-"""The methods that are compared: each takes a trained model and gives a slim one, for the same epochs.
+"""The methods that are compared. Each takes a trained model and returns a slim one, with the same number of epochs.
 
-Those of Torch-Pruning are set as its own scripts for CIFAR set them (reproduce/main.py and readme.md of v1.6.1): steps
-of a 400th of the channels, ranked over all layers, until the FLOPs are met; sparse training without weight decay, at a
-regularization of 5e-4 for group sparsity and 1e-5 for batch norms' scales. Half of the epochs are for sparse training
-and half for fine-tuning. The scripts have a schedule for each; here one goes over both, for that does better in so few
-epochs (docs/benchmarks.md).
+Torch-Pruning's methods have the settings of its own CIFAR scripts (reproduce/main.py and readme.md of v1.6.1): steps of
+a 400th of the channels, ranked over all layers, until the FLOPs are met; sparse training without weight decay, with a
+regularization of 5e-4 for group sparsity and 1e-5 for batch norms' scales. Half of the epochs are sparse training, half
+fine-tuning. The scripts have a schedule for each; here one schedule covers both, which does better in so few epochs
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.accuracy.data import layout
 
 
 class Fit(Protocol):
-    """Trains a model in place; `recipe.fit` with all but these bound."""
+    """Train a model in place: `recipe.fit` with all other arguments bound."""
 
     def __call__(
         self, model: nn.Module, epochs: int, *, after_backward: Callable[[], None] = ...,
@@ -33,13 +33,13 @@ class Fit(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is asked.
+    """What a method has to do.
 
     Attributes:
-        flops: share that shall be left.
-        epochs: training that it may spend.
-        steps: optimizer steps in these.
-        weight_decay: of the recipe.
+        flops: share of the FLOPs to keep.
+        epochs: epochs of training that it may use.
+        steps: optimizer steps in these epochs.
+        weight_decay: weight decay of the recipe.
         example: images (N, 3, 32, 32), normalised.
         fit: trains for a number of epochs.
     """
@@ -56,20 +56,20 @@ Method = Callable[[nn.Module, Task], nn.Module]
 
 
 def count_flops(model: nn.Module, example: Tensor) -> float:
-    """Multiply-adds of convolutions and linear layers for one image, with one counter for all methods."""
+    """Multiply-adds of convolutions and linear layers for one image, counted the same way for all methods."""
     counter = FlopCountAnalysis(model.eval(), example[:1]).unsupported_ops_warnings(False)
     by_operator = counter.by_operator()
     return float(by_operator["conv"] + by_operator["linear"])
 
 
 def dense(model: nn.Module, task: Task) -> nn.Module:
-    """Dense training for the same extra epochs: the line to hold."""
+    """Dense training for the same additional epochs: the baseline."""
     task.fit(model, task.epochs)
     return model
 
 
 def autogate_gates(model: nn.Module, task: Task, **settings: Any) -> nn.Module:
-    """`autogate.prepare` with its defaults, training, `autogate.finalize` once the targets are met, training."""
+    """`autogate.prepare` with its defaults, training, `autogate.finalize` once the targets are met, more training."""
     model = autogate.prepare(model, task.example, flops=task.flops, steps=task.steps, **settings)
     gated = True
 
@@ -85,7 +85,7 @@ def autogate_gates(model: nn.Module, task: Task, **settings: Any) -> nn.Module:
 
 
 def l1(model: nn.Module, task: Task) -> nn.Module:
-    """The smallest L1 norms go at once, ranked over all layers; then fine-tuning."""
+    """Remove the channels with the smallest L1 norms, ranked over all layers, at once; then fine-tune."""
     import torch_pruning
 
     importance = torch_pruning.importance.MagnitudeImportance(p=1)
@@ -95,7 +95,7 @@ def l1(model: nn.Module, task: Task) -> nn.Module:
 
 
 def bn_slimming(model: nn.Module, task: Task) -> nn.Module:
-    """Sparse training of the batch norms' scales (Liu et al., Network Slimming), then fine-tuning."""
+    """Sparse training of batch norms' scales (Liu et al., Network Slimming), then fine-tuning."""
     import torch_pruning
 
     importance = torch_pruning.importance.BNScaleImportance()
@@ -140,7 +140,7 @@ def _sparse_then_fine(pruner: Any, model: nn.Module, task: Task) -> nn.Module:
 
 
 def _prune(pruner: Any, model: nn.Module, task: Task) -> None:
-    """Steps of a 400th of the channels until the FLOPs are met."""
+    """Remove a 400th of the channels at a time until the FLOPs are met."""
     model.zero_grad(set_to_none=True)
     whole = count_flops(model, task.example)
     while count_flops(model, task.example) > task.flops * whole and pruner.current_step < pruner.iterative_steps:

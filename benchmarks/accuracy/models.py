@@ -1,4 +1,4 @@
-"""The networks that papers on pruning are compared on, in their forms for 32 x 32 images."""
+"""The networks that papers on pruning compare on, in their forms for 32 x 32 images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, a 1x1 projection where the shape changes."""
+    """Two 3x3 convolutions and a shortcut, which is a 1x1 projection if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet for CIFAR of 6 n + 2 layers (He et al., Deep Residual Learning, section 4.2), with projections (B)."""
+    """ResNet for CIFAR with 6 n + 2 layers (He et al., Deep Residual Learning, section 4.2), with projections (B)."""
 
     def __init__(self, layers: int, classes: int = 10):
         super().__init__()
@@ -65,7 +65,7 @@ class Vgg16(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """A 1x1 expansion, a depthwise 3x3 and a 1x1 projection, with a shortcut where the shape stays."""
+    """A 1x1 expansion, a depthwise 3x3 and a 1x1 projection, with a shortcut if the shape stays the same."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, stride: int):
         super().__init__()
@@ -83,7 +83,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al., table 2), the first two strides left out for 32 x 32 images."""
+    """MobileNetV2 (Sandler et al., table 2), without the first two strides, for 32 x 32 images."""
 
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
     """Expansion, channels, blocks and stride of each."""

@@ -1,4 +1,4 @@
-"""The training loop that all methods go through, and what accuracy means."""
+"""The training loop of all methods, and how accuracy is measured."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Report = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum, an epoch of warm-up (or half of a single one), cosine decay; bfloat16 if it is fast.
+    """SGD with Nesterov momentum, one epoch of warm-up (half if there is only one), cosine decay; bfloat16 if fast.
 
     Attributes:
-        epochs: of the dense training, and again of what comes after it.
-        peak: highest learning rate of the dense training; half of it afterwards.
-        batch: images; the last incomplete batch of an epoch is left out.
-        weight_decay: of everything.
-        compiled: run through torch.compile.
+        epochs: epochs of dense training, and again of what follows it.
+        peak: peak learning rate of dense training; half of it afterwards.
+        batch: images per batch; the last incomplete batch of an epoch is skipped.
+        weight_decay: weight decay of all parameters.
+        compiled: whether to use torch.compile.
     """
 
     epochs: int = 10
@@ -35,12 +35,12 @@ class Recipe:
     compiled: bool = False
 
     def steps(self, data: Data, epochs: int) -> int:
-        """Optimizer steps in so many epochs."""
+        """Optimizer steps in this many epochs."""
         return epochs * (len(data.labels) // self.batch)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is the faster way there: on a processor that has to emulate it, it takes twice the time."""
+    """Whether bfloat16 is faster on this device: a processor that emulates it takes twice the time."""
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -49,18 +49,18 @@ def fit(
     after_backward: Callable[[], None] = lambda: None, after_epoch: Callable[[Optimizer], None] = lambda _: None,
     weight_decay: float | None = None,
 ) -> None:  # fmt: skip
-    """Trains a model, with a schedule of its own over these epochs.
+    """Train a model, with one schedule over these epochs.
 
     Args:
-        model: it is trained in place.
+        model: the model; it is trained in place.
         data: the training set.
-        recipe: how.
-        epochs: how long.
-        peak: highest learning rate.
+        recipe: how to train.
+        epochs: number of epochs.
+        peak: peak learning rate.
         report: called after each epoch.
-        after_backward: called in every step when the gradients are there.
+        after_backward: called in every step after backward.
         after_epoch: called with the optimizer, between two steps.
-        weight_decay: if not the recipe's.
+        weight_decay: replaces the recipe's.
     """
     images, labels = data
     decay = recipe.weight_decay if weight_decay is None else weight_decay
@@ -94,7 +94,7 @@ def predict(model: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
 
 @torch.no_grad()
 def loss(model: nn.Module, data: Data, batch: int = 1000) -> float:
-    """Mean cross entropy, in eval mode and float32: it tells two networks apart with less noise than accuracy."""
+    """Mean cross entropy in eval mode and float32: a less noisy comparison of two networks than accuracy."""
     model.eval()
     parts = zip(data.images.split(batch), data.labels.split(batch), strict=True)
     total = sum(F.cross_entropy(model(normalise(images)), labels, reduction="sum") for images, labels in parts)
@@ -102,5 +102,5 @@ def loss(model: nn.Module, data: Data, batch: int = 1000) -> float:
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """In percent."""
+    """Accuracy in percent."""
     return float((predicted == labels).float().mean()) * 100

@@ -1,4 +1,4 @@
-"""Runs that leave a file each, and the trained networks that they start from."""
+"""Runs that write one file each, and the trained networks that they start from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.accuracy.recipe import Recipe, accuracy, fit, predict
 
 
 def once(path: Path, run: Callable[[], dict]) -> dict:
-    """The result in `path`, run now if it isn't there."""
+    """The result in `path`; if there is none, run it now."""
     if not path.exists():
         started = time.time()
         result = run()
@@ -26,14 +26,14 @@ def once(path: Path, run: Callable[[], dict]) -> dict:
 
 
 class Dense(NamedTuple):
-    """A trained network, and its accuracy in percent."""
+    """A trained network and its accuracy in percent."""
 
     model: nn.Module
     accuracy: float
 
 
 def dense_model(name: str, seed: int, train: Data, test: Data, recipe: Recipe, out: Path) -> Dense:
-    """The trained network that all methods start from, from its file or trained now."""
+    """The trained network that all methods start from, loaded from its file or trained now."""
     torch.manual_seed(seed)
     device = train.images.device
     model = MODELS[name]().to(device, memory_format=layout(device))

@@ -1,4 +1,4 @@
-"""The page and the figure of what runs have left."""
+"""Write the page and the figure about the results of all runs."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ class Row(NamedTuple):
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for a single value."""
+    """Standard error of the mean; None for a single value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def ahead(row: Row, of: Row) -> list[float]:
-    """By how much one row's accuracy lies above another's, for each network that both start from."""
+    """Difference between the accuracies of two rows, for each network that both start from."""
     return [row.by_seed[seed] - of.by_seed[seed] for seed in sorted(row.by_seed.keys() & of.by_seed.keys())]
 
 
 def results(folder: Path) -> list[dict]:
-    """What stands in the folder's JSON files, but for the dense networks that all start from and trials of settings."""
+    """The results in the folder's JSON files, without the dense networks and trials of settings."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [result for result in found if "method" in result and not result["set"]]
 
 
 def rows(found: Iterable[dict]) -> list[Row]:
-    """By target, the largest first, and within it by accuracy, the best first."""
+    """Sorted by target, largest first, then by accuracy, best first."""
     by_case: dict[tuple[str, float], list[dict]] = {}
     for result in found:
         by_case.setdefault((result["method"], result["flops_target"]), []).append(result)
@@ -72,7 +72,7 @@ def rows(found: Iterable[dict]) -> list[Row]:
 
 
 def table(title: str, of: Sequence[Row]) -> str:
-    """In Markdown."""
+    """The table in Markdown."""
     lines = [
         f"## {title}\n",
         "| FLOPs asked | method | FLOPs left | parameters left | accuracy (%) | by seed | autogate ahead by |",
@@ -92,7 +92,7 @@ def _with_error(mean: float, error: float | None, form: str = ".2f") -> str:
 
 
 def _leads(row: Row, of: Sequence[Row]) -> str:
-    """How far autogate is ahead of a method at the same target, of dense training at each."""
+    """How far autogate is ahead of each method at the same target, and of dense training at each target."""
     found = []
     for own in of:
         dense = row.method == "dense"
@@ -105,7 +105,7 @@ def _leads(row: Row, of: Sequence[Row]) -> str:
 
 
 def draw(by_model: dict[str, list[Row]], path: Path) -> None:
-    """Accuracy against the FLOPs left, a panel a model."""
+    """Draw accuracy against the FLOPs left, one panel per model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,10 +132,10 @@ def draw(by_model: dict[str, list[Row]], path: Path) -> None:
 
 
 def write(runs: Path, docs: Path) -> None:
-    """Writes accuracy.md and accuracy.svg into `docs`."""
+    """Write accuracy.md and accuracy.svg into `docs`."""
     found = results(runs)
     if not found:
-        raise SystemExit(f"{runs} holds no results.")
+        raise SystemExit(f"{runs} has no results.")
     by_model = {
         model: rows(result for result in found if result["model"] == model)
         for model in dict.fromkeys(result["model"] for result in found)

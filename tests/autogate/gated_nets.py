@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from autogate.budget.resources import Flops
+from autogate.budget.products import Flops
 from autogate.budget.targets import Target, Targets
 from autogate.gating.bank import GateBank
 from autogate.methods.gdp import GDP

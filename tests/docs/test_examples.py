@@ -48,5 +48,5 @@ def test_the_readmes_lines_on_files_run(tmp_path, monkeypatch):
 
 
 def test_the_verbs_have_examples():
-    verbs = ("api.prepare", "api.gates", "api.step", "files.slim_files.save", "files.timm_text.to_timm_text")
+    verbs = ("api.prepare", "api.gates", "api.step", "files.saving.save", "files.timm_text.to_timm_text")
     assert {f"autogate.{verb}" for verb in verbs} <= {test.name for test in EXAMPLES}

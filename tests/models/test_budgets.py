@@ -229,5 +229,7 @@ def test_widths_of_a_slim_model_are_multiples():
 def test_what_was_short_is_told_for_each_resource():
     model = timm.create_model("test_resnet", num_classes=4)
     autogate.prepare(model, torch.randn(2, 3, 32, 32), flops=0.5, params=0.4, steps=60)
-    with pytest.warns(autogate.BudgetNotMetWarning, match=r"100\.0% of the FLOPs for a target of 50\.0% and 100"):
+    with pytest.warns(
+        autogate.BudgetNotMetWarning, match=r"100\.0% of the FLOPs are left, the target is 50\.0% and 100"
+    ):
         autogate.finalize(model)

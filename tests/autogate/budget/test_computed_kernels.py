@@ -8,7 +8,7 @@ from torch import nn
 
 import autogate
 import rewriters
-from autogate.budget.resources import Activations, Flops
+from autogate.budget.products import Activations, Flops
 from benchmarks.parts import PRODUCTS_WITH_KERNELS, kill, recorded_flops
 from rewriters.labelling.channel_map import Side
 from tests.rewriters.helpers import Net, conv, image

@@ -10,7 +10,8 @@ from torch import nn
 import autogate
 from autogate.budget import timing
 from autogate.budget.latency import Latency
-from autogate.budget.resources import Activations, Products, SideCounts
+from autogate.budget.products import Activations, Products
+from autogate.budget.resource import SideCounts
 from autogate.inputs import as_call
 from rewriters import analyse
 from rewriters.labelling.channel_map import Side

@@ -4,7 +4,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from autogate.budget.resources import Activations, Flops, Params, Products, Resource, SideCounts, Term
+from autogate.budget.products import Activations, Flops, Params, Products, Term
+from autogate.budget.resource import Resource, SideCounts
 from rewriters import analyse
 from rewriters.errors import AutogateError
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Kernel, Side
@@ -115,7 +116,7 @@ def test_params_may_carry_channels_in_three_dimensions_and_not_in_four():
     three = {side: labels for side, labels in classes.items() if side.dim < 3}
     params = Params(ChannelMap(2, three, {}, (), (), ()), nn.Conv1d(2, 2, 2, bias=False))
     assert params.whole == 8 and params.value(torch.tensor([True, False])).item() == 1
-    with pytest.raises(AutogateError, match="weight: it carries channels in 4 dimensions"):
+    with pytest.raises(AutogateError, match="weight: it has channels in 4 dimensions"):
         Params(ChannelMap(2, classes, {}, (), (), ()), nn.Conv2d(2, 2, 2))
 
 

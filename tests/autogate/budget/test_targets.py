@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from autogate.budget.resources import Flops, Params
+from autogate.budget.products import Flops, Params
 from autogate.budget.targets import Shares, Target, Targets
 from rewriters.errors import AutogateError
 from tests.autogate.gated_nets import ConvNet, conv_net_map, flops_target

@@ -78,13 +78,13 @@ def test_signals_leave_a_checkpoint_to_go_on_from(pictures: Path, tmp_path: Path
     assert code == 130 and "Traceback" not in told, told
     first = load_checkpoint(folder.checkpoint_file).position
     assert first.step >= 4 and not folder.slim_file.exists()
-    (command,) = (line.partition("go on with: autogate ")[2] for line in told.splitlines() if "go on with" in line)
+    (command,) = (line.partition("resume with: autogate ")[2] for line in told.splitlines() if "resume with" in line)
     code, told = stopped(shlex.split(command), folder, len(folder.gates()), signal.SIGTERM)
     assert code == 143 and "Traceback" not in told, told
     assert load_checkpoint(folder.checkpoint_file).position.step > first.step
     assert [row.epoch for row in folder.metrics()] == list(range(len(folder.gates())))
     finalized = invoke("finalize", folder.path)
-    assert finalized.exit_code == 0 and "warning: finalized at" in finalized.output
+    assert finalized.exit_code == 0 and "warning: finalized before" in finalized.output
     assert folder.slim_file.exists() and not folder.result().complete
 
 
@@ -94,7 +94,7 @@ import torch.distributed as dist
 from autogate.cli import app
 from autogate.training import loop
 
-finish = loop._Run._finish
+finish = loop.Loop._finish
 
 
 def compared(run, row):
@@ -105,7 +105,7 @@ def compared(run, row):
     return finish(run, row)
 
 
-loop._Run._finish = compared
+loop.Loop._finish = compared
 app()
 """
 
@@ -145,15 +145,15 @@ def test_two_processes_go_on_from_where_they_stopped(pictures: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (["train"], 2, "name a model"),
+        (["train"], 2, "name a timm model"),
         (["train", "resnet5O", "--data", "."], 2, "Did you mean resnet50"),
         (["train", "test_resnet"], 2, "--data"),
-        (["train", "test_resnet", "--data", "no/such/folder"], 1, "there is no such folder"),
+        (["train", "test_resnet", "--data", "no/such/folder"], 1, "there is no such folder or data set"),
         (["train", "test_resnet", "--data", ".", "--opt", "sdg"], 1, "sgd"),
         (["train", "test_resnet", "--data", ".", "--device", "abacus"], 1, "abacus can't be used"),
         (["train", "--resume", "no/such/run"], 1, "no run in this folder"),
         (["finalize", "no/such/run"], 2, "nothing at"),
-        (["finalize", __file__], 1, "no checkpoint"),
+        (["finalize", __file__], 1, "not a checkpoint"),
     ],
 )
 def test_what_is_wrong_is_told_without_a_traceback(words: list[str], code: int, told: str):

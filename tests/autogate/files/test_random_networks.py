@@ -10,7 +10,12 @@ from torch import nn
 
 import autogate
 from autogate.slim.history import history_of
-from autogate.slim.slimming import Asked, analyse_whole, carry_out, put_shortcuts
+from autogate.slim.record_replay import (
+    AnalysisOptions,
+    add_shortcut_convolutions,
+    analyse_with_dry_run,
+    slim_and_record,
+)
 from rewriters import AutogateError, UndoLog, run_eval
 from tests.rewriters.exactness import random_live, zero_kernels
 from tests.rewriters.random_networks import Network, Recipe, build
@@ -20,17 +25,17 @@ from tests.rewriters.test_random_networks import DRAWS, over_seeds
 def slim(network: Network, share: float, seed: int) -> None:
     """One slimming to random classes, of each three one with convolutions on the shortcuts, half of them disturbed."""
     model = network.model
-    asked = Asked((network.args, network.kwargs), {}, "conv" if seed % 3 == 0 else "shared")
-    shortcuts = put_shortcuts(model, asked, UndoLog())
+    options = AnalysisOptions((network.args, network.kwargs), {}, "conv" if seed % 3 == 0 else "shared")
+    shortcuts = add_shortcut_convolutions(model, options, UndoLog())
     generator = torch.Generator().manual_seed(seed)
     for shortcut in shortcuts[seed % 2 :: 2]:
         weight = model.get_parameter(shortcut.weight)
         with torch.no_grad():
             weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 10)
-    analysis = analyse_whole(model, asked)
+    analysis = analyse_with_dry_run(model, options)
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(model, analysis.channel_map, live)
-    carry_out(model, analysis, live, asked, shortcuts, UndoLog())
+    slim_and_record(model, analysis, live, options, shortcuts, UndoLog())
 
 
 def with_other_weights(model: nn.Module) -> nn.Module:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import autogate
-from autogate import AutogateError, files
+from autogate import AutogateError
+from autogate.files import file_format
 from tests.autogate.files.slim_nets import build, example, outputs, slim_small, slimmed, small
 from tests.rewriters.helpers import image
 
@@ -41,11 +43,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def with_header(path: Path, data: bytes, change: Callable[[dict[str, Any]], None]) -> None:
     """Write a file whose header says something else, with the checksum that fits it: what an enemy would write."""
     path.write_bytes(data)
-    with files.safe_open(path, framework="pt") as opened:
+    with safe_open(path, framework="pt") as opened:
         header = json.loads(opened.metadata()["autogate"])
     change(header)
     text = json.dumps(header)
-    metadata = {"format": "pt", "autogate": text, "autogate_checksum": files._digest(text.encode())}
+    metadata = {"format": "pt", "autogate": text, "autogate_checksum": file_format._digest(text.encode())}
     save_file(load_file(path), path, metadata=metadata)
 
 
@@ -61,7 +63,7 @@ def test_only_timms_own_models_are_built(name: str, no_pickle, written: bytes, t
         header["build"] = {"name": name, "arguments": {}}
 
     with_header(tmp_path / "slim", written, change)
-    with pytest.raises(AutogateError, match="no model of this name"):
+    with pytest.raises(AutogateError, match="no model with this name"):
         autogate.load(tmp_path / "slim")
 
 
@@ -71,7 +73,7 @@ def test_no_argument_makes_timm_read_other_files(argument: str, no_pickle, writt
         header["build"] = {"name": "resnet18", "arguments": {argument: "evil.pt"}}
 
     with_header(tmp_path / "slim", written, change)
-    with pytest.raises(AutogateError, match=f"{argument} is no argument"):
+    with pytest.raises(AutogateError, match=f"the argument '{argument}' is not allowed"):
         autogate.load(tmp_path / "slim")
 
 
@@ -79,21 +81,27 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "format": (lambda header: header.update(format=2), "format"),
     "type": (lambda header: header["slimmings"][0].update(ignored=3), r"slimmings\.0\.ignored"),
     "missing": (lambda header: header["slimmings"][0].pop("kept"), r"slimmings\.0\.kept"),
-    "kept": (lambda header: header["slimmings"][0]["kept"][0]["kept"].pop(), "slimmed as the file says it has shape"),
-    "out of range": (lambda header: header["slimmings"][0]["kept"][0].update(kept=[99]), "what stays of"),
-    "side": (lambda header: header["slimmings"][0]["kept"][0]["sides"].append(["x", 0]), r"what stays of x\[0\]"),
+    "kept": (lambda header: header["slimmings"][0]["kept"][0]["kept"].pop(), "in the model slimmed as the file says"),
+    "out of range": (lambda header: header["slimmings"][0]["kept"][0].update(kept=[99]), "set of indices kept of"),
+    "side": (lambda header: header["slimmings"][0]["kept"][0]["sides"].append(["x", 0]), r"kept of x\[0\]"),
     "dtype": (lambda header: header["slimmings"][0]["tensors"]["0.weight"].update(dtype="load"), "no dtype 'load'"),
-    "inputs": (lambda header: header["slimmings"][0].update(inputs=[{"tuple": [{"eval": "1"}]}, {}]), "no example inp"),
+    "inputs": (
+        lambda header: header["slimmings"][0].update(inputs=[{"tuple": [{"eval": "1"}]}, {}]),
+        "not a description of",
+    ),
     "odd inputs": (
         lambda header: header["slimmings"][0].update(inputs=[{"tuple": [1]}, {"dict": {}}]),
         "fails on the example",
     ),
-    "shortcuts": (lambda header: header["slimmings"][0].update(convolutions=["0"]), "the convolutions on shortcuts"),
-    "branches": (lambda header: header["slimmings"][0].update(branches={"0": [True]}), "the branches taken out"),
-    "no slimming": (lambda header: header.update(slimmings=[]), "holds no slimming"),
-    "alias": (lambda header: header["aliases"].update({"0.bias": "0.weight"}), "gives 0.bias the tensor"),
-    "no tensor": (lambda header: header["tensors"].pop("0.weight"), "tensor 0.weight is in its tensors alone"),
-    "checksum": (lambda header: header["tensors"].update({"3.bias": ""}), "tensor 3.bias is not what was saved"),
+    "shortcuts": (lambda header: header["slimmings"][0].update(convolutions=["0"]), "set of convolutions on shortcuts"),
+    "branches": (lambda header: header["slimmings"][0].update(branches={"0": [True]}), "the set of removed branches"),
+    "no slimming": (lambda header: header.update(slimmings=[]), "lists no slimming"),
+    "alias": (lambda header: header["aliases"].update({"0.bias": "0.weight"}), "0.bias shares the tensor"),
+    "no tensor": (lambda header: header["tensors"].pop("0.weight"), "tensor 0.weight is only in its tensors"),
+    "checksum": (
+        lambda header: header["tensors"].update({"3.bias": ""}),
+        "tensor 3.bias is not the one that was saved",
+    ),
 }
 
 
@@ -114,10 +122,10 @@ def test_files_of_other_kinds(no_pickle, tmp_path: Path):
         autogate.load(path)
     for data in (b"", b"x", pickle.dumps(forbidden), b"PK\3\4" + bytes(1000), random.Random(0).randbytes(5000)):
         path.write_bytes(data)
-        with pytest.raises(AutogateError, match="truncated, or no safetensors file"):
+        with pytest.raises(AutogateError, match="truncated, or not a safetensors file"):
             autogate.load(path)
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(AutogateError, match="none that autogate"):
+    with pytest.raises(AutogateError, match="did not write it"):
         autogate.load(path)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from autogate.budget.resources import Flops
+from autogate.budget.products import Flops
 from autogate.gating.bank import GateBank
 from autogate.methods.gate_function import gate_slope, gate_value
 from autogate.methods.gdp import GDP

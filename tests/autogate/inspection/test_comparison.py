@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import autogate
 from autogate.cli import app, common
-from autogate.files.slim_files import dense_model
+from autogate.files import dense_model
 from autogate.inspection.comparison import Duration, compare
 
 
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_told_without_a_traceback(slim: Path):
     for words, code, told in (
         (["no.safetensors"], 2, "there is no file"),
         ([slim, "--batch-size", 0], 2, "batch-size"),
-        ([__file__], 1, "no safetensors file"),
+        ([__file__], 1, "not a safetensors file"),
         ([slim, "--device", "nowhere"], 1, "nowhere"),
     ):
         result = invoke(*words)

@@ -116,7 +116,7 @@ def test_a_failing_finalize_leaves_accelerates_forward_in_place():
     loop = Loop(mixed_precision="bf16")
     loop.model.stem.insert(3, nn.Conv2d(16, 16, 1))
     before = dict(loop.model.__dict__)
-    with pytest.raises(autogate.AutogateError, match="not what it was"):
+    with pytest.raises(autogate.AutogateError, match="changed since"):
         autogate.finalize(loop.model)
     assert loop.model.__dict__["forward"] is before["forward"]
     assert loop.model.__dict__["_original_forward"] is before["_original_forward"]

@@ -123,7 +123,7 @@ def test_a_trainer_goes_on_with_the_slim_network(tmp_path):
 
 
 def test_asked_for_the_gates_of_the_module_around_it_names_the_network():
-    with pytest.raises(autogate.AutogateError, match="Give its 'network'"):
+    with pytest.raises(autogate.AutogateError, match="Pass its 'network'"):
         autogate.finalize(classifier())
 
 

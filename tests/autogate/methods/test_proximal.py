@@ -2,7 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autogate.budget.resources import Products, SideCounts, Term
+from autogate.budget.products import Products, Term
+from autogate.budget.resource import SideCounts
 from autogate.methods.proximal import alternating_relaxation, shrinkage, soft_threshold
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autogate.budget.resources import Products, SideCounts, Term
+from autogate.budget.products import Products, Term
+from autogate.budget.resource import SideCounts
 from autogate.budget.targets import Target, Targets
 from autogate.methods.gdp import GDP
 from autogate.methods.learner import Learner

@@ -64,7 +64,7 @@ def test_the_pictures_show_the_run(page: Path, run: Path):
     assert {"FLOPs", "parameters", "slim", "averaged weights", "epoch"} <= set(course)
     modules = [layer.module for layer in RunFolder(run).info().layers]
     assert set(modules) <= set(widths) and set(modules) <= set(groups)
-    assert "closed" in gates
+    assert "dead" in gates
     for name in PICTURES:
         with Image.open(page.parent / f"{name}.png") as image:
             assert min(image.size) > 200 and len(set(image.convert("L").resize((64, 64)).getdata())) > 5
@@ -72,7 +72,7 @@ def test_the_pictures_show_the_run(page: Path, run: Path):
 
 def test_a_run_that_is_not_finished_is_reported(pictures: Path, tmp_path: Path):
     stop, folder = After(1), tmp_path / "run"
-    assert start(asked(pictures), folder, watchers=[stop], stop=stop) is None
+    assert start(asked(pictures), folder, callbacks=[stop], stop=stop) is None
     told = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "page")])
     assert told.exit_code == 0, told.output
     text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")

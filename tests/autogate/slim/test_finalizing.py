@@ -47,13 +47,13 @@ def test_rounding_is_no_reason_to_refuse(monkeypatch):
 
 def test_a_difference_that_float64_has_too_is_refused(monkeypatch):
     def carry_out_wrongly(model, *args):
-        carry_out(model, *args)
+        slim_and_record(model, *args)
         args[-1].set_attribute(model, "second", nn.Linear(32, 8, dtype=model.first.weight.dtype))
 
-    model, carry_out = prepared(), finalizing.carry_out
+    model, slim_and_record = prepared(), finalizing.slim_and_record
     gated = model(EXAMPLE)
     with monkeypatch.context() as patch, pytest.raises(autogate.VerificationError):
-        patch.setattr(finalizing, "carry_out", carry_out_wrongly)
+        patch.setattr(finalizing, "slim_and_record", carry_out_wrongly)
         autogate.finalize(model, warn=False)
     assert torch.equal(model(EXAMPLE), gated) and autogate.gates(model).channel_map.size == 64
     autogate.finalize(model, warn=False)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from autogate.budget.resources import Flops, Products, SideCounts, Term
+from autogate.budget.products import Flops, Products, Term
+from autogate.budget.resource import SideCounts
 from autogate.budget.targets import Target, Targets
 from autogate.steering.schedule import Schedule
 from autogate.steering.selection import Group, Selection, groups_of, keep_counts

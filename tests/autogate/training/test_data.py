@@ -33,8 +33,8 @@ def test_a_class_without_validation_images_shifts_no_label(tmp_path: Path):
     [
         ({"data": "nowhere"}, "no such folder.*cifar10"),
         ({"train_split": "practice"}, "no folder 'practice'.*--train-split"),
-        ({"val_split": "train"}, "both parts are 'train'"),
-        ({"data": "torch/cifar10"}, "where does it lie.*--data-dir"),
+        ({"val_split": "train"}, "are both 'train'.*--val-split"),
+        ({"data": "torch/cifar10"}, "needs a folder.*--data-dir"),
         ({"data": "torch/cifar10", "data_dir": "."}, "--data-download"),
         ({"data": "torch/cifar11", "data_dir": "."}, "Unknown torchvision dataset"),
         ({"batch_size": 0}, "batch_size"),
@@ -48,15 +48,15 @@ def test_data_that_is_not_there_is_told(pictures: Path, change: dict[str, Any], 
 
 def test_folders_of_the_wrong_kind_are_told(pictures: Path, tmp_path: Path):
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(autogate.AutogateError, match=r"Found 0 images.*one folder for each class"):
+    with pytest.raises(autogate.AutogateError, match=r"Found 0 images.*images of each class into a folder"):
         find_data(Images(str(tmp_path / "empty")))
     folder = paint(tmp_path / "more", {"train": 1, "validation": 1})
     (folder / "train" / "red").rename(folder / "train" / "yellow")
-    with pytest.raises(autogate.AutogateError, match="class 'red' has validation images and no training"):
+    with pytest.raises(autogate.AutogateError, match="class 'red' has validation images, but no training"):
         find_data(Images(str(folder)))
     with pytest.raises(autogate.AutogateError, match=r"24 training images .* don't fill a batch of 25"):
         start(recipe(pictures, images=Images(str(pictures), batch_size=25, workers=0)), tmp_path / "run")
-    with pytest.raises(autogate.AutogateError, match="2 outputs and the data 3 classes"):
+    with pytest.raises(autogate.AutogateError, match="2 outputs, but the data has 3 classes"):
         start(recipe(pictures, network=Network("test_resnet", num_classes=2, img_size=32)), tmp_path / "run")
 
 

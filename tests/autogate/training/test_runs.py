@@ -17,25 +17,25 @@ from torch import nn
 import autogate
 from autogate.training import (
     Budget,
+    Callback,
     Distillation,
     EpochRow,
     Images,
     Learning,
-    Moment,
     Network,
     Recipe,
     RunFolder,
-    Watcher,
+    StepMetrics,
     finalize_checkpoint,
     loop,
     resume,
     start,
 )
+from autogate.training.callbacks import TensorBoard
 from autogate.training.checkpoint import load_checkpoint, write_tensors
 from autogate.training.data import find_data, loaders, on_device
 from autogate.training.distributed import World
 from autogate.training.learning import Loss, accuracy, distance
-from autogate.training.watching import TensorBoard
 from tests.autogate.conftest import paint
 
 
@@ -51,16 +51,16 @@ def recipe(pictures: Path, **changes: Any) -> Recipe:
     return Recipe(**{**plain, **changes})
 
 
-class Diary(Watcher):
+class Diary(Callback):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
         self.rows: list[EpochRow] = []
-        self.moments: list[Moment] = []
+        self.moments: list[StepMetrics] = []
         self.ended = 0
 
-    def stepped(self, moment: Moment) -> None:
-        self.moments.append(moment)
+    def stepped(self, metrics: StepMetrics) -> None:
+        self.moments.append(metrics)
 
     def evaluated(self, row: EpochRow) -> None:
         self.rows.append(row)
@@ -69,7 +69,7 @@ class Diary(Watcher):
         self.ended += 1
 
 
-class After(Watcher):
+class After(Callback):
     """Stops a run after so many steps."""
 
     def __init__(self, steps: int):
@@ -87,7 +87,7 @@ class After(Watcher):
 def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Diary]:
     """A run that was never stopped."""
     folder, diary = tmp_path_factory.mktemp("runs") / "plain", Diary()
-    assert start(recipe(pictures), folder, watchers=[diary]) is not None
+    assert start(recipe(pictures), folder, callbacks=[diary]) is not None
     return RunFolder(folder), diary
 
 
@@ -142,7 +142,7 @@ def everything(images: Images) -> dict[str, Any]:
 def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path, workers: int, steps: int):
     """Stopped in the middle of an epoch, and killed later on."""
 
-    class Killed(Watcher):
+    class Killed(Callback):
         def evaluated(self, row: EpochRow) -> None:
             if row.epoch == 1:
                 raise KeyboardInterrupt
@@ -152,11 +152,11 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path
     asks = recipe(pictures, **(half if workers else everything(images)))
     whole, parts, stop = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts"), After(steps)
     assert start(asks, whole.path) is not None
-    assert start(asks, parts.path, watchers=[stop], stop=stop) is None
+    assert start(asks, parts.path, callbacks=[stop], stop=stop) is None
     position = load_checkpoint(parts.checkpoint_file).position
     assert position.epoch == 1 and 0 < position.batch < parts.info().batches
     with pytest.raises(KeyboardInterrupt):
-        resume(parts.path, watchers=[Killed()])
+        resume(parts.path, callbacks=[Killed()])
     result = resume(parts.path)
     assert result == whole.result() and result.step == result.steps
     first, second = (load_checkpoint(folder.checkpoint_file) for folder in (whole, parts))
@@ -169,7 +169,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path
         assert dataclasses.replace(one, seconds=None) == dataclasses.replace(other, seconds=None)
 
 
-class InEpoch(Watcher):
+class InEpoch(Callback):
     """Stops a run after the first step of an epoch."""
 
     def __init__(self, epoch: int):
@@ -188,9 +188,9 @@ def slim_early(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunF
     folder, diary = RunFolder(tmp_path_factory.mktemp("runs") / "early"), Diary()
     changes = everything(Images(str(pictures), workers=0))
     learning = dataclasses.replace(changes["learning"], epochs=4, amp=False)
-    start(recipe(pictures, **{**changes, "learning": learning}), folder.path, watchers=[diary])
-    (moment,), row = diary.moments, diary.rows[-1]
-    assert moment.step == 10 and (moment.flops, moment.live) == (row.flops, row.live)
+    start(recipe(pictures, **{**changes, "learning": learning}), folder.path, callbacks=[diary])
+    (metrics,), row = diary.moments, diary.rows[-1]
+    assert metrics.step == 10 and (metrics.flops, metrics.live) == (row.flops, row.live)
     return folder
 
 
@@ -209,7 +209,7 @@ def test_it_comes_to_what_gates_to_the_end_come_to(pictures: Path, tmp_path: Pat
     asks = recipe(pictures, learning=Learning(epochs=4, model_ema=True))
     slim, gated = RunFolder(tmp_path / "slim"), RunFolder(tmp_path / "gated")
     start(asks, slim.path)
-    monkeypatch.setattr(loop._Run, "_may_take_out", lambda self: False)
+    monkeypatch.setattr(loop.Loop, "_may_finalize", lambda self: False)
     start(asks, gated.path)
     assert load_checkpoint(slim.checkpoint_file).gates is not None
     assert load_checkpoint(gated.checkpoint_file).gates is None
@@ -228,7 +228,7 @@ def test_channels_wait_for_the_end_of_an_epoch_that_was_stopped(pictures: Path, 
     asks = recipe(pictures, images=images, budget=Budget(flops=0.97), learning=Learning(epochs=2))
     whole, parts, stop = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts"), After(10)
     assert start(asks, whole.path) is not None
-    assert start(asks, parts.path, watchers=[stop], stop=stop) is None
+    assert start(asks, parts.path, callbacks=[stop], stop=stop) is None
     found = load_checkpoint(parts.checkpoint_file)
     assert found.gates is None and found.model["autogate.settled"] > 0 and found.position.batch == 10
     assert resume(parts.path, stop=lambda: True) is None  # a step more
@@ -240,7 +240,7 @@ def test_channels_wait_for_the_end_of_an_epoch_that_was_stopped(pictures: Path, 
 
 def test_a_run_goes_on_where_it_was_slim(slim_early: RunFolder, tmp_path: Path):
     folder, stop = RunFolder(tmp_path / "run"), InEpoch(4)
-    assert start(slim_early.info().recipe, folder.path, watchers=[stop], stop=stop) is None
+    assert start(slim_early.info().recipe, folder.path, callbacks=[stop], stop=stop) is None
     found = load_checkpoint(folder.checkpoint_file)
     assert found.gates is not None and found.position.batch
     early = finalize_checkpoint(folder.path, tmp_path / "now.safetensors").result
@@ -281,12 +281,12 @@ def test_a_row_that_was_cut_short_is_written_anew(plain: tuple[RunFolder, Diary]
 
 def test_a_run_is_not_gone_on_with_on_other_data(pictures: Path, tmp_path: Path):
     stop = After(1)
-    assert start(recipe(pictures), tmp_path / "run", watchers=[stop], stop=stop) is None
+    assert start(recipe(pictures), tmp_path / "run", callbacks=[stop], stop=stop) is None
     other = paint(tmp_path / "other", {"train": 9, "validation": 5})
     change = lambda asked: dataclasses.replace(asked, images=dataclasses.replace(asked.images, data=str(other)))  # noqa: E731
-    with pytest.raises(autogate.AutogateError, match="train images: there are 27 and were 24"):
+    with pytest.raises(autogate.AutogateError, match="train images: there are 27 now, and there were 24"):
         resume(tmp_path / "run", change=change)
-    with pytest.raises(autogate.AutogateError, match="there are 2 processes, and were 1"):
+    with pytest.raises(autogate.AutogateError, match="there are 2 processes now, and there were 1"):
         resume(tmp_path / "run", world=World(size=2))
 
 
@@ -294,8 +294,10 @@ def test_a_run_that_was_not_finished_is_finalized(plain: tuple[RunFolder, Diary]
     folder = RunFolder(tmp_path / "run")
     stop = After(1)
     asks = recipe(pictures, learning=Learning(epochs=4))
-    assert start(asks, folder.path, watchers=[stop], stop=stop) is None
-    with pytest.warns(autogate.BudgetNotMetWarning, match="% of the FLOPs for a target of 70.0%: 1 of 12 steps"):
+    assert start(asks, folder.path, callbacks=[stop], stop=stop) is None
+    with pytest.warns(
+        autogate.BudgetNotMetWarning, match=r"after 1 of 12 steps: .*% of the FLOPs are left, the target is 70\.0%"
+    ):
         found = finalize_checkpoint(folder.path)
     assert found.file == folder.slim_file and folder.result() == found.result
     assert found.result.accuracy is None and (found.result.step, found.result.steps) == (1, 12)
@@ -313,7 +315,7 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path):
 
     file = tmp_path / "last.pt"
     torch.save({"model": Hostile()}, file)
-    with pytest.raises(autogate.AutogateError, match="damaged, or no checkpoint"):
+    with pytest.raises(autogate.AutogateError, match="damaged, or not a checkpoint"):
         finalize_checkpoint(file)
     file.write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(autogate.AutogateError):
@@ -326,10 +328,10 @@ def test_what_is_no_checkpoint_is_told(plain: tuple[RunFolder, Diary], tmp_path:
     file = tmp_path / "last.pt"
     for content in (b"", b"nonsense", whole[: len(whole) // 2]):
         file.write_bytes(content)
-        with pytest.raises(autogate.AutogateError, match="damaged, or no checkpoint"):
+        with pytest.raises(autogate.AutogateError, match="damaged, or not a checkpoint"):
             finalize_checkpoint(file)
     write_tensors({"model": {}}, file)
-    with pytest.raises(autogate.AutogateError, match=r"no checkpoint of autogate train"):
+    with pytest.raises(autogate.AutogateError, match=r"not a checkpoint that this version"):
         finalize_checkpoint(file)
     with pytest.raises(autogate.AutogateError, match=r"no run\.json"):
         finalize_checkpoint(tmp_path)
@@ -344,13 +346,13 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(autogate.AutogateError, match=r"could not be written .*is whole"):
+    with pytest.raises(autogate.AutogateError, match=r"could not be written .*is unchanged"):
         write_tensors({"step": 2}, file)
     assert torch.load(file, weights_only=True) == {"step": 1} and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_folder_in_use_is_left_alone(plain: tuple[RunFolder, Diary], pictures: Path, tmp_path: Path):
-    with pytest.raises(autogate.AutogateError, match=r"a run in this folder already.*--resume"):
+    with pytest.raises(autogate.AutogateError, match=r"already a run in this folder.*--resume"):
         start(recipe(pictures), plain[0].path)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(autogate.AutogateError, match="not an empty folder"):
@@ -365,7 +367,7 @@ def test_a_target_out_of_reach_leaves_no_folder(pictures: Path, tmp_path: Path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loop.Loss, "__call__", lambda self, model, images, labels: model(images).sum() * torch.inf)
-    with pytest.raises(autogate.AutogateError, match="not finite any more at step"):
+    with pytest.raises(autogate.AutogateError, match="no longer finite at step"):
         start(recipe(pictures), tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "last.pt").position.step == 0  # the good one stays
 
@@ -399,7 +401,7 @@ def test_tensorboard_is_told_too(plain: tuple[RunFolder, Diary], tmp_path: Path)
     folder, _ = plain
     board = TensorBoard(tmp_path)
     board.started(folder.info(), 0)
-    board.stepped(Moment(1, 2, 0.5, 0.1, 0.9, 600))
+    board.stepped(StepMetrics(1, 2, 0.5, 0.1, 0.9, 600))
     for row in folder.metrics():
         board.evaluated(row)
     board.finished()
@@ -413,7 +415,7 @@ def test_tensorboard_is_told_too(plain: tuple[RunFolder, Diary], tmp_path: Path)
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Learning(opt="adamq"), "There is adam"),
+        (lambda: Learning(opt="adamq"), "Known names are adam"),
         (lambda: Learning(sched="cosin"), "cosine"),
         (lambda: Learning(epochs=2, warmup_epochs=2), "warm-up"),
         (lambda: Budget(flops=1.5), r"in \(0, 1\]"),

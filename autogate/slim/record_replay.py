@@ -1,4 +1,16 @@
-"""Carry out a slimming on a live model, note what was done, and carry it out again on the model it began with."""
+"""Slim a live model and record how, and replay the record on the dense model.
+
+One function slims, for finalize and for loading: `slim_and_record`. All that it depends on is in the record: shapes and
+dtypes of the example inputs, what was ignored, which shortcuts were asked for, the live classes. Only two questions
+depend on the trained weights, which are absent when the record is replayed: whether a dead branch has the same value at
+every position, and whether a shortcut's 1x1 kernel only passes channels on. `rewriters.Decisions` holds the answers.
+`plan` and `restore` take them instead of looking at the weights, and constants are zero until their tensors are put in.
+
+Classes have no names, and another version of autogate may number them differently. So the record holds the indices that
+stay of every tensor, and a replay makes those classes dead that have a removed index. Then all indices, the removed
+branches and the removed modules must be the same as in the record; otherwise the replay is refused, with the name of
+what differs.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +27,12 @@ from autogate.slim.history import (
     History,
     Slimming,
     TensorSpec,
-    by_side,
     describe_buffers,
     describe_modules,
     describe_tensors,
     dtype_of,
     history_of,
+    kept_by_side,
     kept_indices,
     rewritten,
     write_inputs,
@@ -45,14 +57,14 @@ from rewriters.recording import frozen_heap
 from rewriters.slimming import like, tensor_slots
 
 
-class Asked(NamedTuple):
-    """What `prepare` was asked for, as far as it decides where channels are.
+class AnalysisOptions(NamedTuple):
+    """The arguments of `prepare` that decide where channels are.
 
     Attributes:
         inputs: example inputs.
         ignored: names of the tensors whose channels stay, with the reason.
         shortcuts: "shared", "conv" or paths of modules.
-        embed: whether channels that statistics look at may go.
+        embed: whether channels that cross-channel statistics are taken over can be removed.
     """
 
     inputs: Inputs
@@ -62,36 +74,44 @@ class Asked(NamedTuple):
 
 
 @frozen_heap()
-def analyse_whole(model: nn.Module, asked: Asked) -> Analysis:
-    """The model's channels, with everything pinned that would not survive a slimming."""
-    args, kwargs = asked.inputs
-    return dry_run(model, analyse(model, args, kwargs, asked.ignored, asked.embed), args, kwargs)
+def analyse_with_dry_run(model: nn.Module, options: AnalysisOptions) -> Analysis:
+    """Analyse the model's channels, and pin whatever the dry run shows can't be slimmed."""
+    args, kwargs = options.inputs
+    return dry_run(model, analyse(model, args, kwargs, options.ignored, options.embed), args, kwargs)
 
 
-def put_shortcuts(model: nn.Module, asked: Asked, undo_log: UndoLog) -> tuple[Shortcut, ...]:
-    """1x1 convolutions on those of the model's shortcuts that are asked for."""
-    if asked.shortcuts == "shared":
+def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+    """Put 1x1 convolutions on those of the model's identity shortcuts that `options` ask for."""
+    if options.shortcuts == "shared":
         return ()
-    within = None if asked.shortcuts == "conv" else asked.shortcuts
+    within = None if options.shortcuts == "conv" else options.shortcuts
     within = (within,) if isinstance(within, str) else within
-    return replace_shortcuts(model, *asked.inputs, undo_log, within, asked.ignored, asked.embed)
+    return replace_shortcuts(model, *options.inputs, undo_log, within, options.ignored, options.embed)
 
 
-def carry_out(
-    model: nn.Module, analysis: Analysis, live: Tensor, asked: Asked, shortcuts: tuple[Shortcut, ...],
+def slim_and_record(
+    model: nn.Module, analysis: Analysis, live: Tensor, options: AnalysisOptions, shortcuts: tuple[Shortcut, ...],
     undo_log: UndoLog, decided: Decisions | None = None,
 ) -> Slimming:  # fmt: skip
-    """Slim `model` to the classes in `live` (bool, shape (classes,)); it remembers that.
+    """Slim `model` to the live classes, and store a record of it on the model.
 
     Args:
-        shortcuts: convolutions that stand on its shortcuts.
-        decided: what was read off the weights when the same was done before; they aren't looked at then.
+        model: the model to slim, without gates.
+        analysis: its channels.
+        live: the classes that stay, bool, shape (classes,).
+        options: what the analysis was made with.
+        shortcuts: convolutions that were put on its shortcuts.
+        undo_log: takes all changes.
+        decided: decisions from an earlier slimming; the weights aren't looked at then.
+
+    Returns:
+        The record.
     """
     added = [shortcut.path for shortcut in shortcuts]
     with plain_statistics(model):
         before, buffers = describe_tensors(model, added), describe_buffers(model)
         modules = describe_modules(model, added)
-    slim_plan = plan(model, analysis, live, *asked.inputs, decided)
+    slim_plan = plan(model, analysis, live, *options.inputs, decided)
     slim_plan = restore(model, analysis, slim_plan, shortcuts, decided)
     follow = bookkeeping.widths(model)
     apply(model, slim_plan, undo_log)
@@ -99,10 +119,10 @@ def carry_out(
     done = Slimming(
         tensors=before,
         buffers=buffers,
-        inputs=write_inputs(asked.inputs),
-        ignored=tuple(asked.ignored),
-        shortcuts=asked.shortcuts,
-        embed=asked.embed,
+        inputs=write_inputs(options.inputs),
+        ignored=tuple(options.ignored),
+        shortcuts=options.shortcuts,
+        embed=options.embed,
         convolutions=tuple(added),
         kept=kept_indices(analysis.channel_map, slim_plan.live),
         branches=slim_plan.decisions.branches,
@@ -118,37 +138,40 @@ def carry_out(
 
 
 def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoLog) -> None:
-    """Slim `model`, which is as the slimmed one was but for its weights, in the same way.
+    """Slim `model` as a record says.
 
     Args:
+        model: a model like the one that was slimmed, apart from its weights.
+        slimming: the record.
         inputs: example inputs on the model's device.
+        undo_log: takes all changes, also if this raises.
 
     Raises:
-        AutogateError: it is another model, or its channels are coupled otherwise; `undo_log` has what was done.
+        AutogateError: it is another model, or its channels are coupled in another way.
     """
     _check_tensors(model, slimming.tensors)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
-    asked = Asked(inputs, ignored, slimming.shortcuts, slimming.embed)
-    shortcuts = put_shortcuts(model, asked, undo_log)
-    _check_same("the convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
-    analysis = analyse_whole(model, asked)
+    options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
+    shortcuts = add_shortcut_convolutions(model, options, undo_log)
+    _check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
+    analysis = analyse_with_dry_run(model, options)
     live = _live(analysis.channel_map, slimming)
     decided = Decisions(slimming.branches, slimming.selections)
-    done = carry_out(model, analysis, live, asked, shortcuts, undo_log, decided)
-    mine, theirs = by_side(done.kept), by_side(slimming.kept)
+    done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
+    mine, theirs = kept_by_side(done.kept), kept_by_side(slimming.kept)
     for side in {**theirs, **mine}:
         here, there = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
-        _check_same(f"what stays of {side}", here, there)
-    _check_same("the branches taken out", done.branches, slimming.branches)
-    _check_same("the convolutions that became selections", done.selections, slimming.selections)
-    _check_same("the modules taken out", done.removed, slimming.removed)
+        _check_same(f"the set of indices kept of {side}", here, there)
+    _check_same("the set of removed branches", done.branches, slimming.branches)
+    _check_same("the set of shortcut convolutions that became selections", done.selections, slimming.selections)
+    _check_same("the set of removed modules", done.removed, slimming.removed)
 
 
 def _live(channel_map: ChannelMap, slimming: Slimming) -> Tensor:
-    """Classes none of whose indices was taken out, bool of shape (classes,)."""
+    """The classes that keep all of their indices, bool, shape (classes,)."""
     live = torch.ones(channel_map.size, dtype=torch.bool)
-    kept = by_side(slimming.kept)
+    kept = kept_by_side(slimming.kept)
     for side, classes in channel_map.classes.items():
         if side in kept:
             _check_same(f"the length of {side}", len(classes), kept[side].size)
@@ -161,8 +184,9 @@ def _live(channel_map: ChannelMap, slimming: Slimming) -> Tensor:
 def _check_same(what: str, here: object, there: object) -> None:
     if here != there:
         raise AutogateError(
-            f"{what} would not be what it was.",
-            remedy="The channels of this model are coupled in another way: its code, or autogate's, has changed since.",
+            f"{what} differs from the one recorded.",
+            remedy="The channels of this model are coupled in another way, because its code or autogate's has changed "
+            "since. Use the code that the model was slimmed with.",
         )
 
 
@@ -174,16 +198,16 @@ def _check_tensors(model: nn.Module, wanted: Mapping[str, TensorSpec]) -> None:
     if different is not None:
         name, here, there = different
         raise AutogateError(
-            f"it is {_shape(here)} in this model and {_shape(there)} in the one that was slimmed.",
+            f"it is {_shape(here)} in this model, and {_shape(there)} in the model that was slimmed.",
             where=name,
-            remedy="Give the dense model as it was before it was prepared: same class, same arguments.",
+            remedy="Pass the dense model as it was before prepare: same class, same arguments.",
         )
 
 
 def first_difference(
     here: Mapping[str, object], there: Mapping[str, object]
 ) -> tuple[str, object | None, object | None] | None:
-    """The first name that two mappings have different values for, with both values (None: none)."""
+    """The first name with different values in two mappings, and both values (None: missing); None if they agree."""
     for name in {**there, **here}:
         if here.get(name) != there.get(name):
             return name, here.get(name), there.get(name)
@@ -191,12 +215,12 @@ def first_difference(
 
 
 def _shape(shape: object | None) -> str:
-    return "not there" if shape is None else f"of shape {shape}"
+    return "missing" if shape is None else f"of shape {shape}"
 
 
 def cast(model: nn.Module, dtypes: Mapping[str, str], undo_log: UndoLog) -> None:
-    """Give the named parameters and buffers these dtypes."""
-    done: dict[int, Tensor] = {}  # a tensor that stands in several places stays one
+    """Cast the named parameters and buffers to these dtypes."""
+    done: dict[int, Tensor] = {}  # a tensor that is in several places stays one tensor
     for name, module, own_name, tensor in list(tensor_slots(model)):
         dtype = dtype_of(dtypes[name]) if name in dtypes else tensor.dtype
         if dtype != tensor.dtype:

@@ -1,4 +1,4 @@
-"""Who wants to know how a run goes: a progress bar, a log for TensorBoard."""
+"""Callbacks that follow a run: the base class, and a log for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rewriters import AutogateError
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A run between two steps.
+class StepMetrics:
+    """A run after one of its steps.
 
     Attributes:
-        epoch: that is being trained, from 1 up.
-        step: steps taken in all.
-        loss: mean of the epoch so far, in this process.
+        epoch: the current epoch, starting from 1.
+        step: optimizer steps so far.
+        loss: mean loss of the epoch so far, in this process.
         lr: learning rate.
         flops: share of the FLOPs that is left.
-        live: gates that are alive.
+        live: number of live gates.
     """
 
     epoch: int
@@ -31,27 +31,27 @@ class Moment:
     live: int
 
 
-class Watcher:
-    """Is told how a run goes, in the main process; this one doesn't care."""
+class Callback:
+    """Called with the progress of a run, in the main process. This base class does nothing."""
 
     def started(self, info: RunInfo, step: int) -> None:
-        """Training begins, or goes on after `step` steps."""
+        """Training starts, or resumes after `step` steps."""
 
-    def stepped(self, moment: Moment) -> None:
-        """Some steps have been taken."""
+    def stepped(self, metrics: StepMetrics) -> None:
+        """Some more steps are done."""
 
     def evaluated(self, row: EpochRow) -> None:
-        """An epoch is over, its accuracy known."""
+        """An epoch is done and evaluated."""
 
     def finished(self) -> None:
-        """No more will come."""
+        """No more calls will follow."""
 
 
-class TensorBoard(Watcher):
-    """Writes what it is told for TensorBoard.
+class TensorBoard(Callback):
+    """Logs a run for TensorBoard.
 
     Args:
-        folder: for its files.
+        folder: folder of the log files.
 
     Raises:
         AutogateError: TensorBoard is not installed.
@@ -59,7 +59,7 @@ class TensorBoard(Watcher):
 
     def __init__(self, folder: Path):
         if importlib.util.find_spec("tensorboard") is None:
-            raise AutogateError("TensorBoard is not installed.", remedy="pip install tensorboard, or leave it out.")
+            raise AutogateError("TensorBoard is not installed.", remedy="pip install tensorboard, or train without it.")
         self.folder = folder
 
     def started(self, info: RunInfo, step: int) -> None:
@@ -67,9 +67,14 @@ class TensorBoard(Watcher):
 
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 
-    def stepped(self, moment: Moment) -> None:
-        for name, value in (("loss", moment.loss), ("lr", moment.lr), ("flops", moment.flops), ("live", moment.live)):
-            self.writer.add_scalar(f"step/{name}", value, moment.step)
+    def stepped(self, metrics: StepMetrics) -> None:
+        for name, value in (
+            ("loss", metrics.loss),
+            ("lr", metrics.lr),
+            ("flops", metrics.flops),
+            ("live", metrics.live),
+        ):
+            self.writer.add_scalar(f"step/{name}", value, metrics.step)
 
     def evaluated(self, row: EpochRow) -> None:
         for name, value in asdict(row).items():

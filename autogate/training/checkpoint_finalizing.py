@@ -1,4 +1,4 @@
-"""A slim model from a checkpoint, without the images."""
+"""Make the slim model of a run from its checkpoint, without the images."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from pathlib import Path
 
 from autogate.files import save
 from autogate.training.checkpoint import load_checkpoint
+from autogate.training.finalize_run import finalize_run, finalize_run_again
 from autogate.training.network import build_network, with_gates
 from autogate.training.run_folder import Result, RunFolder
-from autogate.training.taking_out import take_out, take_out_again
 from rewriters import AutogateError
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A slim model's file, and what it came to."""
+class FinalizedCheckpoint:
+    """The file of a slim model, and its result."""
 
     file: Path
     result: Result
 
 
-def finalize_checkpoint(path: Path, out: Path | None = None) -> Finished:
-    """Take the closed channels out of a run's model as its checkpoint has it, if they aren't out yet.
+def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpoint:
+    """Remove the dead channels from a run's model as it is in the checkpoint, if they aren't removed yet, and save it.
 
-    Where the run averages its weights the average is taken. The run can be gone on with afterwards.
+    If the run averages its weights, the average is used. The run can be resumed afterwards.
 
     Args:
-        path: of a checkpoint or of a run's folder.
-        out: where the slim model goes; slim.safetensors beside the checkpoint, if None.
+        path: path of a checkpoint or of a run's folder.
+        out: path of the slim model; slim.safetensors next to the checkpoint if None.
 
     Raises:
         AutogateError: there is no checkpoint, or it is damaged.
         FileNotFoundError: there is no such file.
 
     Warns:
-        BudgetNotMetWarning: the targets have not been met.
+        BudgetNotMetWarning: the targets are not met.
     """
     folder = RunFolder(path if path.is_dir() else path.parent)
     if path.is_dir():
-        folder.info()  # raises where there is no run
+        folder.info()  # raises if there is no run
         path = folder.checkpoint_file
     found = load_checkpoint(path)
     info, recipe = found.info, found.info.recipe
     model = build_network(recipe.network, info.num_classes, weights=False)
     model = with_gates(model, recipe.budget, info.input_size, info.steps)
     try:
-        taken = None if found.gates is None else take_out_again(model, found.gates)
+        taken = None if found.gates is None else finalize_run_again(model, found.gates)
         model.load_state_dict(found.model if found.ema is None else found.ema)
     except RuntimeError as error:
-        raise AutogateError(f"it doesn't fit its model: {error}", where=str(path)) from error
-    taken = taken or take_out(model)
+        raise AutogateError(f"its weights don't fit its model: {error}", where=str(path)) from error
+    taken = taken or finalize_run(model)
     result = taken.snapshot.result(model, info, found.position.step)
     save(model.eval(), out or folder.slim_file)
     if out is None and folder.info_file.is_file():
@@ -58,4 +58,4 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> Finished:
         if known is not None and known.step == result.step:
             result = replace(result, accuracy=known.accuracy)
         folder.finish(result)
-    return Finished(out or folder.slim_file, result)
+    return FinalizedCheckpoint(out or folder.slim_file, result)

@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 import autogate
-from autogate.budget.resources import Flops
+from autogate.budget.products import Flops
 from autogate.cli import app, common
-from autogate.inspection.coupling import draw, inspect_model
+from autogate.inspection import draw_coupling_graph, inspect_model
 from benchmarks.exactness import fvcore_flops
 
 SMALL = ("--image-size", "64", "--classes", "10")
@@ -64,7 +64,7 @@ def test_with_convolutions_on_the_shortcuts_and_the_model_as_it_was():
 def test_the_command_tells_groups_pins_stages_and_the_budget(tmp_path: Path):
     told = invoke("resnet18", *SMALL, "--graph", str(tmp_path / "groups.svg"))
     assert told.exit_code == 0, told.output
-    for words in ("layer1.0.conv1", "the model returns it", "layer4", "of its channels leaves", "groups.svg"):
+    for words in ("layer1.0.conv1", "the model returns it", "layer4", "of its channels, ", "groups.svg"):
         assert words in told.output
     picture = (tmp_path / "groups.svg").read_text()
     assert "layer4.1.conv2" in picture and "512" in picture
@@ -114,4 +114,4 @@ def test_help_has_an_example(command: list[str]):
 def test_a_model_of_which_nothing_may_go_is_drawn_too(tmp_path: Path):
     found = inspect_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.randn(2, 3))
     assert not found.groups and found.least == 1.0
-    draw(found.channel_map, tmp_path / "groups.png")
+    draw_coupling_graph(found.channel_map, tmp_path / "groups.png")

@@ -1,4 +1,9 @@
-"""The gates of a run as they stand, and the step from the gated to the slim model in the middle of it."""
+"""Finalize a run's model: between two epochs once the targets are met, or else at the end.
+
+What the run folder says about the gates is from then on a `Snapshot` of that moment. A checkpoint keeps the bank's
+state of that moment too. To resume, the dense model is built and prepared, gets that state and is finalized: this gives
+the slim model and the optimizer that the rest of the checkpoint fits.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +23,11 @@ class Snapshot:
     """The gates at one moment, and what they leave of the model.
 
     Attributes:
-        flops, params: that are left.
-        shares: that are left of each resource with a target.
-        live: gates that are alive.
-        settled: whether the targets have been met.
-        histogram: how many of the living lie in each of `BINS` equal parts of [0, 1].
+        flops, params: FLOPs and parameters that are left.
+        shares: share of each resource with a target that is left.
+        live: number of live gates.
+        settled: whether the targets are met.
+        histogram: number of live gates in each of `BINS` equal parts of [0, 1].
         inputs, outputs: channels left of each layer, in the order of `RunInfo.layers`.
     """
 
@@ -37,7 +42,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
-        """Of a model that has gates."""
+        """The snapshot of a model with gates."""
         bank, whole = gates(model), summary(model)
         now = whole.progress
         return cls(
@@ -52,54 +57,54 @@ class Snapshot:
         )
 
     def gate_row(self, row: EpochRow) -> GateRow:
-        """What `gates.jsonl` has of it, beside `row`."""
+        """The line of `gates.jsonl` that belongs to `row`."""
         return GateRow(row.epoch, row.step, row.gates - self.live, self.histogram, self.inputs, self.outputs)
 
     def result(self, slim: nn.Module, info: RunInfo, step: int) -> Result:
-        """What the slim model came to after `step` steps, before it is tried on images."""
+        """The result for the slim model after `step` steps, without an accuracy."""
         params = sum(parameter.numel() for parameter in slim.parameters())
         return Result(step, info.steps, self.flops, params, info.flops, info.params, self.shares)
 
 
 @dataclass(frozen=True, eq=False)
-class TakenOut:
-    """A run's closed channels, once they are taken out.
+class FinalGates:
+    """The gates of a run at the moment when its model was finalized.
 
     Attributes:
-        snapshot: the gates just before: they are as they were, for good.
-        gates: the bank's state_dict just before, which lets a run that goes on take out the same channels.
+        snapshot: the gates just before. They no longer change.
+        bank_state: the bank's state_dict just before. With it, a resumed run removes the same channels.
     """
 
     snapshot: Snapshot
-    gates: Mapping[str, Tensor]
+    bank_state: Mapping[str, Tensor]
 
 
-def take_out(
+def finalize_run(
     model: nn.Module, average: nn.Module | None = None, optimizer: Optimizer | None = None, warn: bool = True
-) -> TakenOut:
+) -> FinalGates:
     """Finalize a run's model, and the average of its weights with it.
 
     Args:
-        model: with gates, trained by `optimizer`.
-        average: of the model; what is dead in one is dead in the other.
-        optimizer: it goes on with the slim model.
-        warn: where the targets have not been met.
+        model: a model with gates.
+        average: the average of the model. The same classes are dead in both.
+        optimizer: the optimizer that trains the model; it continues with the slim model.
+        warn: whether to warn if the targets are not met.
 
     Raises:
-        AutogateError: as `autogate.finalize` does.
+        AutogateError: see `autogate.finalize`.
     """
-    found = TakenOut(Snapshot.of(model), {name: value.clone() for name, value in gates(model).state_dict().items()})
+    found = FinalGates(Snapshot.of(model), {name: value.clone() for name, value in gates(model).state_dict().items()})
     finalize(model, optimizer=optimizer, warn=warn)
     if average is not None:
         finalize(average, warn=False)
     return found
 
 
-def take_out_again(
+def finalize_run_again(
     model: nn.Module, state: Mapping[str, Tensor], average: nn.Module | None = None, optimizer: Optimizer | None = None
-) -> TakenOut:
-    """As `take_out`, of a model that was prepared anew for a checkpoint: its gates are in `state`."""
+) -> FinalGates:
+    """Like `finalize_run`, for a model prepared again to resume from a checkpoint. Its gates are in `state`."""
     for one in (model, average):
         if one is not None:
             gates(one).load_state_dict(state)
-    return take_out(model, average, optimizer)
+    return finalize_run(model, average, optimizer)

@@ -1,4 +1,10 @@
-"""How timm builds a model: the name and arguments of `timm.create_model` that give the dense model again."""
+"""How timm builds the dense model: a name and arguments for `timm.create_model`.
+
+The arguments are read off a model as far as they show. Then the model is built with them, and every tensor's shape and
+every module's text are compared with those of the dense model. If they differ, the file says that `load` needs
+`model=`, and why. Only names in timm's own registry are built, and never with arguments that make timm read other
+files.
+"""
 
 from __future__ import annotations
 
@@ -17,76 +23,82 @@ from autogate.slim import History, describe_modules, describe_tensors, first_dif
 from rewriters import AutogateError
 
 _WEIGHTS_FROM_ELSEWHERE = ("pretrained", "checkpoint_path", "cache_dir", "weights")
-"""Beginnings of the names of arguments that make timm read weights or configurations from elsewhere."""
+"""Prefixes of the names of arguments that make timm read weights or configurations from elsewhere."""
 
 
 @dataclass(frozen=True)
-class Build:
-    """`timm.create_model(name, **arguments)` gives the dense model."""
+class TimmBuild:
+    """`timm.create_model(name, **arguments)` builds the dense model."""
 
     name: str
     arguments: Mapping[str, JsonValue]
 
 
-def build(how: Build) -> nn.Module:
-    """The dense model, its weights random; nothing is downloaded or read from a file.
+def build_with_timm(how: TimmBuild) -> nn.Module:
+    """Build the dense model with random weights. Nothing is downloaded or read from a file.
 
     Raises:
-        AutogateError: timm has no such model, or doesn't build it with these arguments.
+        AutogateError: timm has no such model, or can't build it with these arguments.
     """
     where = f"timm.create_model({how.name!r})"
     if any(sign in how.name for sign in ":/\\") or not timm.is_model(how.name):
-        raise AutogateError(f"timm {timm.__version__} has no model of this name.", where=where)
+        raise AutogateError(f"timm {timm.__version__} has no model with this name.", where=where)
     for name in how.arguments:
         if name.startswith(_WEIGHTS_FROM_ELSEWHERE):
-            raise AutogateError(f"{name} is no argument that says how a model is built.", where=where)
+            raise AutogateError(
+                f"the argument {name!r} is not allowed: it makes timm read weights or configurations from elsewhere.",
+                where=where,
+            )
     try:
-        with torch.random.fork_rng(devices=[]):  # whoever saves in the middle of a run trains on as if he hadn't
+        with torch.random.fork_rng(devices=[]):  # a save in the middle of a run leaves its random numbers alone
             arguments: dict[str, Any] = dict(how.arguments)
             return timm.create_model(how.name, pretrained=False, **arguments)
-    except Exception as error:  # whatever an entry point makes of its arguments
+    except Exception as error:  # timm's entry points raise errors of all kinds
         raise AutogateError(f"timm can't build it with {dict(how.arguments)}: {error}", where=where) from error
 
 
-def how_to_build(
+def find_timm_build(
     model: nn.Module, history: History, arguments: Mapping[str, Any] | None = None
-) -> tuple[Build | None, str]:
-    """How timm builds the dense model that `model` was slimmed from, found by trying; None, and why, if it doesn't.
+) -> tuple[TimmBuild | None, str]:
+    """Find out how timm builds the dense model that `model` was slimmed from, by building it.
 
     Args:
         model: the slim model.
         history: its history.
-        arguments: what the caller knows of the arguments that it was built with.
+        arguments: arguments of `timm.create_model` that the caller knows of.
+
+    Returns:
+        How timm builds it and an empty text; or None and the reason, if timm doesn't build this model.
 
     Raises:
-        AutogateError: the caller gave arguments, and with these it doesn't.
+        AutogateError: the caller gave arguments, and timm builds another model with them.
     """
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     if not isinstance(config, Mapping) or not config.get("architecture"):
         if arguments is not None:
             raise AutogateError(
-                "it doesn't say which of timm's models it is.",
+                "it doesn't say which timm model it is, so `model_args` can't be used.",
                 where=type(model).__name__,
-                remedy="Leave `model_args` out.",
+                remedy="Omit `model_args`.",
             )
-        return None, "it is none of timm's models"
+        return None, "it is not a timm model"
     name = ".".join(part for part in (config["architecture"], config.get("tag")) if part)
-    how = Build(name, {**_arguments(model, config), **(arguments or {})})
+    how = TimmBuild(name, {**_arguments(model, config), **(arguments or {})})
     try:
-        wrong = _difference(build(how), history)
+        wrong = _difference(build_with_timm(how), history)
     except AutogateError as error:
         wrong = str(error)
     if not wrong:
         return how, ""
     shown = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in how.arguments.items())])
-    why = f"timm.create_model({shown}) gives another model: {wrong}"
+    why = f"timm.create_model({shown}) builds another model: {wrong}"
     if arguments is not None:
-        raise AutogateError(why, where=type(model).__name__, remedy="Correct `model_args`, or leave them out.")
+        raise AutogateError(why, where=type(model).__name__, remedy="Correct `model_args`, or omit them.")
     return None, why
 
 
 def _arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of create_model that can be read off a model, where they aren't what they are by default."""
+    """Arguments of create_model that can be read off a model and that differ from the defaults."""
     found: dict[str, Any] = {}
     classes = getattr(model, "num_classes", None)
     features = getattr(model, "feature_info", None)
@@ -112,7 +124,7 @@ def _arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(built: nn.Module, history: History) -> str:
-    """Where a model that timm built is not the dense one, in a sentence; empty if it is."""
+    """The first difference between a model that timm built and the dense one, in words; empty if there is none."""
     before = history.slimmings[0].tensors
     shapes = first_difference(
         {name: spec.shape for name, spec in describe_tensors(built).items()},
@@ -120,9 +132,9 @@ def _difference(built: nn.Module, history: History) -> str:
     )
     if shapes is not None:
         name, here, there = shapes
-        return f"{name} is {here} in it, and was {there}"
+        return f"{name} is {here} there, and was {there} in the dense model"
     modules = first_difference(describe_modules(built), history.dense_modules)
     if modules is not None:
         name, here, there = modules
-        return f"{name or 'the model'} is {here} in it, and was {there}"
+        return f"{name or 'the model'} is {here} there, and was {there} in the dense model"
     return ""

@@ -1,0 +1,171 @@
+"""Read a slim model from a file: build the dense model, replay its slimmings, and put the file's tensors in.
+
+No code in a file is ever run: autogate writes every rewritten forward again, from the dense model's own code. The file
+shows the code of the forwards it had, for people to read. A pickle of the slim model, or graphs in the file, would be
+code from whoever wrote the file. All indices that stay, and the branches and modules removed, must come out as
+recorded; a model whose channels are coupled in another way is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from autogate.files.file_format import Header, read_file
+from autogate.files.timm_builds import build_with_timm
+from autogate.gating import BANK
+from autogate.inputs import Inputs, as_call
+from autogate.lock import locked
+from autogate.slim import (
+    ATTRIBUTE,
+    History,
+    Slimming,
+    cast,
+    describe_modules,
+    first_difference,
+    history_of,
+    read_inputs,
+    replay,
+)
+from rewriters import AutogateError, UndoLog
+from rewriters.slimming import follow_tensors, like, tensor_slots
+
+
+@locked
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    example_inputs: Any = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Read the slim model from a file that `save` wrote.
+
+    The model is as it was when saved: the same outputs to the last bit, the same dtypes, frozen parameters, and train
+    or eval mode. It can be trained, saved and slimmed again. No code in the file is run, no pickle is read, and nothing
+    is downloaded.
+
+    Args:
+        path: path of the file.
+        model: the dense model, built like the one that was slimmed; its weights don't matter. It is changed in place
+            and returned. If None, timm builds it.
+        example_inputs: inputs that the model can be run on, as for `prepare`. Needed only if the file says so.
+        device: device of the loaded model. If None, the device of `model`, or the CPU if there is none.
+
+    Raises:
+        AutogateError: the file is truncated, altered, or not one that `save` wrote; it needs `model` or
+            `example_inputs`; `model` is not the model that was slimmed; or its code or autogate's has changed too much
+            since. The message says which part is wrong. A model that you passed is left as it was.
+        FileNotFoundError: there is no such file.
+    """
+    header, tensors = read_file(Path(path))
+    if model is None:
+        model = _built(header, path)
+    elif history_of(model) is not None or BANK in model._modules:
+        raise AutogateError(
+            "it is already prepared or slim.", where=type(model).__name__, remedy="Pass the dense model."
+        )
+    undo_log = UndoLog()
+    try:
+        _slim_again(model, header, example_inputs, undo_log)
+        _fill(model, header, tensors, device, undo_log)
+    except BaseException as error:
+        undo_log.undo()
+        if isinstance(error, Exception):
+            raise _not_carried_out(error, header, model, path) from error
+        raise
+    return model
+
+
+def dense_model(path: str | os.PathLike[str]) -> nn.Module:
+    """Build the dense model that a file's slim model was made from, with random weights.
+
+    Raises:
+        AutogateError: the file can't be read (see `load`), or doesn't say how to build the model.
+    """
+    header, _ = read_file(Path(path))
+    return _built(header, path)
+
+
+def _built(header: Header, path: str | os.PathLike[str]) -> nn.Module:
+    if header.build is None:
+        raise AutogateError(
+            f"it doesn't say how to build the dense {header.model}: {header.why_not}.",
+            where=str(path),
+            remedy="Pass the dense model: autogate.load(path, model=...).",
+        )
+    return build_with_timm(header.build)
+
+
+def _not_carried_out(error: Exception, header: Header, model: nn.Module, path: str | os.PathLike[str]) -> AutogateError:
+    written = ", ".join(f"{name} {version}" for name, version in header.versions.items())
+    place = f"(file {path}, written with {written})"
+    if isinstance(error, AutogateError):
+        return AutogateError(f"{error.cause} {place}", where=error.where, remedy=error.remedy)
+    return AutogateError(f"it can't be slimmed as the file says: {error} {place}", where=type(model).__name__)
+
+
+def _slim_again(model: nn.Module, header: Header, example_inputs: Any, undo_log: UndoLog) -> None:
+    dense = describe_modules(model)
+    at = next((tensor.device for *_, tensor in tensor_slots(model)), torch.device("cpu"))
+    for slimming in header.slimmings:
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(at), _inputs(slimming, example_inputs, model))
+        replay(model, slimming, inputs, undo_log)
+    made = history_of(model)
+    if made is None:
+        raise AutogateError("the file's header lists no slimming.")
+    undo_log.set_attribute(model, ATTRIBUTE, History(header.slimmings, dense, made.modules, made.shapes))
+
+
+def _inputs(slimming: Slimming, example_inputs: Any, model: nn.Module) -> Inputs:
+    if example_inputs is not None:
+        return as_call(example_inputs, model)
+    if slimming.inputs is None:
+        raise AutogateError(
+            "its example inputs are of a type that the file can't store.",
+            where=type(model).__name__,
+            remedy="Pass them: autogate.load(path, example_inputs=...).",
+        )
+    return read_inputs(slimming.inputs)
+
+
+def _fill(
+    model: nn.Module,
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | str | None,
+    undo_log: UndoLog,
+) -> None:
+    """Put a file's tensors, dtypes, frozen parameters and modes into a model that was slimmed as the file says."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes |= {alias: shapes[name] for alias, name in header.aliases.items()}
+    state = model.state_dict(keep_vars=True)
+    different = first_difference({name: tuple(tensor.shape) for name, tensor in state.items()}, shapes)
+    if different is not None:
+        name, here, there = different
+        raise AutogateError(
+            f"its shape is {here} in the model slimmed as the file says, and {there} in the file.", where=name
+        )
+    for alias, name in header.aliases.items():
+        if state[alias] is not state[name]:
+            raise AutogateError(f"it shares its tensor with {name} in the file, but not in this model.", where=alias)
+    cast(model, header.buffers, undo_log)
+    names = {id(tensor): name for name, tensor in reversed(state.items())}
+    filled: dict[int, Tensor] = {}
+    for _, module, own_name, tensor in list(tensor_slots(model)):
+        if id(tensor) not in filled:
+            new = tensors[names[id(tensor)]].clone() if id(tensor) in names else tensor.detach()
+            filled[id(tensor)] = like(tensor, new.to(tensor.device if device is None else device))
+        undo_log.set_tensor(module, own_name, filled[id(tensor)])
+    follow_tensors(model, undo_log)
+    frozen, training = set(header.frozen), set(header.training)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    for path, module in model.named_modules():
+        undo_log.set_attribute(module, "training", path in training)

@@ -1,0 +1,141 @@
+"""Write a slim model to a file (see `autogate.files.file_format`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autogate.files.atomic_write import atomic_write
+from autogate.files.file_format import Header, checksum, metadata_of
+from autogate.files.timm_builds import find_timm_build
+from autogate.gating import BANK
+from autogate.slim import (
+    History,
+    describe_buffers,
+    describe_modules,
+    describe_tensors,
+    first_difference,
+    history_of,
+)
+from autogate.version import __version__
+from autogate.wrappers import unwrap
+from rewriters import AutogateError
+from rewriters.forwards import RewrittenForward
+from rewriters.slimming import tensor_slots
+
+
+def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[str, Any] | None = None) -> None:
+    """Write a slim model to a safetensors file, from which `load` restores it to the last bit.
+
+    The file says how timm's `create_model` builds the dense model, if it does (that is checked by building it), and
+    which of its channels stay. The file is written under a temporary name and then moved into place: if writing fails,
+    a file that was there before is intact.
+
+        >>> import os, tempfile, timm, torch, autogate
+        >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
+        >>> with torch.no_grad():
+        ...     autogate.gates(model).alpha[::2] = 0
+        >>> slim = autogate.finalize(model, warn=False).eval()
+        >>> path = os.path.join(tempfile.mkdtemp(), "slim.safetensors")
+        >>> autogate.save(slim, path)
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.equal(autogate.load(path)(x), slim(x))
+        True
+
+    Args:
+        slim: the model that `finalize` returned, trained further or not, or a compiled or distributed wrapper around
+            it.
+        path: path of the file, by convention "*.safetensors".
+        model_args: arguments of `timm.create_model` that the dense model was built with and that can't be read off the
+            model. Most can.
+
+    Raises:
+        AutogateError: the model was not slimmed; it was changed since in a way that the file can't record; it holds a
+            tensor that safetensors can't store; timm doesn't build the dense model with `model_args`; or the file
+            can't be written.
+    """
+    slim = unwrap(slim)
+    history = _unchanged_history(slim)
+    tensors, aliases = _tensors_of(slim)
+    how, why_not = find_timm_build(slim, history, model_args)
+    header = Header(
+        format=1,
+        versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        model=f"{type(slim).__module__}.{type(slim).__qualname__}",
+        build=how,
+        why_not=why_not,
+        slimmings=history.slimmings,
+        tensors={name: checksum(tensor) for name, tensor in tensors.items()},
+        aliases=aliases,
+        buffers=describe_buffers(slim),
+        frozen=tuple(name for name, parameter in slim.named_parameters() if not parameter.requires_grad),
+        training=tuple(path for path, module in slim.named_modules() if module.training),
+        forwards=_forwards(slim),
+    )
+    with atomic_write(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=metadata_of(header))
+
+
+def _unchanged_history(slim: nn.Module) -> History:
+    """The model's history, once nothing but the history and the weights sets the model apart from the dense one."""
+    where = type(slim).__name__
+    history = history_of(slim) if isinstance(slim, nn.Module) else None
+    if history is None:
+        raise AutogateError(
+            "it was not slimmed: it has no record of a slimming.",
+            where=where,
+            remedy="Save the model that autogate.finalize returned. For other models use torch.save.",
+        )
+    if BANK in slim._modules:
+        raise AutogateError("it has gates: it is prepared, and not slim yet.", where=where, remedy="Finalize it first.")
+    shapes = {name: spec.shape for name, spec in describe_tensors(slim).items()}
+    for here, there in ((shapes, history.shapes), (describe_modules(slim), history.modules)):
+        different = first_difference(here, there)
+        if different is not None:
+            name, is_now, was = different
+            raise AutogateError(
+                f"it is {is_now} now, and was {was} when the model was finalized.",
+                where=name or where,
+                remedy="Make the change in the dense model, before prepare, or use torch.save.",
+            )
+    return history
+
+
+def _tensors_of(slim: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to write, each one once, and the further names that some of them have."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    state = slim.state_dict(keep_vars=True)
+    own = {id(tensor) for *_, tensor in tensor_slots(slim)}
+    for name, value in state.items():
+        if id(value) not in own:
+            raise AutogateError(
+                "this entry of its state_dict is neither a parameter nor a buffer.",
+                where=name,
+                remedy="Use torch.save.",
+            )
+        if id(value) in first:
+            aliases[name] = first[id(value)]
+            continue
+        first[id(value)] = name
+        if value.layout != torch.strided or value.is_meta:
+            raise AutogateError(f"safetensors can't store it: it is {value.layout} on {value.device}.", where=name)
+        tensors[name] = value.detach().cpu().contiguous().clone()
+    return tensors, aliases
+
+
+def _forwards(slim: nn.Module) -> dict[str, dict[str, str]]:
+    found = {path: module.__dict__.get("forward") for path, module in slim.named_modules()}
+    return {
+        path: {"train" if training else "eval": source for training, source in forward.sources.items()}
+        for path, forward in found.items()
+        if isinstance(forward, RewrittenForward)
+    }

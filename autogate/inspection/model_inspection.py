@@ -1,0 +1,153 @@
+"""What could be removed from a model, before anything is trained: groups, pins, FLOPs by stage.
+
+`autogate inspect` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autogate.budget import Flops, Params, Shares, Target, Targets
+from autogate.inputs import as_call
+from autogate.lock import locked
+from autogate.naming import named_by
+from autogate.slim import AnalysisOptions, add_shortcut_convolutions, analyse_with_dry_run
+from autogate.steering import Narrowing, groups_of, part_alike
+from rewriters import ChannelMap, Pin, UndoLog
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that are on the same sides.
+
+    Attributes:
+        width: number of channels.
+        made_by, read_by: the kernels that have them on their output and input side.
+        price: FLOPs saved by removing one of them, with all others staying.
+    """
+
+    width: int
+    made_by: tuple[str, ...]
+    read_by: tuple[str, ...]
+    price: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """FLOPs of a part of the model: in the dense model, and at the budget."""
+
+    name: str
+    all_flops: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_model` found.
+
+    Attributes:
+        channel_map: the model's channels.
+        groups: the channels that can be removed.
+        pins: why the other channels stay.
+        stages: the FLOPs by part of the model, in the order the layers run.
+        keep: the part of its channels that every group keeps to meet the budget.
+        flops, all_flops: multiply-adds for one sample, at the budget and in the dense model.
+        params, all_params: the same for parameters.
+        least: share of the FLOPs that is left if all removable channels are removed.
+    """
+
+    channel_map: ChannelMap
+    groups: tuple[ChannelGroup, ...]
+    pins: tuple[Pin, ...]
+    stages: tuple[Stage, ...]
+    keep: float
+    flops: float
+    all_flops: float
+    params: float
+    all_params: float
+    least: float
+
+
+@locked
+def inspect_model(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    flops: float = 0.5,
+    ignore: Iterable[str] = (),
+    shortcuts: str | tuple[str, ...] = "shared",
+    by_layer: bool = False,
+) -> Inspection:
+    """Find out what can be removed from a model and what a budget would leave of it. The model is left as it was.
+
+    Args:
+        model, example_inputs, flops, ignore, shortcuts: as for `prepare`.
+        by_layer: make a stage of each layer.
+
+    Raises:
+        AutogateError: as for `prepare`; but a budget out of reach is met as closely as possible.
+    """
+    Shares(flops=flops)  # raises if the share is outside of (0, 1]
+    ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
+    options = AnalysisOptions(as_call(example_inputs, model), ignored, shortcuts)
+    undo_log = UndoLog()
+    try:
+        added = {shortcut.weight for shortcut in add_shortcut_convolutions(model, options, undo_log)}
+        channel_map = analyse_with_dry_run(model, options).channel_map
+        cost, params = Flops(channel_map, model, added), Params(channel_map, model)
+    finally:
+        undo_log.undo()
+    narrowing = Narrowing(groups_of(channel_map, round_to=1))
+    keep = part_alike(narrowing, Targets([Target(cost, flops)])) or 0.0
+    live = narrowing.live(keep)
+    everything = torch.ones_like(live)
+    return Inspection(
+        channel_map=channel_map,
+        groups=_groups(channel_map, cost.drop(everything)),
+        pins=channel_map.pins,
+        stages=_stages(channel_map, live, by_layer),
+        keep=keep,
+        flops=float(cost.value(live)),
+        all_flops=cost.whole,
+        params=float(params.value(live)),
+        all_params=float(params.value(everything)),
+        least=cost.least,
+    )
+
+
+def _groups(channel_map: ChannelMap, drop: Tensor) -> tuple[ChannelGroup, ...]:
+    found = []
+    for group in channel_map.groups():
+        sides = set(group.sides)
+        kernels = channel_map.kernels
+        made_by = tuple(kernel.module for kernel in kernels if kernel.output_side in sides)
+        read_by = tuple(kernel.module for kernel in kernels if kernel.input_side in sides and kernel.mixes)
+        price = float(drop[list(group.classes)].mean())
+        found.append(ChannelGroup(len(group.classes), made_by, read_by, price))
+    return tuple(found)
+
+
+def _stages(channel_map: ChannelMap, live: Tensor, by_layer: bool) -> tuple[Stage, ...]:
+    whole: dict[str, float] = {}
+    left: dict[str, float] = {}
+    everything = torch.ones_like(live)
+    for kernel in channel_map.kernels:
+        name = kernel.module if by_layer else stage_of(kernel.module)
+        for total, alive in ((whole, everything), (left, live)):
+            total[name] = total.get(name, 0.0) + channel_map.macs(kernel, alive)
+    return tuple(Stage(name, total, left[name]) for name, total in whole.items())
+
+
+def stage_of(module: str) -> str:
+    """The part of the model that a module belongs to: its outermost parent, with an index if that is a list of blocks.
+
+    >>> stage_of("layer1.0.conv1"), stage_of("blocks.3.0.conv_pw"), stage_of("fc")
+    ('layer1', 'blocks.3', 'fc')
+    """
+    first, *rest = module.split(".")
+    return f"{first}.{rest[0]}" if rest and rest[0].isdecimal() and not first[-1:].isdecimal() else first

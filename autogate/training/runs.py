@@ -1,0 +1,105 @@
+"""Start and resume training runs: from a recipe to a run folder with a slim model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from autogate.training.callbacks import Callback
+from autogate.training.checkpoint import Position, load_checkpoint, read_tensors, write_tensors
+from autogate.training.data import find_data
+from autogate.training.distributed import World
+from autogate.training.learning import seed_at
+from autogate.training.loop import Loop, Stop
+from autogate.training.network import build_network
+from autogate.training.recipe import Recipe
+from autogate.training.run_folder import Result, RunFolder
+from rewriters import AutogateError
+
+
+def start(
+    recipe: Recipe, path: Path, world: World | None = None, callbacks: Sequence[Callback] = (),
+    stop: Stop = lambda: False,
+) -> Result | None:  # fmt: skip
+    """Train a model with gates and finalize it.
+
+    Args:
+        recipe: what to do.
+        path: path of the run's folder, which must be new or empty.
+        world: the processes that train; all of them call this. A single process on the CPU if None.
+        callbacks: called with the progress of the run.
+        stop: whether to write a checkpoint and stop; called after every step.
+
+    Returns:
+        The result for the slim model; None if the run was stopped.
+
+    Raises:
+        AutogateError: the data, model, budget or folder can't be used; or the loss is no longer finite.
+    """
+    world, folder = world or World(), RunFolder(path)
+    if world.main:
+        folder.check_free()
+    seed_at(recipe.seed)
+    data = find_data(recipe.images)
+    model = build_network(recipe.network, recipe.network.num_classes or data.num_classes).to(world.device)
+    teacher = copy.deepcopy(model) if recipe.distillation is not None else None
+    loop = Loop.prepare(recipe, data, model, teacher, folder, world)
+    if world.main:
+        folder.create(loop.info)
+        if teacher is not None:
+            write_tensors(teacher.state_dict(), folder.teacher_file)
+    return loop.run(Position(), callbacks, stop)
+
+
+def resume(
+    path: Path, world: World | None = None, callbacks: Sequence[Callback] = (), stop: Stop = lambda: False,
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+) -> Result | None:  # fmt: skip
+    """Continue a run from its checkpoint. On a CPU the weights are the same, bit for bit, as without the interruption.
+
+    Args:
+        path, world, callbacks, stop: as for `start`.
+        change: changes the recipe from now on: where the images are, the number of workers, the device. Another number
+            of workers draws other random crops.
+
+    Raises:
+        AutogateError: as for `start`; or there is no run or no checkpoint, or it doesn't fit the data or the number of
+            processes.
+    """
+    world, folder = world or World(), RunFolder(path)
+    info = folder.info()
+    result = folder.result()
+    if result is not None and result.complete and folder.slim_file.is_file():
+        return result
+    if world.size != info.processes:
+        raise AutogateError(
+            f"there are {world.size} processes now, and there were {info.processes} when the run started.",
+            where=str(path),
+            remedy="Resume with the same number of processes.",
+        )
+    if not folder.checkpoint_file.is_file():
+        raise AutogateError(
+            "the run has no checkpoint yet.", where=str(path), remedy="Delete the folder and start the run again."
+        )
+    found, recipe = load_checkpoint(folder.checkpoint_file), change(info.recipe)
+    seed_at(recipe.seed)
+    data = find_data(recipe.images)
+    model = build_network(recipe.network, info.num_classes, weights=False).to(world.device)
+    teacher = None
+    if recipe.distillation is not None:
+        teacher = copy.deepcopy(model)
+        teacher.load_state_dict(read_tensors(folder.teacher_file))
+    loop = Loop.prepare(recipe, data, model, teacher, folder, world)
+    for name in ("num_classes", "train_images", "val_images", "batches", "steps", "gates"):
+        now, then = getattr(loop.info, name), getattr(info, name)
+        if now != then:
+            raise AutogateError(
+                f"{name.replace('_', ' ')}: there are {now} now, and there were {then} when the run started.",
+                where=str(path),
+            )
+    loop.load(found)
+    if world.main:
+        folder.rewind(found.position.epoch)
+    world.wait()
+    return loop.run(found.position, callbacks, stop)
