@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis.trial_rewrites import pin_unwritable
 from rewriters.cross_channel import Site, place, plain_statistics, site, statistics, take_off, write_live
 from rewriters.errors import AutogateError, TraceError
-from rewriters.forwards import Cut, Traced, by_mode, patches_held, trace_modes
+from rewriters.forwards import LabelMask, Traced, by_mode, patches_held, trace_modes
 from rewriters.labelling import ALWAYS, ChannelMap, Labelled, Labelling, varying
 from rewriters.labelling.rules import Findings, Look, creation, find_rule, kernels, mixing, movement
 from rewriters.recording import (
@@ -69,9 +69,9 @@ class Analysis:
         """Paths of the modules that couldn't be recorded."""
         return frozenset(path for captured in self.captures for path in captured.opaque)
 
-    def cut(self, live: Tensor) -> Cut:
+    def label_mask(self, live: Tensor) -> LabelMask:
         """What stays of every tensor when the classes in `live` (bool, shape (classes,)) do."""
-        return Cut(self.labelling.stays(live))
+        return LabelMask(self.labelling.stays(live))
 
     def settle(self, samples: int) -> None:
         """Read the channel map off the labels, for a forward that was recorded on so many samples."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rewriters.forwards import Cut, Traced, Unwritable
+from rewriters.forwards import LabelMask, Traced, Unwritable
 from rewriters.labelling import ALWAYS, Labelling, distinct, empty_ends, picked
 from rewriters.recording import all_tensors, collect, tensors_at, tensors_of
 
@@ -66,22 +66,22 @@ def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
         unlike = {_likeness(traced, number): traced for traced in forwards}
         size = int(number.max(initial=-1)) + 1
         for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
-            cut = Cut(labelling.stays(_nowhere_empty(labelling, number, live)))
-            refused = any(_refusal(traced, cut) for traced in unlike.values())
+            mask = LabelMask(labelling.stays(_nowhere_empty(labelling, number, live)))
+            refused = any(_refusal(traced, mask) for traced in unlike.values())
             collect()
             if not refused:
                 continue
             settled = False
             for traced in forwards:
-                error = _refusal(traced, cut)
+                error = _refusal(traced, mask)
                 if error is not None:
                     _pin_refused(labelling, traced, error, number)
             break
 
 
-def _refusal(traced: Traced, cut: Cut) -> Unwritable | None:
+def _refusal(traced: Traced, mask: LabelMask) -> Unwritable | None:
     try:
-        traced.resize(cut)
+        traced.resize(mask)
     except Unwritable as error:
         return error
     return None

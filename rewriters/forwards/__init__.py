@@ -1,7 +1,8 @@
 """Trace a module's own forward and rewrite it for fewer channels: in comes a module, out comes a new `forward`."""
 
+from rewriters.forwards.label_mask import LabelMask
 from rewriters.forwards.multi_head_attention import keep_layers_apart
-from rewriters.forwards.resizing import Cut, Unwritable, sweep
+from rewriters.forwards.resizing import Unwritable, sweep
 from rewriters.forwards.rewritten_forward import (
     InterpretedForward,
     LiveForward,
@@ -14,8 +15,8 @@ from rewriters.forwards.traced import Traced, by_mode, trace_modes
 from rewriters.forwards.tracer_patches import patches_held
 
 __all__ = [
-    "Cut",
     "InterpretedForward",
+    "LabelMask",
     "LiveForward",
     "RewrittenForward",
     "Traced",

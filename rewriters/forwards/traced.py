@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx, nn
 
 from rewriters.errors import TraceError
-from rewriters.forwards.resizing import Cut, Resizer
+from rewriters.forwards.label_mask import LabelMask
+from rewriters.forwards.resizing import Resizer
 from rewriters.forwards.rewritten_forward import stands_in
 from rewriters.forwards.tracing import AskedMode, trace
 from rewriters.labelling import Labelled, Labelling
@@ -35,9 +36,9 @@ class Traced:
     known: Mapping[int, Labelled]
     stands_in: bool = False
 
-    def resize(self, cut: Cut) -> Resizer:
+    def resize(self, mask: LabelMask) -> Resizer:
         """The forward rewritten for a cut (raises `Unwritable`)."""
-        resizer = Resizer(self.graph, self.known, cut, self.path)
+        resizer = Resizer(self.graph, self.known, mask, self.path)
         resizer.run()
         resizer.changed |= self.stands_in and resizer.cuts()
         return resizer

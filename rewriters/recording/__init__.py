@@ -2,18 +2,15 @@
 
 from rewriters.recording.capture import (
     Capture,
-    ModuleCall,
     capture,
     in_every_place,
-    is_getitem,
     named_tensors,
-    only_restrides,
-    reshapes_in_place,
 )
 from rewriters.recording.garbage_collection import collect, frozen_heap
 from rewriters.recording.meta_kernels import MetaMode, constant, on_fakes
 from rewriters.recording.opaque import Opaque, opaque_call, stood_in_for
 from rewriters.recording.pytrees import all_tensors, leaves_of, tensors_at, tensors_of
+from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
 from rewriters.recording.side_effects import (
     attributes_preserved,
     drop_caches,

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
-from rewriters.forwards import Cut, Unwritable, by_mode, trace_modes
+from rewriters.forwards import LabelMask, Unwritable, by_mode, trace_modes
 from rewriters.labelling import Side
 from rewriters.shortcuts.replacing import Shortcut
 from rewriters.slimming import Decisions, SlimPlan
@@ -135,8 +135,8 @@ def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: s
         traced = trace_modes(model.get_submodule(path), call, captured, labelling, labelling.by_tensor())
         if not labelling.extends(analysis.labelling):
             return None  # traced, it couples channels that are free in the model as it was recorded
-        cut = Cut(labelling.stays(slim_plan.live))  # tracing may have made labels of its own
-        return by_mode(traced, lambda one: one.resize(cut).graph)
+        mask = LabelMask(labelling.stays(slim_plan.live))  # tracing may have made labels of its own
+        return by_mode(traced, lambda one: one.resize(mask).graph)
     except (TraceError, Unwritable):
         return None
 

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
 from rewriters.forwards import (
-    Cut,
+    LabelMask,
     Traced,
     Unwritable,
     bind_arguments,
@@ -70,12 +70,12 @@ def prune_branches(
     Where there is a branch to take out, the model is run on the example inputs to read its constants. Where
     `decided` tells what was found in every module (`Pruned.uniform`), nothing is run and constants are zero.
     """
-    cut = analysis.cut(live)
+    mask = analysis.label_mask(live)
     constant = _constant_nodes(analysis, live)
     times = Counter(call.path for call in analysis.captures[0].calls())
     found = [
         pruned
-        for call in _meeting_calls(analysis, constant, cut)
+        for call in _meeting_calls(analysis, constant, mask)
         if times[call.path] == 1 and (decided is None or call.path in decided)
         for pruned in _prune(model, analysis, call, constant, live, args, kwargs, decided)
     ]
@@ -151,7 +151,7 @@ def _starved_weights(analysis: Analysis, live: Tensor) -> set[str]:
     return {side.tensor for side in sides if not (classes[side] == ALWAYS).any() and not live[classes[side]].any()}
 
 
-def _meeting_calls(analysis: Analysis, constant: set[fx.Node], cut: Cut) -> list[ModuleCall]:
+def _meeting_calls(analysis: Analysis, constant: set[fx.Node], mask: LabelMask) -> list[ModuleCall]:
     """Module calls in whose own code a constant, or a dead operand, meets the rest."""
     calls: dict[int, ModuleCall] = {}
     for node in analysis.captures[0].graph.nodes:
@@ -159,13 +159,13 @@ def _meeting_calls(analysis: Analysis, constant: set[fx.Node], cut: Cut) -> list
             sources = set(node.all_input_nodes)
             meets = find_rule(node.target) is elementwise.elementwise and node not in constant and sources & constant
             is_cat = node.target is torch.ops.aten.cat.default
-            if meets or (is_cat and any(_is_dead(analysis.labelling.values[source], cut) for source in sources)):
+            if meets or (is_cat and any(_is_dead(analysis.labelling.values[source], mask) for source in sources)):
                 calls[id(node.meta["call"])] = node.meta["call"]
     return list(calls.values())
 
 
-def _is_dead(value: Any, cut: Cut) -> bool:
-    return isinstance(value, Labelled) and 0 in cut.shape(value) and 0 not in value.shape
+def _is_dead(value: Any, mask: LabelMask) -> bool:
+    return isinstance(value, Labelled) and 0 in mask.shape(value) and 0 not in value.shape
 
 
 def _prune(
@@ -182,7 +182,7 @@ def _prune(
         return  # traced, it couples channels that are free in the model as it was recorded
     if call.path in {one.path for one in analysis.sites}:
         return  # the values in its traced forward are those of statistics over all channels
-    cut = Cut(labelling.stays(live))
+    mask = LabelMask(labelling.stays(live))
     constant_values = {id(node.meta["val"]) for node in constant}
     frontiers = [_frontier(one.graph, constant_values) for one in traced]
     values: list[Tensor | None] = []
@@ -196,14 +196,14 @@ def _prune(
             values = [_zero(node) if constant else None for node, constant in _as_decided(frontiers[0], decided, call)]
     forwards = [_with_constants(one, frontier, values) for one, frontier in zip(traced, frontiers, strict=True)]
     try:
-        graphs = by_mode(forwards, lambda one: one.resize(cut).graph)
+        graphs = by_mode(forwards, lambda one: one.resize(mask).graph)
     except Unwritable:  # an op that refuses tensors without channels
         return
     removed = _uncalled(call, captured, graphs.values())
     if removed:
         named = {_constant_name(index): value for index, value in enumerate(values) if value is not None}
         constants = {
-            node.target: cut.slim(named[node.target], forwards[0].known[id(node.meta["val"])])
+            node.target: mask.slim(named[node.target], forwards[0].known[id(node.meta["val"])])
             for node in forwards[0].graph.nodes
             if node.op == "get_attr" and node.target in named
         }

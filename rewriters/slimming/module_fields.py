@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from rewriters.analysis import Analysis
-from rewriters.forwards import Cut
+from rewriters.forwards import LabelMask
 from rewriters.labelling.rules import mixing
 from rewriters.recording import tensors_of
 from rewriters.undo_log import UndoLog
@@ -94,7 +94,7 @@ def follow_tensors(model: nn.Module, undo_log: UndoLog) -> None:
             undo_log.set_attribute(module, "_flat_weight_refs", references)
 
 
-def widths_of_bare_norms(model: nn.Module, analysis: Analysis, cut: Cut) -> dict[str, int]:
+def widths_of_bare_norms(model: nn.Module, analysis: Analysis, mask: LabelMask) -> dict[str, int]:
     """Channels that a cut leaves to instance norms without tensors, whose field alone tells them, by path.
 
     One that is called for several widths is left out.
@@ -106,5 +106,5 @@ def widths_of_bare_norms(model: nn.Module, analysis: Analysis, cut: Cut) -> dict
     for call in (call for captured in analysis.captures for call in captured.calls() if call.path in bare):
         x = tensors_of((call.args, call.kwargs))[0]
         dim = x.ndim - norms[call.path]._get_no_batch_dim()
-        found.setdefault(call.path, set()).add(cut.shape(known[id(x)])[dim])
+        found.setdefault(call.path, set()).add(mask.shape(known[id(x)])[dim])
     return {path: widths.pop() for path, widths in found.items() if len(widths) == 1}

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from rewriters.analysis import Analysis
 from rewriters.cross_channel import take_off
 from rewriters.errors import SurgeryError
-from rewriters.forwards import Cut, InterpretedForward, RewrittenForward, keep_layers_apart
+from rewriters.forwards import InterpretedForward, LabelMask, RewrittenForward, keep_layers_apart
 from rewriters.labelling import ChannelMap, Kernel, Side
 from rewriters.recording import drop_caches, without_caches
 from rewriters.slimming.block_widths import follow_widths, widths_in_blocks
@@ -94,9 +94,9 @@ def plan(
         if len(indices) < len(classes) and side.tensor not in gone:
             kept[side] = indices
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
-    cut = analysis.cut(live)
-    forwards, constants = _rewrite(analysis, cut, pruned)
-    norms = widths_of_bare_norms(model, analysis, cut)
+    mask = analysis.label_mask(live)
+    forwards, constants = _rewrite(analysis, mask, pruned)
+    norms = widths_of_bare_norms(model, analysis, mask)
     decisions = Decisions(branches={one.path: one.uniform for one in pruned})
     return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions, bare_norms=norms)
 
@@ -116,7 +116,7 @@ def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
 
 
 def _rewrite(
-    analysis: Analysis, cut: Cut, pruned: list[Pruned]
+    analysis: Analysis, mask: LabelMask, pruned: list[Pruned]
 ) -> tuple[dict[str, Mapping[bool, fx.Graph]], dict[str, Tensor]]:
     """Rewritten forwards of the modules whose own code doesn't do for this pattern, and the buffers they take."""
     done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
@@ -128,7 +128,7 @@ def _rewrite(
     for traced in analysis.traced:
         if traced.path in done or is_under(traced.path, gone):
             continue
-        resizer = traced.resize(cut)
+        resizer = traced.resize(mask)
         changed |= {traced.path} if resizer.changed else set()
         taken.append((traced.path, resizer.constants))
         modes = graphs.setdefault(traced.path, {})
