@@ -62,7 +62,7 @@ def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
     settled = not forwards
     while not settled:
         settled = True
-        number = labelling.numbering()
+        number = labelling.class_of_label()
         unlike = {_likeness(traced, number): traced for traced in forwards}
         size = int(number.max(initial=-1)) + 1
         for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
@@ -117,7 +117,7 @@ def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number
     """
     for tensors in (tensors_at(error.node), _sizes_read(error.node), all_tensors(traced.graph)):
         labelling.pin_values(tensors, traced.known, traced.path, str(error.node.target), error.cause)
-        if not np.array_equal(labelling.numbering(), number):
+        if not np.array_equal(labelling.class_of_label(), number):
             return
     raise error
 

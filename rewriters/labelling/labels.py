@@ -158,6 +158,11 @@ class LabelSpace:
                 layers.append(torch.arange(start, start + size, dtype=torch.int32).view(along))
         return Labelled(tuple(shape), tuple(layers), source=name)
 
+    def labels_of(self, side: Side) -> Tensor:
+        """The labels of a side's indices, in order."""
+        start, size = self.blocks[side]
+        return torch.arange(start, start + size)
+
     def owned(self, labels: Tensor) -> bool:
         """Whether any of these labels goes with a parameter's."""
         mine = labels.flatten().numpy()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from rewriters.labelling import Labelled, Labelling, varying
+from rewriters.labelling import Labelled, Labelling, merge_grids, varying
 from rewriters.labelling.rules import Findings, find_rule, movement
 from rewriters.recording import Capture, ModuleCall, is_getitem
 
@@ -140,7 +140,7 @@ def coupling(
     """
     while adds:
         labelling, freed = _label_freed(captured, adds, ignore, embed)
-        number = labelling.numbering()
+        number = labelling.class_of_label()
         needed = []
         for add, nodes in zip(adds, freed, strict=True):
             shortcut, fresh = (number[_channels(labelling.values[node], add.dim)] for node in nodes)
@@ -174,7 +174,7 @@ def _label_freed(
     labelling = Labelling(findings=Findings(live=embed))
     labelling.run(replace(captured, graph=graph, tensors=tensors))
     labelling.pin_tensors(ignore, "the caller asked for it")
-    labelling.settle_grids()
+    merge_grids(labelling)
     return labelling, freed
 
 

@@ -35,7 +35,7 @@ from rewriters.forwards import (
     sweep,
     trace_modes,
 )
-from rewriters.labelling import ALWAYS, Labelled
+from rewriters.labelling import ALWAYS, Labelled, keeps_classes
 from rewriters.labelling.rules import elementwise, find_rule
 from rewriters.recording import Capture, ModuleCall
 from rewriters.verify import run_eval
@@ -178,7 +178,7 @@ def _prune(
         traced = trace_modes(module, call, captured, labelling, labelling.by_tensor())
     except TraceError:
         return
-    if not labelling.extends(analysis.labelling):
+    if not keeps_classes(labelling, analysis.labelling):
         return  # traced, it couples channels that are free in the model as it was recorded
     if call.path in {one.path for one in analysis.sites}:
         return  # the values in its traced forward are those of statistics over all channels

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.analysis.analyse import Analysis, analyse
+from rewriters.analysis import Analysis, analyse
 from rewriters.cross_channel.placement import write_live
 from rewriters.labelling.channel_map import ChannelMap
 from rewriters.slimming.plan import SlimPlan, apply, plan

@@ -1,0 +1,65 @@
+"""All that is known of a model's channels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from rewriters.cross_channel import Site, place, statistics, take_off, write_live
+from rewriters.forwards import LabelMask, Traced
+from rewriters.labelling import ChannelMap, Labelling, read_channel_map
+from rewriters.recording import Capture
+from rewriters.undo_log import UndoLog
+
+
+@dataclass
+class Analysis:
+    """All that is known of a model's channels.
+
+    Attributes:
+        captures: recorded forwards, in eval mode and, where some layers run in train mode only, in that.
+        labelling: labels of every tensor in them.
+        traced: modules whose own forward may hold a size, traced.
+        sites: modules whose own forward takes statistics along channels.
+        channel_map: the partition.
+    """
+
+    captures: list[Capture]
+    labelling: Labelling
+    traced: list[Traced] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    channel_map: ChannelMap = field(init=False)
+
+    @property
+    def opaque(self) -> frozenset[str]:
+        """Paths of the modules that couldn't be recorded."""
+        return frozenset(path for captured in self.captures for path in captured.opaque)
+
+    def label_mask(self, live: Tensor) -> LabelMask:
+        """What stays of every tensor when the classes in `live` (bool, shape (classes,)) do."""
+        return LabelMask(self.labelling.stays(live))
+
+    def settle(self, samples: int) -> None:
+        """Read the channel map off the labels, for a forward that was recorded on so many samples."""
+        channel_map = read_channel_map(self.labelling, samples)
+        looking = statistics(self.sites, self.labelling.class_of_label()) if self.sites else ()
+        self.channel_map = replace(channel_map, statistics=looking)
+
+    def place_statistics(self, model: nn.Module, undo_log: UndoLog) -> None:
+        """Let statistics along channels be taken over the live ones, which are all of them until `write_live`."""
+        place(model, self.sites, self.labelling.class_of_label(), undo_log)
+
+    @contextlib.contextmanager
+    def live_statistics(self, model: nn.Module, live: Tensor) -> Iterator[None]:
+        """Inside, statistics are taken over the classes in `live` (bool, shape (classes,))."""
+        undo_log = UndoLog()
+        take_off(model, undo_log)
+        self.place_statistics(model, undo_log)
+        write_live(model, self.channel_map, live)
+        try:
+            yield
+        finally:
+            undo_log.undo()
