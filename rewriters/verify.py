@@ -50,7 +50,9 @@ def full_precision() -> Iterator[None]:
 def _kept_by_operator() -> Iterator[list[Any]]:
     """What PyTorch lets set its precision by operator (none did up to 2.8), which is as before afterwards."""
     homes = ((torch.backends.cudnn, "conv"), (torch.backends.cudnn, "rnn"), (torch.backends.cuda, "matmul"))
-    operators = [operator for home, name in homes if hasattr(operator := getattr(home, name, None), "fp32_precision")]
+    operators: list[Any] = [
+        operator for home, name in homes if hasattr(operator := getattr(home, name, None), "fp32_precision")
+    ]
     before = [operator.fp32_precision for operator in operators]
     try:
         yield operators

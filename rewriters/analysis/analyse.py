@@ -15,7 +15,7 @@ from torch import nn
 from rewriters.analysis.analysis import Analysis
 from rewriters.analysis.capture_modes import capture_larger, capture_modes, samples_in
 from rewriters.analysis.traced_modules import merge_repeated_calls, trace_size_holders, trace_statistics
-from rewriters.analysis.trial_rewrites import pin_unwritable
+from rewriters.analysis.trial_rewrites import pin_unresizable
 from rewriters.cross_channel import plain_statistics
 from rewriters.forwards import patches_held
 from rewriters.labelling import Labelling, merge_grids, pin_ungated_zeros, same_classes, tie_recurrent_layers
@@ -62,7 +62,7 @@ def _analyse(
         trace_size_holders(model, analysis, known, looking)
     merge_repeated_calls(analysis)
     merge_grids(labelling)
-    pin_unwritable(labelling, analysis.traced)
+    pin_unresizable(labelling, analysis.traced)
     analysis.settle(samples_in(args, kwargs))
     return analysis
 

@@ -8,8 +8,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from rewriters.cross_channel import Site, place, statistics, take_off, write_live
-from rewriters.forwards import LabelMask, Traced
+from rewriters.cross_channel import (
+    StatisticSite,
+    gather_statistics,
+    install_live_statistics,
+    remove_live_statistics,
+    write_live,
+)
+from rewriters.forwards import LabelMask, TracedForward
 from rewriters.labelling import ChannelMap, Labelling, read_channel_map
 from rewriters.recording import Capture
 from rewriters.undo_log import UndoLog
@@ -29,8 +35,8 @@ class Analysis:
 
     captures: list[Capture]
     labelling: Labelling
-    traced: list[Traced] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
+    traced: list[TracedForward] = field(default_factory=list)
+    sites: list[StatisticSite] = field(default_factory=list)
     channel_map: ChannelMap = field(init=False)
 
     @property
@@ -45,18 +51,18 @@ class Analysis:
     def settle(self, samples: int) -> None:
         """Read the channel map off the labels, for a forward that was recorded on so many samples."""
         channel_map = read_channel_map(self.labelling, samples)
-        looking = statistics(self.sites, self.labelling.class_of_label()) if self.sites else ()
-        self.channel_map = replace(channel_map, statistics=looking)
+        taken = gather_statistics(self.sites, self.labelling.class_of_label()) if self.sites else ()
+        self.channel_map = replace(channel_map, statistics=taken)
 
     def place_statistics(self, model: nn.Module, undo_log: UndoLog) -> None:
         """Let statistics along channels be taken over the live ones, which are all of them until `write_live`."""
-        place(model, self.sites, self.labelling.class_of_label(), undo_log)
+        install_live_statistics(model, self.sites, self.labelling.class_of_label(), undo_log)
 
     @contextlib.contextmanager
     def live_statistics(self, model: nn.Module, live: Tensor) -> Iterator[None]:
         """Inside, statistics are taken over the classes in `live` (bool, shape (classes,))."""
         undo_log = UndoLog()
-        take_off(model, undo_log)
+        remove_live_statistics(model, undo_log)
         self.place_statistics(model, undo_log)
         write_live(model, self.channel_map, live)
         try:

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from rewriters.labelling import Labelled, Labelling, varying
 from rewriters.labelling.rules import creation, find_rule, kernels, mixing, movement
-from rewriters.recording import ModuleCall, leaves_of
+from rewriters.recording import ModuleCall, args_of, leaves_of
 
 _RULES_WITH_SIZES = (
     creation.create, mixing.group_norm, mixing.layer_norm, movement.channel_shuffle, movement.expand, movement.move,
@@ -47,7 +47,7 @@ def takes_sizes(node: fx.Node, module: nn.Module) -> bool:
     """Whether a call is one that takes numbers which slimming may change (a field that follows doesn't count)."""
     found = find_rule(node.target)
     if found is kernels.convolution:
-        return node.args[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
+        return args_of(node)[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
     return found in _RULES_WITH_SIZES
 
 
@@ -61,8 +61,8 @@ def may_hold_size(labelling: Labelling, node: fx.Node, readable: set[int]) -> bo
     if found in (creation.create, movement.expand, movement.reshape) and readable & set(node.meta["val"].shape):
         return True
     if found is movement.pad:
-        padded = {node.meta["val"].ndim - 1 - place // 2 for place, width in enumerate(node.args[1]) if width}
-        layers = labelling.values[node.args[0]].layers
+        padded = {node.meta["val"].ndim - 1 - place // 2 for place, width in enumerate(args_of(node)[1]) if width}
+        layers = labelling.values[args_of(node)[0]].layers
         if not any(padded & set(varying(layer)) for layer in layers):
             return False
     return any(not labelling.pinned(layer).all() for value in _labels_at(labelling, node) for layer in value.layers)

@@ -8,67 +8,73 @@ from torch import Tensor, nn
 
 from rewriters.analysis.analysis import Analysis
 from rewriters.analysis.size_holders import knows_its_sizes, may_hold_size, sizes_to_read, takes_sizes
-from rewriters.analysis.trial_rewrites import pin_unwritable
-from rewriters.cross_channel import Site, plain_statistics, site
+from rewriters.analysis.trial_rewrites import pin_unresizable
+from rewriters.cross_channel import StatisticSite, find_statistics, plain_statistics
 from rewriters.errors import TraceError
-from rewriters.forwards import Traced, by_mode, patches_held, trace_modes
+from rewriters.forwards import TracedForward, graphs_by_mode, patches_held, trace_modes
 from rewriters.labelling import ALWAYS, Labelled, Labelling, merge_grids
-from rewriters.labelling.rules import Look
+from rewriters.labelling.rules import LabelledStatistic
 from rewriters.recording import Capture, ModuleCall, all_tensors, leaves_of, tensors_at, without_caches
 
 
-def trace_statistics(model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled]) -> dict[int, list[Traced]]:
+def trace_statistics(
+    model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled]
+) -> dict[int, list[TracedForward]]:
     """Trace the modules that take statistics along labels that may die; returns the traces by the call's id.
 
     Where one can't be rewritten to take them over live channels, all that it looks at stays.
     """
     labelling = analysis.labelling
-    looks = {id(call): _looks_in(labelling, call) for captured in analysis.captures for call in captured.calls()}
-    every = [look for found in looks.values() for look in found]
+    statistics = {
+        id(call): statistics_in(labelling, call) for captured in analysis.captures for call in captured.calls()
+    }
+    every = [statistic for found in statistics.values() for statistic in found]
     if not every:
         return {}
     number = labelling.class_of_label()
     calls_of: dict[str, list[tuple[Capture, ModuleCall]]] = {
-        look.module: [] for look in every if (number[look.labels.numpy()] != ALWAYS).any()
+        statistic.module: [] for statistic in every if (number[statistic.labels.numpy()] != ALWAYS).any()
     }
     for captured in analysis.captures:
         for call in captured.calls():
             if call.path in calls_of:
                 calls_of[call.path].append((captured, call))
-    traces: dict[int, list[Traced]] = {}
+    traces: dict[int, list[TracedForward]] = {}
     for path, calls in sorted(calls_of.items()):
         try:
-            analysis.sites.append(_site(model, calls, looks, labelling, known, traces))
+            analysis.sites.append(_site(model, calls, statistics, labelling, known, traces))
         except TraceError as error:
-            for look in (look for _, call in calls for look in looks[id(call)]):
-                labelling.space.pin(look.labels, path, look.op, f"{look.reason}; {error.cause}")
+            for statistic in (statistic for _, call in calls for statistic in statistics[id(call)]):
+                labelling.space.pin(statistic.labels, path, statistic.op, f"{statistic.reason}; {error.cause}")
     return traces
 
 
-def _looks_in(labelling: Labelling, call: ModuleCall) -> list[Look]:
-    return [look for node in call.nodes for look in labelling.looks.get(node, ())]
+def statistics_in(labelling: Labelling, call: ModuleCall) -> list[LabelledStatistic]:
+    return [statistic for node in call.nodes for statistic in labelling.statistics.get(node, ())]
 
 
 def _site(
-    model: nn.Module, calls: list[tuple[Capture, ModuleCall]], looks: Mapping[int, list[Look]], labelling: Labelling,
-    known: Mapping[int, Labelled], traces: dict[int, list[Traced]],
-) -> Site:  # fmt: skip
+    model: nn.Module, calls: list[tuple[Capture, ModuleCall]], statistics: Mapping[int, list[LabelledStatistic]],
+    labelling: Labelling, known: Mapping[int, Labelled], traces: dict[int, list[TracedForward]],
+) -> StatisticSite:  # fmt: skip
     """What a module looks at in its calls, which have to be alike: their channels go alike (raises `TraceError`)."""
     module, path = model.get_submodule(calls[0][1].path), calls[0][1].path
-    found: list[Site] = []
+    found: list[StatisticSite] = []
     for captured, call in calls:
         traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known)
-        found.append(site(module, path, by_mode(traced, lambda one: one.graph), len(looks[id(call)])))
+        found.append(
+            find_statistics(module, path, graphs_by_mode(traced, lambda one: one.graph), len(statistics[id(call)]))
+        )
     for other in found[1:]:
         if any(str(other.graphs[training]) != str(found[0].graphs[training]) for training in (False, True)):
             raise TraceError("called in several ways that would need different code", where=path)
-        for mine, theirs in zip(found[0].looks, other.looks, strict=True):
+        for mine, theirs in zip(found[0].statistics, other.statistics, strict=True):
             labelling.space.merge(mine.labels, theirs.labels)
     return found[0]
 
 
 def trace_size_holders(
-    model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], traces: Mapping[int, list[Traced]]
+    model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], traces: Mapping[int, list[TracedForward]]
 ) -> None:
     """Trace the modules in which a call that may hold a size meets labels that may die.
 
@@ -77,8 +83,8 @@ def trace_size_holders(
     for captured in analysis.captures:
         for call in captured.calls():
             module = model.get_submodule(call.path)
-            by_place = any(look.places for look in _looks_in(analysis.labelling, call))
-            if knows_its_sizes(module) and not by_place:
+            by_position = any(statistic.by_position for statistic in statistics_in(analysis.labelling, call))
+            if knows_its_sizes(module) and not by_position:
                 continue
             holders = [node for node in call.nodes if takes_sizes(node, module)]
             readable = sizes_to_read(analysis.labelling, call, known) if holders else set()
@@ -99,7 +105,7 @@ def merge_repeated_calls(analysis: Analysis) -> None:
     Where its calls take different ways through its forward, no rewriting serves them all, and what passes
     through keeps its channels.
     """
-    first: dict[tuple[str, bool], Traced] = {}
+    first: dict[tuple[str, bool], TracedForward] = {}
     for traced, mode in ((one, mode) for one in analysis.traced for mode in one.modes):
         other = first.setdefault((traced.path, mode), traced)
         if other is not traced:
@@ -107,14 +113,14 @@ def merge_repeated_calls(analysis: Analysis) -> None:
             _merge_calls(analysis.labelling, other, traced) if alike else _pin_calls(analysis, other, traced)
 
 
-def _merge_calls(labelling: Labelling, first: Traced, second: Traced) -> None:
+def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForward) -> None:
     for one, other in zip(first.graph.nodes, second.graph.nodes, strict=True):
         for a, b in zip(leaves_of(one.meta.get("val")), leaves_of(other.meta.get("val")), strict=True):
             if isinstance(a, Tensor) and isinstance(b, Tensor):
                 labelling.merge_values(first.known.get(id(a)), second.known.get(id(b)), first.path)
 
 
-def _pin_calls(analysis: Analysis, *calls: Traced) -> None:
+def _pin_calls(analysis: Analysis, *calls: TracedForward) -> None:
     reason = "called in several ways that would need different code"
     for traced in calls:
         analysis.labelling.pin_values(all_tensors(traced.graph), traced.known, traced.path, "forward", reason)
@@ -128,7 +134,7 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
     """
     if any(one.path == path for one in analysis.traced):
         return False
-    known, found = analysis.labelling.by_tensor(), list[Traced]()
+    known, found = analysis.labelling.by_tensor(), list[TracedForward]()
     calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
     try:
         with plain_statistics(model), without_caches(model), patches_held():
@@ -139,5 +145,5 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
     analysis.traced += found
     merge_repeated_calls(analysis)
     merge_grids(analysis.labelling)
-    pin_unwritable(analysis.labelling, found)
+    pin_unresizable(analysis.labelling, found)
     return bool(found)

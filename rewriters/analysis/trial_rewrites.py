@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rewriters.forwards import LabelMask, Traced, Unwritable
+from rewriters.forwards import CannotResizeError, LabelMask, TracedForward
 from rewriters.labelling import ALWAYS, Labelling, distinct, empty_ends, picked
 from rewriters.recording import all_tensors, collect, tensors_at, tensors_of
 
@@ -54,7 +54,7 @@ def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Te
     return kept
 
 
-def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
+def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> None:
     """Rewrite every traced forward for trial patterns; what has no form for them is pinned.
 
     Of forwards that are alike (the attention of each block) one is tried, and all of them if that one is refused.
@@ -79,15 +79,15 @@ def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
             break
 
 
-def _refusal(traced: Traced, mask: LabelMask) -> Unwritable | None:
+def _refusal(traced: TracedForward, mask: LabelMask) -> CannotResizeError | None:
     try:
         traced.resize(mask)
-    except Unwritable as error:
+    except CannotResizeError as error:
         return error
     return None
 
 
-def _likeness(traced: Traced, number: np.ndarray) -> tuple[str, str, bytes]:
+def _likeness(traced: TracedForward, number: np.ndarray) -> tuple[str, str, bytes]:
     """The same for forwards of the same code on tensors of the same shapes, whose channels are coupled alike."""
     in_order = np.full(number.max(initial=ALWAYS) + 2, -1)  # classes numbered as they come, whatever their numbers are
     in_order[ALWAYS] = 0
@@ -109,7 +109,7 @@ def _likeness(traced: Traced, number: np.ndarray) -> tuple[str, str, bytes]:
     return str(traced.graph), repr(shapes), coupled.digest()
 
 
-def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number: np.ndarray) -> None:
+def _pin_refused(labelling: Labelling, traced: TracedForward, error: CannotResizeError, number: np.ndarray) -> None:
     """Keep the channels at a node that has no form for fewer of them, `number` being the classes it was tried on.
 
     Where those stay already, it is a size that was read elsewhere (of the forward's input, say) that is

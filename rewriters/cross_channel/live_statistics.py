@@ -278,7 +278,7 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
 }
 """What stands in for a traced call, by its function or its method's name."""
 
-FORMS_BY_PLACE: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
+FORMS_BY_POSITION: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     function: partial(LiveOrZero, function=function) for function in _CONVOLUTIONS
 }
 """The same for calls that know channels by their places."""

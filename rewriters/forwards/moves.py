@@ -36,7 +36,7 @@ _REORDERING = _ops_of(movement.reorder)
 """Calls without a size: slimmed data are moved as whole data are."""
 
 
-_RESHAPES = {"view": "reshape", "view_as": "reshape_as"}
+_RESHAPES: dict[Any, Any] = {"view": "reshape", "view_as": "reshape_as"}
 
 
 _TO_SHAPE_OF_ANOTHER = {"view_as", "reshape_as"}
@@ -105,7 +105,8 @@ def commutes(node: fx.Node, call: Call, shapes: SlimShapes, slim: Mapping[fx.Nod
     if target == node.target and all(map(shapes.is_whole, (*operands, *results))):
         return True
     if ops <= _RESHAPING and (len(operands) == 1 or target in _TO_SHAPE_OF_ANOTHER):
-        return _reshapes(operands[0], *results, shapes)
+        (result,) = results
+        return _reshapes(operands[0], result, shapes)
     return _moves_numbers(node, call, operands, results, shapes, slim)
 
 

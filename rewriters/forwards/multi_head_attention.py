@@ -34,7 +34,7 @@ def multi_head_attention(
     key = F.linear(key, key_weight, key_bias)
     value = F.linear(value, value_weight, value_bias)
     added = 0
-    if self.bias_k is not None:
+    if self.bias_k is not None and self.bias_v is not None:
         key = torch.cat([key, self.bias_k.expand(key.shape[0], -1, -1)], 1)
         value = torch.cat([value, self.bias_v.expand(value.shape[0], -1, -1)], 1)
         added += 1
@@ -79,7 +79,7 @@ def _to_add(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
-def keep_layers_apart(model: nn.Module, undo_log: UndoLog) -> None:
+def disable_fused_layers(model: nn.Module, undo_log: UndoLog) -> None:
     """Let transformer layers call their parts: a fused kernel of theirs reads the parts' parameters by itself."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -14,13 +14,27 @@ from rewriters.errors import TraceError
 _len = len  # builtins may have another while a forward is followed
 
 
-class Valued(fx.Proxy):
+class ValueTracer(fx.Tracer):
+    """A tracer whose proxies know their values."""
+
+    def concrete(self, proxy: ValueProxy) -> Any:
+        """The value of a proxy, which control flow depends on from here on."""
+        raise NotImplementedError
+
+
+class ValueProxy(fx.Proxy):
     """A proxy that knows the value it stands for.
 
     Asked by a traced forward, `isinstance` and `len` answer for the value (`tracer_patches.py`). The former isn't
     made to by a `__class__` of the value's: PyTorch's C++ would believe that too, and read memory that a tensor would
     have.
     """
+
+    tracer: ValueTracer
+
+    if TYPE_CHECKING:  # fx sets it
+
+        def __getitem__(self, key: Any) -> Any: ...
 
     @property
     def value(self) -> Any:
@@ -33,7 +47,7 @@ class Valued(fx.Proxy):
             return lambda: self.ndim
         if callable(getattr(self.value, name)):
             return Attribute(self, name)
-        found = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        found: Any = self.tracer.create_proxy("call_function", getattr, (self, name), {})
         # A number of dimensions is a number: forms are looked up by it (in a dict, by einops), and slimming keeps it.
         return self.tracer.concrete(found) if isinstance(self.value, Tensor) and name == "ndim" else found
 
@@ -90,7 +104,7 @@ def _parts(key: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             sliced.append(item)
             picked += [] if isinstance(item, int) else [item if item is Ellipsis else slice(None)]
         else:
-            given = item.value if type(item) is Valued else item
+            given = item.value if type(item) is ValueProxy else item
             sliced += [slice(None)] * (given.ndim if getattr(given, "dtype", None) is torch.bool else 1)
             picked.append(item)
     if all(map(_is_whole, picked)):

@@ -18,13 +18,13 @@ from torch import Tensor, fx
 from rewriters.errors import SurgeryError
 from rewriters.forwards.label_mask import LabelMask, SlimShapes
 from rewriters.forwards.moves import commutes, only_moves, swap_tensors
-from rewriters.forwards.rewritten_forward import guard, in_places
+from rewriters.forwards.rewritten_forward import guard, in_positions
 from rewriters.forwards.sizes import FAMILIES, Resize, Scaled, scaled
 from rewriters.forwards.tracer_patches import AUTOCAST
 from rewriters.forwards.tracing import run_call
 from rewriters.labelling import Labelled
-from rewriters.labelling.rules import Look, elementwise, find_rule
-from rewriters.recording import MetaMode, leaves_of, tensors_of
+from rewriters.labelling.rules import LabelledStatistic, elementwise, find_rule
+from rewriters.recording import MetaMode, args_of, leaves_of, tensors_of
 
 _CONCATENATIONS = {torch.cat, torch.concat}
 
@@ -37,7 +37,7 @@ _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size, torch.dtype, 
 """Types of values that are what they are equal to."""
 
 
-class Unwritable(SurgeryError):
+class CannotResizeError(SurgeryError):
     """A node that holds a size and cannot be written for what is left."""
 
     def __init__(self, node: fx.Node, where: str, cause: str):
@@ -70,7 +70,7 @@ class Resizer:
         """The graph for the slimmed module; `changed` tells whether it differs, `constants` are buffers it takes.
 
         Raises:
-            Unwritable: a node has no form for this cut.
+            CannotResizeError: a node has no form for this cut.
         """
         for node in self._source.nodes:
             self._visit(node)
@@ -86,10 +86,10 @@ class Resizer:
 
     def _copy(self, node: fx.Node) -> None:
         copy = self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
-        if node.target in _CONCATENATIONS and isinstance(node.args[0], (list, tuple)):
-            shapes = (self._shapes.shape(operand.meta["val"]) for operand in node.args[0])
-            alive = [operand for operand, shape in zip(copy.args[0], shapes, strict=True) if 0 not in shape]
-            if 0 < len(alive) < len(node.args[0]):
+        if node.target in _CONCATENATIONS and isinstance(operands := args_of(node)[0], (list, tuple)):
+            shapes = (self._shapes.shape(operand.meta["val"]) for operand in operands)
+            alive = [operand for operand, shape in zip(args_of(copy)[0], shapes, strict=True) if 0 not in shape]
+            if 0 < len(alive) < len(operands):
                 copy.args = (alive, *copy.args[1:])
                 self.changed = True
 
@@ -106,8 +106,8 @@ class Resizer:
                 self._copy(node)
             else:
                 self.changed = True  # it spoke of a size that is no more
-        elif (look := self._by_place(node)) is not None:
-            self._put_in_places(node, look)
+        elif (statistic := self._by_position(node)) is not None:
+            self._put_in_positions(node, statistic)
         elif self._is_untouched(node):
             self._slim[node] = self._expected(node)
             self._copy(node)
@@ -130,23 +130,27 @@ class Resizer:
         given = (source in self._whole for source in node.all_input_nodes)
         return all(given) and all(self._shapes.is_whole(leaf) for leaf in tensors_of(node.meta["val"]))
 
-    def _by_place(self, node: fx.Node) -> Look | None:
+    def _by_position(self, node: fx.Node) -> LabelledStatistic | None:
         """The channels that a call knows by their places, if some of them go."""
-        looks = (look for look in node.meta["looks"] if look.places and not self._shapes.mask.stays[look.labels].all())
-        return next(looks, None)
+        found = (
+            statistic
+            for statistic in node.meta["statistics"]
+            if statistic.by_position and not self._shapes.mask.stays[statistic.labels].all()
+        )
+        return next(found, None)
 
-    def _put_in_places(self, node: fx.Node, look: Look) -> None:
+    def _put_in_positions(self, node: fx.Node, statistic: LabelledStatistic) -> None:
         """The call at its full width, and of what it gives the channels that are left."""
-        stays = self._shapes.mask.stays[look.labels]
+        stays = self._shapes.mask.stays[statistic.labels]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._copies.__getitem__)
         options = dict(kwargs)
         given, *rest = args or [options.pop("input")]
         name = f"{node.name}_places"
         self.constants[name] = stays.nonzero().flatten().to(node.all_input_nodes[0].meta["val"].device)
         places = self.graph.create_node("get_attr", name)
-        whole = self.graph.call_function(in_places, (given, places, len(stays), look.dim))
-        result = self.graph.call_function(node.target, (whole, *rest), options)
-        self._copies[node] = self.graph.call_function(torch.index_select, (result, look.dim, places))
+        whole = self.graph.call_function(in_positions, (given, places, len(stays), statistic.dim))
+        result = self.graph.create_node("call_function", node.target, (whole, *rest), options)
+        self._copies[node] = self.graph.call_function(torch.index_select, (result, statistic.dim, places))
         self._slim[node] = self._expected(node)
         self.changed = True
 
@@ -167,20 +171,22 @@ class Resizer:
             self.changed = True
 
     def _holds(self, node: fx.Node) -> bool:
-        args = fx.node.map_arg(node.args, self._slim.__getitem__)
+        args: Any = fx.node.map_arg(node.args, self._slim.__getitem__)
         return bool(args[0]) if node.target is torch._assert else args[0] == args[1]
 
     def _rewrite(self, node: fx.Node) -> None:
         family = FAMILIES.get(node.target)
         if family is None:
-            raise Unwritable(node, self._where, f"{node.format_node()} holds a size that slimming changes.")
+            raise CannotResizeError(node, self._where, f"{node.format_node()} holds a size that slimming changes.")
         full = tensors_of(node.meta["val"])
         slim = [self._shapes.shape(t) for t in full]
         resize = Resize(node, [tuple(t.shape) for t in full], slim, self._shapes.kept, self._left)
         target, args, kwargs = family(resize)
         numbers = fx.node.map_aggregate((args, kwargs), lambda arg: arg.value if isinstance(arg, Scaled) else arg)
         if not self._agrees(node, target, *numbers):
-            raise Unwritable(node, self._where, f"{node.format_node()} has no form for the channels that are left.")
+            raise CannotResizeError(
+                node, self._where, f"{node.format_node()} has no form for the channels that are left."
+            )
         self.changed |= (target, args, kwargs) != (node.target, node.args, node.kwargs)
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._written)
         self._copies[node] = self.graph.create_node(node.op, target, args, kwargs)

@@ -40,7 +40,7 @@ def guard(value: Any, expected: Any) -> None:
         )
 
 
-def in_places(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
+def in_positions(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
     """Channels put back in the places that they had along a dimension, zeros being in the others.
 
     Args:
@@ -180,7 +180,7 @@ class InterpretedForward:
         graph = self.graphs[self.owner.training]
         interpreter = fx.Interpreter(self.owner, graph=graph)
         interpreter.extra_traceback = False
-        return interpreter.run(initial_env=given_to(graph, bound.arguments))
+        return interpreter.run(initial_env=placeholder_values(graph, bound.arguments))
 
 
 class LiveForward(RewrittenForward):
@@ -224,7 +224,7 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     return _WRITTEN_OUT.get(type(module), type(module).forward)
 
 
-def given_to(graph: fx.Graph, arguments: Mapping[str, Any]) -> dict[fx.Node, Any]:
+def placeholder_values(graph: fx.Graph, arguments: Mapping[str, Any]) -> dict[fx.Node, Any]:
     """What a graph is given, for `fx.Interpreter` of a call's arguments by name: it takes **kwargs for *args itself."""
     return {node: arguments[node.target.lstrip("*")] for node in graph.find_nodes(op="placeholder")}
 

@@ -151,7 +151,8 @@ def index(resize: Resize) -> Call:
     keys = key if isinstance(key, tuple) else (key,)
     full = resize.value(x)
     explicit = sum(item is not None and item is not Ellipsis for item in keys)
-    dim, new = 0, []
+    dim = 0
+    new: list[Any] = []
     for item in keys:
         if item is Ellipsis:
             dim += full.ndim - explicit

@@ -24,7 +24,7 @@ from torch.fx import _symbolic_trace
 from torch.utils import checkpoint
 
 from rewriters.errors import TraceError
-from rewriters.forwards.proxies import Valued
+from rewriters.forwards.proxies import ValueProxy
 from rewriters.forwards.rewritten_forward import Applied
 from rewriters.recording import leaves_of
 
@@ -66,22 +66,22 @@ _PATCHED = "__fx_already_patched"
 """torch.fx leaves methods alone that bear this mark; if it didn't, it would patch them as ever."""
 
 
-_PROXIES = frozenset((fx.Proxy, Valued))
+_PROXIES = frozenset((fx.Proxy, ValueProxy))
 
-_PLAIN = {"isinstance": isinstance, "len": len}
+_PLAIN: dict[str, Callable[..., Any]] = {"isinstance": isinstance, "len": len}
 
 
 def _isinstance(instance: Any, kinds: Any) -> bool:
     """A proxy is an instance of what its value is one of; to torch.fx it is a proxy too."""
     of_plain = _PLAIN["isinstance"]
-    if type(instance) is not Valued:
+    if type(instance) is not ValueProxy:
         return of_plain(instance, kinds)
     return not _PROXIES.isdisjoint(kinds if type(kinds) is tuple else (kinds,)) or of_plain(instance.value, kinds)
 
 
 def _len(of: Any) -> Any:
     """Python lets no `__len__` give a proxy."""
-    return of.length() if type(of) is Valued else _PLAIN["len"](of)
+    return of.length() if type(of) is ValueProxy else _PLAIN["len"](of)
 
 
 _OF_VALUES = {"isinstance": _isinstance, "len": _len}
@@ -171,7 +171,7 @@ def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
 
 
 def _hold_proxies(*arguments: Any) -> bool:
-    return any(type(leaf) is Valued for leaf in leaves_of(arguments))
+    return any(type(leaf) is ValueProxy for leaf in leaves_of(arguments))
 
 
 def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -214,7 +214,7 @@ def _contexts_patched() -> Iterator[None]:
     plain_set_grad = torch._C._set_grad_enabled
 
     def init(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
-        of_value = type(device_type) is Valued
+        of_value = type(device_type) is ValueProxy
         plain_init(context, device_type.value if of_value else device_type, *args, **kwargs)
         context.device = device_type
 
@@ -267,7 +267,7 @@ def _autograd_functions_patched() -> Iterator[None]:
     def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
 
-    steps = {name: nothing for name in _CHECKPOINTS_STEPS if hasattr(checkpoint, name)}
+    steps: dict[str, Any] = {name: nothing for name in _CHECKPOINTS_STEPS if hasattr(checkpoint, name)}
     with (
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
         mock.patch.multiple(checkpoint, **steps),

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import TraceError
-from rewriters.forwards.proxies import Valued
+from rewriters.forwards.proxies import ValueProxy, ValueTracer
 from rewriters.forwards.rewritten_forward import guard, own_forward
 from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
 from rewriters.labelling import Labelled, Labelling
@@ -34,10 +34,10 @@ from rewriters.recording import (
     attributes_preserved,
     constant,
     leaves_of,
-    on_fakes,
     only_restrides,
     random_numbers_kept,
     reshapes_in_place,
+    run_on_fakes,
     tensors_of,
 )
 
@@ -74,23 +74,24 @@ class _OpLog(TorchDispatchMode):
         restrides = only_restrides(func, args)
         if reshapes_in_place(func) and not restrides:
             raise TraceError(f"{func} changes the shape of a tensor in place")
-        out = on_fakes(self._mode, func, args, kwargs or {})
+        out = run_on_fakes(self._mode, func, args, kwargs or {})
         # A call that gives no tensor is a question (its device, its layout).
         if not restrides and tensors_of(out):
             self.calls.append((func, args, kwargs or {}, out))
         return out
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(ValueTracer):
     proxy_buffer_attributes = True
 
     def __init__(self, captured: Capture, call: ModuleCall, labelling: Labelling, known: Mapping[int, Labelled]):
-        super().__init__(autowrap_modules=(), autowrap_functions=MATH)
+        super().__init__(autowrap_modules=(), autowrap_functions=MATH)  # type: ignore[arg-type]  # fx says: one module
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
         self._alive: list[Any] = []  # ids of tensors are keys
         self._recorded = call.nodes[::-1]  # what ran in it, the first last
-        self.known = ChainMap({}, known)  # its own in front: to copy all of them for each trace takes memory
+        # Its own in front: to copy all of them for each trace takes memory.
+        self.known: ChainMap[int, Labelled] = ChainMap({}, known)  # type: ignore[arg-type]  # only the first is written
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         # fx looks the forward up on the class; the instance may have one that was rewritten before.
@@ -114,13 +115,14 @@ class _Tracer(fx.Tracer):
         return functools.partial(root_fn, **by_name), by_place
 
     def _placeholder(self, parameter: inspect.Parameter, value: Any) -> Any:
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        kinds: dict[Any, str] = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+        stars = kinds.get(parameter.kind, "")
         default = () if parameter.default is parameter.empty else (parameter.default,)
         node = self.create_node("placeholder", f"{stars}{parameter.name}", default, {})
         node.meta["val"] = value
         return self._argument(self.proxy(node))
 
-    def _argument(self, proxy: Valued) -> Any:
+    def _argument(self, proxy: ValueProxy) -> Any:
         """A tensor or number as a proxy, a container as a container of proxies, anything else as it is."""
         value = proxy.value
         if type(value) in (list, tuple):
@@ -129,7 +131,7 @@ class _Tracer(fx.Tracer):
             return {key: self._argument(proxy[key]) for key in value}
         return proxy if isinstance(value, Tensor) or type(value) in (int, float) else self.concrete(proxy)
 
-    def concrete(self, proxy: Valued) -> Any:
+    def concrete(self, proxy: ValueProxy) -> Any:
         """The value of a proxy, with a guard in the graph that it is the same whenever this runs."""
         if isinstance(proxy.value, Tensor):
             raise TraceError("its control flow depends on the values of a tensor")
@@ -137,15 +139,15 @@ class _Tracer(fx.Tracer):
             self.create_node("call_function", guard, (proxy.node, proxy.value), {}).meta["val"] = None
         return proxy.value
 
-    def proxy(self, node: fx.Node) -> Valued:
-        return Valued(node, self)
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        return ValueProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def create_arg(self, a: Any) -> Any:
         # Asked by type, for isinstance would take a proxy for what it stands for.
-        if type(a) is Valued:
+        if type(a) is ValueProxy:
             return a.node
         if type(a) is AskedMode:
             return bool(a)
@@ -154,7 +156,7 @@ class _Tracer(fx.Tracer):
         arg = super().create_arg(a)
         if type(arg) is fx.Node and "val" not in arg.meta:  # a layer that is handed on, a named tuple, a dataclass
             value = a if arg.op == "get_attr" else run_call(arg.op, arg.target, arg.args, arg.kwargs, _value_of)
-            arg.meta.update(val=value, ops=[], looks=[])
+            arg.meta.update(val=value, ops=[], statistics=[])
         return arg
 
     def _plain_tensor(self, tensor: Tensor) -> fx.Node:
@@ -177,14 +179,14 @@ class _Tracer(fx.Tracer):
 
     def _follow(self, node: fx.Node) -> None:
         """Note a new node's value, the ATen ops it ran and the labels of what they gave."""
-        node.meta.update(val=None, ops=[], looks=[])
+        node.meta.update(val=None, ops=[], statistics=[])
         if node.target in AUTOCAST:
             return
         if node.op == "get_attr":
-            node.meta["val"] = self._attribute(node.target)
+            node.meta["val"] = self._attribute(str(node.target))
             return
         if node.op == "call_module":
-            child = self._next_child(node.target)
+            child = self._next_child(str(node.target))
             node.meta["val"] = child.output
             given = fx.node.map_arg((node.args, node.kwargs), _value_of)
             self.link(given, (child.args, child.kwargs))
@@ -198,7 +200,7 @@ class _Tracer(fx.Tracer):
         for call in log.calls:
             self._label(*call, findings, same)
         node.meta["val"] = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
-        node.meta["looks"] = findings.looks
+        node.meta["statistics"] = findings.statistics
 
     def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings, same: dict[int, Tensor]) -> None:
         """Label what a call gave.
@@ -212,7 +214,7 @@ class _Tracer(fx.Tracer):
             labels = self._labelling.apply(op, *given, out, self._call.path, findings)
         else:
             labels = self._labelling.values[recorded]
-            findings.looks += self._labelling.looks.get(recorded, ())
+            findings.statistics += self._labelling.statistics.get(recorded, ())
             pairs = zip(tensors_of(out), tensors_of(recorded.meta["val"]), strict=True)
             same.update({id(tensor): other for tensor, other in pairs if _are_alike(tensor, other)})
         found = [label for label in (labels if isinstance(labels, list) else [labels]) if label is not None]

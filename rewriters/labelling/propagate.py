@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from rewriters.labelling.channel_map import ALWAYS
 from rewriters.labelling.labels import Labelled, LabelSpace, give_members, picked
-from rewriters.labelling.rules import PRODUCTS, Findings, KernelCall, Look, OpCall, find_rule
-from rewriters.recording import Capture, is_getitem, tensors_of
+from rewriters.labelling.rules import PRODUCTS, Findings, KernelCall, LabelledStatistic, OpCall, find_rule
+from rewriters.recording import Capture, args_of, is_getitem, tensors_of
 
 
 @dataclass
@@ -24,13 +24,13 @@ class Labelling:
         space: the labels.
         findings: kernels, gates and grids that the rules noted.
         values: labels of each node's result (a list where it has several).
-        looks: statistics that a node takes along channels.
+        statistics: statistics that a node takes along channels.
     """
 
     space: LabelSpace = field(default_factory=LabelSpace)
     findings: Findings = field(default_factory=Findings)
     values: dict[fx.Node, Any] = field(default_factory=dict)
-    looks: dict[fx.Node, list[Look]] = field(default_factory=dict)
+    statistics: dict[fx.Node, list[LabelledStatistic]] = field(default_factory=dict)
     _numbered: tuple[np.ndarray, tuple[int, int], np.ndarray] | None = field(default=None, init=False, repr=False)
 
     def run(self, captured: Capture, counted: bool = True) -> None:
@@ -55,12 +55,13 @@ class Labelling:
 
     def _tensor(self, node: fx.Node, captured: Capture) -> Labelled:
         value = node.meta["val"]
-        owned = node.target in captured.tensors and value.is_floating_point()
+        name = str(node.target)
+        owned = name in captured.tensors and value.is_floating_point()
         if not owned:
             return Labelled.unknown(value)
         if not isinstance(value, nn.Parameter):
-            self.findings.buffers.add(node.target)
-        return self.space.own(node.target, value.shape)
+            self.findings.buffers.add(name)
+        return self.space.own(name, value.shape)
 
     def _pin_outputs(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
@@ -70,15 +71,15 @@ class Labelling:
     def call(self, node: fx.Node) -> Any:
         """Labels of one recorded call's results, from those of its arguments."""
         if is_getitem(node):
-            source, index = node.args
+            source, index = args_of(node)
             return self.values[source][index]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         owner = node.meta["call"]
         path = owner.path if owner is not None else ""
-        before = len(self.findings.looks)
+        before = len(self.findings.statistics)
         result = self.apply(node.target, args, kwargs, node.meta["val"], path, self.findings, _unused(node))
-        if len(self.findings.looks) > before:
-            self.looks[node] = self.findings.looks[before:]
+        if len(self.findings.statistics) > before:
+            self.statistics[node] = self.findings.statistics[before:]
         return result
 
     def apply(
@@ -116,7 +117,7 @@ class Labelling:
 
     def fork(self) -> Labelling:
         """The same labels, to be carried on without a trace in this labelling."""
-        return Labelling(self.space.fork(), self.findings.copy(), dict(self.values), dict(self.looks))
+        return Labelling(self.space.fork(), self.findings.copy(), dict(self.values), dict(self.statistics))
 
     def merge_values(self, first: Labelled | None, second: Labelled | None, path: str) -> None:
         """Let the channels of two values go alike; where only one has channels that may go, they stay."""
@@ -181,4 +182,4 @@ class Labelling:
 def _unused(node: fx.Node) -> frozenset[int]:
     """Places of those of a call's several results that nothing is computed from."""
     picked = [user for user in node.users if is_getitem(user)]
-    return frozenset(user.args[1] for user in picked if not user.users)
+    return frozenset(args_of(user)[1] for user in picked if not user.users)

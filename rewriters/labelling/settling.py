@@ -18,29 +18,29 @@ from torch import nn
 
 from rewriters.labelling.channel_map import Side
 from rewriters.labelling.propagate import Labelling
-from rewriters.labelling.rules import Crossing
+from rewriters.labelling.rules import DeferredMerge
 
 
-def _settle_crossings(labelling: Labelling) -> None:
+def _merge_deferred(labelling: Labelling) -> None:
     """Let labels that vary along more dimensions than those they met go with these, one for one.
 
     Where they are alike along the shared dimensions by now (the places in a head, for whole heads go), none
     of them could: what they met stays instead, a table of positions, say.
     """
     unlike = []
-    for crossing in labelling.findings.crossings:
-        if _alike(labelling, crossing):
+    for met in labelling.findings.deferred_merges:
+        if _alike(labelling, met):
             reason = "one for each place in a head, and whole heads die"
-            labelling.space.pin(crossing.narrow, crossing.module, crossing.op, reason)
+            labelling.space.pin(met.narrow, met.module, met.op, reason)
         else:
-            unlike.append(crossing)
-    for crossing in unlike:
-        labelling.space.merge(crossing.wide, crossing.narrow)
+            unlike.append(met)
+    for met in unlike:
+        labelling.space.merge(met.wide, met.narrow)
 
 
-def _alike(labelling: Labelling, crossing: Crossing) -> bool:
+def _alike(labelling: Labelling, met: DeferredMerge) -> bool:
     """Whether the wide labels vary along none of the narrow ones' dimensions, and along others."""
-    roots, narrow = labelling.space.roots()[crossing.wide.numpy()], crossing.narrow.shape
+    roots, narrow = labelling.space.roots()[met.wide.numpy()], met.narrow.shape
     first = roots[tuple(slice(0, 1 if size > 1 else None) for size in narrow)]
     return bool((roots == first).all() and (first != first.flat[0]).any())
 
@@ -51,11 +51,11 @@ def merge_grids(labelling: Labelling) -> None:
     A tensor can only lose whole slices: of the dimensions in which its labels still vary, the longest
     keeps its freedom (the first of equals: heads before what is in them).
     """
-    _settle_crossings(labelling)
+    _merge_deferred(labelling)
     seen: set[bytes] = set()
     for grid in labelling.findings.grids:
         roots = labelling.space.roots()[grid.numpy()]
-        key = hashlib.blake2b(np.ascontiguousarray(roots)).digest() + str(roots.shape).encode()
+        key = hashlib.blake2b(np.ascontiguousarray(roots).data).digest() + str(roots.shape).encode()
         if key in seen:
             continue
         seen.add(key)

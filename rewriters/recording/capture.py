@@ -20,15 +20,15 @@ from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.recording.error_messages import explain, why_unrecordable
-from rewriters.recording.meta_kernels import stand_in
+from rewriters.recording.meta_kernels import fakify
 from rewriters.recording.opaque import (
     FailsForRealError,
     Opaque,
     RealCall,
-    Replies,
-    as_they_ran,
+    RecordedOutputs,
+    innermost_opaque,
+    opaque_modules,
     run_for_real,
-    smallest,
 )
 from rewriters.recording.recorder import ModuleCall, Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, random_numbers_kept
@@ -133,10 +133,10 @@ def capture(
         except _Unrecordable as failure:
             if opaque is None and run is None and any(failure.paths):
                 run = _run_for_real(model, args, kwargs or {}, failure)
-            path = None if run is None else smallest(failure.paths, run, known)
+            path = None if run is None else innermost_opaque(failure.paths, run, known)
             if run is None or path is None:
                 raise failure.error from failure.__cause__
-            known = as_they_ran(run, {path: failure.reason, **{old: one.reason for old, one in known.items()}})
+            known = opaque_modules(run, {path: failure.reason, **{old: one.reason for old, one in known.items()}})
 
 
 def _run_for_real(
@@ -173,14 +173,14 @@ def _record(
     """Record a forward in which some modules are opaque (raises `_Unrecordable`)."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = named_tensors(model)
-    fakes = {name: stand_in(mode, tensor) for name, tensor in real.items()}
+    fakes = {name: fakify(mode, tensor) for name, tensor in real.items()}
     recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()})
     fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
     for name, fake in fakes.items():
         recorder.own(recorder.graph.create_node("get_attr", name), fake)
     names = _names(model)
-    replies = Replies(opaque, lambda noted: noted.fake(mode))
+    replies = RecordedOutputs(opaque, lambda noted: noted.fake(mode))
     try:
         with (
             attributes_preserved(names),

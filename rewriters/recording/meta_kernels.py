@@ -151,7 +151,7 @@ def _empty(
 
 _aten = torch.ops.aten
 
-TOLD: Mapping[Any, Callable[..., Any]] = {
+META_KERNELS: Mapping[Any, Callable[..., Any]] = {
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_layer_norm.default: _layer_norm,
     _aten.convolution.default: _convolution,
@@ -176,7 +176,7 @@ TOLD: Mapping[Any, Callable[..., Any]] = {
 }  # fmt: skip
 """What tells the results of these; `NotImplemented` where it can't."""
 
-DIRECT = frozenset(
+META_OPS = frozenset(
     (_aten._softmax.default, _aten._unsafe_view.default, _aten.bmm.default, _aten.clone.default,
      _aten.expand.default, _aten.mm.default, _aten.permute.default, _aten.select.int,
      _aten.slice.Tensor, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.squeeze.dim, _aten.t.default,
@@ -185,7 +185,7 @@ DIRECT = frozenset(
 """Calls that PyTorch's kernels for meta tensors tell quickly, once it is known that no other is meant."""
 
 
-def stand_in(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+def fakify(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A fake tensor for this one."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous()
     if not plain or tensor.is_quantized or tensor.is_complex() or tensor._is_view():
@@ -213,12 +213,12 @@ def constant(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     return mode.fake_tensor_converter.from_real_tensor(mode, own, make_constant=True)
 
 
-def on_fakes(mode: FakeTensorMode, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def run_on_fakes(mode: FakeTensorMode, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What an ATen call gives on fake tensors."""
     if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
         return args[0].fake_device
-    told = TOLD.get(op)
-    if told is not None or op in DIRECT:
+    told = META_KERNELS.get(op)
+    if told is not None or op in META_OPS:
         device = kwargs.get("device") or _only_device(args)
         if device is not None:
             with in_kernel_invocation_manager(mode):
@@ -263,6 +263,6 @@ class MetaMode(TorchDispatchMode):
     """Inside, forwards run on meta tensors the quicker way."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        told = TOLD.get(func)
+        told = META_KERNELS.get(func)
         out = NotImplemented if told is None else told(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if out is NotImplemented else out

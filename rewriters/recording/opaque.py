@@ -34,7 +34,7 @@ def opaque_call(reason: str, given: list[Tensor], own: list[Tensor]) -> tuple[Te
 
 
 @dataclass(frozen=True)
-class Noted:
+class TensorSpec:
     """A tensor without its data."""
 
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class RealCall:
     Attributes:
         path: the module.
         given: shapes of the tensors that went in.
-        output: what came out, each tensor as `Noted`; None where it holds anything else, or no tensor.
+        output: what came out, each tensor as `TensorSpec`; None where it holds anything else, or no tensor.
         children: the calls inside it.
     """
 
@@ -102,12 +102,12 @@ class FailsForRealError(Exception):
         self.path = path
 
 
-class Replies:
+class RecordedOutputs:
     """Hands out what opaque modules gave, call by call, as tensors that `make` makes of what was noted."""
 
-    def __init__(self, opaque: Mapping[str, Opaque], make: Callable[[Noted], Tensor]):
+    def __init__(self, opaque: Mapping[str, Opaque], make: Callable[[TensorSpec], Tensor]):
         self._left = {
-            path: iter([(call.given, tree_map_only(Noted, make, call.output)) for call in one.calls])
+            path: iter([(call.given, tree_map_only(TensorSpec, make, call.output)) for call in one.calls])
             for path, one in opaque.items()
         }
 
@@ -217,11 +217,11 @@ def _is_plain(leaf: Any) -> bool:
     return type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not leaf.is_quantized
 
 
-def _note(tensor: Tensor) -> Noted:
-    return Noted(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+def _note(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
-def smallest(paths: list[str], run: RealCall, opaque: Collection[str]) -> str | None:
+def innermost_opaque(paths: list[str], run: RealCall, opaque: Collection[str]) -> str | None:
     """The first of some modules that can be opaque beside those that are; None where none can.
 
     The root can't: nothing would be left to slim. Neither can one that gives anything else than tensors in
@@ -240,7 +240,7 @@ def smallest(paths: list[str], run: RealCall, opaque: Collection[str]) -> str | 
     return None
 
 
-def as_they_ran(run: RealCall, reasons: Mapping[str, str]) -> dict[str, Opaque]:
+def opaque_modules(run: RealCall, reasons: Mapping[str, str]) -> dict[str, Opaque]:
     """The opaque modules by path, but for those that run inside another alone; `reasons` says why each is."""
     calls: dict[str, list[RealCall]] = {}
     for call in run.outermost(reasons):
@@ -252,13 +252,13 @@ def as_they_ran(run: RealCall, reasons: Mapping[str, str]) -> dict[str, Opaque]:
 
 
 @contextlib.contextmanager
-def stood_in_for(model: nn.Module, opaque: Mapping[str, Opaque]) -> Iterator[None]:
+def opaque_modules_stubbed(model: nn.Module, opaque: Mapping[str, Opaque]) -> Iterator[None]:
     """Inside, opaque modules aren't run when they are called: they give meta tensors of the shapes that they gave."""
     if not opaque:
         yield
         return
     paths = {module: path for path, module in model.named_modules() if path in opaque}
-    replies = Replies(opaque, Noted.meta)
+    replies = RecordedOutputs(opaque, TensorSpec.meta)
     plain_call = nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

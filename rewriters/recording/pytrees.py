@@ -35,6 +35,11 @@ def tensors_at(node: fx.Node) -> list[Tensor]:
     return tensors_of(values)
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """A node's positional arguments, which fx declares as a union of all that may be in a graph."""
+    return node.args
+
+
 def all_tensors(graph: fx.Graph) -> list[Tensor]:
     """Every tensor that a node of the graph stands for."""
     return [tensor for node in graph.nodes for tensor in tensors_of(node.meta.get("val"))]

@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from rewriters.recording.meta_kernels import constant, has_real, on_fakes
-from rewriters.recording.opaque import Opaque, Replies, opaque_call, tensors_in
+from rewriters.recording.meta_kernels import constant, has_real, run_on_fakes
+from rewriters.recording.opaque import Opaque, RecordedOutputs, opaque_call, tensors_in
 from rewriters.recording.pytrees import tensors_of
 
 
@@ -112,7 +112,7 @@ class Recorder(TorchDispatchMode):
         restrides = only_restrides(func, args)
         if reshapes_in_place(func) and not restrides:
             self._keep_as_it_is(args[0])
-        out = on_fakes(self._mode, func, args, kwargs)
+        out = run_on_fakes(self._mode, func, args, kwargs)
         if restrides or not tensors_of(out):
             return out  # not a step of the forward, or a question about a tensor (its device, its layout)
         self._write(func, args, kwargs, out)
@@ -129,7 +129,7 @@ class Recorder(TorchDispatchMode):
 
     def _keep_as_it_is(self, value: Tensor) -> None:
         """Let another tensor stand for it in what is recorded: its own shape changes now."""
-        before = on_fakes(self._mode, torch.ops.aten.alias.default, (value,), {})
+        before = run_on_fakes(self._mode, torch.ops.aten.alias.default, (value,), {})
         self.nodes[id(before)] = self.node_of(value)
         self._alive.append(before)
         for node in self.graph.nodes:
@@ -145,7 +145,7 @@ class Recorder(TorchDispatchMode):
         given, own = ([*{id(tensor): tensor for tensor in tensors}.values()] for tensors in (given, own))
         self._write(opaque_call, (reason, given, own), {}, tuple(tensors_of(output)))
 
-    def _write(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         node_args, node_kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda value: self.node_of(value) if isinstance(value, Tensor) else value
         )
@@ -188,7 +188,7 @@ def is_getitem(node: fx.Node) -> bool:
 
 @contextlib.contextmanager
 def record_module_calls(
-    recorder: Recorder, names: Mapping[nn.Module, list[str]], opaque: Mapping[str, Opaque], replies: Replies
+    recorder: Recorder, names: Mapping[nn.Module, list[str]], opaque: Mapping[str, Opaque], replies: RecordedOutputs
 ) -> Iterator[None]:
     plain_call = nn.Module.__call__
     inside = {path: [module for module, own in names.items() if own[0] in opaque[path].inside] for path in opaque}

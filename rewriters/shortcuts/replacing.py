@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriters.errors import AutogateError, TraceError
-from rewriters.forwards import RewrittenForward, Traced, by_mode, out_of_place, trace_modes
+from rewriters.forwards import RewrittenForward, TracedForward, graphs_by_mode, out_of_place, trace_modes
 from rewriters.labelling import Labelling
 from rewriters.labelling.rules import Findings
 from rewriters.recording import Capture, capture, set_modes
@@ -134,11 +134,11 @@ def _replace_in(
     before = module.__dict__.get("forward")
     for add, name in zip(adds, names, strict=True):
         undo_log.set(module._modules, name, _identity(add, module.training))
-    undo_log.set_attribute(module, "forward", RewrittenForward(module, by_mode(traced, lambda one: one.graph)))
+    undo_log.set_attribute(module, "forward", RewrittenForward(module, graphs_by_mode(traced, lambda one: one.graph)))
     return [Shortcut(call.path, name, before) for name in names]
 
 
-def _adds_of(traced: Traced, count: int) -> list[fx.Node]:
+def _adds_of(traced: TracedForward, count: int) -> list[fx.Node]:
     """The nodes of a traced forward that add, one for each add that was recorded."""
     found = [node for node in traced.graph.nodes if node.meta.get("ops") and node.meta["ops"][0] in ADDS]
     hidden = sum(op in ADDS for node in traced.graph.nodes for op in node.meta.get("ops") or ()) - len(found)
@@ -174,7 +174,7 @@ def _identity(add: ResidualAdd, training: bool) -> nn.Module:
     """A 1x1 convolution, or a linear layer where channels come last, that gives what it is given."""
     value: Tensor = add.shortcut.meta["val"]
     channels = value.shape[add.dim]
-    like = {"device": value.device, "dtype": value.dtype}
+    like: dict[str, Any] = {"device": value.device, "dtype": value.dtype}
     if add.dim == 1 and value.ndim in _CONVOLUTIONS:
         layer: nn.Module = _CONVOLUTIONS[value.ndim](channels, channels, 1, bias=False, **like)
     else:

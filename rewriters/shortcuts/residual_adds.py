@@ -18,7 +18,7 @@ from torch import fx
 
 from rewriters.labelling import Labelled, Labelling, merge_grids, varying
 from rewriters.labelling.rules import Findings, find_rule, movement
-from rewriters.recording import Capture, ModuleCall, is_getitem
+from rewriters.recording import Capture, ModuleCall, args_of, is_getitem
 
 ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _VIEWS = (movement.expand, movement.move, movement.reorder)
@@ -42,7 +42,7 @@ class ResidualAdd:
 
     @property
     def shortcut(self) -> fx.Node:
-        return self.node.args[self.operand]
+        return args_of(self.node)[self.operand]
 
 
 def residual_adds(captured: Capture, labelling: Labelling) -> list[ResidualAdd]:
@@ -53,7 +53,7 @@ def residual_adds(captured: Capture, labelling: Labelling) -> list[ResidualAdd]:
         labelling: labels of its values.
     """
     order = {node: place for place, node in enumerate(captured.graph.nodes)}
-    found = []
+    found: list[ResidualAdd] = []
     for node in captured.graph.nodes:
         if node.target in ADDS and node.meta["call"] is not None:
             found.extend(_as_residual(node, labelling, order))
@@ -62,7 +62,7 @@ def residual_adds(captured: Capture, labelling: Labelling) -> list[ResidualAdd]:
 
 def _as_residual(node: fx.Node, labelling: Labelling, order: Mapping[fx.Node, int]) -> Iterator[ResidualAdd]:
     shape = node.meta["val"].shape
-    operands = node.args[:2]
+    operands = args_of(node)[:2]
     if not all(isinstance(one, fx.Node) and one.meta["val"].shape == shape for one in operands):
         return
     for place, shortcut in enumerate(operands):

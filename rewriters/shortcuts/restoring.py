@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
-from rewriters.forwards import LabelMask, Unwritable, by_mode, trace_modes
+from rewriters.forwards import CannotResizeError, LabelMask, graphs_by_mode, trace_modes
 from rewriters.labelling import Side, keeps_classes
 from rewriters.shortcuts.replacing import Shortcut
 from rewriters.slimming import Decisions, SlimPlan
@@ -136,8 +136,8 @@ def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: s
         if not keeps_classes(labelling, analysis.labelling):
             return None  # traced, it couples channels that are free in the model as it was recorded
         mask = LabelMask(labelling.stays(slim_plan.live))  # tracing may have made labels of its own
-        return by_mode(traced, lambda one: one.resize(mask).graph)
-    except (TraceError, Unwritable):
+        return graphs_by_mode(traced, lambda one: one.resize(mask).graph)
+    except (TraceError, CannotResizeError):
         return None
 
 

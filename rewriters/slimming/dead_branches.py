@@ -25,13 +25,13 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
 from rewriters.forwards import (
+    CannotResizeError,
     LabelMask,
-    Traced,
-    Unwritable,
+    TracedForward,
     bind_arguments,
-    by_mode,
-    given_to,
+    graphs_by_mode,
     out_of_place,
+    placeholder_values,
     sweep,
     trace_modes,
 )
@@ -196,8 +196,8 @@ def _prune(
             values = [_zero(node) if constant else None for node, constant in _as_decided(frontiers[0], decided, call)]
     forwards = [_with_constants(one, frontier, values) for one, frontier in zip(traced, frontiers, strict=True)]
     try:
-        graphs = by_mode(forwards, lambda one: one.resize(mask).graph)
-    except Unwritable:  # an op that refuses tensors without channels
+        graphs = graphs_by_mode(forwards, lambda one: one.resize(mask).graph)
+    except CannotResizeError:  # an op that refuses tensors without channels
         return
     removed = _uncalled(call, captured, graphs.values())
     if removed:
@@ -226,7 +226,7 @@ def _frontier(graph: fx.Graph, constant_values: set[int]) -> list[fx.Node]:
 
 def _broadcasts(user: fx.Node, constant: fx.Node) -> bool:
     """Whether `user` gives the same for a constant of size 1 along all but the channel dimension."""
-    ops, value = user.meta.get("ops"), user.meta.get("val")
+    ops, value = user.meta.get("ops") or (), user.meta.get("val")
     others = [source.meta["val"] for source in user.all_input_nodes if source is not constant]
     same = isinstance(value, Tensor) and any(isinstance(o, Tensor) and o.shape == value.shape for o in others)
     return bool(ops) and all(find_rule(op) is elementwise.elementwise for op in ops) and same
@@ -256,7 +256,7 @@ def _probe(
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = tree_map_only(Tensor, torch.clone, bind_arguments(module, args, kwargs))
-        values.run(initial_env=given_to(graph, arguments))
+        values.run(initial_env=placeholder_values(graph, arguments))
 
     handle = module.register_forward_pre_hook(run, with_kwargs=True)
     try:
@@ -305,12 +305,12 @@ def _constant_name(index: int) -> str:
     return f"branch_constant_{index}"
 
 
-def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor | None]) -> Traced:
+def _with_constants(traced: TracedForward, frontier: list[fx.Node], values: list[Tensor | None]) -> TracedForward:
     """The forward with constants for the nodes that have a value, without what is left unused."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(traced.graph, copies))
-    known = ChainMap({}, traced.known)
+    known: ChainMap[int, Labelled] = ChainMap({}, traced.known)  # type: ignore[arg-type]  # only the first is written
     used = [node for node in graph.nodes if node.users]
     for index, (node, value) in enumerate(zip(frontier, values, strict=False)):
         if value is not None:
@@ -319,7 +319,7 @@ def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor
     return replace(traced, graph=graph, known=known)
 
 
-def _put_constant(node: fx.Node, name: str, traced: Traced, known: MutableMapping[int, Labelled]) -> None:
+def _put_constant(node: fx.Node, name: str, traced: TracedForward, known: MutableMapping[int, Labelled]) -> None:
     """Let the varying users of `node` that can read a constant in its place."""
     full: Tensor = node.meta["val"]
     with node.graph.inserting_after(node):

@@ -25,9 +25,9 @@ from rewriters.recording import (
     collect,
     in_every_place,
     named_tensors,
+    opaque_modules_stubbed,
     random_numbers_kept,
     set_modes,
-    stood_in_for,
     tensors_of,
 )
 from rewriters.slimming.plan import apply, plan
@@ -110,7 +110,7 @@ def _output_shapes(
     try:
         with (
             attributes_preserved(model.modules()), random_numbers_kept(), torch.no_grad(),
-            stood_in_for(model, opaque), MetaMode(),
+            opaque_modules_stubbed(model, opaque), MetaMode(),
         ):  # fmt: skip
             return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
     except Exception:

@@ -22,8 +22,9 @@ def _is_convolution(module: nn.Module, shape: torch.Size) -> bool:
     """Whether the fields tell a kernel's shape as a convolution's do; torchvision's deformable one is no `_ConvNd`."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return True
-    outputs, inputs, groups = (vars(module).get(name) for name in ("out_channels", "in_channels", "groups"))
-    return all(type(width) is int for width in (outputs, inputs, groups)) and shape[:2] == (outputs, inputs // groups)
+    widths: list[Any] = [vars(module).get(name) for name in ("out_channels", "in_channels", "groups")]
+    outputs, inputs, groups = widths
+    return all(type(width) is int for width in widths) and shape[:2] == (outputs, inputs // groups)
 
 
 def fields_after(
@@ -36,7 +37,7 @@ def fields_after(
     if name == "weight" and _is_convolution(module, old):
         transposed = getattr(module, "transposed", False)
         first, second = ("in_channels", "out_channels") if transposed else ("out_channels", "in_channels")
-        groups = module.groups
+        groups: int = vars(module)["groups"]
         if groups > 1 and whole_groups:
             groups = new[0] * groups // old[0]
             yield "groups", groups
@@ -77,7 +78,9 @@ def owner_of(model: nn.Module, name: str, module: nn.Module, own_name: str) -> t
     if own_name.endswith("_v") and own_name.removesuffix("_v") + "_g" in module._parameters:
         return module, own_name.removesuffix("_v")
     if isinstance(module, ParametrizationList):
-        originals = [tensor for key, tensor in module._parameters.items() if key.startswith("original")]
+        originals = [
+            tensor for key, tensor in module._parameters.items() if tensor is not None and key.startswith("original")
+        ]
         if getattr(module, own_name).shape == max((one.shape for one in originals), key=torch.Size.numel):
             layer, _, attribute = name.rpartition(".")[0].rpartition(".parametrizations.")
             return model.get_submodule(layer), attribute

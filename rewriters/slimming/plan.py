@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis
-from rewriters.cross_channel import take_off
+from rewriters.cross_channel import remove_live_statistics
 from rewriters.errors import SurgeryError
-from rewriters.forwards import InterpretedForward, LabelMask, RewrittenForward, keep_layers_apart
+from rewriters.forwards import InterpretedForward, LabelMask, RewrittenForward, disable_fused_layers
 from rewriters.labelling import ChannelMap, Kernel, Side
 from rewriters.recording import drop_caches, without_caches
-from rewriters.slimming.block_widths import follow_widths, widths_in_blocks
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
 from rewriters.slimming.decisions import Decisions
+from rewriters.slimming.fusable_blocks import fields_in_fusable_blocks, update_fusable_blocks
 from rewriters.slimming.module_fields import fields_after, follow_tensors, owner_of, widths_of_bare_norms
 from rewriters.undo_log import UndoLog
 
@@ -81,7 +81,9 @@ def plan(
     live = channel_map.looked_at(live.cpu())
     while True:
         with without_caches(model):
-            pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
+            pruned = prune_branches(
+                model, analysis, live, args, kwargs or {}, decided.branches if decided is not None else None
+            )
         removed = frozenset[str]().union(*(one.removed for one in pruned))
         gone = _tensors_under(model, removed) | _computed_under(channel_map, removed)
         survivors = channel_map.survivors(live, gone)
@@ -165,9 +167,9 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
         with_values: whether tensors that lose something keep what is left; if not, theirs are shapes without
             data, for a model that is run on fake tensors and then restored.
     """
-    take_off(model, undo_log)
+    remove_live_statistics(model, undo_log)
     drop_caches(model.modules(), undo_log)
-    widths = widths_in_blocks(model)
+    widths = fields_in_fusable_blocks(model)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))
@@ -185,7 +187,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
                 undo_log.set_attribute(owner, field, value)
     follow_tensors(model, undo_log)
     if slim_plan.kept:
-        keep_layers_apart(model, undo_log)
+        disable_fused_layers(model, undo_log)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         kind = RewrittenForward if with_values else InterpretedForward
@@ -204,7 +206,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
         undo_log.remove(model.get_submodule(parent)._modules, own_name)
-    follow_widths(model, widths, undo_log)
+    update_fusable_blocks(model, widths, undo_log)
 
 
 def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewriters.labelling.labels import Labelled, varying
-from rewriters.labelling.rules.registry import RULES, Crossing, OpCall, rule
+from rewriters.labelling.rules.registry import RULES, DeferredMerge, OpCall, rule
 
 
 @rule(
@@ -28,7 +28,7 @@ def elementwise(call: OpCall) -> Labelled | list[Labelled]:
     operands = list(call.tensors())
     kernel = _kernel_among(call, operands)
     if kernel is None:
-        out = Labelled(call.shape, meet(call, operands, crossing=True))
+        out = Labelled(call.shape, meet(call, operands, defer=True))
     else:
         rest = [operand for operand in operands if operand is not kernel]
         scaled = call.op in _SCALINGS and (call.op is not _DIVISION or call.args[0] is kernel)
@@ -75,18 +75,18 @@ COPIES = {
 """Copies: what comes out is what went in."""
 
 
-def meet(call: OpCall, operands: list[Labelled], crossing: bool = False) -> tuple[Tensor, ...]:
+def meet(call: OpCall, operands: list[Labelled], defer: bool = False) -> tuple[Tensor, ...]:
     """Layers of a broadcast combination of `operands`, with labels that meet merged.
 
     A label that meets something of the same extent that nobody owns (an input, a constant) is pinned. Where one
-    varies along more dimensions than the other it goes with it, or with `crossing` is left to be settled later.
+    varies along more dimensions than the other it goes with it, or with `defer` is left to be settled later.
     """
     ndim = len(call.shape)
     merged: list[Tensor] = []
     for operand in operands:
         for layer in operand.layers:
             aligned = layer.reshape((1,) * (ndim - operand.ndim) + tuple(layer.shape))
-            merged = join(call, merged, aligned, crossing)
+            merged = join(call, merged, aligned, defer)
     for operand in operands:
         for dim, size in enumerate(operand.shape, start=ndim - operand.ndim):
             own_dim = dim - ndim + operand.ndim
@@ -96,10 +96,10 @@ def meet(call: OpCall, operands: list[Labelled], crossing: bool = False) -> tupl
     return tuple(merged)
 
 
-def join(call: OpCall, layers: list[Tensor], new: Tensor, crossing: bool) -> list[Tensor]:
+def join(call: OpCall, layers: list[Tensor], new: Tensor, defer: bool) -> list[Tensor]:
     """Add a layer; where it varies along the dimensions of others, they are merged into one.
 
-    With `crossing` one that varies along all of another's dimensions and more is left as it is, to be settled later.
+    With `defer` one that varies along all of another's dimensions and more is left as it is, to be settled later.
     """
     apart = []
     for layer in layers:
@@ -111,8 +111,8 @@ def join(call: OpCall, layers: list[Tensor], new: Tensor, crossing: bool) -> lis
             call.space.merge(layer, new)
             continue
         wide, narrow = (layer, new) if len(varying(layer)) > len(varying(new)) else (new, layer)
-        if crossing and shared == set(varying(narrow)):
-            call.findings.crossings.append(Crossing(wide, narrow, call.module, str(call.op)))
+        if defer and shared == set(varying(narrow)):
+            call.findings.deferred_merges.append(DeferredMerge(wide, narrow, call.module, str(call.op)))
             new = wide
             continue
         # One varies along more dimensions than the other: merged, they vary along the shared ones only.

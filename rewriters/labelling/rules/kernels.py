@@ -41,7 +41,7 @@ def _consume(call: OpCall, data: Tensor | None, kernel: Labelled, dim: int) -> b
         call.space.merge(data, against)
         call.findings.gated.update(call.space.sides_holding(against, source))
         if kernel.derived:
-            call.note(against, dim % kernel.ndim - kernel.ndim, "summed against a derived kernel")
+            call.note_statistic(against, dim % kernel.ndim - kernel.ndim, "summed against a derived kernel")
         return True
     for labels in (data, against):
         if labels is not None:
@@ -68,7 +68,7 @@ def convolution(call: OpCall) -> Labelled:
     """
     x, kernel, bias = call.args[0], _owned(call, call.args[1]), call.args[2]
     transposed, groups = call.args[6], call.args[8]
-    others, along_them = call.look_by_place(x, range(2, x.ndim), "convolved along its channels")
+    others, along_them = call.statistic_by_position(x, range(2, x.ndim), "convolved along its channels")
     data = Labelled(x.shape, others, x.source)
     channels = _vector(call, data, 1)
     first, second = _vector(call, kernel, 0), _vector(call, kernel, 1)
@@ -94,7 +94,8 @@ def _note_conv(call: OpCall, kernel: Labelled, macs: float, mixes: bool, made: T
     else:
         transposed, groups = call.args[6], call.args[8]
         pixels = call.shape[0] * prod(call.shape[2:])
-        outputs, dims = (pixels, (1 if transposed else 0,))
+        outputs: float = pixels
+        dims: tuple[int, ...] = (1 if transposed else 0,)
         if transposed and groups > 1:
             by_group = groups >= kernel.shape[0] // groups
             outputs, dims = (pixels * groups / kernel.shape[0], (0, 1)) if by_group else (pixels * groups, (1,))
@@ -116,8 +117,6 @@ def _grouped(
     transposed = call.args[6]
     per_group = kernel.shape[0] // groups
     width = (per_group, kernel.shape[1])[not transposed]
-    # `first` runs over all groups' channels, `second` over the places inside each group.
-    ahead, inside = (channels, second) if not transposed else (channels, None)
     fixed = kernel.source is None or (kernel.source in call.findings.buffers and groups < width)
     fixed |= kernel.derived and transposed
     if channels is None or first is None or fixed:
@@ -135,9 +134,9 @@ def _grouped(
     if transposed:
         call.space.merge(channels.view(groups, per_group), places)
     elif second is not None:
-        call.space.merge(ahead.view(groups, -1), inside.view(1, -1))
+        call.space.merge(channels.view(groups, -1), second.view(1, -1))
         if kernel.derived:
-            call.note(second, 1 - kernel.ndim, "summed against a derived kernel")
+            call.note_statistic(second, 1 - kernel.ndim, "summed against a derived kernel")
     gate = transposed or second is not None
     _note_conv(call, kernel, positions, mixes=gate)
     if not transposed:
@@ -172,8 +171,7 @@ def addmm(call: OpCall) -> Result:
 def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
     if left.source is None and right.source is None:
         reason = "summed in a product of activations"
-        rows, columns = call.mix(left, [-1], reason), call.mix(right, [-2], reason)
-        return _outer(call, left, rows, right, columns)
+        return _outer(call, left, call.mix(left, [-1], reason), right, call.mix(right, [-2], reason))
     flipped = left.source is not None and right.source is None
     weight, data = (left, right) if flipped else (right, left)
     contracted = (-2, -1) if flipped else (-1, -2)  # of data, of weight
@@ -242,6 +240,7 @@ def _note_matrix(
         input_dim = 1
     pairs = prod(call.space.blocks.get(Side(str(weight.source), dim), (0, 1))[1] for dim in (input_dim, 1 - input_dim))
     each = macs * prod(weight.shape[-2:]) / pairs  # a pair has several elements where other dimensions were flattened
+    assert weight.source is not None  # `_product` takes an operand that has one
     note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (1 - input_dim,))
     call.findings.kernels.append(KernelCall(note, rows))
     if gate and into is not None:

@@ -27,7 +27,7 @@ def reduce(call: OpCall) -> Result:
     value, dims = call.args[0], _dim(call)
     dims = [dims] if isinstance(dims, int) else list(dims or range(value.ndim))
     if _is_statistic(call):
-        layers, _ = call.look(value, dims, "reduced over its channels")
+        layers, _ = call.statistic(value, dims, "reduced over its channels")
     else:
         layers = call.mix(value, dims, "reduced over its channels")
     kept = [dim for dim in range(value.ndim) if dim not in {d % value.ndim for d in dims}] if value.ndim else []
@@ -201,7 +201,7 @@ def _standardised(call: OpCall) -> Result:
     vectors = [arg for arg in call.args[1:5] if isinstance(arg, Labelled)]
     riders = [_along(vector, [1, value.shape[1], *[1] * (value.ndim - 2)]) for vector in vectors]
     across = [dim for dim in range(value.ndim) if dim != 1]
-    layers, along = call.look(value, across, "normalised over its channels")
+    layers, along = call.statistic(value, across, "normalised over its channels")
     for layer in along:
         if len(layer.unique()) == layer.numel():  # torch refuses to standardise what is one number
             call.pin(layer.flatten()[:2], "a standardised kernel needs two inputs")
@@ -239,7 +239,7 @@ def layer_norm(call: OpCall) -> Result:
     """Normalised over the trailing dimensions; of channels among these the live ones count."""
     value = call.args[0]
     dims = range(-len(call.args[1]), 0)
-    layers, along = call.look(value, dims, "normalised over its channels")
+    layers, along = call.statistic(value, dims, "normalised over its channels")
     vectors = [arg for arg in call.args[1:] if isinstance(arg, Labelled)]
     return _normalised(call, layers, along, vectors)
 
@@ -262,7 +262,7 @@ def group_norm(call: OpCall) -> Result:
     if normalises_whole_groups(groups, value.shape[1]):
         call.space.merge_along(by_group, [1])
     else:
-        call.note(call.space.merge_along(by_group, [0]).flatten(), 1 - value.ndim, reason)
+        call.note_statistic(call.space.merge_along(by_group, [0]).flatten(), 1 - value.ndim, reason)
     rest = tuple(layer for layer in value.layers if layer is not channels)
     layers = call.mix(Labelled(value.shape, rest), range(1, value.ndim), reason)
     shape = [value.shape[1], *[1] * (value.ndim - 2)]

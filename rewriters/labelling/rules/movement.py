@@ -193,7 +193,7 @@ def cat(call: OpCall) -> Labelled:
         joined = _concatenate(call, along, dim)
         if len(varying(joined)) > 1:
             call.findings.grids.append(joined)
-        layers = join(call, layers, joined, crossing=True)
+        layers = join(call, layers, joined, defer=True)
     return Labelled(call.shape, tuple(layers))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from rewriters.labelling.labels import Labelled, LabelSpace, PinNote, varying
 
 Result = Labelled | list[Labelled]
 Rule = Callable[["OpCall"], Result]
+ARule = TypeVar("ARule", bound=Rule)
 
 RULES: dict[Any, Rule] = {}
 
@@ -28,7 +29,7 @@ _ABSENT: dict[str, Rule] = {}
 
 
 @dataclass(frozen=True)
-class Look:
+class LabelledStatistic:
     """A statistic along labelled channels: exact for what is left if it is taken over the live ones only.
 
     Attributes:
@@ -46,7 +47,7 @@ class Look:
     module: str
     op: str
     reason: str
-    places: bool = False
+    by_position: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Zeroed:
 
 
 @dataclass(frozen=True)
-class Crossing:
+class DeferredMerge:
     """Labels that vary along several dimensions and met others that vary along some of these only.
 
     Attributes:
@@ -93,32 +94,38 @@ class KernelCall:
 class Findings:
     """What rules note down beside labels: the calls of kernels met, where gates may stand, what was split in two.
 
-    `looks` are the statistics taken along channels, `live` says whether those of activations may be taken over
-    live ones only.
-    In the kernels named in `buffers` no gate can stand; on the sides in `zeroed` one has to. `crossings` are settled
-    when all labels have met. What is `scattered` is to be pinned if the model has other classes at another size.
+    Attributes:
+        kernels: calls of kernels.
+        gated: sides where a gate may stand.
+        grids: labels that vary along several dimensions of one tensor.
+        statistics: statistics taken across channels.
+        live: whether statistics of activations may be taken over the live channels only.
+        buffers: names of buffers; no gate can stand on a kernel among them.
+        zeroed: channels on which a gate has to stand.
+        deferred_merges: merges that are decided when all labels have met.
+        scattered: to be pinned if the model has other classes at another input size.
     """
 
     kernels: list[KernelCall] = field(default_factory=list)
     gated: set[Side] = field(default_factory=set)
     grids: list[Tensor] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)
+    statistics: list[LabelledStatistic] = field(default_factory=list)
     live: bool = True
     buffers: set[str] = field(default_factory=set)
     zeroed: list[Zeroed] = field(default_factory=list)
-    crossings: list[Crossing] = field(default_factory=list)
+    deferred_merges: list[DeferredMerge] = field(default_factory=list)
     scattered: list[PinNote] = field(default_factory=list)
 
     def copy(self) -> Findings:
         """The same, to be carried on apart."""
         return Findings(
-            list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live, set(self.buffers),
-            list(self.zeroed), list(self.crossings), list(self.scattered),
+            list(self.kernels), set(self.gated), list(self.grids), list(self.statistics), self.live, set(self.buffers),
+            list(self.zeroed), list(self.deferred_merges), list(self.scattered),
         )  # fmt: skip
 
     def apart(self) -> Findings:
         """None yet, for ops of the same model that were met before."""
-        return Findings(live=self.live, buffers=self.buffers, crossings=self.crossings)
+        return Findings(live=self.live, buffers=self.buffers, deferred_merges=self.deferred_merges)
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ class OpCall:
                 self.pin(layer, reason)
         return tuple(survivors)
 
-    def look(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def statistic(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """As `mix`, for a statistic that can be taken over live channels only: these needn't stay.
 
         Returns:
@@ -188,23 +195,25 @@ class OpCall:
         value = self.without_positions(value)
         if not self.findings.live and value.source is None:
             return self.mix(value, dims, reason), ()
-        return self._look(value, dims, dims, reason)
+        return self._statistic(value, dims, dims, reason)
 
-    def look_by_place(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def statistic_by_position(
+        self, value: Labelled, dims: Any, reason: str
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """As `look`, for an op that gives a channel for each along one of `dims` and knows them by their places."""
         lasting = [dim for dim in dims if value.shape[dim] == self.shape[dim] and value.source is None]
-        return self._look(value, lasting, dims, reason, places=True)
+        return self._statistic(value, lasting, dims, reason, by_position=True)
 
-    def _look(
-        self, value: Labelled, seen: Any, mixed: Any, reason: str, places: bool = False
+    def _statistic(
+        self, value: Labelled, seen: Any, mixed: Any, reason: str, by_position: bool = False
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Look along one of the dimensions `seen`, where labels vary in nothing else; mix along all of `mixed`."""
+        """Take a statistic along the one dimension among `seen` that labels vary in alone; mix along all of `mixed`."""
         dims = {dim % value.ndim for dim in seen} if value.ndim else set()
         along = tuple(layer for layer in value.layers if varying(layer) and set(varying(layer)) <= dims)
         if len(along) != 1 or len(varying(along[0])) != 1:
             return self.mix(value, mixed, reason), ()
         (dim,) = varying(along[0])
-        self.note(along[0].flatten(), dim - value.ndim, reason, places)
+        self.note_statistic(along[0].flatten(), dim - value.ndim, reason, by_position)
         rest = tuple(layer for layer in value.layers if layer is not along[0])
         return self.mix(Labelled(value.shape, rest), mixed, reason), along
 
@@ -219,9 +228,9 @@ class OpCall:
         rest = [layer for layer, position in zip(value.layers, positions, strict=True) if not position]
         return replace(value, layers=tuple(rest))
 
-    def note(self, labels: Tensor, dim: int, reason: str, places: bool = False) -> None:
+    def note_statistic(self, labels: Tensor, dim: int, reason: str, by_position: bool = False) -> None:
         """Note that a statistic is taken along these labels, or that the op knows them by their places."""
-        self.findings.looks.append(Look(labels, dim, self.module, str(self.op), reason, places))
+        self.findings.statistics.append(LabelledStatistic(labels, dim, self.module, str(self.op), reason, by_position))
 
 
 def overload(name: str) -> Any:
@@ -235,10 +244,10 @@ def overload(name: str) -> Any:
     return found
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[ARule], ARule]:
     """Register a rule for the named overloads ("aten.cat.default"; without the last part, all of an op's)."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: ARule) -> ARule:
         for name in names:
             found = overload(name)
             if found is None:

@@ -135,5 +135,7 @@ def write_to_view(call: OpCall) -> Labelled:
     value, written, *place = call.args
     view = _VIEWS[call.op.overloadpacket]
     at = replace(call, op=view, args=(value, *place), shapes=[written.shape])
-    meet(at, [find_rule(view)(at), written])
+    part = find_rule(view)(at)
+    assert isinstance(part, Labelled)
+    meet(at, [part, written])
     return Labelled(call.shape, value.layers)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rewriters.analysis.analyse import analyse
 from rewriters.forwards import resizing
 from rewriters.forwards.label_mask import LabelMask
-from rewriters.forwards.resizing import Resizer, Unwritable
+from rewriters.forwards.resizing import CannotResizeError, Resizer
 from rewriters.forwards.tracing import run_call, trace
 from rewriters.labelling.labels import Labelled
 from tests.rewriters.exactness import random_live
@@ -79,5 +79,5 @@ def test_a_reshape_of_as_many_elements_but_others_is_refused():
     known = {id(tensor): Labelled(tuple(tensor.shape), (elements.view(tensor.shape),)) for tensor in (before, after)}
     mask = LabelMask((elements == 0) | (elements == 5))
     assert mask.shape(known[id(before)]) == mask.shape(known[id(after)]) == (2, 2)
-    with pytest.raises(Unwritable, match="no form for the channels that are left"):
+    with pytest.raises(CannotResizeError, match="no form for the channels that are left"):
         Resizer(graph, known, mask, "").run()

@@ -19,7 +19,7 @@ from rewriters.recording import Capture, ModuleCall, set_modes
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
+class TracedForward:
     """A module's own forward, traced for one of its calls.
 
     Attributes:
@@ -37,27 +37,27 @@ class Traced:
     stands_in: bool = False
 
     def resize(self, mask: LabelMask) -> Resizer:
-        """The forward rewritten for a cut (raises `Unwritable`)."""
+        """The forward rewritten for a cut (raises `CannotResizeError`)."""
         resizer = Resizer(self.graph, self.known, mask, self.path)
         resizer.run()
         resizer.changed |= self.stands_in and resizer.cuts()
         return resizer
 
 
-def by_mode(traced: Iterable[Traced], graph: Callable[[Traced], fx.Graph]) -> dict[bool, fx.Graph]:
+def graphs_by_mode(traced: Iterable[TracedForward], graph: Callable[[TracedForward], fx.Graph]) -> dict[bool, fx.Graph]:
     """Graphs for eval mode (False) and train mode (True): one and the same of a forward that asks for neither."""
     return {mode: made for one in traced for made in [graph(one)] for mode in one.modes}
 
 
 def trace_modes(
     module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled]
-) -> list[Traced]:
+) -> list[TracedForward]:
     """Trace a module's forward, in eval and in train mode where it asks which it is in (raises `TraceError`)."""
 
-    def traced(modes: tuple[bool, ...], training: Any) -> Traced:
+    def traced(modes: tuple[bool, ...], training: Any) -> TracedForward:
         module.training = training
         graph, labels = trace(module, call, captured, labelling, known)
-        return Traced(call.path, modes, graph, labels, stands_in(module))
+        return TracedForward(call.path, modes, graph, labels, stands_in(module))
 
     before = set_modes(module, False)
     mode = AskedMode()

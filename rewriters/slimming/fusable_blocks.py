@@ -27,21 +27,21 @@ _OF_NORMS = ("num_features",)
 Fields = Mapping[nn.Module, Mapping[str, Any]]
 
 
-def widths_in_blocks(model: nn.Module) -> Fields:
+def fields_in_fusable_blocks(model: nn.Module) -> Fields:
     """The fields of all layers in the blocks of a model that can be fused."""
     layers = {layer for block in _blocks(model) for layer in block.modules()}
     names = {*_READ, *_MADE, *_GROUPS, *_OF_NORMS}
     return {layer: {name: vars(layer)[name] for name in names & vars(layer).keys()} for layer in layers}
 
 
-def follow_widths(model: nn.Module, before: Fields, undo_log: UndoLog) -> None:
+def update_fusable_blocks(model: nn.Module, before: Fields, undo_log: UndoLog) -> None:
     """Let a block's field be what the field of a layer in it that means the same, and had its number, has become.
 
     Of several layers it is the first that tells what the block reads, the last that tells what it makes.
 
     Args:
         model: whose layers have their new fields.
-        before: `widths_in_blocks`, before they had.
+        before: `fields_in_fusable_blocks`, before they had.
         undo_log: notes what changes.
     """
     for block in list(_blocks(model)):

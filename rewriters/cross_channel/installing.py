@@ -1,8 +1,8 @@
-"""Let the forwards that take statistics along channels take them over the live ones, and take that back.
+"""Install modules that take statistics over the live channels, and remove them.
 
-place(model, sites, number, undo_log)    # each call is made by a module of `live_statistics.py` from now on
-write_live(model, channel_map, live)    # over these channels
-take_off(model, undo_log)                # every module has the forward again that it had
+install_live_statistics(model, sites, class_of, undo_log)  # a module of `live_statistics.py` now makes each call
+write_live(model, channel_map, live)                       # over these channels
+remove_live_statistics(model, undo_log)                    # every module has its own forward again
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rewriters.cross_channel.live_statistics import FORMS, FORMS_BY_PLACE, LiveStatistic
+from rewriters.cross_channel.live_statistics import FORMS, FORMS_BY_POSITION, LiveStatistic
 from rewriters.errors import TraceError
-from rewriters.forwards import LiveForward, keep_layers_apart
+from rewriters.forwards import LiveForward, disable_fused_layers
 from rewriters.labelling import ALWAYS, ChannelMap, Statistic
-from rewriters.labelling.rules import Look
+from rewriters.labelling.rules import LabelledStatistic
 from rewriters.undo_log import UndoLog
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class StatisticSite:
     """A module whose own forward takes statistics along channels that may die.
 
     Attributes:
         path: the module.
         graphs: its forward, traced in eval mode (False) and train mode (True).
-        looks: the statistics, in the order they are taken.
+        statistics: the statistics, in the order they are taken.
         names: names of the children that can stand in for them.
     """
 
     path: str
     graphs: Mapping[bool, fx.Graph]
-    looks: tuple[Look, ...]
+    statistics: tuple[LabelledStatistic, ...]
     names: tuple[str, ...]
 
     def child(self, index: int) -> str:
@@ -46,56 +46,60 @@ class Site:
 
     def mortal(self, number: np.ndarray) -> list[int]:
         """Which of the statistics look at channels that may die, `number` being the class of each label."""
-        return [i for i, look in enumerate(self.looks) if (number[look.labels.numpy()] != ALWAYS).any()]
+        return [i for i, statistic in enumerate(self.statistics) if (number[statistic.labels.numpy()] != ALWAYS).any()]
 
 
-def site(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph], recorded: int) -> Site:
+def find_statistics(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph], recorded: int) -> StatisticSite:
     """The statistics in a module's traced forward, which has to hold as many as were recorded.
 
     Raises:
         TraceError: a statistic is taken by a call that has no form over live channels, or where tracing
             doesn't see it.
     """
-    unlike = list(dict.fromkeys(graphs.values()))
-    looks = [[look for node in _looking(graph) for look in node.meta["looks"]] for graph in unlike]
-    for graph in unlike:
-        for node in _looking(graph):
-            if len(node.meta["looks"]) > 1 or node.target not in _forms(node.meta["looks"][0]):
+    distinct = list(dict.fromkeys(graphs.values()))
+    taken = [
+        [statistic for node in _with_statistics(graph) for statistic in node.meta["statistics"]] for graph in distinct
+    ]
+    for graph in distinct:
+        for node in _with_statistics(graph):
+            if len(node.meta["statistics"]) > 1 or node.target not in _forms(node.meta["statistics"][0]):
                 raise TraceError(f"{node.format_node()} has no form for live channels", where=path)
-    first, targets = looks[0], [[node.target for node in _looking(graph)] for graph in unlike]
-    alike = all(_alike(first, other) for other in looks) and all(other == targets[0] for other in targets)
+    first, targets = taken[0], [[node.target for node in _with_statistics(graph)] for graph in distinct]
+    alike = all(_alike(first, other) for other in taken) and all(other == targets[0] for other in targets)
     if len(first) != recorded or not alike:
         raise TraceError("traced, it takes other statistics than it took", where=path)
     names = (f"live_statistic_{number}" if number else "live_statistic" for number in itertools.count())
     free = itertools.islice((name for name in names if not hasattr(module, name)), len(first))
-    return Site(path, graphs, tuple(first), tuple(free))
+    return StatisticSite(path, graphs, tuple(first), tuple(free))
 
 
-def _forms(look: Look) -> Mapping[Any, Callable[[int, int, Tensor], LiveStatistic]]:
-    return FORMS_BY_PLACE if look.places else FORMS
+def _forms(statistic: LabelledStatistic) -> Mapping[Any, Callable[[int, int, Tensor], LiveStatistic]]:
+    return FORMS_BY_POSITION if statistic.by_position else FORMS
 
 
-def _looking(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.meta.get("looks")]
+def _with_statistics(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.meta.get("statistics")]
 
 
-def _alike(first: Sequence[Look], second: Sequence[Look]) -> bool:
+def _alike(first: Sequence[LabelledStatistic], second: Sequence[LabelledStatistic]) -> bool:
     pairs = list(zip(first, second, strict=False))
     return len(first) == len(second) and all(
-        a.dim == b.dim and a.labels.shape == b.labels.shape and a.places == b.places for a, b in pairs
+        a.dim == b.dim and a.labels.shape == b.labels.shape and a.by_position == b.by_position for a, b in pairs
     )
 
 
-def statistics(sites: Sequence[Site], number: np.ndarray) -> tuple[Statistic, ...]:
+def gather_statistics(sites: Sequence[StatisticSite], number: np.ndarray) -> tuple[Statistic, ...]:
     """What looks at channels that may die, `number` being the class of each label."""
     return tuple(
-        Statistic(one.child(index), torch.from_numpy(number[one.looks[index].labels.numpy()].astype(np.int64)))
+        Statistic(one.child(index), torch.from_numpy(number[one.statistics[index].labels.numpy()].astype(np.int64)))
         for one in sites
         for index in one.mortal(number)
     )
 
 
-def place(model: nn.Module, sites: Sequence[Site], number: np.ndarray, undo_log: UndoLog) -> None:
+def install_live_statistics(
+    model: nn.Module, sites: Sequence[StatisticSite], number: np.ndarray, undo_log: UndoLog
+) -> None:
     """Let statistics that look at channels that may die be taken over the live ones: all until `write_live`.
 
     Args:
@@ -105,16 +109,16 @@ def place(model: nn.Module, sites: Sequence[Site], number: np.ndarray, undo_log:
     """
     mortals = [(one, mortal) for one in sites if (mortal := one.mortal(number))]
     if mortals:
-        keep_layers_apart(model, undo_log)
+        disable_fused_layers(model, undo_log)
     for one, mortal in mortals:
         module = model.get_submodule(one.path)
         made = {graph: _with_children(graph, one, mortal) for graph in one.graphs.values()}
         graphs = {training: made[graph] for training, graph in one.graphs.items()}
         forward = LiveForward(module, graphs, tuple(one.names[index] for index in mortal))
-        nodes = _looking(one.graphs[False])
+        nodes = _with_statistics(one.graphs[False])
         for index in mortal:
-            look, node = one.looks[index], nodes[index]
-            form = _forms(look)[node.target](len(look.labels), look.dim, _like(module, node))
+            statistic, node = one.statistics[index], nodes[index]
+            form = _forms(statistic)[node.target](len(statistic.labels), statistic.dim, _like(module, node))
             undo_log.set(module._modules, one.names[index], form.train(module.training))
         undo_log.set_attribute(module, "forward", forward)
 
@@ -126,13 +130,13 @@ def _like(module: nn.Module, node: fx.Node) -> Tensor:
     return torch.empty(0, dtype=value.dtype, device=value.device)
 
 
-def _with_children(graph: fx.Graph, one: Site, indices: Sequence[int]) -> fx.Graph:
+def _with_children(graph: fx.Graph, one: StatisticSite, indices: Sequence[int]) -> fx.Graph:
     copied = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copied.output(copied.graph_copy(graph, copies))
-    looking = _looking(graph)
+    taking = _with_statistics(graph)
     for index in indices:
-        node = copies[looking[index]]
+        node = copies[taking[index]]
         with copied.inserting_before(node):
             call = copied.call_module(one.names[index], node.args, dict(node.kwargs))
         node.replace_all_uses_with(call)
@@ -148,7 +152,7 @@ def write_live(model: nn.Module, channel_map: ChannelMap, live: Tensor) -> None:
         form.write(seen[statistic.classes])
 
 
-def take_off(model: nn.Module, undo_log: UndoLog) -> None:
+def remove_live_statistics(model: nn.Module, undo_log: UndoLog) -> None:
     """Give every module the forward back that takes its statistics over all channels."""
     for module in list(model.modules()):
         forward = module.__dict__.get("forward")
@@ -165,7 +169,7 @@ def take_off(model: nn.Module, undo_log: UndoLog) -> None:
 def plain_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, statistics are taken over all channels."""
     undo_log = UndoLog()
-    take_off(model, undo_log)
+    remove_live_statistics(model, undo_log)
     try:
         yield
     finally:
