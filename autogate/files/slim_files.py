@@ -46,7 +46,7 @@ from autogate.version import __version__
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, UndoLog
 from rewriters.forwards import RewrittenForward
-from rewriters.slimming import follow_tensors, like, tensor_slots
+from rewriters.slimming import like, refresh_flat_weights, tensor_slots
 
 _HEADER, _CHECKSUM = "autogate", "autogate_checksum"
 """Entries of the file's metadata: the header as JSON, and a checksum of that text."""
@@ -266,7 +266,7 @@ def _fill(
             new = tensors[names[id(tensor)]].clone() if id(tensor) in names else tensor.detach()
             filled[id(tensor)] = like(tensor, new.to(tensor.device if device is None else device))
         undo_log.set_tensor(module, own_name, filled[id(tensor)])
-    follow_tensors(model, undo_log)
+    refresh_flat_weights(model, undo_log)
     frozen, training = set(header.frozen), set(header.training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -87,7 +87,7 @@ def owner_of(model: nn.Module, name: str, module: nn.Module, own_name: str) -> t
     return module, own_name
 
 
-def follow_tensors(model: nn.Module, undo_log: UndoLog) -> None:
+def refresh_flat_weights(model: nn.Module, undo_log: UndoLog) -> None:
     """Let recurrent modules' own lists of their tensors hold those that they have now."""
     for module in model.modules():
         if isinstance(module, nn.RNNBase):

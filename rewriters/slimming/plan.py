@@ -18,7 +18,7 @@ from rewriters.recording import drop_caches, without_caches
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
 from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.fusable_blocks import fields_in_fusable_blocks, update_fusable_blocks
-from rewriters.slimming.module_fields import fields_after, follow_tensors, owner_of, widths_of_bare_norms
+from rewriters.slimming.module_fields import fields_after, owner_of, refresh_flat_weights, widths_of_bare_norms
 from rewriters.undo_log import UndoLog
 
 
@@ -185,7 +185,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
             undo_log.set_tensor(module, own_name, sliced[id(tensor)])
             for field, value in fields_after(owner, its_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
                 undo_log.set_attribute(owner, field, value)
-    follow_tensors(model, undo_log)
+    refresh_flat_weights(model, undo_log)
     if slim_plan.kept:
         disable_fused_layers(model, undo_log)
     for path, graphs in slim_plan.forwards.items():
