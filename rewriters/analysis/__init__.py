@@ -1,4 +1,4 @@
-"""All that is known of a model's channels: in come a model and example inputs, out comes an `Analysis`."""
+"""Analyse a model. In: a model and example inputs. Out: an `Analysis` with its channel map."""
 
 from rewriters.analysis.analyse import analyse, pin_call
 from rewriters.analysis.analysis import Analysis

@@ -1,8 +1,9 @@
-"""From a model and example inputs to its channel map, with the proof that every class of it can go.
+"""Analyse a model: from a model and example inputs to its channel map.
 
-Forwards that hold sizes are traced and rewritten once for a trial pattern of dead classes, then the whole
-slimming is tried in a dry run (`dry_run`). What cannot be written down is pinned here, before anything is
-trained, and not found out at the end.
+The steps: capture (`capture_modes.py`), label, trace the forwards that have to be rewritten (`traced_modules.py`),
+settle what had to wait, rewrite the traced forwards for trial patterns of dead classes (`trial_rewrites.py`), read off
+the channel map. What can't be rewritten is pinned here, before anything is trained, and not found out at the end. The
+dry run (`rewriters.dry_run`) then tries a whole slimming.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ def analyse(
     """Find the classes of coupled channels of `model`.
 
     Args:
-        model: any module; nothing in it changes, but buffers that its forward makes anew for inputs of another
-            size (a table of places): it is run once then, and once where a module in it can't be recorded. Where
-            its statistics are taken over live channels, it is analysed as if they were not.
+        model: any module. Nothing in it changes, except for buffers that its forward makes again for inputs of another
+            size (a table of positions): the model runs once then. It also runs once if a module in it can't be
+            captured. If it takes its statistics over the live channels, it is analysed as if it didn't.
         args: example inputs by position.
         kwargs: example inputs by name.
-        ignore: names of parameters and buffers to keep whole, with the reason.
-        embed: whether channels that a norm across channels looks at may die.
+        ignore: names of parameters and buffers whose channels are all kept, with the reason.
+        embed: whether channels that norms across channels include can be removed; if not, they are pinned.
 
     Raises:
         CaptureError: the forward fails, or its own control flow depends on the values of tensors.
@@ -68,7 +69,7 @@ def _analyse(
 
 
 def _labelled(model: nn.Module, captures: list[Capture], ignore: Mapping[str, str] | None, embed: bool) -> Labelling:
-    """Labels of all values of a recorded model, before its forwards are traced."""
+    """Labels of all values of a captured model, before its forwards are traced."""
     labelling = Labelling(findings=Findings(live=embed))
     for captured in captures:
         labelling.run(captured, counted=captured is captures[0])
@@ -81,7 +82,7 @@ def _labelled(model: nn.Module, captures: list[Capture], ignore: Mapping[str, st
 
 
 def pin_call(analysis: Analysis, path: str, reason: str) -> None:
-    """Keep all channels of what a module's own code touches, and of what goes into it and comes out."""
+    """Pin all channels that a module's own code touches, and those of its inputs and outputs."""
     known = analysis.labelling.by_tensor()
     for captured in analysis.captures:
         for call in captured.calls():

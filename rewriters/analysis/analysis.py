@@ -26,11 +26,11 @@ class Analysis:
     """All that is known of a model's channels.
 
     Attributes:
-        captures: recorded forwards, in eval mode and, where some layers run in train mode only, in that.
+        captures: the captured forward in eval mode, and in train mode too if some layers run in that mode only.
         labelling: labels of every tensor in them.
-        traced: modules whose own forward may hold a size, traced.
-        sites: modules whose own forward takes statistics along channels.
-        channel_map: the partition.
+        traced: the traced forwards of modules that may hold a size.
+        sites: modules whose own forward takes statistics across channels.
+        channel_map: the partition of the channels.
     """
 
     captures: list[Capture]
@@ -41,21 +41,21 @@ class Analysis:
 
     @property
     def opaque(self) -> frozenset[str]:
-        """Paths of the modules that couldn't be recorded."""
+        """Paths of the opaque modules."""
         return frozenset(path for captured in self.captures for path in captured.opaque)
 
     def label_mask(self, live: Tensor) -> LabelMask:
-        """What stays of every tensor when the classes in `live` (bool, shape (classes,)) do."""
+        """Which labels stay if the classes in `live` (bool, shape (classes,)) do."""
         return LabelMask(self.labelling.stays(live))
 
     def settle(self, samples: int) -> None:
-        """Read the channel map off the labels, for a forward that was recorded on so many samples."""
+        """Read the channel map off the labels, for a forward that was captured on this number of samples."""
         channel_map = read_channel_map(self.labelling, samples)
         taken = gather_statistics(self.sites, self.labelling.class_of_label()) if self.sites else ()
         self.channel_map = replace(channel_map, statistics=taken)
 
     def place_statistics(self, model: nn.Module, undo_log: UndoLog) -> None:
-        """Let statistics along channels be taken over the live ones, which are all of them until `write_live`."""
+        """Take statistics across channels over the live ones, which are all of them until `write_live`."""
         install_live_statistics(model, self.sites, self.labelling.class_of_label(), undo_log)
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ from rewriters.verify import run_eval
 
 
 def samples_in(args: Any, kwargs: Any) -> int:
-    """Length of the first dimension of the first tensor among the inputs."""
+    """The number of samples: the length of the first dimension of the first tensor among the inputs."""
     tensors = [tensor for tensor in tensors_of((args, kwargs)) if tensor.ndim]
     return max(1, tensors[0].shape[0]) if tensors else 1
 
@@ -30,7 +30,7 @@ def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
     try:
         captures = [capture(model, args, kwargs)]
         if captures[0].exchanged:
-            run_eval(model, args, kwargs)  # from now on they are those that these inputs want
+            run_eval(model, args, kwargs)  # now the buffers are those for these inputs
             captures = [capture(model, args, kwargs)]
         if _has_unseen_parameters(model, captures[0]):
             set_modes(model, True)
@@ -43,12 +43,12 @@ def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
 def capture_larger(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, captures: list[Capture]
 ) -> list[Capture]:
-    """The same recordings for inputs twice as large; none where the model can't run on such."""
+    """The same captures for inputs twice as large; empty if the model can't run on these."""
     args, kwargs = tree_map_only(Tensor, _twice_as_large, (tuple(args), dict(kwargs or {})))
     before = set_modes(model, False)
     try:
         larger = []
-        with mock.patch.object(fake_tensor.log, "disabled", True):  # it logs what fails, which is nobody's error here
+        with mock.patch.object(fake_tensor.log, "disabled", True):  # failing is no error here, so it isn't logged
             for captured in captures:
                 set_modes(model, captured is not captures[0])
                 larger.append(capture(model, args, kwargs, captured.opaque))
@@ -60,14 +60,14 @@ def capture_larger(
 
 
 def _twice_as_large(value: Tensor) -> Tensor:
-    """For images (N, C, H, W), sequences (N, C, L) or volumes those twice as large, without values."""
+    """Images (N, C, H, W), sequences (N, C, L) or volumes twice as large, without values; anything else as it is."""
     if value.ndim < 3 or not value.is_floating_point():
         return value
     return value.new_empty((*value.shape[:2], *(2 * size for size in value.shape[2:])))
 
 
 def _has_unseen_parameters(model: nn.Module, captured: Capture) -> bool:
-    """Whether a module with parameters wasn't called, nor any of these used by another."""
+    """Whether some module with parameters wasn't called, and no other module used its parameters."""
     seen = {call.path for call in captured.calls()}
     used = {node.target for node in captured.graph.nodes if node.op == "get_attr" and node.users}
     return any(

@@ -1,4 +1,7 @@
-"""Find the calls that may hold a size which slimming changes: `x.chunk(2, 1)`, `reshape(b, groups, -1, h, w)`."""
+"""Find the calls that may hold a size which slimming changes: `x.chunk(2, 1)`, `reshape(b, groups, -1, h, w)`.
+
+torch's own layers read most sizes from fields, which slimming updates. Only other calls can hold one.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _TORCH_MODULES_WITH_SIZES = (
 
 
 def knows_its_sizes(module: nn.Module) -> bool:
-    """Whether a module takes every size from its fields, which slimming keeps up to date."""
+    """Whether a module takes every size from its fields, which slimming updates."""
     if isinstance(module, nn.GroupNorm) or hasattr(module, "normalized_shape"):
         return _follows_weight(module)
     own_size = isinstance(module, _TORCH_MODULES_WITH_SIZES)
@@ -30,21 +33,21 @@ def knows_its_sizes(module: nn.Module) -> bool:
 
 
 def _follows_weight(module: nn.Module) -> bool:
-    """Whether the fields of a norm across channels say what shape its weight has, and so can follow it."""
+    """Whether the fields of a norm across channels equal its weight's shape, so that they can follow it."""
     weight = getattr(module, "weight", None)
     shape = (module.num_channels,) if isinstance(module, nn.GroupNorm) else getattr(module, "normalized_shape", None)
     return isinstance(weight, Tensor) and isinstance(shape, (tuple, list)) and tuple(shape) == tuple(weight.shape)
 
 
 def sizes_to_read(labelling: Labelling, call: ModuleCall, known: Mapping[int, Labelled]) -> set[int]:
-    """Lengths of what a module is given, along dimensions that slimming makes shorter: it may read them off it."""
+    """Lengths of a module's inputs along dimensions that slimming shortens: its forward may read them."""
     given = [known[id(leaf)] for leaf in leaves_of((call.args, call.kwargs)) if id(leaf) in known]
     mortal = [layer for value in given for layer in value.layers if not labelling.pinned(layer).all()]
     return {layer.shape[dim] for layer in mortal for dim in varying(layer)}
 
 
 def takes_sizes(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a call is one that takes numbers which slimming may change (a field that follows doesn't count)."""
+    """Whether a call takes numbers that slimming may change (fields that are updated don't count)."""
     found = find_rule(node.target)
     if found is kernels.convolution:
         return args_of(node)[8] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
@@ -52,10 +55,12 @@ def takes_sizes(node: fx.Node, module: nn.Module) -> bool:
 
 
 def may_hold_size(labelling: Labelling, node: fx.Node, readable: set[int]) -> bool:
-    """Whether a call that takes sizes may be given one that slimming changes.
+    """Whether a call that takes sizes may hold one that slimming changes.
 
     Args:
-        readable: sizes that change and may have been read elsewhere in the forward, though all stays here.
+        labelling: of the captured model.
+        node: the call.
+        readable: sizes that change and that the forward may have read elsewhere, though nothing changes at this call.
     """
     found = find_rule(node.target)
     if found in (creation.create, movement.expand, movement.reshape) and readable & set(node.meta["val"].shape):

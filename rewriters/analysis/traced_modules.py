@@ -20,9 +20,10 @@ from rewriters.recording import Capture, ModuleCall, all_tensors, leaves_of, ten
 def trace_statistics(
     model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled]
 ) -> dict[int, list[TracedForward]]:
-    """Trace the modules that take statistics along labels that may die; returns the traces by the call's id.
+    """Trace the modules that take statistics across channels that can be removed; returns the traces by call id.
 
-    Where one can't be rewritten to take them over live channels, all that it looks at stays.
+    If every statistic in a module is one call that has a form over the live channels, its channels are free. If not,
+    they are pinned, with the reason.
     """
     labelling = analysis.labelling
     statistics = {
@@ -57,7 +58,7 @@ def _site(
     model: nn.Module, calls: list[tuple[Capture, ModuleCall]], statistics: Mapping[int, list[LabelledStatistic]],
     labelling: Labelling, known: Mapping[int, Labelled], traces: dict[int, list[TracedForward]],
 ) -> StatisticSite:  # fmt: skip
-    """What a module looks at in its calls, which have to be alike: their channels go alike (raises `TraceError`)."""
+    """The statistics of a module, whose calls must be equal and are coupled. Raises `TraceError` if they differ."""
     module, path = model.get_submodule(calls[0][1].path), calls[0][1].path
     found: list[StatisticSite] = []
     for captured, call in calls:
@@ -67,7 +68,7 @@ def _site(
         )
     for other in found[1:]:
         if any(str(other.graphs[training]) != str(found[0].graphs[training]) for training in (False, True)):
-            raise TraceError("called in several ways that would need different code", where=path)
+            raise TraceError("its calls take different paths, which would need different code", where=path)
         for mine, theirs in zip(found[0].statistics, other.statistics, strict=True):
             labelling.space.merge(mine.labels, theirs.labels)
     return found[0]
@@ -76,9 +77,9 @@ def _site(
 def trace_size_holders(
     model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], traces: Mapping[int, list[TracedForward]]
 ) -> None:
-    """Trace the modules in which a call that may hold a size meets labels that may die.
+    """Trace the modules in which a call that may hold a size meets channels that can be removed.
 
-    A norm may be composed of ops that hold none: what was traced for its statistics is looked through too.
+    Forwards that were traced for their statistics are included, for a norm may be written in ops that hold no size.
     """
     for captured in analysis.captures:
         for call in captured.calls():
@@ -100,10 +101,9 @@ def trace_size_holders(
 
 
 def merge_repeated_calls(analysis: Analysis) -> None:
-    """Let a module that is called several times do with one rewritten forward: channels go alike in all calls.
+    """Couple the channels in all calls of a module that is called several times, so that one rewritten forward will do.
 
-    Where its calls take different ways through its forward, no rewriting serves them all, and what passes
-    through keeps its channels.
+    If its calls take different paths through its forward, no rewriting serves them all, and the channels are pinned.
     """
     first: dict[tuple[str, bool], TracedForward] = {}
     for traced, mode in ((one, mode) for one in analysis.traced for mode in one.modes):
@@ -121,16 +121,18 @@ def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForwa
 
 
 def _pin_calls(analysis: Analysis, *calls: TracedForward) -> None:
-    reason = "called in several ways that would need different code"
+    reason = "its calls take different paths, which would need different code"
     for traced in calls:
         analysis.labelling.pin_values(all_tensors(traced.graph), traced.known, traced.path, "forward", reason)
 
 
 def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
-    """Trace a module in which no op holds a size, for its own code may (`assert x.shape[1] == self.width`).
+    """Trace a module in which no op holds a size, because its own code may (`assert x.shape[1] == self.width`).
+
+    Guards of sizes that slimming changes are left out of the rewritten forward.
 
     Returns:
-        Whether that could be done, and had not been before.
+        Whether the module was traced now, and had not been before.
     """
     if any(one.path == path for one in analysis.traced):
         return False

@@ -1,4 +1,4 @@
-"""Rewrite every traced forward for trial patterns of dead classes: what has no form for fewer channels keeps them."""
+"""Rewrite every traced forward for trial patterns of dead classes, and pin what can't be rewritten."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rewriters.recording import all_tensors, collect, tensors_at, tensors_of
 
 
 def trial_pattern(size: int, seed: int) -> Tensor:
-    """A reproducible pattern of live classes, half of them on average; bool of shape (size,)."""
+    """A reproducible random pattern of live classes, half of them on average; bool of shape (size,)."""
     return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
 def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
-    """A pattern that leaves sides of the same length different numbers of channels; bool of shape (classes,).
+    """A pattern that leaves sides of the same length with different numbers of channels; bool of shape (classes,).
 
-    At random two sides may be left with as many, and a size that is read off the one and used for the other
-    does, by chance.
+    In a random pattern two sides may be left with equally many channels. Then a size that is read from one and used for
+    the other is right by chance.
     """
     live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
     sides = (number[start : start + length] for start, length in _mortal_blocks(labelling, number))
@@ -37,13 +37,13 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
 
 
 def _mortal_blocks(labelling: Labelling, number: np.ndarray) -> list[tuple[int, int]]:
-    """Where the labels of sides lie on which something may die."""
+    """(start, length) of the labels of each side on which a class can be removed."""
     blocks = labelling.space.blocks.values()
     return [(start, length) for start, length in blocks if (number[start : start + length] != ALWAYS).any()]
 
 
 def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
-    """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
+    """Live classes, and the first class of every side that would be empty: a slim layer keeps one channel."""
     blocks = _mortal_blocks(labelling, number)
     kept = live.clone()
     if blocks:
@@ -55,9 +55,9 @@ def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Te
 
 
 def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> None:
-    """Rewrite every traced forward for trial patterns; what has no form for them is pinned.
+    """Rewrite every traced forward for trial patterns, and pin what has no form for them.
 
-    Of forwards that are alike (the attention of each block) one is tried, and all of them if that one is refused.
+    Of equal forwards (the attention of each block) one is tried; if it fails, all of them are.
     """
     settled = not forwards
     while not settled:
@@ -88,8 +88,8 @@ def _refusal(traced: TracedForward, mask: LabelMask) -> CannotResizeError | None
 
 
 def _likeness(traced: TracedForward, number: np.ndarray) -> tuple[str, str, bytes]:
-    """The same for forwards of the same code on tensors of the same shapes, whose channels are coupled alike."""
-    in_order = np.full(number.max(initial=ALWAYS) + 2, -1)  # classes numbered as they come, whatever their numbers are
+    """A key that is equal for forwards of the same code, on tensors with the same shapes and the same coupling."""
+    in_order = np.full(number.max(initial=ALWAYS) + 2, -1)  # classes renumbered in the order in which they come
     in_order[ALWAYS] = 0
     coupled, shapes, count = hashlib.blake2b(), [], 1
     for tensor in all_tensors(traced.graph):
@@ -110,10 +110,10 @@ def _likeness(traced: TracedForward, number: np.ndarray) -> tuple[str, str, byte
 
 
 def _pin_refused(labelling: Labelling, traced: TracedForward, error: CannotResizeError, number: np.ndarray) -> None:
-    """Keep the channels at a node that has no form for fewer of them, `number` being the classes it was tried on.
+    """Pin the channels at a node that has no form for fewer of them; `number` has the classes that it was tried with.
 
-    Where those stay already, it is a size that was read elsewhere (of the forward's input, say) that is
-    wrong: what the sizes on the way to the node were read off stays too, or all that the forward touches.
+    If these are pinned already, a size that was read elsewhere (from the forward's input, say) is wrong. Then the
+    tensors that the node's sizes were read from are pinned too, or at last all that the forward touches.
     """
     for tensors in (tensors_at(error.node), _sizes_read(error.node), all_tensors(traced.graph)):
         labelling.pin_values(tensors, traced.known, traced.path, str(error.node.target), error.cause)
@@ -123,7 +123,7 @@ def _pin_refused(labelling: Labelling, traced: TracedForward, error: CannotResiz
 
 
 def _sizes_read(node: fx.Node) -> list[Tensor]:
-    """Tensors off which anything was read that is no tensor and that `node` was computed with."""
+    """The tensors that anything other than a tensor was read from on the way to `node`."""
     seen: set[fx.Node] = set()
     open_ends, tensors = [node], []
     while open_ends:

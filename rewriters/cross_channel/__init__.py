@@ -1,4 +1,4 @@
-"""Take statistics across channels (norms) over the live channels alone, for as long as gates train."""
+"""Take cross-channel statistics (norms) over the live channels only, while gates train."""
 
 from rewriters.cross_channel.installing import (
     StatisticSite,

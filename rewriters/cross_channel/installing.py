@@ -27,13 +27,13 @@ from rewriters.undo_log import UndoLog
 
 @dataclass(frozen=True, eq=False)
 class StatisticSite:
-    """A module whose own forward takes statistics along channels that may die.
+    """A module whose own forward takes statistics across channels that can be removed.
 
     Attributes:
         path: the module.
         graphs: its forward, traced in eval mode (False) and train mode (True).
-        statistics: the statistics, in the order they are taken.
-        names: names of the children that can stand in for them.
+        statistics: the statistics, in the order in which they are taken.
+        names: names of the children that can take them instead.
     """
 
     path: str
@@ -45,7 +45,7 @@ class StatisticSite:
         return f"{self.path}.{self.names[index]}".lstrip(".")
 
     def mortal(self, number: np.ndarray) -> list[int]:
-        """Which of the statistics look at channels that may die, `number` being the class of each label."""
+        """Which of the statistics include channels that can be removed; `number` is the class of each label."""
         return [i for i, statistic in enumerate(self.statistics) if (number[statistic.labels.numpy()] != ALWAYS).any()]
 
 
@@ -53,8 +53,8 @@ def find_statistics(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph
     """The statistics in a module's traced forward, which has to hold as many as were recorded.
 
     Raises:
-        TraceError: a statistic is taken by a call that has no form over live channels, or where tracing
-            doesn't see it.
+        TraceError: a statistic is taken by a call that has no form over live channels, or where the trace doesn't see
+            it.
     """
     distinct = list(dict.fromkeys(graphs.values()))
     taken = [
@@ -67,7 +67,7 @@ def find_statistics(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph
     first, targets = taken[0], [[node.target for node in _with_statistics(graph)] for graph in distinct]
     alike = all(_alike(first, other) for other in taken) and all(other == targets[0] for other in targets)
     if len(first) != recorded or not alike:
-        raise TraceError("traced, it takes other statistics than it took", where=path)
+        raise TraceError("traced, it takes other statistics than it took when it was recorded", where=path)
     names = (f"live_statistic_{number}" if number else "live_statistic" for number in itertools.count())
     free = itertools.islice((name for name in names if not hasattr(module, name)), len(first))
     return StatisticSite(path, graphs, tuple(first), tuple(free))
@@ -89,7 +89,7 @@ def _alike(first: Sequence[LabelledStatistic], second: Sequence[LabelledStatisti
 
 
 def gather_statistics(sites: Sequence[StatisticSite], number: np.ndarray) -> tuple[Statistic, ...]:
-    """What looks at channels that may die, `number` being the class of each label."""
+    """The statistics that include channels which can be removed; `number` is the class of each label."""
     return tuple(
         Statistic(one.child(index), torch.from_numpy(number[one.statistics[index].labels.numpy()].astype(np.int64)))
         for one in sites
@@ -100,12 +100,15 @@ def gather_statistics(sites: Sequence[StatisticSite], number: np.ndarray) -> tup
 def install_live_statistics(
     model: nn.Module, sites: Sequence[StatisticSite], number: np.ndarray, undo_log: UndoLog
 ) -> None:
-    """Let statistics that look at channels that may die be taken over the live ones: all until `write_live`.
+    """Take statistics across channels that can be removed over the live ones: all of them until `write_live`.
+
+    Each statistic is taken by a small child module instead of the call.
 
     Args:
-        model: changed in place, every change noted in `undo_log`.
+        model: changed in place.
         sites: where statistics are taken.
         number: class of each label.
+        undo_log: notes every change.
     """
     mortals = [(one, mortal) for one in sites if (mortal := one.mortal(number))]
     if mortals:
@@ -124,9 +127,9 @@ def install_live_statistics(
 
 
 def _like(module: nn.Module, node: fx.Node) -> Tensor:
-    """A tensor on the device, and of the type, that the module computes with."""
+    """An empty tensor with the device and dtype that the module computes with."""
     value = next((arg.meta["val"] for arg in node.all_input_nodes if isinstance(arg.meta["val"], Tensor)), None)
-    assert value is not None  # a statistic is taken of a tensor
+    assert value is not None  # a statistic has a tensor among its arguments
     return torch.empty(0, dtype=value.dtype, device=value.device)
 
 
@@ -145,7 +148,7 @@ def _with_children(graph: fx.Graph, one: StatisticSite, indices: Sequence[int]) 
 
 
 def write_live(model: nn.Module, channel_map: ChannelMap, live: Tensor) -> None:
-    """Let statistics be taken over the classes in `live` (bool, shape (classes,)), if they are in place."""
+    """Take the installed statistics over the classes in `live` (bool, shape (classes,))."""
     seen = torch.cat([channel_map.looked_at(live.cpu()), torch.ones(1, dtype=torch.bool)])
     for statistic in channel_map.statistics:
         form: Any = model.get_submodule(statistic.path)
@@ -153,7 +156,7 @@ def write_live(model: nn.Module, channel_map: ChannelMap, live: Tensor) -> None:
 
 
 def remove_live_statistics(model: nn.Module, undo_log: UndoLog) -> None:
-    """Give every module the forward back that takes its statistics over all channels."""
+    """Restore every module's forward that takes its statistics over all channels."""
     for module in list(model.modules()):
         forward = module.__dict__.get("forward")
         if isinstance(forward, LiveForward):

@@ -1,4 +1,4 @@
-"""Trace a module's own forward and rewrite it for fewer channels: in comes a module, out comes a new `forward`."""
+"""Trace a module's own forward and rewrite it for fewer channels. In: a module and its call. Out: a new `forward`."""
 
 from rewriters.forwards.label_mask import LabelMask
 from rewriters.forwards.multi_head_attention import disable_fused_layers

@@ -13,12 +13,16 @@ from rewriters.labelling import Labelled, varying
 
 @dataclass(frozen=True)
 class LabelMask:
-    """Which labels stay: `stays` is bool, of shape (labels,)."""
+    """Which labels stay.
+
+    Attributes:
+        stays: bool, of shape (labels,).
+    """
 
     stays: Tensor
 
     def kept(self, value: Labelled, dim: int) -> Tensor:
-        """Which indices along a dimension stay, bool of shape (size,)."""
+        """Which indices of a tensor along a dimension stay, bool of shape (size,)."""
         layer = value.layer(dim % value.ndim)
         if layer is None:
             return torch.ones(value.shape[dim], dtype=torch.bool)
@@ -28,16 +32,16 @@ class LabelMask:
         return along.flatten()
 
     def shape(self, value: Labelled) -> tuple[int, ...]:
-        """What is left of its shape."""
+        """The shape of what is left of a tensor."""
         sizes = list(value.shape)
         for dim in labelled_dims(value):
             sizes[dim] = int(self.kept(value, dim).sum())
         return tuple(sizes)
 
     def slim(self, tensor: Tensor, value: Labelled, first: int = 0) -> Tensor:
-        """The tensor without the indices that go; its dimensions are those of `value` from `first` on.
+        """The tensor without the indices that are removed; its dimensions are those of `value` from `first` on.
 
-        What is expanded along a dimension stays so: it takes no memory.
+        Expanded dimensions stay expanded, so they take no memory.
         """
         expanded = [dim for dim in range(tensor.ndim) if tensor.stride(dim) == 0 and tensor.shape[dim]]
         sizes = list(tensor.shape)
@@ -54,7 +58,7 @@ class LabelMask:
 
 
 def labelled_dims(value: Labelled) -> set[int]:
-    """Dimensions along which it has labels: the others stay whole."""
+    """The dimensions along which a tensor has labels; nothing is removed along the others."""
     return {dim for layer in value.layers for dim in varying(layer)}
 
 

@@ -1,7 +1,7 @@
 """Check, index by index, that a call which only moves data does the same to slimmed data.
 
-Moving and then slimming must be slimming and then moving. The check runs on numbers: each combination of labelled
-indices has a number, which is repeated along the dimensions without labels.
+Moving and then slimming must give the same as slimming and then moving. The check runs on numbers: each combination of
+labelled indices has a number, which is repeated along the dimensions without labels.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ _ROLLING, _ROLLING_OR_JOINING = _ops_of(movement.roll), _ops_of(movement.roll, m
 
 
 _REORDERING = _ops_of(movement.reorder)
-"""Calls without a size: slimmed data are moved as whole data are."""
+"""Ops without a size argument: they move slimmed data as they move whole data."""
 
 
 _RESHAPES: dict[Any, Any] = {"view": "reshape", "view_as": "reshape_as"}
 
 
 _TO_SHAPE_OF_ANOTHER = {"view_as", "reshape_as"}
-"""Calls whose first operand is reshaped, and whose second gives its shape alone."""
+"""Calls that reshape their first operand and take only the shape of their second."""
 
 
 def swap_tensors(value: Any, others: Mapping[int, Tensor]) -> Any:
-    """`value` with another tensor in the place of each, by its id."""
+    """`value` with each tensor replaced by the one that `others` has for its id."""
     if isinstance(value, Tensor):
         return others[id(value)]
     return tree_map(lambda leaf: others[id(leaf)] if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _numbers(value: Labelled, start: int, dims: slice = slice(None)) -> Tensor:
-    """Numbers from `start` on, one for each combination of labelled indices, of size 1 along the other dimensions.
+    """Numbers from `start` on, one for each combination of labelled indices, with size 1 along the other dimensions.
 
-    With `dims` for some of its dimensions only.
+    `dims` restricts them to some of the tensor's dimensions.
     """
     along = [value.shape[dim] if value.layer(dim) is not None else 1 for dim in range(value.ndim)[dims]]
     return torch.arange(start, start + prod(along), dtype=torch.int32).view(along)
 
 
 def _repeated(numbers: Tensor, shape: tuple[int, ...], once: set[int]) -> Tensor:
-    """The numbers repeated to a shape, but once along these dimensions."""
+    """The numbers repeated to a shape, except along the dimensions in `once`."""
     return numbers.expand([1 if dim in once else size for dim, size in enumerate(shape)])
 
 
 def _once(numbers: Tensor, value: Labelled, first: int = 0) -> Tensor:
-    """Repeated numbers once, along dimensions without labels; they are those of `value` from `first` on."""
+    """Undo the repetition along dimensions without labels; dimensions are those of `value` from `first` on."""
     for dim in range(numbers.ndim):
         if numbers.shape[dim] > 1 and numbers.stride(dim) == 0 and value.layer(first + dim) is None:
             numbers = numbers.narrow(dim, 0, 1)
@@ -74,7 +74,7 @@ def _once(numbers: Tensor, value: Labelled, first: int = 0) -> Tensor:
 
 def _equal(numbers: Tensor, got: Tensor) -> bool:
     if any(size not in (1, other) for size, other in zip(numbers.shape, got.shape, strict=True)):
-        return False  # some ops give other shapes where nothing is left
+        return False  # some ops return other shapes if nothing is left
     numbers = numbers.expand(got.shape)
     for dim in range(got.ndim):
         if got.shape[dim] > 1 and numbers.stride(dim) == got.stride(dim) == 0:
@@ -83,7 +83,7 @@ def _equal(numbers: Tensor, got: Tensor) -> bool:
 
 
 def only_moves(node: fx.Node) -> bool:
-    """Whether all ATen ops that a traced call ran put elements elsewhere and compute nothing."""
+    """Whether all ATen ops that a traced call ran only move elements and compute nothing."""
     return bool(node.meta["ops"]) and set(node.meta["ops"]) <= _MOVES
 
 
@@ -92,7 +92,7 @@ def commutes(node: fx.Node, call: Call, shapes: SlimShapes, slim: Mapping[fx.Nod
 
     Args:
         node: the traced call, which only moves data.
-        call: target, arguments and keyword arguments that the rewritten forward has instead.
+        call: target, arguments and keyword arguments of the call in the rewritten forward.
         shapes: what stays of the tensors.
         slim: the slimmed values of the nodes before this one.
     """
@@ -114,7 +114,7 @@ def _moves_numbers(
     node: fx.Node, call: Call, operands: list[Tensor], results: list[Tensor], shapes: SlimShapes,
     slim: Mapping[fx.Node, Any],
 ) -> bool:  # fmt: skip
-    """Run both calls on numbers: what is left of the traced call's results has to be what the other call gives."""
+    """Run both calls on numbers: slimming the traced call's results has to give the results of the other call."""
     target, args, kwargs = call
     once = _dims_to_skip(node, [*operands, *results], shapes)
     whole, slimmed, start = {}, {}, 0
@@ -138,7 +138,7 @@ def _moves_numbers(
 
 
 def _dims_to_skip(node: fx.Node, tensors: list[Tensor], shapes: SlimShapes) -> set[int]:
-    """Dimensions that a roll or a concatenation can be compared without: nothing is labelled along them."""
+    """Dimensions that the check of a roll or a concatenation can skip, because nothing is labelled along them."""
     dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims")
     flattened = dims is None or dims in ((), [])
     ops, values = set(node.meta["ops"]), [shapes.labels(tensor) for tensor in tensors]

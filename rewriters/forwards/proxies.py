@@ -1,4 +1,8 @@
-"""Proxies that know the value they stand for: control flow on shapes, types and lengths can be followed."""
+"""Proxies that know the value they stand for, so that control flow on shapes, types and lengths can be traced.
+
+What was decided that way becomes a guard in the graph, and sizes stay expressions. So the rewritten forward runs at
+other batch sizes and resolutions, or raises an error that says why it can't.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch.fx.proxy import Attribute
 
 from rewriters.errors import TraceError
 
-_len = len  # builtins may have another while a forward is followed
+_len = len  # `builtins.len` is patched while a forward is traced
 
 
 class ValueTracer(fx.Tracer):
@@ -25,9 +29,9 @@ class ValueTracer(fx.Tracer):
 class ValueProxy(fx.Proxy):
     """A proxy that knows the value it stands for.
 
-    Asked by a traced forward, `isinstance` and `len` answer for the value (`tracer_patches.py`). The former isn't
-    made to by a `__class__` of the value's: PyTorch's C++ would believe that too, and read memory that a tensor would
-    have.
+    In a traced forward, `isinstance` and `len` answer for the value; they are patched for that (`tracer_patches.py`). A
+    `__class__` that returns the value's class won't do for `isinstance`: PyTorch's C++ would believe it too, treat the
+    proxy as a tensor, and crash. And Python lets no `__len__` return an expression.
     """
 
     tracer: ValueTracer
@@ -48,11 +52,11 @@ class ValueProxy(fx.Proxy):
         if callable(getattr(self.value, name)):
             return Attribute(self, name)
         found: Any = self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        # A number of dimensions is a number: forms are looked up by it (in a dict, by einops), and slimming keeps it.
+        # `ndim` is a plain number: forwards look things up by it (einops in a dict), and slimming doesn't change it.
         return self.tracer.concrete(found) if isinstance(self.value, Tensor) and name == "ndim" else found
 
     def length(self) -> Any:
-        """What `len` is: of a tensor a size, which stays an expression; the number itself of anything else."""
+        """The result of `len`: an expression for a tensor's size, the number itself for anything else."""
         of_tensor = isinstance(self.value, Tensor)
         return self.tracer.create_proxy("call_function", _len, (self,), {}) if of_tensor else _len(self.value)
 
@@ -60,7 +64,7 @@ class ValueProxy(fx.Proxy):
         return iter([self[index] for index in range(self.__len__())])
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """x[key] = y, written as what it does: y is copied into a view of x, or written to the places picked in it."""
+        """x[key] = y, recorded as a copy of y into a view of x, or as a write to the positions picked in that view."""
         if not isinstance(self.value, Tensor):
             raise TraceError(f"it assigns to an element of a {type(self.value).__name__}")
         sliced, picked = _parts(key)
@@ -93,9 +97,9 @@ class ValueProxy(fx.Proxy):
 
 
 def _parts(key: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """A key as PyTorch takes it: what makes a view (numbers, slices, None, ...), then what is picked in that view.
+    """Split a key as PyTorch does: what makes a view (numbers, slices, None, ...), then what is picked in that view.
 
-    Either is empty where it would leave all as it is.
+    Either part is empty if it would change nothing.
     """
     sliced: list[Any] = []
     picked: list[Any] = []
@@ -113,5 +117,5 @@ def _parts(key: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _is_whole(item: Any) -> bool:
-    """Whether an index takes all there is."""
+    """Whether an index takes everything."""
     return item is Ellipsis or (isinstance(item, slice) and item.start is item.stop is item.step is None)

@@ -1,9 +1,8 @@
 """Rewrite a traced forward for the channels that are left.
 
-Every call that something goes of is run on stand-ins of the slimmed values. Where the call as it stands gives
-what slimming its result would give, it stays; where it doesn't, its sizes are written anew and it is run
-again. For calls that only move data this is checked index by index: moving and then slimming must be slimming
-and then moving.
+Every call whose arguments or results lose channels is run on meta tensors of the slimmed shapes. If the call as it is
+gives the slimmed result, it stays. If not, `sizes.py` writes its sizes again, and the new call is run. Calls that only
+move data are checked index by index (`moves.py`). A module whose code needs no change keeps its own.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ _CONCATENATIONS = {torch.cat, torch.concat}
 
 
 _GROUPED = {F.group_norm}
-"""Calls whose result has the right shape with another number of groups too: they are always written anew."""
+"""Calls that are always rewritten, because their result has the right shape with a wrong number of groups too."""
 
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device))
-"""Types of values that are what they are equal to."""
+"""Types whose values can be compared with `==`."""
 
 
 class CannotResizeError(SurgeryError):
-    """A node that holds a size and cannot be written for what is left."""
+    """A node holds a size and cannot be rewritten for the channels that are left."""
 
     def __init__(self, node: fx.Node, where: str, cause: str):
         self.node = node
@@ -46,12 +45,12 @@ class CannotResizeError(SurgeryError):
 
 
 class Resizer:
-    """Rewrites one traced graph for one cut.
+    """Rewrites one traced graph for one label mask.
 
     Args:
-        graph: as `tracing.trace` returns it; left as it is.
+        graph: as `tracing.trace` returns it; it isn't changed.
         known: labels of the tensors in it, by id.
-        cut: what stays.
+        mask: which labels stay.
         where: the module's path, for errors.
     """
 
@@ -59,7 +58,7 @@ class Resizer:
         self._where = where
         self._shapes = SlimShapes(known, mask)
         self._slim: dict[fx.Node, Any] = {}
-        self._whole: set[fx.Node] = set()  # of whose values nothing goes
+        self._whole: set[fx.Node] = set()  # whose values lose nothing
         self._copies: dict[fx.Node, fx.Node] = {}
         self.graph = fx.Graph()
         self.changed = False
@@ -67,10 +66,10 @@ class Resizer:
         self._source = graph
 
     def run(self) -> fx.Graph:
-        """The graph for the slimmed module; `changed` tells whether it differs, `constants` are buffers it takes.
+        """The graph for the slimmed module; `changed` says whether it differs, `constants` are buffers that it reads.
 
         Raises:
-            CannotResizeError: a node has no form for this cut.
+            CannotResizeError: a node has no form for this mask.
         """
         for node in self._source.nodes:
             self._visit(node)
@@ -80,7 +79,7 @@ class Resizer:
         return self.graph
 
     def cuts(self) -> bool:
-        """Whether any tensor in the graph loses something."""
+        """Whether any tensor in the graph loses channels."""
         tensors = (leaf for node in self._source.nodes for leaf in tensors_of(node.meta.get("val")))
         return not all(map(self._shapes.is_whole, tensors))
 
@@ -105,7 +104,7 @@ class Resizer:
             if self._holds(node):
                 self._copy(node)
             else:
-                self.changed = True  # it spoke of a size that is no more
+                self.changed = True  # it guarded a size that has changed
         elif (statistic := self._by_position(node)) is not None:
             self._put_in_positions(node, statistic)
         elif self._is_untouched(node):
@@ -118,7 +117,7 @@ class Resizer:
             self._rewrite(node)
 
     def _is_whole(self, node: fx.Node) -> bool:
-        """Whether a node's value is the same slimmed, every tensor in it of the same shape."""
+        """Whether slimming leaves a node's value as it is, every tensor in it with the same shape."""
         full, slim = leaves_of(node.meta["val"]), leaves_of(self._slim[node])
         return len(full) == len(slim) and all(
             one.shape == other.shape if isinstance(one, Tensor) else type(one) in _PLAIN and one == other
@@ -126,12 +125,12 @@ class Resizer:
         )
 
     def _is_untouched(self, node: fx.Node) -> bool:
-        """Whether nothing goes of what a call is given and gives: as it stands it gives what it gave."""
+        """Whether neither the arguments nor the results of a call lose anything, so that it stays as it is."""
         given = (source in self._whole for source in node.all_input_nodes)
         return all(given) and all(self._shapes.is_whole(leaf) for leaf in tensors_of(node.meta["val"]))
 
     def _by_position(self, node: fx.Node) -> LabelledStatistic | None:
-        """The channels that a call knows by their places, if some of them go."""
+        """The channels that a call knows by position, if some of them are removed."""
         found = (
             statistic
             for statistic in node.meta["statistics"]
@@ -140,7 +139,7 @@ class Resizer:
         return next(found, None)
 
     def _put_in_positions(self, node: fx.Node, statistic: LabelledStatistic) -> None:
-        """The call at its full width, and of what it gives the channels that are left."""
+        """Run the call at its full width, with the channels back in position, and select those left in its result."""
         stays = self._shapes.mask.stays[statistic.labels]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._copies.__getitem__)
         options = dict(kwargs)
@@ -155,7 +154,7 @@ class Resizer:
         self.changed = True
 
     def _keep_factors(self, node: fx.Node) -> None:
-        """A number that a tensor is computed with stays what it was: attention is scaled by the width it had."""
+        """Keep the numbers that tensors are computed with: attention is still scaled by the width before slimming."""
         if not tensors_of(node.meta["val"]):
             return
         kinds = (int, float) if all(find_rule(op) is elementwise.elementwise for op in node.meta["ops"]) else (float,)
@@ -192,7 +191,7 @@ class Resizer:
         self._copies[node] = self.graph.create_node(node.op, target, args, kwargs)
 
     def _written(self, arg: Any) -> Any:
-        """An argument as it stands in the new graph."""
+        """An argument in the new graph."""
         if isinstance(arg, Scaled):
             return self.graph.call_function(scaled, (self._copies[arg.size], arg.value, arg.left))
         return self._copies[arg] if isinstance(arg, fx.Node) else arg
@@ -201,12 +200,12 @@ class Resizer:
         return fx.node.map_arg(arg, self._slim.__getitem__)
 
     def _expected(self, node: fx.Node) -> Any:
-        """A node's value, every tensor in it slimmed (its shape, that is)."""
+        """A node's value with a meta tensor of the slimmed shape for each tensor in it."""
         value = node.meta["val"]
         return swap_tensors(value, {id(leaf): _stand_in(leaf, self._shapes.shape(leaf)) for leaf in tensors_of(value)})
 
     def _agrees(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> bool:
-        """Whether this call on slimmed values gives the slimmed result; notes the result."""
+        """Whether this call on slimmed values gives the slimmed result, which is noted then."""
         try:
             with torch.no_grad(), MetaMode():
                 got = run_call(node.op, target, args, kwargs, self._slim.__getitem__)
@@ -223,7 +222,7 @@ class Resizer:
 
 
 def sweep(graph: fx.Graph, used: Iterable[fx.Node]) -> None:
-    """Erase those of the nodes that were `used` and have no user any more, the last first."""
+    """Erase those of the nodes in `used` that have no user any more, last first."""
     for node in reversed(list(used)):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)

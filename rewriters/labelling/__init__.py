@@ -1,4 +1,4 @@
-"""Find which channels live or die together: in comes a recorded graph, out comes a `ChannelMap`."""
+"""Find which channels live or die together. In: a captured graph. Out: a `ChannelMap`."""
 
 from rewriters.labelling.channel_map import (
     ALWAYS,

@@ -1,4 +1,19 @@
-"""The label pass: run a captured graph once on labels, and read the channel map off what was merged."""
+"""The label pass: run a captured graph once on labels.
+
+All that matters of a dead channel is that nothing reads it: each layer that sums over it multiplies it by a zero
+column. So an op may do anything that lets dead elements act on dead elements only. Ops that only move data (view,
+permute, cat, split, slice, expand, pixel_shuffle ...) run on the label layers themselves. Elementwise ops merge the
+labels that
+meet: a residual add, a squeeze-excite product, a batch norm's vectors. A convolution or matrix product with a parameter
+merges its input's labels with the parameter's input side and passes on those of the output side. An op that mixes
+channels without a kernel that could be zeroed (softmax, a sum over the channels, an op without a rule) pins the labels
+that reach it. What each op does is a rule: one function in `rules/`.
+
+There is no rule for attention as such; heads come out of the views and products that it is written in. A product of
+activations sums over the positions in a head, and no kernel stands there that could be zeroed. So labels that vary over
+heads and positions are merged along the positions: whole heads die, in q, k, v and in the input of what follows.
+`settling.py` says why heads and not positions.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +37,9 @@ class Labelling:
 
     Attributes:
         space: the labels.
-        findings: kernels, gates and grids that the rules noted.
-        values: labels of each node's result (a list where it has several).
-        statistics: statistics that a node takes along channels.
+        findings: what the rules noted: kernels, gated sides, grids.
+        values: labels of each node's result (a list if it has several).
+        statistics: the statistics that a node takes across channels.
     """
 
     space: LabelSpace = field(default_factory=LabelSpace)
@@ -36,7 +51,7 @@ class Labelling:
     def run(self, captured: Capture, counted: bool = True) -> None:
         """Label every node of a captured model, whose outputs keep all their channels.
 
-        Where the run is not `counted` (train mode's, beside eval mode's), its kernels cost nothing.
+        Kernels of a run that is not `counted` (train mode beside eval mode) cost nothing.
         """
         first = len(self.findings.kernels)
         for node in captured.graph.nodes:
@@ -69,7 +84,7 @@ class Labelling:
                 self.space.pin(layer, "", "output", "the model returns it")
 
     def call(self, node: fx.Node) -> Any:
-        """Labels of one recorded call's results, from those of its arguments."""
+        """Labels of one recorded call's results, from the labels of its arguments."""
         if is_getitem(node):
             source, index = args_of(node)
             return self.values[source][index]
@@ -86,9 +101,9 @@ class Labelling:
         self, op: Any, args: Any, kwargs: Any, value: Any, path: str, findings: Findings,
         unused: frozenset[int] = frozenset(),
     ) -> Any:  # fmt: skip
-        """Labels of `value`, the result of `op` on arguments whose tensors are given as `Labelled`.
+        """Labels of `value`, the result of `op` on arguments with `Labelled` instead of tensors.
 
-        Where there are several results, `unused` are the places of those that nothing is computed from.
+        If there are several results, `unused` are the positions of those that nothing is computed from.
         """
         given = tensors_of(value)
         shapes = [tuple(tensor.shape) for tensor in given]
@@ -104,7 +119,7 @@ class Labelling:
         return [next(rest) if isinstance(item, Tensor) else None for item in value]
 
     def kernels_of(self, node: fx.Node) -> set[str]:
-        """Names of the parameters that a recorded convolution or matrix product is with; empty for other calls."""
+        """Names of the parameters that a recorded convolution or matrix product uses; empty for other calls."""
         if node.op != "call_function" or is_getitem(node) or find_rule(node.target) not in PRODUCTS:
             return set()
         values = (self.values[source] for source in node.all_input_nodes)
@@ -116,11 +131,11 @@ class Labelling:
         return {id(value): labels for value, labels in tensors if isinstance(value, Tensor)}
 
     def fork(self) -> Labelling:
-        """The same labels, to be carried on without a trace in this labelling."""
+        """A copy, so that what is labelled next leaves no trace in this labelling."""
         return Labelling(self.space.fork(), self.findings.copy(), dict(self.values), dict(self.statistics))
 
     def merge_values(self, first: Labelled | None, second: Labelled | None, path: str) -> None:
-        """Let the channels of two values go alike; where only one has channels that may go, they stay."""
+        """Couple the channels of two values one by one; where only one value has labels, pin these."""
         known = [value for value in (first, second) if value is not None]
         shared = len(known) == 2 and known[0].ndim == known[1].ndim
         for value, other in (known, reversed(known)) if shared else ():
@@ -129,13 +144,13 @@ class Labelling:
                 if partners:
                     self.space.merge(layer, partners[0])
                 else:
-                    self.space.pin(layer, path, "forward", "called in several ways")
+                    self.space.pin(layer, path, "forward", "its calls take different paths")
         if not shared:
             for layer in (layer for value in known for layer in value.layers):
-                self.space.pin(layer, path, "forward", "called in several ways")
+                self.space.pin(layer, path, "forward", "its calls take different paths")
 
     def pin_tensors(self, names: Iterable[str], reason: str) -> None:
-        """Keep every channel of these parameters and buffers."""
+        """Pin every channel of these parameters and buffers."""
         names = set(names)
         for side in self.space.blocks:
             if side.tensor in names:
@@ -144,19 +159,19 @@ class Labelling:
     def pin_values(
         self, tensors: Iterable[Tensor], known: Mapping[int, Labelled], path: str, op: str, reason: str
     ) -> None:
-        """Keep every channel of these tensors, whose labels `known` has by their ids."""
+        """Pin every channel of these tensors, whose labels `known` holds by id."""
         for tensor in tensors:
             for layer in known[id(tensor)].layers if id(tensor) in known else ():
                 self.space.pin(layer, path, op, reason)
 
     def pinned(self, labels: Tensor) -> np.ndarray:
-        """Which labels always stay, bool of the labels' shape."""
+        """Which of these labels are pinned, bool of the labels' shape."""
         return self.space.pinned_roots()[self.space.roots()[labels.numpy()]]
 
     def class_of_label(self) -> np.ndarray:
-        """Class of each label, int32: 0, 1, ... for those that may die, in order; `ALWAYS` for the others.
+        """Class of each label, int32: 0, 1, ... in order for those that can be removed, `ALWAYS` for the others.
 
-        It is kept until something is merged, pinned or gated: not to be written to.
+        The array is cached until something is merged, pinned or gated. Don't write to it.
         """
         roots, pinned = self.space.roots(), self.space.pinned_roots()
         if self._numbered is None or self._numbered[0] is not roots or self._numbered[1] != self._noted():
@@ -175,11 +190,11 @@ class Labelling:
         return len(self.space.notes), len(self.findings.gated)
 
     def stays(self, live: Tensor) -> Tensor:
-        """Which labels stay when the classes in `live` do, bool of shape (labels,)."""
+        """Which labels stay if the classes in `live` do, bool of shape (labels,)."""
         return torch.from_numpy(picked(np.append(live.cpu().numpy(), True), self.class_of_label()))
 
 
 def _unused(node: fx.Node) -> frozenset[int]:
-    """Places of those of a call's several results that nothing is computed from."""
+    """Positions of those of a call's several results that nothing is computed from."""
     picked = [user for user in node.users if is_getitem(user)]
     return frozenset(args_of(user)[1] for user in picked if not user.users)

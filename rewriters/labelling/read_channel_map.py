@@ -15,10 +15,11 @@ from rewriters.labelling.rules import KernelCall
 
 
 def read_channel_map(labelling: Labelling, samples: int = 1) -> ChannelMap:
-    """The partition of channels, from all that was merged and pinned so far.
+    """The partition of channels that follows from what was merged and pinned so far.
 
     Args:
-        samples: how many samples the recorded forward was run on; costs are for one.
+        labelling: of one or more captured graphs.
+        samples: how many samples the captured forward ran on; costs are for one.
     """
     number = labelling.class_of_label()
     classes = {}
@@ -37,7 +38,7 @@ def _size(labelling: Labelling, side: Side) -> int:
 
 
 def _pins(labelling: Labelling) -> tuple[Pin, ...]:
-    """Each note with the sides of its labels' classes, notes of the same place and reason together."""
+    """The pins with the sides of their labels' classes; those of the same module, op and reason are one."""
     roots = labelling.space.roots()
     noted: dict[tuple[str, str, str], list[Tensor]] = {}
     for note in labelling.space.notes:
@@ -54,7 +55,7 @@ def _pins(labelling: Labelling) -> tuple[Pin, ...]:
 
 
 def same_classes(one: Labelling, other: Labelling) -> bool:
-    """Whether the same indices of tensors go together, and stay, in both, of a model that was recorded twice."""
+    """Whether two labellings of one model couple the same indices of its tensors and pin the same ones."""
     if one.space.blocks.keys() != other.space.blocks.keys():
         return False
     here, there = (
@@ -67,12 +68,12 @@ def same_classes(one: Labelling, other: Labelling) -> bool:
 
 
 def keeps_classes(labelling: Labelling, other: Labelling) -> bool:
-    """Whether all labels of `other`, which this was forked from, are in the classes they were in."""
+    """Whether all labels of `other`, which this labelling was forked from, are still in the same classes."""
     return bool(np.array_equal(labelling.class_of_label()[: other.space.count], other.class_of_label()))
 
 
 def _counted(call: KernelCall, number: np.ndarray) -> Kernel:
-    """The kernel with the classes that it runs for, each as often as it is met among the rows compared to others."""
+    """The kernel with the classes that it repeats for, each in proportion to the rows that it has."""
     if call.rows is None:
         return call.kernel
     classes, times = np.unique(number[call.rows.numpy()], return_counts=True)
@@ -85,15 +86,16 @@ def _counted(call: KernelCall, number: np.ndarray) -> Kernel:
 
 
 def _once(kernel: Kernel) -> Kernel:
-    """The kernel with the costs of all that it runs for."""
+    """The kernel with the costs of all its repeats."""
     times = len(kernel.repeats) or 1
     return replace(kernel, macs=kernel.macs * times, outputs=kernel.outputs * times, repeats=())
 
 
 def _sum_calls(kernels: list[Kernel], samples: int) -> tuple[Kernel, ...]:
-    """One entry a weight: the costs of its calls added up, for one sample.
+    """One entry a weight, with the summed costs of its calls for one sample.
 
-    Where the calls run for other channels each, no product is the costs of all: what they run for stays, then.
+    If the calls repeat for different channels, no single product gives the costs of all: all repeats are then counted
+    as if their channels stayed.
     """
     summed: dict[tuple[str, int], Kernel] = {}
     for kernel in kernels:

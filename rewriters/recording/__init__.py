@@ -1,4 +1,4 @@
-"""Run a model once without data: in comes a forward, out comes a graph of its ATen calls (`Capture`)."""
+"""Run a model once without data. In: a model and example inputs. Out: a graph of its ATen calls (`Capture`)."""
 
 from rewriters.recording.capture import (
     Capture,

@@ -1,8 +1,12 @@
-"""Record a model's forward as a torch.fx graph of ATen calls, without computing anything.
+"""Capture a model's forward as a torch.fx graph of ATen calls, without computing anything.
 
-The forward runs once on fake tensors (shapes without data), under a dispatch mode that writes down every
-ATen call it sees. Beside the graph the tree of module calls is kept: slimming rewrites single modules and
-has to know what each of them was called with and what its children gave back.
+The forward runs once on fake tensors (shapes without data), under the dispatch mode of `recorder.py`. The result holds
+the graph and the tree of module calls.
+
+Where that fails in a module inside the model (on a value that the forward asks for, say), the model runs for real, once
+(`opaque.py`), which gives the shapes of what each module is called with and returns. The innermost module that failed,
+or the next one outwards whose outputs are tensors, becomes opaque: the forward is recorded again, and that module's
+call is one node, an `opaque_call`.
 """
 
 from __future__ import annotations
@@ -44,9 +48,9 @@ class Capture:
         root: the outermost module call.
         nodes: the node that made each fake tensor, by the tensor's id (the tensors live in the graph).
         tensors: fake tensors of parameters and buffers, by qualified name.
-        mode: the fake tensor mode everything here belongs to.
-        exchanged: buffers in whose place the forward has put others.
-        opaque: modules that couldn't be recorded, by path; each of their calls is one node, an `opaque_call`.
+        mode: the fake tensor mode that everything here belongs to.
+        exchanged: buffers that the forward replaced by others.
+        opaque: modules that can't be recorded, by path; each of their calls is one node, an `opaque_call`.
     """
 
     graph: fx.Graph
@@ -67,10 +71,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One of the others for every place that a parameter or buffer stands in, each place once, for functional_call.
+    """Map every name of every parameter and buffer to its replacement in `others`, for `functional_call`.
 
-    Left to tie them itself, functional_call exchanges the tensors of a module that has two names twice, and the
-    second time takes the others for what has to be put back.
+    If `functional_call` ties the weights itself, it swaps the tensors of a module with two names twice, and the second
+    time it takes the replacements for the originals that it has to put back.
     """
     other = {id(tensor): others[name] for name, tensor in real.items()}
     return {
@@ -83,7 +87,7 @@ def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping
 
 @contextlib.contextmanager
 def _without_fast_paths() -> Iterator[None]:
-    """Attention in its parts, not as one fused kernel that hides them."""
+    """Inside, attention runs as its parts, not as one fused kernel that hides them."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -93,12 +97,12 @@ def _without_fast_paths() -> Iterator[None]:
 
 
 class _Unrecordable(Exception):
-    """A recording that failed: the error to raise if nothing can be done, and what may be.
+    """A recording failed.
 
     Args:
-        error: for the caller.
-        reason: why a module of these would be opaque.
-        paths: of the modules whose calls failed, the innermost first.
+        error: what to raise if no module can be made opaque.
+        reason: why one of the modules would be opaque.
+        paths: the modules whose calls failed, innermost first.
     """
 
     def __init__(self, error: CaptureError, reason: str, paths: list[str]):
@@ -112,19 +116,20 @@ def capture(
 ) -> Capture:  # fmt: skip
     """Record `model(*args, **kwargs)` in the mode (train or eval) that the model is in.
 
-    Nothing is computed and nothing in the model changes: parameters, buffers and inputs are replaced by
-    fake tensors for the time of the call. Only where a module inside can't be recorded the model runs for real, once;
-    what it does to buffers and random numbers is taken back, and the module is opaque.
+    Nothing is computed and nothing in the model changes: fake tensors replace parameters, buffers and inputs during the
+    call. Only if a module inside can't be recorded does the model run for real, once. What that does to buffers and
+    random numbers is undone, and the module is opaque.
 
     Args:
         model: any module.
         args: example inputs by position.
         kwargs: example inputs by name.
-        opaque: modules that couldn't be recorded before. Nothing is run for real then: they are all there are.
+        opaque: the modules that are opaque in an earlier recording. Nothing runs for real then, and no others are
+            added.
 
     Raises:
-        CaptureError: the forward fails, or its own control flow depends on a tensor's values; the message names
-            the module and the line.
+        CaptureError: the forward fails, or the model's own control flow depends on a tensor's values. The message
+            names the module and the line.
     """
     known, run = dict(opaque or {}), None
     while True:
@@ -142,11 +147,10 @@ def capture(
 def _run_for_real(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], failure: _Unrecordable
 ) -> RealCall | None:
-    """The calls when the model ran for real, after a recording that failed; None where inputs have no values.
+    """Run the model for real after a failed recording and return its calls; None if inputs have no values.
 
     Raises:
-        CaptureError: it fails for real too. Where that is in the module that the recording failed in, it is the
-            recording's error.
+        CaptureError: the forward fails for real too. If it fails in the same module, this is the recording's error.
     """
     real = named_tensors(model)
     try:
@@ -170,7 +174,7 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
 def _record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
 ) -> Capture:
-    """Record a forward in which some modules are opaque (raises `_Unrecordable`)."""
+    """Record a forward in which some modules are opaque. Raises `_Unrecordable`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = named_tensors(model)
     fakes = {name: fakify(mode, tensor) for name, tensor in real.items()}

@@ -31,9 +31,9 @@ from rewriters.recording.pytrees import tensors_of
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of one module: what went in, what came out, and the calls and ATen nodes inside it.
+    """One call of one module: its arguments, its output, and the module calls and ATen nodes inside it.
 
-    `names` are all that the module has in the model, the first of them `path`.
+    `names` are all names of the module in the model; the first is `path`.
     """
 
     names: tuple[str, ...]
@@ -54,7 +54,11 @@ class ModuleCall:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes every ATen call into a graph; tensors it has not seen become constants (`get_attr`) with known values."""
+    """Writes every ATen call into a graph; tensors it hasn't seen become constants (`get_attr`) with known values.
+
+    Parameters, buffers and tensors that are plain attributes have values, which a forward may ask for (a detector's
+    strides). Inputs have none.
+    """
 
     def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor]):
         super().__init__()
@@ -71,13 +75,13 @@ class Recorder(TorchDispatchMode):
         self._alive: list[Tensor] = []
 
     def began_with(self, tensor: Tensor) -> bool:
-        """Whether it is a parameter or buffer that the model had before it ran."""
+        """Whether the tensor is a parameter or buffer that the model had before it ran."""
         return id(tensor) in self._real
 
     def note_failure(self, error: Exception) -> None:
-        """Note that the call that runs failed: `failed` are all that an error passed through, the innermost first."""
+        """Note that the running call failed: `failed` holds all calls that the error came through, innermost first."""
         if self._error not in (error, error.__context__):
-            self.failed = []  # the former error was caught
+            self.failed = []  # the error before was caught
         self._error = error
         self.failed += [self.call] if self.call is not None else []
 
@@ -91,7 +95,7 @@ class Recorder(TorchDispatchMode):
         node.meta["call"] = self.call
         if isinstance(value, Tensor):
             self.nodes[id(value)] = node
-            self._alive.append(value)  # an id must not be given away twice
+            self._alive.append(value)  # an id must not be reused
 
     def node_of(self, value: Tensor) -> fx.Node:
         if id(value) not in self.nodes:
@@ -107,14 +111,14 @@ class Recorder(TorchDispatchMode):
             with unset_fake_temporarily():
                 return self._real[id(args[0])].item()  # a parameter's or buffer's own value is known
         if func is torch.ops.aten.convolution.default and args[0].dtype != args[1].dtype:
-            # A fake convolution would let it pass.
+            # A fake convolution would accept it.
             raise TypeError(f"the input is {args[0].dtype} and the kernel {args[1].dtype}")
         restrides = only_restrides(func, args)
         if reshapes_in_place(func) and not restrides:
             self._keep_as_it_is(args[0])
         out = run_on_fakes(self._mode, func, args, kwargs)
         if restrides or not tensors_of(out):
-            return out  # not a step of the forward, or a question about a tensor (its device, its layout)
+            return out  # not a step of the forward, or a query of a tensor's device or layout
         self._write(func, args, kwargs, out)
         return out
 
@@ -128,7 +132,7 @@ class Recorder(TorchDispatchMode):
         return self._constants[id(tensor)]
 
     def _keep_as_it_is(self, value: Tensor) -> None:
-        """Let another tensor stand for it in what is recorded: its own shape changes now."""
+        """Replace a tensor in what is recorded by an alias, because its own shape is about to change in place."""
         before = run_on_fakes(self._mode, torch.ops.aten.alias.default, (value,), {})
         self.nodes[id(before)] = self.node_of(value)
         self._alive.append(before)
@@ -141,7 +145,7 @@ class Recorder(TorchDispatchMode):
             )
 
     def write_opaque(self, reason: str, given: Iterable[Tensor], own: Iterable[Tensor], output: Any) -> None:
-        """Write the call of an opaque module, which gives the tensors in `output`."""
+        """Write the call of an opaque module, which returns the tensors in `output`."""
         given, own = ([*{id(tensor): tensor for tensor in tensors}.values()] for tensors in (given, own))
         self._write(opaque_call, (reason, given, own), {}, tuple(tensors_of(output)))
 
@@ -161,14 +165,14 @@ class Recorder(TorchDispatchMode):
 
 @functools.cache  # tags are slow to read
 def reshapes_in_place(op: Any) -> bool:
-    """Whether a call gives the tensor that it is given another shape: `unsqueeze_`, say."""
+    """Whether a call changes the shape of its tensor in place, as `unsqueeze_` does."""
     return torch.Tag.inplace_view in op.tags and op is not torch.ops.aten.detach_.default
 
 
 def only_restrides(op: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call writes down other strides for dimensions of size 1, and leaves every element in its place.
+    """Whether a call only changes the strides of dimensions of size 1, so that no element moves.
 
-    Pooling a channels_last tensor to one pixel ends with it. To be asked before the call, which is in place.
+    Pooling a channels_last tensor to one pixel ends with such a call. Ask before the call, which is in place.
     """
     if op is not torch.ops.aten.as_strided_.default or len(args) > 3:
         return False
@@ -182,7 +186,7 @@ def _getitem(values: Any, index: int) -> Any:
 
 
 def is_getitem(node: fx.Node) -> bool:
-    """Whether the node only picks one of the results of a call with several."""
+    """Whether the node only picks one result of a call that has several."""
     return node.target is _getitem
 
 
@@ -208,7 +212,7 @@ def record_module_calls(
         recorder.call = inner
         try:
             if inner.path not in opaque and isinstance(module, torch.jit.ScriptModule):
-                raise TypeError("torch.jit has compiled it, which can't be changed any more")
+                raise TypeError("torch.jit has compiled it, and compiled code can't be rewritten")
             output = reply(inner) if inner.path in opaque else plain_call(module, *args, **kwargs)
             inner.output = _copy_containers(output)
         except Exception as error:
@@ -225,7 +229,7 @@ def record_module_calls(
 
 
 def _copy_containers(values: Any) -> Any:
-    """The same values in containers of their own: what is put into those later, or taken out, makes no difference."""
+    """The same values in copied containers, which later changes to the forward's own containers don't reach."""
     if type(values) in (list, tuple):
         return type(values)(map(_copy_containers, values))
     if type(values) is dict:

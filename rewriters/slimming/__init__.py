@@ -1,4 +1,4 @@
-"""Remove channels: in come an `Analysis` and the live classes, out comes a `SlimPlan`, carried out on the model."""
+"""Remove channels. In: an `Analysis` and the live classes. Out: a `SlimPlan`, and the model that it was applied to."""
 
 from rewriters.slimming.dead_branches import is_under
 from rewriters.slimming.decisions import Decisions

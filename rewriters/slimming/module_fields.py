@@ -1,4 +1,4 @@
-"""Fields of modules that tell widths follow when these change; what else modules keep of their tensors, too."""
+"""Module fields that follow when widths change: those of convolutions, linear layers, norms and recurrent layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rewriters.undo_log import UndoLog
 
 
 def _is_convolution(module: nn.Module, shape: torch.Size) -> bool:
-    """Whether the fields tell a kernel's shape as a convolution's do; torchvision's deformable one is no `_ConvNd`."""
+    """Whether a module has the fields of a convolution. torchvision's deformable convolution is not a `_ConvNd`."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return True
     widths: list[Any] = [vars(module).get(name) for name in ("out_channels", "in_channels", "groups")]
@@ -32,7 +32,12 @@ def fields_after(
 ) -> Iterator[tuple[str, Any]]:
     """(field, value) pairs of a module that follow from the new shape of one of its tensors.
 
-    `whole_groups`: a grouped convolution loses whole groups, and not the same places in every group.
+    Args:
+        module: has the fields.
+        name: the tensor's name in the module.
+        old: its shape before.
+        new: its shape now.
+        whole_groups: a grouped convolution loses whole groups, not the same positions in every group.
     """
     if name == "weight" and _is_convolution(module, old):
         transposed = getattr(module, "transposed", False)
@@ -73,8 +78,11 @@ def fields_after(
 
 
 def owner_of(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tuple[nn.Module, str]:
-    """The module, and the name in it, that a tensor's shape tells of: of a kernel under a parametrization, or the older
-    `torch.nn.utils.weight_norm`, the layer and what the kernel is called there."""
+    """The module whose fields follow a tensor's shape, and the tensor's name in it.
+
+    For a kernel under a parametrization, or under the older `torch.nn.utils.weight_norm`, it is the layer, and the
+    kernel's name in it.
+    """
     if own_name.endswith("_v") and own_name.removesuffix("_v") + "_g" in module._parameters:
         return module, own_name.removesuffix("_v")
     if isinstance(module, ParametrizationList):
@@ -88,7 +96,7 @@ def owner_of(model: nn.Module, name: str, module: nn.Module, own_name: str) -> t
 
 
 def refresh_flat_weights(model: nn.Module, undo_log: UndoLog) -> None:
-    """Let recurrent modules' own lists of their tensors hold those that they have now."""
+    """Update the lists in which recurrent modules hold their own tensors (`_flat_weights`)."""
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             tensors = [getattr(module, name, None) for name in module._flat_weights_names]
@@ -98,9 +106,9 @@ def refresh_flat_weights(model: nn.Module, undo_log: UndoLog) -> None:
 
 
 def widths_of_bare_norms(model: nn.Module, analysis: Analysis, mask: LabelMask) -> dict[str, int]:
-    """Channels that a cut leaves to instance norms without tensors, whose field alone tells them, by path.
+    """Channels that are left to instance norms without tensors, by path: only their field says how many there are.
 
-    One that is called for several widths is left out.
+    A norm that is called for several widths is left out.
     """
     norms = {path: module for path, module in model.named_modules() if isinstance(module, _InstanceNorm)}
     bare = {path for path, norm in norms.items() if not [*norm.parameters(), *norm.buffers()]}

@@ -1,4 +1,7 @@
-"""Take dead channels out of a live model: slice its tensors, follow up its fields, rewrite its forwards."""
+"""Plan how to remove dead channels from a model, and apply the plan: slice tensors, update fields, rewrite forwards.
+
+Slim tensors are new parameters, because PyTorch's optimizers and autograd depend on a parameter's shape.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,20 @@ from rewriters.undo_log import UndoLog
 
 @dataclass(frozen=True)
 class SlimPlan:
-    """What is left of a model.
+    """What slimming will do to a model.
 
     Attributes:
         live: classes that stay, bool of shape (classes,).
-        kept: for each side that loses something, the indices that stay (int64).
+        kept: for each side that loses indices, those that stay (int64).
         forwards: rewritten forwards by module path: a graph for eval mode (False) and train mode (True).
-        constants: what rewritten forwards take as buffers, by qualified name: what stands in the place of branches
-            that came to nothing, and the places that channels had.
+        constants: buffers that rewritten forwards read, by qualified name: constants that replace dead branches, and
+            the positions that channels had.
         removed: paths of the modules that nothing calls any more.
         kernels: the kernels that are left.
-        restored: modules that run the forward again which they had before an earlier rewriting: that
-            forward, or None for their class's own.
-        decisions: what was read off the weights.
-        bare_norms: channels left to instance norms that have no tensors, by path.
+        restored: modules that get back the forward that they had before an earlier rewriting: that forward, or None for
+            their class's own.
+        decisions: what was read from the weights.
+        bare_norms: channels left to instance norms without tensors, by path.
     """
 
     live: Tensor
@@ -66,13 +69,13 @@ def plan(
     """Plan the slimming to the classes in `live` (bool, shape (classes,)).
 
     Args:
-        model: as it was analysed, the dead classes' kernels at zero.
+        model: as it was analysed, with the kernels of dead classes at zero.
         analysis: of that model.
         live: which classes stay.
-        args: inputs to run it on where a branch came to nothing and leaves a constant, by position.
-        kwargs: those by name.
-        decided: what another plan for the same classes read off the weights. Nothing is run then, no weight is
-            looked at, and constants are zero.
+        args: example inputs by position; the model runs on them if a dead branch leaves a constant.
+        kwargs: example inputs by name.
+        decided: what an earlier plan for the same classes read from the weights. Then nothing runs, no weight is read,
+            and constants are zero.
 
     Raises:
         SurgeryError: a forward cannot be rewritten for this pattern.
@@ -89,7 +92,7 @@ def plan(
         survivors = channel_map.survivors(live, gone)
         if torch.equal(survivors, live):
             break
-        live = survivors  # a channel more somewhere may be a branch less that can go
+        live = survivors  # with one more channel, a branch may be alive
     kept = {}
     for side, classes in channel_map.classes.items():
         indices = channel_map.kept(side, live)
@@ -104,7 +107,7 @@ def plan(
 
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
-    """Tensors that stand in these modules and nowhere else."""
+    """Tensors that are in these modules only."""
     inside: dict[int, bool] = {}
     for name, _, _, tensor in tensor_slots(model):
         under = is_under(name, paths)
@@ -113,14 +116,14 @@ def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
 
 
 def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
-    """What kernels that are no tensors are called, of these modules."""
+    """Names of the computed kernels of these modules."""
     return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
 
 
 def _rewrite(
     analysis: Analysis, mask: LabelMask, pruned: list[Pruned]
 ) -> tuple[dict[str, Mapping[bool, fx.Graph]], dict[str, Tensor]]:
-    """Rewritten forwards of the modules whose own code doesn't do for this pattern, and the buffers they take."""
+    """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read."""
     done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
     taken = [(one.path, one.constants) for one in pruned]
     gone = {path for one in pruned for path in one.removed}
@@ -138,7 +141,7 @@ def _rewrite(
             first = modes.setdefault(mode, resizer.graph)
             differing |= {traced.path} if first is not resizer.graph and _code(first) != _code(resizer.graph) else set()
     for path in sorted(changed & differing):
-        raise SurgeryError("is called in several ways that would need different code", where=path)
+        raise SurgeryError("its calls take different paths, which would need different code", where=path)
     constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
     return done | {path: modes for path, modes in graphs.items() if path in changed}, constants
 
@@ -148,7 +151,7 @@ def _code(graph: fx.Graph) -> str:
 
 
 def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every place a parameter or buffer stands in: (qualified name, module, name in it, tensor)."""
+    """Every name of every parameter and buffer: (qualified name, module, name in the module, tensor)."""
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -156,16 +159,16 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 
 
 def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values: bool = True) -> None:
-    """Carry out a plan on the live model; statistics along channels are plain again.
+    """Carry out a plan on the live model. Statistics across channels are the plain ones again.
 
-    What forwards have kept of earlier calls is dropped: it is of the sizes that were.
+    Caches that forwards filled in earlier calls are dropped, because they have the old sizes.
 
     Args:
-        model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
-        slim_plan: what stays, made for this model.
+        model: changed in place: tensors, module fields with sizes, forwards, removed modules.
+        slim_plan: made for this model.
         undo_log: notes every change, so that it can be undone.
-        with_values: whether tensors that lose something keep what is left; if not, theirs are shapes without
-            data, for a model that is run on fake tensors and then restored.
+        with_values: whether sliced tensors keep the values that are left. If not, they are uninitialised, for a model
+            that runs without data and is then restored.
     """
     remove_live_statistics(model, undo_log)
     drop_caches(model.modules(), undo_log)
@@ -173,7 +176,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))
-    sliced: dict[int, Tensor] = {}  # a tensor that stands in several places stays one
+    sliced: dict[int, Tensor] = {}  # a shared tensor stays shared
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
     for name, dims in cuts.items():
         tensor = first_name[name]
@@ -210,7 +213,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
 
 
 def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """What is left of a tensor where these indices (int64) stay along these dimensions, in the same memory format."""
+    """The tensor with only these indices (int64) along these dimensions, in the same memory format."""
     sliced = tensor.detach()
     for dim, indices in dims:
         sliced = sliced.index_select(dim, indices.to(tensor.device))
@@ -228,5 +231,5 @@ def _unfilled(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
 
 
 def like(old: Tensor, sliced: Tensor) -> Tensor:
-    """What stands in the place of `old`: a parameter, trained or frozen, where that is one."""
+    """`sliced` as the replacement of `old`: a parameter, trained or frozen, if `old` is one."""
     return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced

@@ -1,4 +1,4 @@
-"""What each family of ops does to channel labels: one file a family, one function a rule."""
+"""What each op does to channel labels: one file for each family of ops, one function for each rule."""
 
 from rewriters.labelling.rules import (
     creation,
@@ -25,7 +25,7 @@ from rewriters.labelling.rules.registry import (
 )
 
 PRODUCTS = (kernels.convolution, kernels.matmul, kernels.addmm, sampling.deform_conv2d)
-"""Rules of ops that sum over channels with a kernel."""
+"""The rules of ops that sum over channels with a kernel."""
 
 __all__ = [
     "PRODUCTS",

@@ -1,8 +1,8 @@
-"""One function a family of ops says what the op does to labels; this is where it is found.
+"""The registry of rules: which function says what an op does to labels.
 
-A rule takes an `OpCall` and returns the labels of the result: a `Labelled`, or a list of them for an op
-with several results. `@rule("aten.add.Tensor", ...)` registers it, also for an op that this version of torch
-doesn't have, so that one list serves every version, or that a library brings which isn't imported yet.
+A rule takes an `OpCall` and returns the labels of the result: a `Labelled`, or a list of them for an op with several
+results. `@rule("aten.add.Tensor", ...)` registers it. The op need not exist yet: it may be missing in this version of
+torch, so one list serves every version, or belong to a library that isn't imported yet.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ ARule = TypeVar("ARule", bound=Rule)
 RULES: dict[Any, Rule] = {}
 
 _ABSENT: dict[str, Rule] = {}
-"""Rules of ops that weren't there when they were registered, by name."""
+"""Rules of ops that didn't exist when they were registered, by name."""
 
 
 @dataclass(frozen=True)
 class LabelledStatistic:
-    """A statistic along labelled channels: exact for what is left if it is taken over the live ones only.
+    """A statistic across labelled channels, which is exact if it is taken over the live ones only.
 
     Attributes:
-        labels: of the channels it is taken over, shape (channels,).
-        dim: the dimension they lie along, counted from the last (-1).
-        module: path of the module it is taken in.
+        labels: of the channels that it is taken over, shape (channels,).
+        dim: the dimension that they lie along, counted from the last (-1).
+        module: path of the module that takes it.
         op: the op that takes it.
-        reason: why they have to stay where it can't be taken over the live ones.
-        places: it is no statistic but an op that knows channels by their places (a convolution along them): dead
-            ones count as zeros, and the slim model's are put back in their places for it.
+        reason: why the channels are pinned if it can't be taken over the live ones.
+        by_position: the op is not a statistic but knows channels by their positions (a convolution along them, as in
+            efficient channel attention). While gates train, dead channels are zeros to it. The slim model puts the live
+            ones back at their positions, which a buffer holds, and picks them out of the result.
     """
 
     labels: Tensor
@@ -52,7 +53,7 @@ class LabelledStatistic:
 
 @dataclass(frozen=True)
 class Zeroed:
-    """Channels that a statistic of a kernel passes over as long as a gate keeps those that are dead at zero."""
+    """Channels whose dead ones add nothing to a kernel's statistic as long as a gate keeps them at zero."""
 
     labels: Tensor
     module: str
@@ -61,12 +62,12 @@ class Zeroed:
 
 @dataclass(frozen=True)
 class DeferredMerge:
-    """Labels that vary along several dimensions and met others that vary along some of these only.
+    """Labels that vary along several dimensions met labels that vary along some of these only.
 
     Attributes:
-        wide: the former: heads x places in a head, say.
-        narrow: the latter, of size 1 along the other dimensions: one for each place.
-        module: path of the module they met in.
+        wide: the former: heads x positions in a head, say.
+        narrow: the latter, of size 1 along the other dimensions: one for each position.
+        module: path of the module in which they met.
         op: the op in which they met.
     """
 
@@ -81,9 +82,9 @@ class KernelCall:
     """A call of a kernel.
 
     Attributes:
-        kernel: with what the call costs.
-        rows: labels of the channels that it runs once for each of, as a layer across tokens does; the costs are of
-            all of them. None if it runs for no channels.
+        kernel: the kernel with the costs of the call.
+        rows: labels of the channels that the kernel repeats for, as a layer across tokens does; the costs are those of
+            all repeats. None if it runs once.
     """
 
     kernel: Kernel
@@ -92,7 +93,7 @@ class KernelCall:
 
 @dataclass
 class Findings:
-    """What rules note down beside labels: the calls of kernels met, where gates may stand, what was split in two.
+    """What rules note beside labels.
 
     Attributes:
         kernels: calls of kernels.
@@ -117,14 +118,14 @@ class Findings:
     scattered: list[PinNote] = field(default_factory=list)
 
     def copy(self) -> Findings:
-        """The same, to be carried on apart."""
+        """A copy, to be continued separately."""
         return Findings(
             list(self.kernels), set(self.gated), list(self.grids), list(self.statistics), self.live, set(self.buffers),
             list(self.zeroed), list(self.deferred_merges), list(self.scattered),
         )  # fmt: skip
 
     def apart(self) -> Findings:
-        """None yet, for ops of the same model that were met before."""
+        """Empty findings, for ops of the same model whose findings were noted before."""
         return Findings(live=self.live, buffers=self.buffers, deferred_merges=self.deferred_merges)
 
 
@@ -134,12 +135,12 @@ class OpCall:
 
     Attributes:
         op: the ATen overload.
-        args, kwargs: the arguments.
+        args, kwargs: its arguments.
         shapes: shapes of the results.
-        module: path of the module it runs in.
-        space: labels, to merge and to pin.
-        findings: where kernels are noted.
-        unused: places of those of several results that nothing is computed from.
+        module: path of the module that it runs in.
+        space: the labels, to merge and to pin.
+        findings: where rules note kernels, statistics and more.
+        unused: positions of those of several results that nothing is computed from.
     """
 
     op: Any
@@ -160,7 +161,7 @@ class OpCall:
         return self.shapes[0]
 
     def tensors(self) -> Iterator[Labelled]:
-        """The tensors among the arguments, also those in lists."""
+        """The tensors among the arguments, including those in lists."""
         for value in (*self.args, *self.kwargs.values()):
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(item, Labelled):
@@ -170,10 +171,10 @@ class OpCall:
         self.space.pin(labels, self.module, str(self.op), reason)
 
     def mix(self, value: Labelled, dims: Any, reason: str) -> tuple[Tensor, ...]:
-        """Layers that outlive a mixing of elements along `dims`; they are of size 1 there.
+        """Layers that survive a mixing of elements along `dims`; they have size 1 there.
 
-        Labels that vary along other dimensions too are merged along these: what dies, dies with the
-        whole of what is mixed. Labels that vary along nothing else are pinned.
+        Labels that vary along other dimensions too are merged along `dims`, so that all of what is mixed dies together.
+        Labels that vary along `dims` only are pinned.
         """
         dims = {dim % value.ndim for dim in dims} if value.ndim else set()
         survivors = []
@@ -187,10 +188,10 @@ class OpCall:
         return tuple(survivors)
 
     def statistic(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """As `mix`, for a statistic that can be taken over live channels only: these needn't stay.
+        """As `mix`, for a statistic that can be taken over the live channels, which aren't pinned then.
 
         Returns:
-            Layers that outlive the mixing, and those along which the statistic is taken (one or none).
+            Layers that survive the mixing, and those along which the statistic is taken (one or none).
         """
         value = self.without_positions(value)
         if not self.findings.live and value.source is None:
@@ -200,7 +201,7 @@ class OpCall:
     def statistic_by_position(
         self, value: Labelled, dims: Any, reason: str
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """As `look`, for an op that gives a channel for each along one of `dims` and knows them by their places."""
+        """As `statistic`, for an op with an output for each channel along one of `dims`, which it knows by position."""
         lasting = [dim for dim in dims if value.shape[dim] == self.shape[dim] and value.source is None]
         return self._statistic(value, lasting, dims, reason, by_position=True)
 
@@ -218,7 +219,7 @@ class OpCall:
         return self.mix(Labelled(value.shape, rest), mixed, reason), along
 
     def without_positions(self, value: Labelled) -> Labelled:
-        """A kernel whose positions stay: computed with along its channels, these needn't stay for them."""
+        """A kernel with its positions pinned, so that a computation along its channels needn't pin these."""
         if value.source is None or value.ndim < 3:
             return value
         sides = [self.space.side_of(layer) for layer in value.layers]
@@ -229,12 +230,12 @@ class OpCall:
         return replace(value, layers=tuple(rest))
 
     def note_statistic(self, labels: Tensor, dim: int, reason: str, by_position: bool = False) -> None:
-        """Note that a statistic is taken along these labels, or that the op knows them by their places."""
+        """Note that a statistic is taken across these labels, or that the op knows them by position."""
         self.findings.statistics.append(LabelledStatistic(labels, dim, self.module, str(self.op), reason, by_position))
 
 
 def overload(name: str) -> Any:
-    """The overload called e.g. "aten.add.Tensor", or None where there is none."""
+    """The overload with this name ("aten.add.Tensor"), or None if there is none."""
     found: Any = torch.ops
     for part in name.split("."):
         try:
@@ -245,7 +246,7 @@ def overload(name: str) -> Any:
 
 
 def rule(*names: str) -> Callable[[ARule], ARule]:
-    """Register a rule for the named overloads ("aten.cat.default"; without the last part, all of an op's)."""
+    """Register a rule for overloads by name ("aten.cat.default"; without the last part, all overloads of the op)."""
 
     def register(function: ARule) -> ARule:
         for name in names:
@@ -262,7 +263,7 @@ def rule(*names: str) -> Callable[[ARule], ARule]:
 
 
 def find_rule(op: Any) -> Rule:
-    """The rule registered for an op; elementwise ops share one, ops nobody has described another."""
+    """The rule of an op. Ops tagged pointwise share one, and ops without a rule get `unknown`."""
     if op in RULES:
         return RULES[op]
     if torch.Tag.pointwise in getattr(op, "tags", ()):
@@ -272,7 +273,7 @@ def find_rule(op: Any) -> Rule:
 
 
 def unknown(call: OpCall) -> Result:
-    """An op nobody has described keeps all that reaches it: slimmed less, never wrongly."""
+    """Pin all that reaches an op without a rule: the model is slimmed less, never wrongly."""
     for value in call.tensors():
         for layer in value.layers:
             call.pin(layer, "no rule describes this op")
