@@ -42,8 +42,8 @@ def _follows_weight(module: nn.Module) -> bool:
 def sizes_to_read(labelling: Labelling, call: ModuleCall, known: Mapping[int, Labelled]) -> set[int]:
     """Lengths of a module's inputs along dimensions that slimming shortens: its forward may read them."""
     given = [known[id(leaf)] for leaf in leaves_of((call.args, call.kwargs)) if id(leaf) in known]
-    mortal = [layer for value in given for layer in value.layers if not labelling.pinned(layer).all()]
-    return {layer.shape[dim] for layer in mortal for dim in varying(layer)}
+    removable = [layer for value in given for layer in value.layers if not labelling.pinned(layer).all()]
+    return {layer.shape[dim] for layer in removable for dim in varying(layer)}
 
 
 def takes_sizes(node: fx.Node, module: nn.Module) -> bool:

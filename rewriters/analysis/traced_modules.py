@@ -32,9 +32,9 @@ def trace_statistics(
     every = [statistic for found in statistics.values() for statistic in found]
     if not every:
         return {}
-    number = labelling.class_of_label()
+    class_of = labelling.class_of_label()
     calls_of: dict[str, list[tuple[Capture, ModuleCall]]] = {
-        statistic.module: [] for statistic in every if (number[statistic.labels.numpy()] != ALWAYS).any()
+        statistic.module: [] for statistic in every if (class_of[statistic.labels.numpy()] != ALWAYS).any()
     }
     for captured in analysis.captures:
         for call in captured.calls():

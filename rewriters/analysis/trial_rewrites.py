@@ -19,14 +19,14 @@ def trial_pattern(size: int, seed: int) -> Tensor:
     return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
-def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
+def _staggered_pattern(labelling: Labelling, class_of: np.ndarray) -> Tensor:
     """A pattern that leaves sides of the same length with different numbers of channels; bool of shape (classes,).
 
     In a random pattern two sides may be left with equally many channels. Then a size that is read from one and used for
     the other is right by chance.
     """
-    live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
-    sides = (number[start : start + length] for start, length in _mortal_blocks(labelling, number))
+    live = torch.ones(int(class_of.max(initial=ALWAYS)) + 1, dtype=torch.bool)
+    sides = (class_of[start : start + length] for start, length in _removable_blocks(labelling, class_of))
     seen: set[bytes] = set()
     for side in {side.tobytes(): side for side in sides}.values():
         classes, _ = distinct(side)
@@ -36,21 +36,21 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
     return live
 
 
-def _mortal_blocks(labelling: Labelling, number: np.ndarray) -> list[tuple[int, int]]:
+def _removable_blocks(labelling: Labelling, class_of: np.ndarray) -> list[tuple[int, int]]:
     """(start, length) of the labels of each side on which a class can be removed."""
     blocks = labelling.space.blocks.values()
-    return [(start, length) for start, length in blocks if (number[start : start + length] != ALWAYS).any()]
+    return [(start, length) for start, length in blocks if (class_of[start : start + length] != ALWAYS).any()]
 
 
-def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
+def _nowhere_empty(labelling: Labelling, class_of: np.ndarray, live: Tensor) -> Tensor:
     """Live classes, and the first class of every side that would be empty: a slim layer keeps one channel."""
-    blocks = _mortal_blocks(labelling, number)
+    blocks = _removable_blocks(labelling, class_of)
     kept = live.clone()
     if blocks:
         ends = np.concatenate([np.arange(start, start + length) for start, length in blocks])
-        stays = np.append(live.numpy(), True)[number[ends]]
+        stays = np.append(live.numpy(), True)[class_of[ends]]
         for end in empty_ends([length for _, length in blocks], stays):
-            kept[number[blocks[end][0]]] = True
+            kept[class_of[blocks[end][0]]] = True
     return kept
 
 
@@ -62,11 +62,11 @@ def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> 
     settled = not forwards
     while not settled:
         settled = True
-        number = labelling.class_of_label()
-        unlike = {_likeness(traced, number): traced for traced in forwards}
-        size = int(number.max(initial=-1)) + 1
-        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
-            mask = LabelMask(labelling.stays(_nowhere_empty(labelling, number, live)))
+        class_of = labelling.class_of_label()
+        unlike = {_likeness(traced, class_of): traced for traced in forwards}
+        size = int(class_of.max(initial=-1)) + 1
+        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, class_of)):
+            mask = LabelMask(labelling.stays(_nowhere_empty(labelling, class_of, live)))
             refused = any(_refusal(traced, mask) for traced in unlike.values())
             collect()
             if not refused:
@@ -75,7 +75,7 @@ def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> 
             for traced in forwards:
                 error = _refusal(traced, mask)
                 if error is not None:
-                    _pin_refused(labelling, traced, error, number)
+                    _pin_refused(labelling, traced, error, class_of)
             break
 
 
@@ -87,16 +87,16 @@ def _refusal(traced: TracedForward, mask: LabelMask) -> CannotResizeError | None
     return None
 
 
-def _likeness(traced: TracedForward, number: np.ndarray) -> tuple[str, str, bytes]:
+def _likeness(traced: TracedForward, class_of: np.ndarray) -> tuple[str, str, bytes]:
     """A key that is equal for forwards of the same code, on tensors with the same shapes and the same coupling."""
-    in_order = np.full(number.max(initial=ALWAYS) + 2, -1)  # classes renumbered in the order in which they come
+    in_order = np.full(class_of.max(initial=ALWAYS) + 2, -1)  # classes renumbered in the order in which they come
     in_order[ALWAYS] = 0
     coupled, shapes, count = hashlib.blake2b(), [], 1
     for tensor in all_tensors(traced.graph):
         own = traced.known[id(tensor)].layers if id(tensor) in traced.known else ()
         shapes.append((tuple(tensor.shape), [tuple(layer.shape) for layer in own]))
         for layer in own:
-            classes = picked(number, layer.numpy().ravel())
+            classes = picked(class_of, layer.numpy().ravel())
             if (classes == ALWAYS).all():
                 coupled.update(b"all stay")
                 continue
@@ -109,15 +109,15 @@ def _likeness(traced: TracedForward, number: np.ndarray) -> tuple[str, str, byte
     return str(traced.graph), repr(shapes), coupled.digest()
 
 
-def _pin_refused(labelling: Labelling, traced: TracedForward, error: CannotResizeError, number: np.ndarray) -> None:
-    """Pin the channels at a node that has no form for fewer of them; `number` has the classes that it was tried with.
+def _pin_refused(labelling: Labelling, traced: TracedForward, error: CannotResizeError, class_of: np.ndarray) -> None:
+    """Pin the channels at a node that has no form for fewer of them; `class_of` has the classes that it was tried with.
 
     If these are pinned already, a size that was read elsewhere (from the forward's input, say) is wrong. Then the
     tensors that the node's sizes were read from are pinned too, or at last all that the forward touches.
     """
     for tensors in (tensors_at(error.node), _sizes_read(error.node), all_tensors(traced.graph)):
         labelling.pin_values(tensors, traced.known, traced.path, str(error.node.target), error.cause)
-        if not np.array_equal(labelling.class_of_label(), number):
+        if not np.array_equal(labelling.class_of_label(), class_of):
             return
     raise error
 

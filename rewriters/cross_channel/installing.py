@@ -44,9 +44,11 @@ class StatisticSite:
     def child(self, index: int) -> str:
         return f"{self.path}.{self.names[index]}".lstrip(".")
 
-    def mortal(self, number: np.ndarray) -> list[int]:
-        """Which of the statistics include channels that can be removed; `number` is the class of each label."""
-        return [i for i, statistic in enumerate(self.statistics) if (number[statistic.labels.numpy()] != ALWAYS).any()]
+    def removable(self, class_of: np.ndarray) -> list[int]:
+        """Which of the statistics include channels that can be removed; `class_of` is the class of each label."""
+        return [
+            i for i, statistic in enumerate(self.statistics) if (class_of[statistic.labels.numpy()] != ALWAYS).any()
+        ]
 
 
 def find_statistics(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph], recorded: int) -> StatisticSite:
@@ -88,17 +90,17 @@ def _alike(first: Sequence[LabelledStatistic], second: Sequence[LabelledStatisti
     )
 
 
-def gather_statistics(sites: Sequence[StatisticSite], number: np.ndarray) -> tuple[Statistic, ...]:
-    """The statistics that include channels which can be removed; `number` is the class of each label."""
+def gather_statistics(sites: Sequence[StatisticSite], class_of: np.ndarray) -> tuple[Statistic, ...]:
+    """The statistics that include channels which can be removed; `class_of` is the class of each label."""
     return tuple(
-        Statistic(one.child(index), torch.from_numpy(number[one.statistics[index].labels.numpy()].astype(np.int64)))
+        Statistic(one.child(index), torch.from_numpy(class_of[one.statistics[index].labels.numpy()].astype(np.int64)))
         for one in sites
-        for index in one.mortal(number)
+        for index in one.removable(class_of)
     )
 
 
 def install_live_statistics(
-    model: nn.Module, sites: Sequence[StatisticSite], number: np.ndarray, undo_log: UndoLog
+    model: nn.Module, sites: Sequence[StatisticSite], class_of: np.ndarray, undo_log: UndoLog
 ) -> None:
     """Take statistics across channels that can be removed over the live ones: all of them until `write_live`.
 
@@ -107,19 +109,19 @@ def install_live_statistics(
     Args:
         model: changed in place.
         sites: where statistics are taken.
-        number: class of each label.
+        class_of: class of each label.
         undo_log: notes every change.
     """
-    mortals = [(one, mortal) for one in sites if (mortal := one.mortal(number))]
-    if mortals:
+    found = [(one, removable) for one in sites if (removable := one.removable(class_of))]
+    if found:
         disable_fused_layers(model, undo_log)
-    for one, mortal in mortals:
+    for one, removable in found:
         module = model.get_submodule(one.path)
-        made = {graph: _with_children(graph, one, mortal) for graph in one.graphs.values()}
+        made = {graph: _with_children(graph, one, removable) for graph in one.graphs.values()}
         graphs = {training: made[graph] for training, graph in one.graphs.items()}
-        forward = LiveForward(module, graphs, tuple(one.names[index] for index in mortal))
+        forward = LiveForward(module, graphs, tuple(one.names[index] for index in removable))
         nodes = _with_statistics(one.graphs[False])
-        for index in mortal:
+        for index in removable:
             statistic, node = one.statistics[index], nodes[index]
             form = _forms(statistic)[node.target](len(statistic.labels), statistic.dim, _like(module, node))
             undo_log.set(module._modules, one.names[index], form.train(module.training))
@@ -170,7 +172,7 @@ def remove_live_statistics(model: nn.Module, undo_log: UndoLog) -> None:
 
 @contextlib.contextmanager
 def plain_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, statistics are taken over all channels."""
+    """Inside, statistics are taken over all channels, as before any module was installed."""
     undo_log = UndoLog()
     remove_live_statistics(model, undo_log)
     try:

@@ -175,13 +175,13 @@ class Labelling:
         """
         roots, pinned = self.space.roots(), self.space.pinned_roots()
         if self._numbered is None or self._numbered[0] is not roots or self._numbered[1] != self._noted():
-            mortal = np.zeros(self.space.count, bool)
+            removable = np.zeros(self.space.count, bool)
             for side in self.findings.gated:
                 start, size = self.space.blocks[side]
-                mortal[roots[start : start + size]] = True
-            mortal &= ~pinned
+                removable[roots[start : start + size]] = True
+            removable &= ~pinned
             number = np.full(self.space.count, ALWAYS, np.int32)
-            number[mortal] = np.arange(mortal.sum(), dtype=np.int32)
+            number[removable] = np.arange(removable.sum(), dtype=np.int32)
             give_members(number, roots)
             self._numbered = (roots, self._noted(), number)
         return self._numbered[2]

@@ -21,16 +21,16 @@ def read_channel_map(labelling: Labelling, samples: int = 1) -> ChannelMap:
         labelling: of one or more captured graphs.
         samples: how many samples the captured forward ran on; costs are for one.
     """
-    number = labelling.class_of_label()
+    class_of = labelling.class_of_label()
     classes = {}
     for side, (start, size) in labelling.space.blocks.items():
-        labels = number[start : start + size]
+        labels = class_of[start : start + size]
         if (labels != ALWAYS).any():
             classes[side] = torch.from_numpy(labels.astype(np.int64))
-    kernels = _sum_calls([_counted(call, number) for call in labelling.findings.kernels], samples)
+    kernels = _sum_calls([_counted(call, class_of) for call in labelling.findings.kernels], samples)
     sizes = {side: _size(labelling, side) for kernel in kernels for side in (kernel.input_side, kernel.output_side)}
     gated = tuple(k.input_side for k in kernels if k.input_side in labelling.findings.gated and k.input_side in classes)
-    return ChannelMap(int(number.max(initial=ALWAYS)) + 1, classes, sizes, kernels, gated, _pins(labelling))
+    return ChannelMap(int(class_of.max(initial=ALWAYS)) + 1, classes, sizes, kernels, gated, _pins(labelling))
 
 
 def _size(labelling: Labelling, side: Side) -> int:
@@ -72,11 +72,11 @@ def keeps_classes(labelling: Labelling, other: Labelling) -> bool:
     return bool(np.array_equal(labelling.class_of_label()[: other.space.count], other.class_of_label()))
 
 
-def _counted(call: KernelCall, number: np.ndarray) -> Kernel:
+def _counted(call: KernelCall, class_of: np.ndarray) -> Kernel:
     """The kernel with the classes that it repeats for, each in proportion to the rows that it has."""
     if call.rows is None:
         return call.kernel
-    classes, times = np.unique(number[call.rows.numpy()], return_counts=True)
+    classes, times = np.unique(class_of[call.rows.numpy()], return_counts=True)
     if (classes == ALWAYS).all():
         return call.kernel
     repeats = tuple(np.repeat(classes, times // np.gcd.reduce(times)).tolist())

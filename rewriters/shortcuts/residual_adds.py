@@ -144,10 +144,10 @@ def coupling(
     """
     while adds:
         labelling, freed = _label_freed(captured, adds, ignore, embed)
-        number = labelling.class_of_label()
+        class_of = labelling.class_of_label()
         needed = []
         for add, nodes in zip(adds, freed, strict=True):
-            shortcut, fresh = (number[_channels(labelling.values[node], add.dim)] for node in nodes)
+            shortcut, fresh = (class_of[_channels(labelling.values[node], add.dim)] for node in nodes)
             if (shortcut != fresh).any():
                 needed.append(add)
         if len(needed) == len(adds):

@@ -1,4 +1,8 @@
-"""Module fields that follow when widths change: those of convolutions, linear layers, norms and recurrent layers."""
+"""Module fields that follow when the shapes of a module's tensors change.
+
+Convolutions, linear layers, recurrent layers and attention have such fields. `normalized_shape`, `num_channels` and
+`num_groups` of norms follow the norm's vectors; an instance norm without tensors has only its field (`bare_norms`).
+"""
 
 from __future__ import annotations
 

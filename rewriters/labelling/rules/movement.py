@@ -82,7 +82,7 @@ def reorder(call: OpCall) -> Result:
 def roll(call: OpCall) -> Result:
     """As `move`, but labels aren't repeated along dimensions that they don't vary in."""
     value, shifts, dims = call.args[0], call.arg(1, "shifts"), call.arg(2, "dims", ())
-    if not dims:  # all elements in a row
+    if not dims:  # the flattened tensor
         return move(call)
     return _moved(call, value, [[layer.roll(shifts, dims)] for layer in value.layers])
 

@@ -27,7 +27,7 @@ def index_put(call: OpCall) -> Result:
     """
     value, keys, written = call.args[:3]
     given = [key for key in keys if key is not None]
-    if any(key.boolean and not key.ndim for key in given):  # all or nothing, on a dimension of its own
+    if any(key.boolean and not key.ndim for key in given):  # a single bool: all or nothing, along a new dimension
         return unknown(call)
     indexed = _indexed(value.ndim, keys)
     written = _as_wide(written, indexed.ndim - written.ndim, indexed.ndim)
