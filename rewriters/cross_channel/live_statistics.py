@@ -35,8 +35,8 @@ class LiveStatistic(nn.Module):
     """A call that takes a statistic across channels, over the live ones only.
 
     `live` has 1 for a live channel and 0 for a dead one. It is not part of the state_dict: `write` sets it whenever
-    gates are folded. `count` is the number of live channels for eager code. Compiled code reads only
-    the tensor, so that a channel's death doesn't recompile it.
+    gates are folded. `count` is the number of live channels for eager code. Compiled code reads only the tensor, so
+    that a channel's death doesn't recompile it.
 
     Args:
         size: number of channels.

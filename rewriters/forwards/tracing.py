@@ -2,8 +2,7 @@
 
 Unlike in torch.fx.symbolic_trace, every proxy knows the value that it stands for (a fake tensor, a size). So control
 flow on shapes, types and lengths can be traced. What was decided that way is written into the graph as a guard, and
-sizes stay
-expressions: the traced forward runs at other batch sizes and resolutions, or raises if it can't.
+sizes stay expressions: the traced forward runs at other batch sizes and resolutions, or raises if it can't.
 
 A traced call that ran at the same place when the model was captured, on the same labels, reuses the labels and tensors
 from then. Rules run only for other calls, those of train mode, say.

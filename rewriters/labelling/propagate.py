@@ -3,11 +3,10 @@
 All that matters of a dead channel is that nothing reads it: each layer that sums over it multiplies it by a zero
 column. So an op may do anything that lets dead elements act on dead elements only. Ops that only move data (view,
 permute, cat, split, slice, expand, pixel_shuffle ...) run on the label layers themselves. Elementwise ops merge the
-labels that
-meet: a residual add, a squeeze-excite product, a batch norm's vectors. A convolution or matrix product with a parameter
-merges its input's labels with the parameter's input side and passes on those of the output side. An op that mixes
-channels without a kernel that could be zeroed (softmax, a sum over the channels, an op without a rule) pins the labels
-that reach it. What each op does is a rule: one function in `rules/`.
+labels that meet: a residual add, a squeeze-excite product, a batch norm's vectors. A convolution or matrix product with
+a parameter merges its input's labels with the parameter's input side and passes on those of the output side. An op that
+mixes channels without a kernel that could be zeroed (softmax, a sum over the channels, an op without a rule) pins the
+labels that reach it. What each op does is a rule: one function in `rules/`.
 
 There is no rule for attention as such; heads come out of the views and products that it is written in. A product of
 activations sums over the positions in a head, and no kernel stands there that could be zeroed. So labels that vary over

@@ -43,8 +43,8 @@ class Capture:
     """A recorded forward.
 
     Attributes:
-        graph: ATen calls; a node's meta holds `val` (fake tensor or tuple of them) and `call`, the
-            `ModuleCall` it ran in. `get_attr` nodes are named as `model.get_parameter` names them.
+        graph: ATen calls; a node's meta holds `val` (fake tensor or tuple of them) and `call`, the `ModuleCall` it ran
+            in. `get_attr` nodes are named as `model.get_parameter` names them.
         root: the outermost module call.
         nodes: the node that made each fake tensor, by the tensor's id (the tensors live in the graph).
         tensors: fake tensors of parameters and buffers, by qualified name.

@@ -12,8 +12,7 @@ computed from activations too, has its channels pinned.
 In attention a product of activations sums over the positions in a head, so whole heads die. Scores carry a label for
 each head. Heads that share keys and values die with them; a pair that all heads share stays. It is expanded for them,
 and the positions along an expanded or repeated dimension get labels that belong to no layer, as zeros created in the
-forward
-do: they are removed with the heads that they meet.
+forward do: they are removed with the heads that they meet.
 """
 
 from __future__ import annotations
