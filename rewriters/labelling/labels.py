@@ -142,7 +142,7 @@ class LabelSpace:
         self._noted = 0
 
     def fork(self) -> LabelSpace:
-        """A copy of this space, which later changes to either leave apart."""
+        """A copy that can change without changing this space."""
         other = LabelSpace()
         other.count, other.blocks, other.notes = self.count, dict(self.blocks), list(self.notes)
         other._roots, other._merged = self._roots, list(self._merged)

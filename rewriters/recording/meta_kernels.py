@@ -204,7 +204,7 @@ KNOWN_ELEMENTS = 1024
 def constant(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A fake tensor for one that is not a parameter, buffer or input: a plain attribute of a module, say.
 
-    It keeps its values, so a forward can take a number from it (`strides[0]`).
+    Up to `KNOWN_ELEMENTS` elements it keeps its values, so a forward can take a number from it (`strides[0]`).
     """
     if tensor.numel() > KNOWN_ELEMENTS or type(tensor) is not Tensor:
         return mode.from_tensor(tensor)

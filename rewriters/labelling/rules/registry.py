@@ -84,7 +84,7 @@ class KernelCall:
     Attributes:
         kernel: the kernel with the costs of the call.
         rows: labels of the channels that the kernel repeats for, as a layer across tokens does; the costs are those of
-            all repeats. None if it runs once.
+            all repeats. None if it repeats for no channels.
     """
 
     kernel: Kernel
