@@ -1,11 +1,11 @@
-"""What happens to a model's graph: capture, channel labels, slimming, verification.
+"""Analysis and rewriting of models: capture, channel labels, slimming, verification.
 
     analysis = rewriters.analyse(model, (example,))       # the channel map, in seconds
-    rewriters.dry_run(model, analysis, (example,))       # the proof that all of it can go
+    rewriters.dry_run(model, analysis, (example,))        # the proof that every class can be removed
     plan = rewriters.plan(model, analysis, live)          # which indices stay, which forwards change
-    rewriters.apply(model, plan, rewriters.UndoLog())     # carried out on the live model, and undoable
+    rewriters.apply(model, plan, rewriters.UndoLog())     # carried out on the live model; it can be undone
 
-Nothing here knows how a gate is learned.
+Nothing here knows how a gate is learned. `rewriters/README.md` walks through the folders with an example.
 """
 
 from rewriters.analysis import Analysis, analyse, samples_in

@@ -1,4 +1,4 @@
-"""The errors that both packages raise: each says where, what and what to do about it."""
+"""The errors that both packages raise. Each says what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ class AutogateError(RuntimeError):
     """A model, an argument or a state that autogate cannot work with.
 
     Args:
-        cause: what was found.
-        where: module path (and op) it was found at; empty for the call as a whole.
+        cause: what is wrong.
+        where: module path (and op) where it is; empty for the call as a whole.
         remedy: what the caller can do about it.
 
     The model is as it was before the call that raised.
@@ -21,15 +21,15 @@ class AutogateError(RuntimeError):
 
 
 class CaptureError(AutogateError):
-    """The model's forward could not be recorded: its control flow hangs on the values of tensors, for instance."""
+    """The model's forward can't be captured: its control flow depends on the values of tensors, for instance."""
 
 
 class TraceError(AutogateError):
-    """A module's forward cannot be followed by torch.fx."""
+    """torch.fx can't trace a module's forward."""
 
 
 class SurgeryError(AutogateError):
-    """A module could not be rewritten for the channels that are left; `finalize` raises it."""
+    """A module can't be rewritten for the channels that are left. `finalize` raises it."""
 
 
 class VerificationError(AutogateError):

@@ -1,4 +1,4 @@
-"""Changes to a live module tree that can all be taken back."""
+"""Changes to a live module tree, all of which can be undone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class UndoLog:
-    """Applies changes to modules and remembers what was there before."""
+    """Applies changes to modules and remembers the values before."""
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {}  # by the id of what was changed
@@ -32,11 +32,11 @@ class UndoLog:
         self.set(module.__dict__, name, value)
 
     def set_tensor(self, module: nn.Module, name: str, value: Tensor) -> None:
-        """Put a parameter or buffer in the place of another."""
+        """Replace a parameter or buffer."""
         self.set(module._parameters if name in module._parameters else module._buffers, name, value)
 
     def undo(self) -> None:
-        """Take everything back; entries are in the order they were in."""
+        """Undo all changes; entries get their order back too."""
         for entries, before in self._before.values():
             entries.clear()
             entries.update(before)

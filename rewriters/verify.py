@@ -1,4 +1,8 @@
-"""Compare what two models, or one model before and after, give for the same inputs."""
+"""Compare the outputs of two models, or of one model before and after a change, for the same inputs.
+
+Deep networks whose weights magnify rounding may differ by more than float32's tolerance. The caller then compares
+copies in float64.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from rewriters.recording import set_modes, tensors_of
 
 
 def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """Tensors that the model returns in eval mode, float32 not rounded; its modes are as before afterwards."""
+    """The tensors that the model returns in eval mode, with full float32 precision; its modes are restored."""
     before = set_modes(model, False)
     try:
         with torch.no_grad(), full_precision():
@@ -24,15 +28,15 @@ def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions and matrix products take float32 as it is.
+    """Inside, convolutions and matrix products compute in full float32.
 
-    On a GPU convolutions round their operands to ten bits (TF32) by default, and products where the caller has asked
-    for it: two ways of computing the same differ by 1e-4 then.
+    On a GPU, convolutions round their operands to ten bits (TF32) by default, and matrix products do if the caller
+    asked for it. Two ways to compute the same result then differ by 1e-4.
     """
     with _kept_by_operator() as operators:
         try:
             convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-        except RuntimeError:  # set operator by operator, so that these can't tell
+        except RuntimeError:  # the caller has set precisions by operator, so these two have no single value
             for operator in operators:
                 operator.fp32_precision = "ieee"
             yield
@@ -48,9 +52,11 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def _kept_by_operator() -> Iterator[list[Any]]:
-    """What PyTorch lets set its precision by operator (none did up to 2.8), which is as before afterwards."""
+    """The operators whose precision can be set (none up to PyTorch 2.8); their precision is restored afterwards."""
     homes = ((torch.backends.cudnn, "conv"), (torch.backends.cudnn, "rnn"), (torch.backends.cuda, "matmul"))
-    operators = [operator for home, name in homes if hasattr(operator := getattr(home, name, None), "fp32_precision")]
+    operators: list[Any] = [
+        operator for home, name in homes if hasattr(operator := getattr(home, name, None), "fp32_precision")
+    ]
     before = [operator.fp32_precision for operator in operators]
     try:
         yield operators
@@ -61,7 +67,7 @@ def _kept_by_operator() -> Iterator[list[Any]]:
 
 @torch.no_grad()
 def relative_error(got: list[Tensor], wanted: list[Tensor]) -> float:
-    """Largest over the outputs of max |got - wanted| / max |wanted|; infinite where shapes differ."""
+    """The largest max |got - wanted| / max |wanted| over the outputs; infinite if shapes differ."""
     if [t.shape for t in got] != [t.shape for t in wanted]:
         return float("inf")
     errors = [0.0]

@@ -34,7 +34,7 @@ from autogate.slim import (
     replay,
 )
 from rewriters import AutogateError, UndoLog
-from rewriters.slimming import follow_tensors, like, tensor_slots
+from rewriters.slimming import like, refresh_flat_weights, tensor_slots
 
 
 @locked
@@ -163,7 +163,7 @@ def _fill(
             new = tensors[names[id(tensor)]].clone() if id(tensor) in names else tensor.detach()
             filled[id(tensor)] = like(tensor, new.to(tensor.device if device is None else device))
         undo_log.set_tensor(module, own_name, filled[id(tensor)])
-    follow_tensors(model, undo_log)
+    refresh_flat_weights(model, undo_log)
     frozen, training = set(header.frozen), set(header.training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -123,7 +123,7 @@ class Drawing:
 
     def left(self, label: int) -> str | None:
         """As `merged`; None where the class dies."""
-        number = int(self.analysis.labelling.numbering()[label])
+        number = int(self.analysis.labelling.class_of_label()[label])
         return self.merged(label) if number == rewriters.ALWAYS or bool(self.plan.live[number]) else None
 
     def row(self, top: int, title: str, text: str, paint: Callable[[int], str | None], gates: bool = True) -> None:

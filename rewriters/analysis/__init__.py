@@ -1,6 +1,9 @@
-"""All that is known of a model's channels: in come a model and example inputs, out comes an `Analysis`."""
+"""Analyse a model. In: a model and example inputs. Out: an `Analysis` with its channel map."""
 
-from rewriters.analysis.analyse import Analysis, analyse, pin_call, samples_in, trace_calls
+from rewriters.analysis.analyse import analyse, pin_call
+from rewriters.analysis.analysis import Analysis
+from rewriters.analysis.capture_modes import samples_in
+from rewriters.analysis.traced_modules import trace_calls
 from rewriters.analysis.trial_rewrites import trial_pattern
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Rewrite every traced forward for trial patterns of dead classes: what has no form for fewer channels keeps them."""
+"""Rewrite every traced forward for trial patterns of dead classes, and pin what can't be rewritten."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from rewriters.forwards import Cut, Traced, Unwritable
+from rewriters.forwards import CannotResizeError, LabelMask, TracedForward
 from rewriters.labelling import ALWAYS, Labelling, distinct, empty_ends, picked
 from rewriters.recording import all_tensors, collect, tensors_at, tensors_of
 
 
 def trial_pattern(size: int, seed: int) -> Tensor:
-    """A reproducible pattern of live classes, half of them on average; bool of shape (size,)."""
+    """A reproducible random pattern of live classes, half of them on average; bool of shape (size,)."""
     return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
-def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
-    """A pattern that leaves sides of the same length different numbers of channels; bool of shape (classes,).
+def _staggered_pattern(labelling: Labelling, class_of: np.ndarray) -> Tensor:
+    """A pattern that leaves sides of the same length with different numbers of channels; bool of shape (classes,).
 
-    At random two sides may be left with as many, and a size that is read off the one and used for the other
-    does, by chance.
+    In a random pattern two sides may be left with equally many channels. Then a size that is read from one and used for
+    the other is right by chance.
     """
-    live = torch.ones(int(number.max(initial=ALWAYS)) + 1, dtype=torch.bool)
-    sides = (number[start : start + length] for start, length in _mortal_blocks(labelling, number))
+    live = torch.ones(int(class_of.max(initial=ALWAYS)) + 1, dtype=torch.bool)
+    sides = (class_of[start : start + length] for start, length in _removable_blocks(labelling, class_of))
     seen: set[bytes] = set()
     for side in {side.tobytes(): side for side in sides}.values():
         classes, _ = distinct(side)
@@ -36,67 +36,67 @@ def _staggered_pattern(labelling: Labelling, number: np.ndarray) -> Tensor:
     return live
 
 
-def _mortal_blocks(labelling: Labelling, number: np.ndarray) -> list[tuple[int, int]]:
-    """Where the labels of sides lie on which something may die."""
+def _removable_blocks(labelling: Labelling, class_of: np.ndarray) -> list[tuple[int, int]]:
+    """(start, length) of the labels of each side on which a class can be removed."""
     blocks = labelling.space.blocks.values()
-    return [(start, length) for start, length in blocks if (number[start : start + length] != ALWAYS).any()]
+    return [(start, length) for start, length in blocks if (class_of[start : start + length] != ALWAYS).any()]
 
 
-def _nowhere_empty(labelling: Labelling, number: np.ndarray, live: Tensor) -> Tensor:
-    """Live classes and the first of every side that would be left with nothing: a slim layer keeps one channel."""
-    blocks = _mortal_blocks(labelling, number)
+def _nowhere_empty(labelling: Labelling, class_of: np.ndarray, live: Tensor) -> Tensor:
+    """Live classes, and the first class of every side that would be empty: a slim layer keeps one channel."""
+    blocks = _removable_blocks(labelling, class_of)
     kept = live.clone()
     if blocks:
         ends = np.concatenate([np.arange(start, start + length) for start, length in blocks])
-        stays = np.append(live.numpy(), True)[number[ends]]
+        stays = np.append(live.numpy(), True)[class_of[ends]]
         for end in empty_ends([length for _, length in blocks], stays):
-            kept[number[blocks[end][0]]] = True
+            kept[class_of[blocks[end][0]]] = True
     return kept
 
 
-def pin_unwritable(labelling: Labelling, forwards: Sequence[Traced]) -> None:
-    """Rewrite every traced forward for trial patterns; what has no form for them is pinned.
+def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> None:
+    """Rewrite every traced forward for trial patterns, and pin what has no form for them.
 
-    Of forwards that are alike (the attention of each block) one is tried, and all of them if that one is refused.
+    Of equal forwards (the attention of each block) one is tried; if it fails, all of them are.
     """
     settled = not forwards
     while not settled:
         settled = True
-        number = labelling.numbering()
-        unlike = {_likeness(traced, number): traced for traced in forwards}
-        size = int(number.max(initial=-1)) + 1
-        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, number)):
-            cut = Cut(labelling.stays(_nowhere_empty(labelling, number, live)))
-            refused = any(_refusal(traced, cut) for traced in unlike.values())
+        class_of = labelling.class_of_label()
+        unlike = {_likeness(traced, class_of): traced for traced in forwards}
+        size = int(class_of.max(initial=-1)) + 1
+        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, class_of)):
+            mask = LabelMask(labelling.stays(_nowhere_empty(labelling, class_of, live)))
+            refused = any(_refusal(traced, mask) for traced in unlike.values())
             collect()
             if not refused:
                 continue
             settled = False
             for traced in forwards:
-                error = _refusal(traced, cut)
+                error = _refusal(traced, mask)
                 if error is not None:
-                    _pin_refused(labelling, traced, error, number)
+                    _pin_refused(labelling, traced, error, class_of)
             break
 
 
-def _refusal(traced: Traced, cut: Cut) -> Unwritable | None:
+def _refusal(traced: TracedForward, mask: LabelMask) -> CannotResizeError | None:
     try:
-        traced.resize(cut)
-    except Unwritable as error:
+        traced.resize(mask)
+    except CannotResizeError as error:
         return error
     return None
 
 
-def _likeness(traced: Traced, number: np.ndarray) -> tuple[str, str, bytes]:
-    """The same for forwards of the same code on tensors of the same shapes, whose channels are coupled alike."""
-    in_order = np.full(number.max(initial=ALWAYS) + 2, -1)  # classes numbered as they come, whatever their numbers are
+def _likeness(traced: TracedForward, class_of: np.ndarray) -> tuple[str, str, bytes]:
+    """A key that is equal for forwards of the same code, on tensors with the same shapes and the same coupling."""
+    in_order = np.full(class_of.max(initial=ALWAYS) + 2, -1)  # classes renumbered in the order in which they come
     in_order[ALWAYS] = 0
     coupled, shapes, count = hashlib.blake2b(), [], 1
     for tensor in all_tensors(traced.graph):
         own = traced.known[id(tensor)].layers if id(tensor) in traced.known else ()
         shapes.append((tuple(tensor.shape), [tuple(layer.shape) for layer in own]))
         for layer in own:
-            classes = picked(number, layer.numpy().ravel())
+            classes = picked(class_of, layer.numpy().ravel())
             if (classes == ALWAYS).all():
                 coupled.update(b"all stay")
                 continue
@@ -109,21 +109,21 @@ def _likeness(traced: Traced, number: np.ndarray) -> tuple[str, str, bytes]:
     return str(traced.graph), repr(shapes), coupled.digest()
 
 
-def _pin_refused(labelling: Labelling, traced: Traced, error: Unwritable, number: np.ndarray) -> None:
-    """Keep the channels at a node that has no form for fewer of them, `number` being the classes it was tried on.
+def _pin_refused(labelling: Labelling, traced: TracedForward, error: CannotResizeError, class_of: np.ndarray) -> None:
+    """Pin the channels at a node that has no form for fewer of them; `class_of` has the classes that it was tried with.
 
-    Where those stay already, it is a size that was read elsewhere (of the forward's input, say) that is
-    wrong: what the sizes on the way to the node were read off stays too, or all that the forward touches.
+    If these are pinned already, a size that was read elsewhere (from the forward's input, say) is wrong. Then the
+    tensors that the node's sizes were read from are pinned too, or at last all that the forward touches.
     """
     for tensors in (tensors_at(error.node), _sizes_read(error.node), all_tensors(traced.graph)):
         labelling.pin_values(tensors, traced.known, traced.path, str(error.node.target), error.cause)
-        if not np.array_equal(labelling.numbering(), number):
+        if not np.array_equal(labelling.class_of_label(), class_of):
             return
     raise error
 
 
 def _sizes_read(node: fx.Node) -> list[Tensor]:
-    """Tensors off which anything was read that is no tensor and that `node` was computed with."""
+    """The tensors that anything other than a tensor was read from on the way to `node`."""
     seen: set[fx.Node] = set()
     open_ends, tensors = [node], []
     while open_ends:

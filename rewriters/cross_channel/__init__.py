@@ -1,13 +1,21 @@
-"""Take statistics across channels (norms) over the live channels alone, for as long as gates train."""
+"""Take cross-channel statistics (norms) over the live channels only, while gates train."""
 
-from rewriters.cross_channel.placement import Site, place, plain_statistics, site, statistics, take_off, write_live
+from rewriters.cross_channel.installing import (
+    StatisticSite,
+    find_statistics,
+    gather_statistics,
+    install_live_statistics,
+    plain_statistics,
+    remove_live_statistics,
+    write_live,
+)
 
 __all__ = [
-    "Site",
-    "place",
+    "StatisticSite",
+    "find_statistics",
+    "gather_statistics",
+    "install_live_statistics",
     "plain_statistics",
-    "site",
-    "statistics",
-    "take_off",
+    "remove_live_statistics",
     "write_live",
 ]

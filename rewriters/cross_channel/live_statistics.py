@@ -1,16 +1,21 @@
-"""Statistics over the live channels only: norms, means and variances as a slim model will take them.
+"""Statistics over the live channels only: norms, means and variances as the slim model will take them.
 
-A layer norm over C channels n of which are alive is a layer norm over those n; the slim model's is, and a
-gated model's has to be the same. Here are the modules that stand in for such a call while gates train. Each
-holds which channels are alive. While all are, it is the plain call; so a model that was only prepared gives
-bit by bit what it gave.
+If n of C channels are live, the slim model's layer norm is a layer norm over those n, and the gated model's has to be
+the same. Each module here makes such a call while gates train. It holds which channels are live. While all are, it
+makes the plain call, so a model that was only prepared gives the same bits as before.
 
-With m the live channels' mean, put into the dead places, the mean over all C is m and the variance is n / C
-of the live channels' variance v. As (x - m) / sqrt(v + eps) is sqrt(n / C) (x - m) / sqrt(n / C v + n / C eps),
-the plain fused norm with its eps scaled by n / C and its weight by sqrt(n / C) gives the live norm in every
-live place. For group norms the same holds group by group, for RMS norms with zeros in the dead places.
+Let m be the mean of the live channels and v their variance. With m at the dead channels, the mean over all C is m and
+the variance is n / C v. And (x - m) / sqrt(v + eps) is sqrt(n / C) (x - m) / sqrt(n / C v + n / C eps). So the plain
+fused norm, with its eps scaled by n / C and its weight by sqrt(n / C), gives the live norm at every live channel. For
+group norms the same holds group by group, for RMS norms with zeros at the dead channels.
 
-What a dead place holds has to be finite, for it is multiplied by zero here as it is in every kernel.
+Forward and backward of a layer norm with dead channels take 2.0 to 2.6 times as long as the plain one's, on one
+processor core in eager mode (sizes of a ViT and a ConvNeXt). The formula written out takes 4 to 6.6 times as long.
+
+A class's gate acts on the kernels behind a norm and not on the norm's statistics. These change when the class dies, all
+at once, by the share of one channel.
+
+Values at dead channels have to be finite, because they are multiplied by zero here as in every kernel.
 """
 
 from __future__ import annotations
@@ -27,16 +32,16 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class LiveStatistic(nn.Module):
-    """A call that takes a statistic along channels, over the live ones of them.
+    """A call that takes a statistic across channels, over the live ones only.
 
-    A live channel counts as 1 and a dead one as 0 in `live`, which is no part of a state_dict: who knows the
-    live channels writes them (`write`). `count` says the same to Python; compiled code reads the tensor
-    alone, so that no channel's death makes it compile anew.
+    `live` has 1 for a live channel and 0 for a dead one. It is not part of the state_dict: `write` sets it whenever
+    gates are folded. `count` is the number of live channels for eager code. Compiled code reads only the tensor, so
+    that a channel's death doesn't recompile it.
 
     Args:
         size: number of channels.
-        dim: the dimension they lie along, counted from the last (-1).
-        like: a tensor whose device and floating point type they take.
+        dim: the dimension that they lie along, counted from the last (-1).
+        like: a tensor with the device and floating-point dtype of `live`.
     """
 
     live: Tensor
@@ -48,7 +53,7 @@ class LiveStatistic(nn.Module):
         self.dim, self.count = dim, size
 
     def write(self, live: Tensor) -> None:
-        """Let the channels in `live` (bool, shape (size,)) be those alive."""
+        """Set which channels are live (bool, shape (size,))."""
         with torch.no_grad():
             self.live.copy_(live)
         self.count = int(live.sum())
@@ -57,32 +62,32 @@ class LiveStatistic(nn.Module):
         return f"{self.count} of {len(self.live)} channels along dimension {self.dim}"
 
     def plain(self) -> bool:
-        """Whether the call can be made as it stands."""
+        """Whether to make the plain call: all channels are live."""
         return not torch.compiler.is_compiling() and self.count == len(self.live)
 
     def share(self) -> float | Tensor:
-        """n / C, of at least one channel."""
+        """n / C, where n is at least 1."""
         if torch.compiler.is_compiling():
             count = self.live.sum(dtype=torch.promote_types(self.live.dtype, torch.float32))
             return count.clamp(min=1) / len(self.live)
         return max(self.count, 1) / len(self.live)
 
     def along(self, x: Tensor) -> Tensor:
-        """`live` in the shape that meets x."""
+        """`live` in a shape that broadcasts with x."""
         return self.live.to(x.dtype).view(-1, *[1] * (-self.dim - 1))
 
     def mean(self, x: Tensor, dims: Sequence[int]) -> Tensor:
-        """The mean over `dims`, these kept with size 1."""
+        """The mean over `dims` of the live channels; the dimensions stay, with size 1."""
         total = _count(x, dims)
         return (x * (self.along(x) / (self.share() * total))).sum(tuple(dims), keepdim=True)
 
     def filled(self, x: Tensor, dims: Sequence[int]) -> Tensor:
-        """x with the live mean over `dims` in the dead places."""
+        """x with the mean of the live channels over `dims` at the dead ones."""
         return torch.lerp(x, self.mean(x, dims), 1 - self.along(x))
 
 
 def _count(x: Tensor, dims: Sequence[int]) -> int:
-    """Elements along `dims`."""
+    """Number of elements along `dims`."""
     count = 1
     for dim in dims:
         count *= x.shape[dim]
@@ -93,9 +98,9 @@ def _scaled(
     norm: Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor],
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, share: float | Tensor,
 ) -> Tensor:  # fmt: skip
-    """The norm of x, whose dead places add nothing, as if they were not there."""
+    """The norm of x over its live channels; the dead ones in x have to add nothing to the statistics."""
     root = share**0.5
-    if isinstance(share, Tensor):  # eps is a number: let x be as large as it has to be for it
+    if isinstance(share, Tensor):  # eps has to be a number, so x is scaled instead
         x = x / root
     else:
         eps = eps * share
@@ -106,12 +111,12 @@ def _scaled(
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Half precision as the single precision that the fused norms compute in."""
+    """Half precision as single precision, in which the fused norms compute."""
     return x.float() if x.dtype in _HALF else x
 
 
 def _narrowed(y: Tensor, x: Tensor) -> Tensor:
-    """A norm's result in the type that the plain norm of x would have had: off the CPU autocast widens it."""
+    """A norm's result in the dtype of the plain norm of x, which autocast widens except on the CPU."""
     widens = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
     return y if widens else y.to(x.dtype)
 
@@ -145,7 +150,7 @@ class LiveRMSNorm(LiveStatistic):
 
 
 class LiveGroupNorm(LiveStatistic):
-    """`F.group_norm` where the same places of every group are alive; `live` has an entry a place."""
+    """`F.group_norm` where the same positions of every group are live; `live` has an entry for each position."""
 
     def forward(
         self, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
@@ -190,7 +195,7 @@ class LiveVariance(LiveStatistic):
 def _variance_arguments(
     input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
 ) -> tuple[tuple[int, ...], float, bool]:
-    """Dimensions, correction and keepdim of a call of `torch.var` and its kin."""
+    """Dimensions, correction and keepdim of a call of `torch.var` and similar functions."""
     if isinstance(dim, bool):  # var(unbiased)
         dim, unbiased = None, dim
     dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
@@ -198,7 +203,7 @@ def _variance_arguments(
 
 
 class LiveOrZero(LiveStatistic):
-    """A call to which dead channels are zeros: `F.normalize` or a vector norm, a convolution along channels."""
+    """A call with zeros for dead channels: `F.normalize`, a vector norm, a convolution along channels."""
 
     def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
         super().__init__(size, dim, like)
@@ -209,7 +214,7 @@ class LiveOrZero(LiveStatistic):
 
 
 class LiveExtreme(LiveStatistic):
-    """`torch.amax`, `torch.amin`, or `torch.max` or `torch.min` along a dimension, over the live channels."""
+    """`torch.amax` or `torch.amin`, or `torch.max` or `torch.min` along a dimension, over the live channels."""
 
     def __init__(self, size: int, dim: int, like: Tensor, name: str):
         super().__init__(size, dim, like)
@@ -222,7 +227,10 @@ class LiveExtreme(LiveStatistic):
 
 
 class LiveStandardisation(LiveStatistic):
-    """`F.batch_norm` of a kernel, of shape (1, out, in), by the mean and variance of each output's live inputs.
+    """`F.batch_norm` of a kernel of shape (1, out, in), with the mean and variance of each output's live inputs.
+
+    The slim layer standardises what is left of the weight with its own code. A gate on the weight's columns acts on
+    them, but not on their share in mean and deviation, which changes when a class dies.
 
     Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", section 3.
     """
@@ -242,10 +250,10 @@ class LiveStandardisation(LiveStatistic):
 
 
 class LiveKernel(LiveStatistic):
-    """A convolution or product with a derived kernel, whose dead columns are left out."""
+    """A convolution or matrix product with a derived kernel, whose dead columns are masked."""
 
     def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
-        super().__init__(size, -1 if function is F.linear else dim, like)  # in a product the kernel lies transposed
+        super().__init__(size, -1 if function is F.linear else dim, like)  # a matrix product has it transposed
         self.function = function
 
     def forward(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -276,9 +284,9 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     torch.linalg.vector_norm: partial(LiveOrZero, function=torch.linalg.vector_norm),
     **dict.fromkeys([torch.norm, "norm"], partial(LiveOrZero, function=torch.norm)),
 }
-"""What stands in for a traced call, by its function or its method's name."""
+"""The module that takes a statistic over the live channels, by the function or method name of the traced call."""
 
-FORMS_BY_PLACE: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
+FORMS_BY_POSITION: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     function: partial(LiveOrZero, function=function) for function in _CONVOLUTIONS
 }
-"""The same for calls that know channels by their places."""
+"""The same for calls that know channels by position."""

@@ -1,31 +1,32 @@
-"""Trace a module's own forward and rewrite it for fewer channels: in comes a module, out comes a new `forward`."""
+"""Trace a module's own forward and rewrite it for fewer channels. In: a module and its call. Out: a new `forward`."""
 
-from rewriters.forwards.multi_head_attention import keep_layers_apart
-from rewriters.forwards.resizing import Cut, Unwritable, sweep
+from rewriters.forwards.label_mask import LabelMask
+from rewriters.forwards.multi_head_attention import disable_fused_layers
+from rewriters.forwards.resizing import CannotResizeError, sweep
 from rewriters.forwards.rewritten_forward import (
     InterpretedForward,
     LiveForward,
     RewrittenForward,
     bind_arguments,
-    given_to,
     out_of_place,
+    placeholder_values,
 )
-from rewriters.forwards.traced import Traced, by_mode, trace_modes
+from rewriters.forwards.traced_forward import TracedForward, graphs_by_mode, trace_modes
 from rewriters.forwards.tracer_patches import patches_held
 
 __all__ = [
-    "Cut",
+    "CannotResizeError",
     "InterpretedForward",
+    "LabelMask",
     "LiveForward",
     "RewrittenForward",
-    "Traced",
-    "Unwritable",
+    "TracedForward",
     "bind_arguments",
-    "by_mode",
-    "given_to",
-    "keep_layers_apart",
+    "disable_fused_layers",
+    "graphs_by_mode",
     "out_of_place",
     "patches_held",
+    "placeholder_values",
     "sweep",
     "trace_modes",
 ]

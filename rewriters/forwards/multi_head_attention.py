@@ -1,7 +1,8 @@
-"""torch.nn.MultiheadAttention in calls that torch.fx follows and whose sizes can be written anew.
+"""torch.nn.MultiheadAttention written out in calls that torch.fx can trace and whose sizes can be rewritten.
 
-Its own forward hands everything to one function, which takes the number of heads and the embedding for each other's
-multiples. Here a head's width is what is fixed, and heads are as many as the kernels have rows for.
+Its own forward passes everything to one function, which requires the embedding to be a multiple of the number of heads.
+Here the width of a head is fixed, and the number of heads follows from the rows of the kernels. The module is traced as
+written here, and runs this forward once anything in it is removed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def multi_head_attention(
     need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The forward of `torch.nn.MultiheadAttention`: what goes in and comes out is what its documentation says."""
+    """The forward of `torch.nn.MultiheadAttention`, with the arguments and results of its documentation."""
     batched = query.dim() == 3
     if not batched:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -34,7 +35,7 @@ def multi_head_attention(
     key = F.linear(key, key_weight, key_bias)
     value = F.linear(value, value_weight, value_bias)
     added = 0
-    if self.bias_k is not None:
+    if self.bias_k is not None and self.bias_v is not None:
         key = torch.cat([key, self.bias_k.expand(key.shape[0], -1, -1)], 1)
         value = torch.cat([value, self.bias_v.expand(value.shape[0], -1, -1)], 1)
         added += 1
@@ -61,7 +62,7 @@ def multi_head_attention(
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, query: Tensor, added: int) -> Tensor | None:
-    """Both masks as one to add to scores, of shape (N or 1, heads or 1, L or 1, S); `added` keys more than they say."""
+    """Both masks as one to add to scores, shape (N or 1, heads or 1, L or 1, S), extended for `added` keys."""
     masks = []
     if attention is not None:
         mask = _to_add(attention, query)
@@ -79,8 +80,8 @@ def _to_add(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
-def keep_layers_apart(model: nn.Module, undo_log: UndoLog) -> None:
-    """Let transformer layers call their parts: a fused kernel of theirs reads the parts' parameters by itself."""
+def disable_fused_layers(model: nn.Module, undo_log: UndoLog) -> None:
+    """Make torch's transformer layers call their submodules instead of a fused kernel that reads their parameters."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             undo_log.set_attribute(module, "use_nested_tensor", False)

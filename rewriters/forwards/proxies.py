@@ -1,9 +1,13 @@
-"""Proxies that know the value they stand for: control flow on shapes, types and lengths can be followed."""
+"""Proxies that know the value they stand for, so that control flow on shapes, types and lengths can be traced.
+
+What was decided that way becomes a guard in the graph, and sizes stay expressions. So the rewritten forward runs at
+other batch sizes and resolutions, or raises an error that says why it can't.
+"""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -11,16 +15,30 @@ from torch.fx.proxy import Attribute
 
 from rewriters.errors import TraceError
 
-_len = len  # builtins may have another while a forward is followed
+_len = len  # `builtins.len` is patched while a forward is traced
 
 
-class Valued(fx.Proxy):
+class ValueTracer(fx.Tracer):
+    """A tracer whose proxies know their values."""
+
+    def concrete(self, proxy: ValueProxy) -> Any:
+        """The value of a proxy, which control flow depends on from here on."""
+        raise NotImplementedError
+
+
+class ValueProxy(fx.Proxy):
     """A proxy that knows the value it stands for.
 
-    Asked by a traced forward, `isinstance` and `len` answer for the value (`tracer_patches.py`). The former isn't
-    made to by a `__class__` of the value's: PyTorch's C++ would believe that too, and read memory that a tensor would
-    have.
+    In a traced forward, `isinstance` and `len` answer for the value; they are patched for that (`tracer_patches.py`). A
+    `__class__` that returns the value's class won't do for `isinstance`: PyTorch's C++ would believe it too, treat the
+    proxy as a tensor, and crash. And Python lets no `__len__` return an expression.
     """
+
+    tracer: ValueTracer
+
+    if TYPE_CHECKING:  # fx sets it
+
+        def __getitem__(self, key: Any) -> Any: ...
 
     @property
     def value(self) -> Any:
@@ -33,12 +51,12 @@ class Valued(fx.Proxy):
             return lambda: self.ndim
         if callable(getattr(self.value, name)):
             return Attribute(self, name)
-        found = self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        # A number of dimensions is a number: forms are looked up by it (in a dict, by einops), and slimming keeps it.
+        found: Any = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        # `ndim` is a plain number: forwards look things up by it (einops in a dict), and slimming doesn't change it.
         return self.tracer.concrete(found) if isinstance(self.value, Tensor) and name == "ndim" else found
 
     def length(self) -> Any:
-        """What `len` is: of a tensor a size, which stays an expression; the number itself of anything else."""
+        """The result of `len`: an expression for a tensor's size, the number itself for anything else."""
         of_tensor = isinstance(self.value, Tensor)
         return self.tracer.create_proxy("call_function", _len, (self,), {}) if of_tensor else _len(self.value)
 
@@ -46,7 +64,7 @@ class Valued(fx.Proxy):
         return iter([self[index] for index in range(self.__len__())])
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """x[key] = y, written as what it does: y is copied into a view of x, or written to the places picked in it."""
+        """x[key] = y, recorded as a copy of y into a view of x, or as a write to the positions picked in that view."""
         if not isinstance(self.value, Tensor):
             raise TraceError(f"it assigns to an element of a {type(self.value).__name__}")
         sliced, picked = _parts(key)
@@ -79,9 +97,9 @@ class Valued(fx.Proxy):
 
 
 def _parts(key: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """A key as PyTorch takes it: what makes a view (numbers, slices, None, ...), then what is picked in that view.
+    """Split a key as PyTorch does: what makes a view (numbers, slices, None, ...), then what is picked in that view.
 
-    Either is empty where it would leave all as it is.
+    Either part is empty if it would change nothing.
     """
     sliced: list[Any] = []
     picked: list[Any] = []
@@ -90,7 +108,7 @@ def _parts(key: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             sliced.append(item)
             picked += [] if isinstance(item, int) else [item if item is Ellipsis else slice(None)]
         else:
-            given = item.value if type(item) is Valued else item
+            given = item.value if type(item) is ValueProxy else item
             sliced += [slice(None)] * (given.ndim if getattr(given, "dtype", None) is torch.bool else 1)
             picked.append(item)
     if all(map(_is_whole, picked)):
@@ -99,5 +117,5 @@ def _parts(key: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _is_whole(item: Any) -> bool:
-    """Whether an index takes all there is."""
+    """Whether an index takes everything."""
     return item is Ellipsis or (isinstance(item, slice) and item.start is item.stop is item.step is None)

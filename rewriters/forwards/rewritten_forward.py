@@ -1,7 +1,11 @@
-"""A module's forward in the form of a rewritten torch.fx graph.
+"""A rewritten torch.fx graph as a module's forward.
 
-The module stays the object it was, with its class, hooks, attributes and children; only its `forward` is
-shadowed on the instance.
+The rewritten forward shadows the module's own on the instance, for both train and eval mode. The module stays the same
+object, with its class, attributes, hooks and children; it can be deep-copied and pickled. (A GraphModule instead of it
+would lose all of these but the children.) Forwards with the same code, as a network's blocks have, share it compiled.
+Its lines, which tracebacks show, are dropped with the last of them.
+
+The dry run interprets rewritten forwards node by node instead (`InterpretedForward`).
 """
 
 from __future__ import annotations
@@ -25,28 +29,28 @@ from rewriters.forwards.multi_head_attention import multi_head_attention
 
 
 class ShapeGuardError(RuntimeError):
-    """A rewritten forward ran with arguments that decide its control flow otherwise than when traced."""
+    """A rewritten forward ran with arguments for which its control flow is another than when it was traced."""
 
 
 @has_side_effect
 def guard(value: Any, expected: Any) -> None:
-    """Raise unless `value` is what the traced control flow was decided on."""
+    """Raise unless `value` is the one that the control flow was traced with."""
     if (
         not torch.jit.is_tracing() and value != expected
-    ):  # jit.trace makes tensors of sizes, and records one case anyway
+    ):  # jit.trace turns sizes into tensors, and records one case anyway
         raise ShapeGuardError(
-            f"this forward was rewritten for a case where {expected!r} held and now finds {value!r}: "
+            f"this forward was traced where a value was {expected!r}, which now is {value!r}: "
             "give prepare example inputs of the shape that the model is run with"
         )
 
 
-def in_places(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
-    """Channels put back in the places that they had along a dimension, zeros being in the others.
+def in_positions(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
+    """Put channels back at the positions that they had along a dimension, with zeros at the others.
 
     Args:
         x: of length n along `dim`.
-        places: where each stood, int64 of shape (n,).
-        size: how many places there were.
+        places: the position of each channel, int64 of shape (n,).
+        size: number of positions.
         dim: counted from the last (-1).
     """
     shape = [size if other == x.ndim + dim else length for other, length in enumerate(x.shape)]
@@ -55,7 +59,7 @@ def in_places(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Applied:
-    """Applies a function with a backward of its own; torch.fx would write its `apply` as if it were torch's."""
+    """Applies an `autograd.Function`, whose `apply` torch.fx would write as a function of torch's."""
 
     function: type[torch.autograd.Function]
 
@@ -71,7 +75,7 @@ _OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, opera
 
 
 def out_of_place(target: Any) -> Any:
-    """The function or method that gives what this one of an fx node gives, but writes to none of its arguments."""
+    """The function or method with the same result as an fx node's target that writes to none of its arguments."""
     if isinstance(target, str):
         return target.rstrip("_")
     return _OUT_OF_PLACE.get(target, target)
@@ -83,7 +87,7 @@ class _ModuleName:
 
 
 class _Code:
-    """Generated code; tracebacks show its lines for as long as it is there."""
+    """Generated code; tracebacks show its lines as long as this object lives."""
 
     def __init__(self, source: str):
         name = f"<autogate rewritten forward {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
@@ -93,11 +97,11 @@ class _Code:
 
 
 _CODES: weakref.WeakValueDictionary[str, _Code] = weakref.WeakValueDictionary()
-"""By source: the blocks of a network, and both modes, mostly have the same."""
+"""By source: the blocks of a network, and both modes, mostly share theirs."""
 
 
 def _compiled(source: str) -> _Code:
-    """The code of a source, compiled unless a forward that is there has the same."""
+    """The compiled code of a source, shared with living forwards that have the same source."""
     code = _CODES.get(source)
     if code is None:
         code = _CODES[source] = _Code(source)
@@ -105,7 +109,7 @@ def _compiled(source: str) -> _Code:
 
 
 class RewrittenForward:
-    """Runs generated code in the place of a module's forward; picklable and copied with its module.
+    """Runs generated code as a module's forward; it can be pickled, and is copied with its module.
 
     Args:
         owner: the module.
@@ -129,19 +133,19 @@ class RewrittenForward:
         """The generated function, taking the module as its first argument."""
         scope = dict(self.globals[training])
         exec(self._codes[training].code, scope)
-        return scope.pop("forward")  # which has the scope
+        return scope.pop("forward")  # it keeps the scope as its globals
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._functions[self.owner.training](self.owner, *args, **kwargs)
 
     @property
     def __code__(self) -> types.CodeType:
-        # torch.export asks a model's forward for the file and line it is from.
+        # torch.export asks a model's forward for its file and line.
         return self._functions[self.owner.training].__code__
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name not in ("_codes", "_functions")}
-        # Modules (torch, math) don't pickle and go by name.
+        # Python modules (torch, math) can't be pickled; their names are stored.
         names = {
             training: {key: _ModuleName(value.__name__) if isinstance(value, types.ModuleType) else value
                        for key, value in scope.items()}
@@ -162,9 +166,10 @@ class RewrittenForward:
 
 
 class InterpretedForward:
-    """Runs rewritten graphs node by node, in the place of a `RewrittenForward` that would run but once.
+    """Runs rewritten graphs node by node, for a forward that runs only once.
 
-    To compile a long one takes memory: that of torchvision's RAFT 8 MB, where the captured graph takes 5.
+    Compiling a long forward takes memory: 8 MB for torchvision's RAFT, which unrolls a loop of twelve rounds; its
+    captured graph takes 5 MB.
 
     Args:
         owner, graphs: as for a `RewrittenForward`.
@@ -180,37 +185,37 @@ class InterpretedForward:
         graph = self.graphs[self.owner.training]
         interpreter = fx.Interpreter(self.owner, graph=graph)
         interpreter.extra_traceback = False
-        return interpreter.run(initial_env=given_to(graph, bound.arguments))
+        return interpreter.run(initial_env=placeholder_values(graph, bound.arguments))
 
 
 class LiveForward(RewrittenForward):
-    """A forward whose statistics are taken over live channels, for as long as gates train.
+    """A forward that takes its statistics over the live channels, while gates train.
 
     Args:
         owner, graphs: as for a `RewrittenForward`.
-        names: the owner's children that stand in for its calls (see `rewriters.cross_channel.live_statistics`).
+        names: the owner's children that take these statistics (see `rewriters.cross_channel.live_statistics`).
     """
 
     def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], names: tuple[str, ...]):
         super().__init__(owner, graphs)
         self.names = names
         self.plain = owner.__dict__.get("forward")
-        """What shadowed the class's forward before, if anything did."""
+        """The forward that shadowed the class's own before, or None."""
 
 
 _WRITTEN_OUT: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention: multi_head_attention}
-"""Forwards of torch's that are one call to torch.fx."""
+"""Replacements for torch's own forwards that torch.fx would see as one call."""
 
 
 def stands_in(module: nn.Module) -> bool:
-    """Whether `own_forward` gives another function than the module runs, which does the same."""
+    """Whether `own_forward` returns an equivalent that is written out, not the function that the module runs."""
     return own_forward(module) is _WRITTEN_OUT.get(type(module))
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The function a module runs, taking the module as its first argument.
+    """The function that a module runs, with the module as its first argument.
 
-    Of a module whose statistics are taken over live channels that is the one which takes them over all.
+    If the module's statistics are taken over the live channels, it is the forward that takes them over all.
     """
     forward = module.__dict__.get("forward")
     if isinstance(forward, LiveForward):
@@ -224,13 +229,16 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     return _WRITTEN_OUT.get(type(module), type(module).forward)
 
 
-def given_to(graph: fx.Graph, arguments: Mapping[str, Any]) -> dict[fx.Node, Any]:
-    """What a graph is given, for `fx.Interpreter` of a call's arguments by name: it takes **kwargs for *args itself."""
+def placeholder_values(graph: fx.Graph, arguments: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """A graph's placeholders with their values, from a call's arguments by name.
+
+    `fx.Interpreter` would confuse **kwargs with *args if it assigned them itself.
+    """
     return {node: arguments[node.target.lstrip("*")] for node in graph.find_nodes(op="placeholder")}
 
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by the names of the parameters of a module's forward, defaults included."""
+    """A call's arguments by the parameter names of a module's forward, defaults included."""
     bound = inspect.signature(own_forward(module)).bind(module, *args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)

@@ -1,8 +1,8 @@
-"""Calls that hold a size: how each family is written down for the sizes that are left.
+"""Calls that hold a size: how to write each family of them for the sizes that are left.
 
-A function here takes a traced node and what is known of the slimmed values around it, and returns the
-node's new target, arguments and keyword arguments. It only has to be right where the call as it stands is
-not: `resizing` tries that first, and checks what comes back.
+A function here takes a traced node and what is known of the slimmed values around it, and returns the node's new
+target, arguments and keyword arguments. It only has to be right if the call as it is isn't: `resizing.py` tries that
+first, and checks the result.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Scaled:
-    """A size that is an expression (batch times heads) and comes to another number for the sizes that are left.
+    """A size that is an expression (batch times heads) and has to be another number for the sizes that are left.
 
     Attributes:
         size: the expression.
-        value: what it has to come to.
-        left: what it comes to as it stands.
+        value: the number that it has to be.
+        left: the number that the expression gives now.
     """
 
     size: fx.Node
@@ -35,20 +35,20 @@ class Scaled:
 
 
 def scaled(size: int, value: int, left: int) -> int:
-    """What a `Scaled` size is, for the size that its expression comes to."""
+    """The value of a `Scaled` size, from the value of its expression."""
     return size * value // left
 
 
 @dataclass(frozen=True)
 class Resize:
-    """What a family needs to know.
+    """What a family needs to know about a call.
 
     Attributes:
         node: the traced call.
-        full: full shapes of the results (tensors among them, in order).
+        full: full shapes of the tensors among its results, in order.
         slim: their shapes after slimming.
         kept: (value, dim) -> which indices of a full tensor stay along a dimension, bool of shape (size,).
-        left: the value that an argument has after slimming, as the call stands.
+        left: argument -> its value after slimming, if the call is not changed.
     """
 
     node: fx.Node
@@ -58,33 +58,33 @@ class Resize:
     left: Callable[[Any], Any]
 
     def argument(self, index: int, *names: str, default: Any = None) -> Any:
-        """An argument by its position or by one of the names it goes by."""
+        """An argument by position or by one of its names."""
         if len(self.node.args) > index:
             return self.node.args[index]
         return next((self.node.kwargs[name] for name in names if name in self.node.kwargs), default)
 
     @property
     def x(self) -> Any:
-        """The tensor that the call is about."""
+        """The tensor that the call works on."""
         return self.argument(0, "input", "self", "tensor")
 
     def value(self, arg: Any) -> Any:
-        """The value an argument had when traced."""
+        """The value that an argument had when it was traced."""
         return fx.node.map_arg(arg, lambda node: node.meta["val"])
 
     def size(self, given: Any, value: int) -> Any:
-        """A size as it was given, unless it comes to something else now than it has to."""
+        """A size as it is written, unless it has to have another value now."""
         left = self.left(given)
         if left in (value, -1):
             return given
         return Scaled(given, value, left) if isinstance(given, fx.Node) and isinstance(left, int) and left else value
 
     def sizes(self, given: Any, offset: int = 0) -> list[Any]:
-        """Sizes as they were given, those replaced by what is left that come to something else now."""
+        """Sizes as they are written; those that have to have another value now are replaced."""
         return [self.size(size, value) for size, value in zip(given, self.slim[0][offset:], strict=False)]
 
     def with_args(self, *args: Any, **kwargs: Any) -> Call:
-        """The call with other positional arguments, or with keyword arguments changed."""
+        """The call with other positional arguments, or with changed keyword arguments."""
         return self.node.target, args or tuple(self.node.args), {**self.node.kwargs, **kwargs}
 
 
@@ -100,12 +100,12 @@ def reshape(resize: Resize) -> Call:
 
 
 def repeat(resize: Resize) -> Call:
-    """x.repeat(times), x.repeat_interleave(times, dim): one number becomes as many as are left."""
+    """x.repeat(times), x.repeat_interleave(times, dim): one element is repeated as often as indices are left."""
     one = {dim for dim, size in enumerate(reversed(resize.value(resize.x).shape), 1) if size == 1}
     left = {dim: size for dim, size in enumerate(reversed(resize.slim[0]), 1) if dim in one}
     if resize.node.target in _INTERLEAVED:
         times, dim = (resize.argument(i, name) for i, name in ((1, "repeats"), (2, "dim")))
-        if dim is None:  # all elements in a row
+        if dim is None:  # the flattened tensor
             return resize.with_args()
         behind = len(resize.full[0]) - dim % len(resize.full[0])
         return resize.node.target, (resize.x, resize.size(times, left[behind]) if behind in left else times, dim), {}
@@ -120,7 +120,7 @@ _INTERLEAVED = ("repeat_interleave", torch.repeat_interleave)
 
 
 def create(resize: Resize) -> Call:
-    """torch.zeros(sizes), torch.zeros(*sizes), torch.full(sizes, value), x.new_zeros(sizes) and their kin."""
+    """torch.zeros(sizes), torch.zeros(*sizes), torch.full(sizes, value), x.new_zeros(sizes) and similar calls."""
     owner = resize.node.args[:1] if resize.node.op == "call_method" else ()
     given = resize.node.args[len(owner) :]
     if not given:
@@ -138,7 +138,7 @@ def unflatten(resize: Resize) -> Call:
 
 
 def split(resize: Resize) -> Call:
-    """x.chunk(n, dim), x.split(size, dim) and their kin become a split into the sizes that are left."""
+    """x.chunk(n, dim), x.split(size, dim) and similar calls become a split into the sizes that are left."""
     dim = resize.argument(2, "dim", default=0)
     sizes = [shape[resize.value(dim)] for shape in resize.slim]
     target = "split" if resize.node.op == "call_method" else torch.split
@@ -146,12 +146,13 @@ def split(resize: Resize) -> Call:
 
 
 def index(resize: Resize) -> Call:
-    """x[:, a:b]: the bounds count what is left before them."""
+    """x[:, a:b]: the new bounds are the numbers of indices left before them."""
     x, key = resize.node.args
     keys = key if isinstance(key, tuple) else (key,)
     full = resize.value(x)
     explicit = sum(item is not None and item is not Ellipsis for item in keys)
-    dim, new = 0, []
+    dim = 0
+    new: list[Any] = []
     for item in keys:
         if item is Ellipsis:
             dim += full.ndim - explicit
@@ -184,7 +185,7 @@ def narrow(resize: Resize) -> Call:
 
 
 def pad(resize: Resize) -> Call:
-    """F.pad(x, widths): the channels added, or taken away, are counted as they are left."""
+    """F.pad(x, widths): the new widths are the numbers of added, or removed, channels that are left."""
     full, widths = resize.value(resize.x), list(resize.argument(1, "pad"))
     for place, given in enumerate(resize.value(widths)):
         dim = full.ndim - 1 - place // 2
@@ -199,9 +200,9 @@ def pad(resize: Resize) -> Call:
 
 
 def roll(resize: Resize) -> Call:
-    """x.roll(shifts, dims): as many as are left of those that come round to the front."""
+    """x.roll(shifts, dims): the new shift is the number of indices left among those that come round to the front."""
     shifts, dims = (resize.argument(i, name) for i, name in ((1, "shifts"), (2, "dims")))
-    if dims is None:  # all elements in a row: how many come round hangs on every size there is
+    if dims is None:  # the flattened tensor: how many come round depends on every size
         return resize.with_args()
     shifts, dims = ([item] if isinstance(item, int) else list(item) for item in (shifts, dims))
     for place, (shift, dim) in enumerate(zip(resize.value(shifts), dims, strict=True)):
@@ -212,14 +213,14 @@ def roll(resize: Resize) -> Call:
 
 
 def channel_shuffle(resize: Resize) -> Call:
-    """F.channel_shuffle(x, groups): as many groups as are left, each with as many channels as the others."""
+    """F.channel_shuffle(x, groups): the number of groups that are left, all of which have equally many channels."""
     groups = resize.value(resize.argument(1, "groups"))
     left = resize.kept(resize.value(resize.x), 1).view(groups, -1).any(1)
     return resize.node.target, (resize.x, int(left.sum())), {}
 
 
 def convolve(resize: Resize) -> Call:
-    """F.conv2d(x, weight, ..., groups): as many groups as whole ones are left."""
+    """F.conv2d(x, weight, ..., groups): the number of groups that are left, if whole groups were removed."""
     kept = resize.kept(resize.value(resize.x), 1)
     groups = resize.value(resize.argument(6, "groups", default=1)) * int(kept.sum()) // len(kept)
     if len(resize.node.args) > 6:
@@ -230,7 +231,7 @@ def convolve(resize: Resize) -> Call:
 def layer_norm(resize: Resize) -> Call:
     """F.layer_norm(x, sizes, ...), F.rms_norm(x, sizes, ...)."""
     given = resize.argument(1, "normalized_shape")
-    if isinstance(given, fx.Node):  # a size that was read off a tensor, of which there is no other form
+    if isinstance(given, fx.Node):  # a size that was read from a tensor has no other form
         return resize.with_args()
     sizes = resize.sizes(given, len(resize.full[0]) - len(given))
     if len(resize.node.args) > 1:
@@ -239,7 +240,7 @@ def layer_norm(resize: Resize) -> Call:
 
 
 def group_norm(resize: Resize) -> Call:
-    """F.group_norm(x, groups, ...): as many groups as are left, where whole ones went."""
+    """F.group_norm(x, groups, ...): the number of groups that are left, if whole groups were removed."""
     groups = resize.argument(1, "num_groups")
     left = int(resize.kept(resize.value(resize.x), 1).view(resize.value(groups), -1).any(1).sum())
     if left == resize.value(groups):
@@ -271,4 +272,4 @@ FAMILIES: dict[Any, Callable[[Resize], Call]] = {
     **dict.fromkeys([F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm], layer_norm),
     F.group_norm: group_norm,
 }
-"""The family of a traced call, by its function or its method's name."""
+"""The family of a traced call, by its function or method name."""

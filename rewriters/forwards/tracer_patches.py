@@ -1,7 +1,9 @@
-"""What a forward does that its proxies don't see is told to the tracer that follows it.
+"""Patches that record what a traced forward does past its proxies.
 
-torch.fx sees what is asked of a proxy. Torch's builtin functions, contexts, and modules' calls and parameters have to
-be patched to be seen; the patches do nothing but while a tracer follows.
+torch.fx sees only operations on proxies. Torch's builtin functions and contexts, `isinstance` and `len`, the calls and
+parameters of modules, and autograd functions have to be patched to be recorded. The patches act only while a tracer
+runs, and only in its own thread. They are applied once for all traces of an analysis: torch.fx patches `nn.Module` for
+each trace, and Python notifies each of its thousands of subclasses.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch.fx import _symbolic_trace
 from torch.utils import checkpoint
 
 from rewriters.errors import TraceError
-from rewriters.forwards.proxies import Valued
+from rewriters.forwards.proxies import ValueProxy
 from rewriters.forwards.rewritten_forward import Applied
 from rewriters.recording import leaves_of
 
@@ -32,30 +34,30 @@ _FACTORIES = {
     "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
     "randperm", "tensor", "zeros",
 }  # fmt: skip
-"""Functions of torch that make tensors from numbers: all their calls have to be seen."""
+"""Functions of torch that make tensors from numbers: all their calls are recorded."""
 
 
 @functools.cache
 def _builtins(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
-    torch.overrides.get_overridable_functions()  # reads the same names once, which should be when nothing is wrapped
+    torch.overrides.get_overridable_functions()  # it reads these names once, so it has to run before they are patched
     builtins = {name: value for name, value in vars(space).items() if isinstance(value, types.BuiltinFunctionType)}
     return {name: value for name, value in builtins.items() if not value.__name__.startswith("_")}
 
 
 MATH = tuple(_builtins(math).values())
-"""Functions that are recorded where a forward's module has them by their own names too, which torch.fx sees to."""
+"""Functions of `math`: torch.fx records them also where a Python module imports them by name."""
 
 
 @dataclass(frozen=True)
 class _Following:
-    """A tracer that is told of everything, and the proxies of the parameters that were read."""
+    """The tracer that runs, and the proxies of the parameters that were read."""
 
     tracer: fx.Tracer
     parameters: dict[str, fx.Proxy] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
-    """Whom a thread's calls are told to: other threads go on meanwhile."""
+    """The tracer of each thread; calls in other threads aren't recorded."""
 
     following: _Following | None = None
 
@@ -63,25 +65,25 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 _PATCHED = "__fx_already_patched"
-"""torch.fx leaves methods alone that bear this mark; if it didn't, it would patch them as ever."""
+"""torch.fx doesn't patch methods with this mark."""
 
 
-_PROXIES = frozenset((fx.Proxy, Valued))
+_PROXIES = frozenset((fx.Proxy, ValueProxy))
 
-_PLAIN = {"isinstance": isinstance, "len": len}
+_PLAIN: dict[str, Callable[..., Any]] = {"isinstance": isinstance, "len": len}
 
 
 def _isinstance(instance: Any, kinds: Any) -> bool:
-    """A proxy is an instance of what its value is one of; to torch.fx it is a proxy too."""
+    """A proxy is an instance of its value's classes, and of fx's proxy classes."""
     of_plain = _PLAIN["isinstance"]
-    if type(instance) is not Valued:
+    if type(instance) is not ValueProxy:
         return of_plain(instance, kinds)
     return not _PROXIES.isdisjoint(kinds if type(kinds) is tuple else (kinds,)) or of_plain(instance.value, kinds)
 
 
 def _len(of: Any) -> Any:
-    """Python lets no `__len__` give a proxy."""
-    return of.length() if type(of) is Valued else _PLAIN["len"](of)
+    """`len`, which may return a proxy: Python lets no `__len__` do that."""
+    return of.length() if type(of) is ValueProxy else _PLAIN["len"](of)
 
 
 _OF_VALUES = {"isinstance": _isinstance, "len": _len}
@@ -99,31 +101,31 @@ def _set_following(to: _Following | None) -> Iterator[None]:
 
 def _follow_by(to: _Following | None) -> None:
     _thread.following = to
-    vars(builtins).update(_PLAIN if to is None else _OF_VALUES)  # in all that is called
+    vars(builtins).update(_PLAIN if to is None else _OF_VALUES)  # for all code that the forward calls
 
 
 @contextlib.contextmanager
 def followed(tracer: fx.Tracer) -> Iterator[None]:
-    """Inside, `tracer` is told of what a forward does."""
+    """Inside, `tracer` records what a forward does."""
     with patches_held() as patches, _set_following(_Following(tracer)):
         patches.put()
         yield
 
 
 def unfollowed() -> contextlib.AbstractContextManager[None]:
-    """Inside, no tracer is told of anything."""
+    """Inside, nothing is recorded."""
     return _set_following(None)
 
 
 class _Patches(contextlib.ExitStack):
-    """All that has to be patched; taken off at the end."""
+    """All patches, which are removed at the end."""
 
     def __init__(self) -> None:
         super().__init__()
         self._are_put = False
 
     def put(self) -> None:
-        """Where it isn't done yet."""
+        """Apply the patches, once."""
         if not self._are_put:
             for patch in (
                 _functions_patched, _contexts_patched, _modules_patched, _leaves_patched, _autograd_functions_patched,
@@ -137,7 +139,7 @@ _held: _Patches | None = None
 
 @contextlib.contextmanager
 def patches_held() -> Iterator[_Patches]:
-    """What is patched for a trace inside stays for the next: PyTorch tells thousands of classes of every change."""
+    """Inside, the patches of one trace stay for the next: each change of `nn.Module` reaches thousands of classes."""
     global _held
     if _held is not None:
         yield _held
@@ -151,10 +153,10 @@ def patches_held() -> Iterator[_Patches]:
 
 @contextlib.contextmanager
 def _functions_patched() -> Iterator[None]:
-    """Torch's builtin functions, and math's, are recorded by their arguments as they are.
+    """Record torch's and math's builtin functions with their arguments as they are.
 
-    Left to themselves they look into sizes given as proxies (which would guard them) before they ask the
-    proxies for leave, and don't ask at all where there is no tensor among their arguments (torch.zeros).
+    By themselves they read sizes that are proxies (which would guard these) before `__torch_function__` is called, and
+    don't call it at all if no argument is a tensor (torch.zeros).
     """
     for space in (torch, F, math):
         vars(space).update(_recorders(space))
@@ -171,7 +173,7 @@ def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
 
 
 def _hold_proxies(*arguments: Any) -> bool:
-    return any(type(leaf) is Valued for leaf in leaves_of(arguments))
+    return any(type(leaf) is ValueProxy for leaf in leaves_of(arguments))
 
 
 def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +184,7 @@ def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 @contextlib.contextmanager
 def _modules_patched() -> Iterator[None]:
-    """Modules' calls and parameters, as torch.fx itself would patch them anew for every trace."""
+    """Record calls and parameters of modules, which torch.fx itself would patch again for every trace."""
     plain_call, plain_getattr = nn.Module.__call__, nn.Module.__getattr__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -201,20 +203,20 @@ def _modules_patched() -> Iterator[None]:
 
 
 AUTOCAST = (torch.amp._enter_autocast, torch.amp._exit_autocast)
-"""Calls that stand in a graph where the forward enters and leaves torch.autocast; they are not run on fake values."""
+"""The calls in a graph where the forward enters and leaves torch.autocast. They don't run on fake tensors."""
 
 
 @contextlib.contextmanager
 def _contexts_patched() -> Iterator[None]:
-    """Where a forward enters and leaves torch.autocast is recorded; torch.fx would forget it.
+    """Record where a forward enters and leaves torch.autocast, which torch.fx would lose.
 
-    What runs without gradients would be recorded as if it ran with them, so that is refused.
+    A forward that turns gradients off is refused, because torch.fx would lose that.
     """
     plain_init, plain_enter, plain_exit = (vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__"))
     plain_set_grad = torch._C._set_grad_enabled
 
     def init(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
-        of_value = type(device_type) is Valued
+        of_value = type(device_type) is ValueProxy
         plain_init(context, device_type.value if of_value else device_type, *args, **kwargs)
         context.device = device_type
 
@@ -244,15 +246,15 @@ def _contexts_patched() -> Iterator[None]:
 
 
 def _leaves_patched() -> contextlib.AbstractContextManager[Any]:
-    """Functions that were declared leaves (`torch.fx.wrap`) are looked into: proxies that know their values can."""
+    """Trace into functions that were declared leaves (`torch.fx.wrap`), which proxies with values can run."""
     return mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True)
 
 
 @contextlib.contextmanager
 def _autograd_functions_patched() -> Iterator[None]:
-    """Functions with a backward of their own are recorded as they are; what they do in their forward would lose that.
+    """Record an `autograd.Function` as one node, so that its backward stays.
 
-    What is checkpointed is followed as if it were not.
+    Checkpointed functions are traced as if they weren't checkpointed.
     """
     plain = vars(torch.autograd.Function)["apply"]  # a class's method, in C or in Python
 
@@ -267,7 +269,7 @@ def _autograd_functions_patched() -> Iterator[None]:
     def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
 
-    steps = {name: nothing for name in _CHECKPOINTS_STEPS if hasattr(checkpoint, name)}
+    steps: dict[str, Any] = {name: nothing for name in _CHECKPOINTS_STEPS if hasattr(checkpoint, name)}
     with (
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
         mock.patch.multiple(checkpoint, **steps),
@@ -276,4 +278,4 @@ def _autograd_functions_patched() -> Iterator[None]:
 
 
 _CHECKPOINTS_STEPS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
-"""What `torch.utils.checkpoint` does before and after the function that it runs, by the version of torch."""
+"""What `torch.utils.checkpoint` runs before and after a function; the name depends on the version of torch."""

@@ -1,9 +1,11 @@
 """Trace one module's own forward with torch.fx, its children being leaves.
 
-Unlike torch.fx.symbolic_trace, every proxy here knows the value it stands for (a fake tensor, a size), so
-that control flow on shapes, types and lengths can be followed. What was decided that way is written into
-the graph as a guard, and sizes stay expressions: the traced forward runs at other batch sizes and
-resolutions, and says so where it can't.
+Unlike in torch.fx.symbolic_trace, every proxy knows the value that it stands for (a fake tensor, a size). So control
+flow on shapes, types and lengths can be traced. What was decided that way is written into the graph as a guard, and
+sizes stay expressions: the traced forward runs at other batch sizes and resolutions, or raises if it can't.
+
+A traced call that ran at the same place when the model was captured, on the same labels, reuses the labels and tensors
+from then. Rules run only for other calls, those of train mode, say.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import TraceError
-from rewriters.forwards.proxies import Valued
+from rewriters.forwards.proxies import ValueProxy, ValueTracer
 from rewriters.forwards.rewritten_forward import guard, own_forward
 from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
 from rewriters.labelling import Labelled, Labelling
@@ -34,19 +36,19 @@ from rewriters.recording import (
     attributes_preserved,
     constant,
     leaves_of,
-    on_fakes,
     only_restrides,
     random_numbers_kept,
     reshapes_in_place,
+    run_on_fakes,
     tensors_of,
 )
 
 _AHEAD = 4
-"""How far to look for the recorded call that is traced: a forward may have made some that it doesn't make again."""
+"""How far ahead to search for the recorded call that is traced: the forward may not repeat all that it ran."""
 
 
 class AskedMode:
-    """Stands in a module's `training` while its forward is traced: eval mode, and a note whether that was asked for."""
+    """A module's `training` while its forward is traced: it says eval mode, and notes whether it was asked."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -63,7 +65,7 @@ class AskedMode:
 
 
 class _OpLog(TorchDispatchMode):
-    """Notes every ATen call that gives tensors, with its arguments and result."""
+    """Notes every ATen call that returns tensors, with its arguments and result."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -74,28 +76,29 @@ class _OpLog(TorchDispatchMode):
         restrides = only_restrides(func, args)
         if reshapes_in_place(func) and not restrides:
             raise TraceError(f"{func} changes the shape of a tensor in place")
-        out = on_fakes(self._mode, func, args, kwargs or {})
-        # A call that gives no tensor is a question (its device, its layout).
+        out = run_on_fakes(self._mode, func, args, kwargs or {})
+        # A call that returns no tensor is a query (of a device, a layout).
         if not restrides and tensors_of(out):
             self.calls.append((func, args, kwargs or {}, out))
         return out
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(ValueTracer):
     proxy_buffer_attributes = True
 
     def __init__(self, captured: Capture, call: ModuleCall, labelling: Labelling, known: Mapping[int, Labelled]):
-        super().__init__(autowrap_modules=(), autowrap_functions=MATH)
+        super().__init__(autowrap_modules=(), autowrap_functions=MATH)  # type: ignore[arg-type]  # fx says: one module
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
         self._alive: list[Any] = []  # ids of tensors are keys
-        self._recorded = call.nodes[::-1]  # what ran in it, the first last
-        self.known = ChainMap({}, known)  # its own in front: to copy all of them for each trace takes memory
+        self._recorded = call.nodes[::-1]  # what ran in it, last first
+        # Its own come first: copying all for each trace would take memory.
+        self.known: ChainMap[int, Labelled] = ChainMap({}, known)  # type: ignore[arg-type]  # only the first is written
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        # fx looks the forward up on the class; the instance may have one that was rewritten before.
+        # fx takes the forward from the class; the instance may have one that was rewritten before.
         root_fn = own_forward(self.root)
-        # The signature as it is, so that callers of the rewritten forward see no difference.
+        # Keep the signature, so that callers of the rewritten forward see no difference.
         signature = inspect.signature(root_fn)
         bound = signature.bind(self.root, *self._call.args, **self._call.kwargs)
         bound.apply_defaults()
@@ -114,14 +117,15 @@ class _Tracer(fx.Tracer):
         return functools.partial(root_fn, **by_name), by_place
 
     def _placeholder(self, parameter: inspect.Parameter, value: Any) -> Any:
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        kinds: dict[Any, str] = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+        stars = kinds.get(parameter.kind, "")
         default = () if parameter.default is parameter.empty else (parameter.default,)
         node = self.create_node("placeholder", f"{stars}{parameter.name}", default, {})
         node.meta["val"] = value
         return self._argument(self.proxy(node))
 
-    def _argument(self, proxy: Valued) -> Any:
-        """A tensor or number as a proxy, a container as a container of proxies, anything else as it is."""
+    def _argument(self, proxy: ValueProxy) -> Any:
+        """A proxy for a tensor or number, a container of proxies for a container, else the value itself."""
         value = proxy.value
         if type(value) in (list, tuple):
             return type(value)(self._argument(proxy[index]) for index in range(len(value)))
@@ -129,39 +133,39 @@ class _Tracer(fx.Tracer):
             return {key: self._argument(proxy[key]) for key in value}
         return proxy if isinstance(value, Tensor) or type(value) in (int, float) else self.concrete(proxy)
 
-    def concrete(self, proxy: Valued) -> Any:
-        """The value of a proxy, with a guard in the graph that it is the same whenever this runs."""
+    def concrete(self, proxy: ValueProxy) -> Any:
+        """The value of a proxy, with a guard in the graph that it is the same whenever the graph runs."""
         if isinstance(proxy.value, Tensor):
             raise TraceError("its control flow depends on the values of a tensor")
         if isinstance(proxy.value, (bool, int, float, str, type(None))):
             self.create_node("call_function", guard, (proxy.node, proxy.value), {}).meta["val"] = None
         return proxy.value
 
-    def proxy(self, node: fx.Node) -> Valued:
-        return Valued(node, self)
+    def proxy(self, node: fx.Node) -> ValueProxy:
+        return ValueProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def create_arg(self, a: Any) -> Any:
-        # Asked by type, for isinstance would take a proxy for what it stands for.
-        if type(a) is Valued:
+        # By type, because `isinstance` answers for a proxy's value.
+        if type(a) is ValueProxy:
             return a.node
         if type(a) is AskedMode:
             return bool(a)
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             return self._plain_tensor(a)
         arg = super().create_arg(a)
-        if type(arg) is fx.Node and "val" not in arg.meta:  # a layer that is handed on, a named tuple, a dataclass
+        if type(arg) is fx.Node and "val" not in arg.meta:  # a layer that is passed on, a named tuple, a dataclass
             value = a if arg.op == "get_attr" else run_call(arg.op, arg.target, arg.args, arg.kwargs, _value_of)
-            arg.meta.update(val=value, ops=[], looks=[])
+            arg.meta.update(val=value, ops=[], statistics=[])
         return arg
 
     def _plain_tensor(self, tensor: Tensor) -> fx.Node:
-        """A tensor that is a module's attribute; one made on the way would be lost (fx leaves it on the module)."""
+        """A node for a tensor that is a module's attribute. One made in the forward is refused: fx would lose it."""
         name = next((name for value, name in self.tensor_attrs.items() if value is tensor), None)
         if name is None:
-            raise TraceError("it computes with a tensor that torch.fx has not seen come into being")
+            raise TraceError("it computes with a tensor whose creation torch.fx has not seen")
         node = self.create_node("get_attr", name, (), {})
         node.meta["val"] = self._captured.tensors.get(f"{self._call.path}.{name}".lstrip("."))
         if node.meta["val"] is None:
@@ -172,19 +176,19 @@ class _Tracer(fx.Tracer):
         with unfollowed():
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
-        # What a module gives in a list is in one here too, so that more can be put into it or taken out.
+        # A list or dict from a module becomes a real one, which the forward can change.
         return self._argument(proxy) if kind == "call_module" and type(proxy.value) in (list, dict) else proxy
 
     def _follow(self, node: fx.Node) -> None:
-        """Note a new node's value, the ATen ops it ran and the labels of what they gave."""
-        node.meta.update(val=None, ops=[], looks=[])
+        """Note a new node's value, the ATen ops that it ran, and the labels of their results."""
+        node.meta.update(val=None, ops=[], statistics=[])
         if node.target in AUTOCAST:
             return
         if node.op == "get_attr":
-            node.meta["val"] = self._attribute(node.target)
+            node.meta["val"] = self._attribute(str(node.target))
             return
         if node.op == "call_module":
-            child = self._next_child(node.target)
+            child = self._next_child(str(node.target))
             node.meta["val"] = child.output
             given = fx.node.map_arg((node.args, node.kwargs), _value_of)
             self.link(given, (child.args, child.kwargs))
@@ -198,13 +202,18 @@ class _Tracer(fx.Tracer):
         for call in log.calls:
             self._label(*call, findings, same)
         node.meta["val"] = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
-        node.meta["looks"] = findings.looks
+        node.meta["statistics"] = findings.statistics
 
     def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings, same: dict[int, Tensor]) -> None:
-        """Label what a call gave.
+        """Label the results of a call.
 
         Args:
-            same: takes the recorded tensors that are like those it gave, by the ids of these.
+            op: the ATen op.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            out: its results.
+            findings: what the op's rule notes goes here.
+            same: receives the recorded tensors that equal the results, by the results' ids.
         """
         given = fx.node.map_aggregate((args, kwargs), lambda leaf: self._labels_of(same.get(id(leaf), leaf)))
         recorded = self._recorded_as(op, given)
@@ -212,18 +221,18 @@ class _Tracer(fx.Tracer):
             labels = self._labelling.apply(op, *given, out, self._call.path, findings)
         else:
             labels = self._labelling.values[recorded]
-            findings.looks += self._labelling.looks.get(recorded, ())
+            findings.statistics += self._labelling.statistics.get(recorded, ())
             pairs = zip(tensors_of(out), tensors_of(recorded.meta["val"]), strict=True)
             same.update({id(tensor): other for tensor, other in pairs if _are_alike(tensor, other)})
         found = [label for label in (labels if isinstance(labels, list) else [labels]) if label is not None]
         for traced, label in zip(tensors_of(out), found, strict=True):
             tensor = same.get(id(traced), traced)
             self._alive.append(tensor)
-            if self.known.get(id(tensor)) is not label:  # of a recorded tensor's, those before it was written to
+            if self.known.get(id(tensor)) is not label:  # a recorded tensor may have been written to since
                 self.known[id(tensor)] = label
 
     def _recorded_as(self, op: Any, given: Any) -> fx.Node | None:
-        """The next recorded call if it was this one, on the same labels: what there is to find it has found."""
+        """The next recorded call, if it was this one on the same labels: its findings hold here too."""
         for place in range(len(self._recorded))[: -_AHEAD - 1 : -1]:
             node = self._recorded[place]
             if node.target is op and self._ran_on(node, given):
@@ -235,20 +244,20 @@ class _Tracer(fx.Tracer):
         return _are_one(given, fx.node.map_arg((recorded.args, recorded.kwargs), self._labelling.values.__getitem__))
 
     def _labels_of(self, value: Any) -> Any:
-        """Labels in the place of a tensor; anything else as it is."""
+        """The labels of a tensor; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
         return self.known.get(id(value)) or Labelled.unknown(value)
 
     def link(self, traced: Any, captured: Any) -> None:
-        """Merge the labels of what was traced and of what was captured at the same place.
+        """Merge the labels of what was traced with those of what was captured at the same place.
 
-        They are the same but where an op made channels of its own (padding, zeros to concatenate): there the
-        traced op made other ones than the captured op, which the rest of the model is coupled with.
+        They differ only where an op made labels of its own (padding, zeros to concatenate): the rest of the model is
+        coupled with those of the captured op, not with those of the traced op.
         """
         ours, theirs = leaves_of(traced), leaves_of(captured)
         if len(ours) != len(theirs):
-            return  # only train mode returns as many
+            return  # train mode returns another number of tensors
         for a, b in zip(ours, theirs, strict=True):
             if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a is not b:
                 labelling = self._labelling
@@ -258,10 +267,10 @@ class _Tracer(fx.Tracer):
                 elementwise.meet(call, pair)
 
     def _attribute(self, name: str) -> Tensor:
-        """What stands for a parameter or buffer of the module."""
+        """The fake tensor for a parameter or buffer of the module."""
         path = f"{self._call.path}.{name}".lstrip(".")
         if path not in self._captured.tensors:
-            raise TraceError(f"it reads {name}, which is no parameter or buffer")
+            raise TraceError(f"it reads {name}, which is not a parameter or buffer")
         return self._captured.tensors[path]
 
     def _next_child(self, name: str) -> ModuleCall:
@@ -269,12 +278,12 @@ class _Tracer(fx.Tracer):
         path = f"{self._call.path}.{name}".lstrip(".")
         child = next(self._children, None)
         if child is None or path not in child.names:
-            raise TraceError(f"traced, it calls {path} where it ran {child.path if child else 'nothing'}")
+            raise TraceError(f"traced, it calls {path}; recorded, it called {child.path if child else 'nothing'}")
         return child
 
 
 def _are_one(one: Any, other: Any) -> bool:
-    """Whether two arguments are the same labels (none, for instance), or equal, or hold such in the same places."""
+    """Whether two arguments are the same labels, or have none, or are equal, or are containers of such arguments."""
     if isinstance(one, Labelled):
         return one is other or (not one.layers and one == other)
     if isinstance(one, (tuple, list)):
@@ -291,7 +300,7 @@ def _are_alike(tensor: Tensor, other: Tensor) -> bool:
 
 
 def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[fx.Node], Any]) -> Any:
-    """Run a call_function or call_method with `value_of` each node among its arguments."""
+    """Run a call_function or call_method, with `value_of(node)` for each node among its arguments."""
     args, kwargs = fx.node.map_arg((args, kwargs), value_of)
     return getattr(args[0], target)(*args[1:], **kwargs) if op == "call_method" else target(*args, **kwargs)
 
@@ -301,7 +310,7 @@ def _value_of(node: fx.Node) -> Any:
 
 
 def _drop_unused_reads(graph: fx.Graph) -> None:
-    """Erase what was only looked at: a parameter of a child, say, which may be taken out."""
+    """Erase reads without a user: of a child's parameter, say, as the child may be removed."""
     for node in reversed(graph.nodes):
         if not node.users and (node.op == "get_attr" or node.target in (getattr, operator.getitem)):
             graph.erase_node(node)
@@ -312,11 +321,11 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """Trace `module`'s forward as it ran in `call`.
 
     Returns:
-        The graph (each node's meta has `val`, its value, `ops`, the ATen ops it ran, and `looks`, the
-        statistics that these take along channels) and the labels of all tensors in it by id.
+        The graph, and the labels of all tensors in it by id. Each node's meta has `val` (its value), `ops` (the ATen
+        ops that it ran) and `statistics` (those that these take across channels).
 
     Raises:
-        TraceError: torch.fx cannot follow the forward; the message says why.
+        TraceError: torch.fx cannot trace the forward; the message says why.
     """
     tracer = _Tracer(captured, call, labelling, known)
     try:
@@ -324,8 +333,8 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error
-    except Exception as error:  # whatever user code does with a proxy that fx does not foresee
-        raise TraceError(f"torch.fx cannot follow it ({error})", where=call.path) from error
+    except Exception as error:  # user code can do anything with a proxy
+        raise TraceError(f"torch.fx cannot trace it ({error})", where=call.path) from error
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
     tracer.link(fx.node.map_arg(returned, _value_of), call.output)
     _drop_unused_reads(graph)

@@ -1,4 +1,4 @@
-"""Find which channels live or die together: in comes a recorded graph, out comes a `ChannelMap`."""
+"""Find which channels live or die together. In: a captured graph. Out: a `ChannelMap`."""
 
 from rewriters.labelling.channel_map import (
     ALWAYS,
@@ -14,6 +14,8 @@ from rewriters.labelling.channel_map import (
 )
 from rewriters.labelling.labels import Labelled, parts, picked, reshaped, varying
 from rewriters.labelling.propagate import Labelling
+from rewriters.labelling.read_channel_map import keeps_classes, read_channel_map, same_classes
+from rewriters.labelling.settling import merge_grids, pin_ungated_zeros, tie_recurrent_layers
 
 __all__ = [
     "ALWAYS",
@@ -28,8 +30,14 @@ __all__ = [
     "distinct",
     "empty_ends",
     "gather",
+    "keeps_classes",
+    "merge_grids",
     "parts",
     "picked",
+    "pin_ungated_zeros",
+    "read_channel_map",
     "reshaped",
+    "same_classes",
+    "tie_recurrent_layers",
     "varying",
 ]

@@ -1,8 +1,9 @@
 """The partition of a model's channels into classes that live or die together.
 
-A `ChannelMap` is what the label pass leaves behind and all that the later steps need: gates take one
-entry a class, the FLOPs model counts live classes on both sides of each kernel, slimming takes an index
-out of every tensor that carries it.
+A `ChannelMap` is the result of the label pass and all that later steps need. For every side (a dimension of a parameter
+or buffer) it has the class of each index; then the kernels, with their cost for a pair of indices, the sides where
+gates stand, and the pins. There is one gate a class, FLOPs follow from the live classes on both sides of each kernel,
+and slimming removes an index from every tensor that has it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 ALWAYS = -1
-"""Class of an index that always stays."""
+"""The class of a pinned index: it always stays."""
 
 _COMPUTED = "(computed)"
 
@@ -35,23 +36,23 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """The weight of a convolution or linear layer, as the cost of running it sees it.
+    """The weight of a convolution or linear layer, with its cost.
 
-    `macs` are the multiply-adds that one pair (index of dimension 0, index of dimension 1) of the weight
-    costs for one sample, over all calls of the layer: a layer costs macs * live_0 * live_1. `mixes` says
-    that channels are summed over dimension `input_dim`, so that a gate may stand there; it is false for a
-    depthwise convolution.
+    `macs` are the multiply-adds that one pair (index of dimension 0, index of dimension 1) of the weight costs for one
+    sample, over all calls of the layer: a layer costs macs * live_0 * live_1. `mixes` says that channels are summed
+    over dimension `input_dim`, so that a gate may stand there. It is false for a depthwise convolution.
 
-    `outputs` are the elements that the layer gives for one sample, over all calls, for each index along the
-    dimensions `output_dims`: outputs * live_0 where that is (0,). Only a grouped transposed convolution
-    has its output channels along both.
+    `outputs` are the elements that the layer returns for one sample, over all calls, for each index along the
+    dimensions `output_dims`: outputs * live_0 if that is (0,). Only a grouped transposed convolution has its output
+    channels along both.
 
-    A layer may run once for each channel of others: a mixer's layers across tokens do. `repeats` are the
-    classes of those channels then, and `macs` and `outputs` are for one of them: macs * live_0 * live_1 *
-    live in `repeats`.
+    A layer may run once for each channel of other layers, as a mixer's layers across tokens do. Then `repeats` are the
+    classes of those channels, and `macs` and `outputs` are for one of them: macs * live_0 * live_1 * (live classes in
+    `repeats`).
 
-    A kernel that is computed from several tensors, as a mixture of others is, has no weight of its own (`computed`).
-    Its sides are of one index that always stays, and it runs once for each output channel that may go (`repeats`).
+    A kernel that is computed from several tensors (a mixture of kernels) has no weight of its own (`computed`). Each of
+    its sides has one index, which always stays, and it runs once for each output channel that can be removed
+    (`repeats`).
     """
 
     module: str
@@ -65,28 +66,28 @@ class Kernel:
 
     @classmethod
     def without_weight(cls, module: str, macs: float, outputs: float) -> Kernel:
-        """A computed kernel, with all that it costs and gives."""
+        """A computed kernel, with its whole cost and all its outputs."""
         return cls(module, f"{module}.{_COMPUTED}".lstrip("."), macs, input_dim=1, mixes=False, outputs=outputs)
 
     @property
     def computed(self) -> bool:
-        """Whether `weight` names no tensor."""
+        """Whether the kernel is computed in the forward, so that `weight` names no tensor."""
         return self.weight.endswith(_COMPUTED)
 
     @property
     def input_side(self) -> Side:
-        """Where channels are read."""
+        """The side where channels are read."""
         return Side(self.weight, self.input_dim)
 
     @property
     def output_side(self) -> Side:
-        """Where channels are made."""
+        """The side where channels are computed."""
         return Side(self.weight, 1 - self.input_dim)
 
 
 @dataclass(frozen=True)
 class Pin:
-    """Why some channels always stay: the op that needs them whole, and the sides they lie on."""
+    """Why some channels always stay: the op that needs all of them, and the sides that they lie on."""
 
     module: str
     op: str
@@ -96,11 +97,11 @@ class Pin:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A mean, variance or norm along channels, taken over the live ones of them while gates train.
+    """A mean, variance or norm across channels, which is taken over the live ones while gates train.
 
     Attributes:
-        path: of the module that stands in for the call then (see `rewriters.cross_channel.live_statistics`).
-        classes: class of each channel, int64 of shape (channels,); `ALWAYS` where it is pinned.
+        path: the module that makes the call then (see `rewriters.cross_channel.live_statistics`).
+        classes: class of each channel, int64 of shape (channels,); `ALWAYS` if it is pinned.
     """
 
     path: str
@@ -108,15 +109,15 @@ class Statistic:
 
 
 def gather(size: int, ends: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[tuple[int, int], ...]]]:
-    """Gather the classes that lie on the same ends, equally often.
+    """Gather the classes that lie on the same ends, equally often, into kinds.
 
     Args:
         size: number of classes.
         ends: the class of every index along each end; `ALWAYS` entries don't count.
 
     Returns:
-        For each class the number of its kind, int64 of shape (size,), kinds being numbered in the order of their
-        first classes; and for each kind the (end, count) pairs that one of its classes lies on.
+        The number of each class's kind, int64 of shape (size,), where kinds are numbered in the order of their first
+        classes; and for each kind the (end, count) pairs that each of its classes lies on.
     """
     number = np.zeros(size, np.int64)
     places: list[tuple[tuple[int, int], ...]] = [()]
@@ -137,15 +138,15 @@ def gather(size: int, ends: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tupl
 
 
 def distinct(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The classes among these, `ALWAYS` left out, in order, and how often each is there."""
-    if (classes[1:] > classes[:-1]).all():  # as they mostly are
+    """The distinct classes among these without `ALWAYS`, in order, and how often each occurs."""
+    if (classes[1:] > classes[:-1]).all():  # the usual case
         members = classes[1:] if len(classes) and classes[0] == ALWAYS else classes
         return members, np.ones(len(members), np.int64)
     return np.unique(classes[classes != ALWAYS], return_counts=True)
 
 
 def empty_ends(lengths: Sequence[int], stays: np.ndarray) -> list[int]:
-    """Which of the ends that lie one after another in `stays` (bool, one entry an index) keep no index."""
+    """Which ends keep no index, where `stays` (bool, one entry an index) has the ends one after another."""
     until = np.cumsum(lengths)
     kept = np.concatenate([[0], np.cumsum(stays)])
     return np.flatnonzero(kept[until] == kept[until - lengths]).tolist()
@@ -153,7 +154,7 @@ def empty_ends(lengths: Sequence[int], stays: np.ndarray) -> list[int]:
 
 @dataclass(frozen=True)
 class Group:
-    """Classes that lie on the same sides: the channels of a layer, or of a whole residual stage."""
+    """The classes that lie on the same sides: the channels of a layer, or of a whole residual stage."""
 
     classes: tuple[int, ...]
     sides: tuple[Side, ...]
@@ -164,14 +165,14 @@ class ChannelMap:
     """Classes of coupled channels and where they lie.
 
     Attributes:
-        size: number of classes that may die.
-        classes: for each side that holds at least one such class, the class of every index along it
-            (int64, shape (side's size,)), or `ALWAYS` where the index is pinned.
-        sizes: full length of every side of every kernel, also of those that hold no class.
-        kernels: convolutions and linear layers, in the order they run.
-        gated: input sides where classes are merged into sums: a gate stands on each of them.
+        size: number of classes, all of which can be removed.
+        classes: for each side with at least one class, the class of every index along it (int64, shape (side's size,)),
+            or `ALWAYS` if the index is pinned.
+        sizes: full length of every side of every kernel, including those without a class.
+        kernels: convolutions and linear layers, in the order in which they run.
+        gated: input sides over whose channels a kernel sums: a gate stands on each of them.
         pins: why the other channels stay.
-        statistics: what looks at channels that may die.
+        statistics: the statistics that are taken across these classes.
     """
 
     size: int
@@ -183,7 +184,7 @@ class ChannelMap:
     statistics: tuple[Statistic, ...] = ()
 
     def kept(self, side: Side, live: Tensor) -> Tensor:
-        """Indices along `side` that stay when the classes in `live` (bool, shape (size,)) do."""
+        """The indices along `side` that stay if the classes in `live` (bool, shape (size,)) do."""
         classes = self.classes[side]
         return torch.nonzero(torch.cat([live, live.new_ones(1)])[classes]).flatten()
 
@@ -192,23 +193,23 @@ class ChannelMap:
         return len(self.kept(side, live)) if side in self.classes else self.sizes.get(side, 1)
 
     def macs(self, kernel: Kernel, live: Tensor) -> float:
-        """Multiply-adds of a kernel for one sample when the classes in `live` stay."""
+        """Multiply-adds of a kernel for one sample if the classes in `live` stay."""
         each = kernel.macs * self.width(kernel.input_side, live) * self.width(kernel.output_side, live)
         if not kernel.repeats:
             return each
         return each * int(torch.cat([live.cpu(), torch.ones(1, dtype=torch.bool)])[list(kernel.repeats)].sum())
 
     def reached(self, kernel: Kernel) -> bool:
-        """Whether classes that may go make it cheaper: some of its own two sides, or of what it runs for."""
+        """Whether removing classes can make a kernel cheaper: on its own two sides, or among what it repeats for."""
         on_sides = kernel.input_side in self.classes or kernel.output_side in self.classes
         return on_sides or any(label != ALWAYS for label in kernel.repeats)
 
     def survivors(self, live: Tensor, gone: Set[str] = frozenset()) -> Tensor:
-        """Live classes and, on each side that would be left with nothing, its first class.
+        """Live classes and, for each side that would be empty, its first class.
 
-        A layer that still runs needs a channel; the one kept has a zero kernel behind it, so that outputs
-        don't change. Tensors in `gone` are left out of account; statistics never are, so that what they look
-        at doesn't hang on it.
+        A layer that still runs needs a channel. The one that it keeps has a zero kernel behind it, so outputs don't
+        change. Tensors in `gone` don't count. Statistics always count, so that their channels don't depend on `gone`:
+        which channel is kept follows from the live classes alone, for the gated model and the slim model alike.
         """
         ends = [classes for side, classes in self.classes.items() if side.tensor not in gone]
         ends += [statistic.classes for statistic in self.statistics]
@@ -220,7 +221,7 @@ class ChannelMap:
         return kept
 
     def looked_at(self, live: Tensor) -> Tensor:
-        """Live classes and those that statistics look at though they are dead: `survivors` of their sides."""
+        """Live classes, and the dead ones that statistics include: the `survivors` on their sides."""
         if not self.statistics:
             return live
         seen = torch.zeros_like(live)
@@ -229,7 +230,7 @@ class ChannelMap:
         return live | (self.survivors(live) & seen)
 
     def where(self, label: int) -> list[tuple[Side, int]]:
-        """The (side, index) pairs that class `label` takes out when it dies."""
+        """The (side, index) pairs that are removed with class `label`."""
         return [
             (side, index)
             for side, classes in self.classes.items()
@@ -237,7 +238,7 @@ class ChannelMap:
         ]
 
     def describe(self, labels: Iterable[int]) -> str:
-        """Where the classes lie, for a reader: `conv2.weight[1] at 3, 5; fc.weight[1] at 7`."""
+        """Where the classes lie, as text: `conv2.weight[1] at 3, 5; fc.weight[1] at 7`."""
         lines: dict[Side, list[int]] = {}
         for label in labels:
             for side, index in self.where(label):
@@ -245,7 +246,7 @@ class ChannelMap:
         return "; ".join(f"{side} at {', '.join(map(str, sorted(set(at))))}" for side, at in lines.items())
 
     def groups(self) -> list[Group]:
-        """Classes gathered by the sides they lie on, in order of their first class."""
+        """Classes grouped by the sides that they lie on, in the order of their first classes."""
         sides = list(self.classes)
         number, places = gather(self.size, [distinct(self.classes[side].cpu().numpy())[0] for side in sides])
         gathered = np.split(np.argsort(number, kind="stable"), np.bincount(number).cumsum())[:-1]
@@ -255,12 +256,12 @@ class ChannelMap:
         ]
 
     def why_pinned(self, most: int = 5) -> str:
-        """The ops that keep channels whole and why, in a sentence; at most the first few."""
+        """The first few pins (at most `most`) as a sentence: where and why."""
         reasons = dict.fromkeys(f"{pin.module or 'the outputs'}: {pin.reason}" for pin in self.pins)
-        return "Kept: " + "; ".join(list(reasons)[:most]) + "." if reasons else "It has no layers to cut."
+        return "Kept: " + "; ".join(list(reasons)[:most]) + "." if reasons else "It has no layers to slim."
 
     def checksum(self) -> int:
-        """A number that two maps share if their classes lie on the same indices of the same sides."""
+        """A checksum of where the classes lie: equal for two maps with the same classes on the same indices."""
         number = 0
         for side, classes in self.classes.items():
             number = zlib.crc32(str(side).encode(), number)
@@ -268,9 +269,10 @@ class ChannelMap:
         return number
 
     def difference(self, other: ChannelMap, costs: bool = True) -> str | None:
-        """Where two maps differ first, by a tensor's or module's name, or None where they are the same.
+        """The name of the first tensor or module in which two maps differ, or None if they are equal.
 
-        What kernels cost is not compared if not `costs`: an opaque module may give as many rows as values ask for.
+        The costs of kernels are compared only with `costs`: how many rows an opaque module returns may depend on
+        values.
         """
         for mine, theirs in zip(self.kernels, other.kernels, strict=False):
             if mine != (theirs if costs else replace(theirs, macs=mine.macs, outputs=mine.outputs)):
@@ -284,7 +286,7 @@ class ChannelMap:
         return None
 
     def graph(self) -> nx.Graph:
-        """The coupling graph: groups and the kernels between them, ready to be drawn.
+        """The coupling graph: groups and the kernels between them.
 
         A group's node is ("group", i) and carries `width`, the number of its classes; a kernel's node is
         ("kernel", module) and carries `macs`. An edge's `end` is "input" or "output".

@@ -1,8 +1,14 @@
-"""Channel labels: who owns each index of each tensor, and which owners must live or die together.
+"""Channel labels: a number for each index of each tensor, and a union-find structure of those that were merged.
 
-Every index along every dimension of every parameter and buffer is given a label of its own. Labels travel
-with the values computed from the parameters; where labels meet they are merged, where an op needs its
-channels whole they are pinned. What is left is a partition of the labels.
+Two channels that must live or die together carry one label. Every index along every dimension of every parameter and
+buffer gets a label of its own. Labels travel with the values that are computed from the parameters. Labels that meet
+are merged; labels of channels that an op needs all of are pinned. The result is a partition of the labels.
+
+A tensor's labels are a few *layers*: integer tensors of size 1 along each dimension that they don't vary in. An
+activation has one layer (its channels), a kernel has one for each dimension.
+
+Merging is symmetric and applies to a label wherever it is. So an in-place op on a view needs no functional form of the
+graph: `x[:, :n] += y` merges the labels of the slice, which are those of `x`.
 """
 
 from __future__ import annotations
@@ -18,23 +24,23 @@ from torch import Tensor
 from rewriters.labelling.channel_map import Side
 
 _JOINED_AT_ONCE = 2**13
-"""Pairs of labels that are joined in one go, at the most: it bounds the memory that joining takes, and fits caches."""
+"""At most this many pairs of labels are joined at once: it bounds the memory that joining takes, and fits caches."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """What is known of a tensor's channels.
+    """The labels of a tensor.
 
     Attributes:
         shape: the tensor's shape.
-        layers: int32 label tensors with the tensor's number of dimensions, of size 1 along each dimension
-            they don't vary in. An element goes when its label in any of the layers goes. No two layers
-            vary in the same dimension: an activation has one (its channels), a kernel one a dimension.
-        source: name of the parameter whose elements these are, moved about or multiplied: where its columns
-            are zero, so are these.
-        derived: they are computed from the parameter `source` in another way, each of its columns from that
-            column but for statistics: where its columns are zero, these are something else.
-        boolean: the elements are true or false; to index with, they are a mask.
+        layers: int32 label tensors with the tensor's number of dimensions, of size 1 along each dimension that they
+            don't vary in. An element is removed if its label in any of the layers is. No two layers vary in the same
+            dimension: an activation has one layer (its channels), a kernel one for each dimension.
+        source: name of the parameter that the elements come from, moved or scaled: where its columns are zero, so are
+            these.
+        derived: the elements are computed from the parameter `source` in another way. Each column comes from that
+            column and from statistics: where the parameter's columns are zero, these need not be.
+        boolean: the elements are true or false; as an index, the tensor is a mask.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +51,7 @@ class Labelled:
 
     @classmethod
     def unknown(cls, tensor: Tensor) -> Labelled:
-        """A tensor none of whose channels anybody owns."""
+        """A tensor without labels."""
         return cls(tuple(tensor.shape), boolean=tensor.dtype is torch.bool)
 
     @property
@@ -53,17 +59,17 @@ class Labelled:
         return len(self.shape)
 
     def layer(self, dim: int) -> Tensor | None:
-        """The layer that varies along `dim`, if there is one."""
+        """The layer that varies along `dim`, or None."""
         return next((layer for layer in self.layers if layer.shape[dim] > 1), None)
 
 
 def varying(layer: Tensor) -> tuple[int, ...]:
-    """Dimensions along which a layer's labels vary."""
+    """The dimensions along which a layer's labels vary."""
     return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
 
 
 def compress(labels: Tensor) -> Tensor:
-    """The same labels with size 1 along each dimension they don't vary in."""
+    """The same labels, with size 1 along each dimension that they don't vary in."""
     for dim, size in enumerate(labels.shape):
         if size > 1:
             first = labels.narrow(dim, 0, 1)
@@ -74,9 +80,14 @@ def compress(labels: Tensor) -> Tensor:
 
 
 def reshaped(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
-    """Labels of a tensor of shape `before`, and with size 1 where they don't vary, when it is reshaped to `after`.
+    """Labels of a tensor after a reshape.
 
-    Where some dimensions become some others by themselves, and labels vary in none of them, these aren't repeated.
+    Dimensions that become others by themselves, and that labels don't vary in, aren't repeated.
+
+    Args:
+        labels: of the tensor before, of size 1 where they don't vary.
+        before: the tensor's shape before.
+        after: its shape after.
     """
     if 0 in before:
         return labels.expand(tuple(before)).reshape(tuple(after))
@@ -90,7 +101,10 @@ def reshaped(labels: Tensor, before: Sequence[int], after: Sequence[int]) -> Ten
 
 
 def parts(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Dimensions of two shapes that have as many elements, in the smallest parts that become one another."""
+    """Split a reshape into its smallest independent parts: slices of dimensions before and after.
+
+    Both shapes have the same number of elements, and so have the two slices of each part.
+    """
     old = new = 0
     while old < len(before) or new < len(after):
         begin = old, new
@@ -101,13 +115,13 @@ def parts(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, 
 
 
 def _is_line(labels: Tensor, dim: int) -> bool:
-    # Along its only dimension a layer of labels that were once distinct is taken to vary.
+    # A layer along a single dimension had distinct labels once: it is taken to vary without a comparison.
     return labels.numel() == labels.shape[dim]
 
 
 @dataclass(frozen=True)
 class PinNote:
-    """Labels that an op needs whole, with the op's place and the reason."""
+    """Labels that an op pins, with the op's module and the reason."""
 
     labels: Tensor
     module: str
@@ -116,7 +130,7 @@ class PinNote:
 
 
 class LabelSpace:
-    """Hands out labels, and remembers which were merged and which were pinned."""
+    """Hands out labels and remembers which were merged and which were pinned."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -124,11 +138,11 @@ class LabelSpace:
         self.notes: list[PinNote] = []
         self._roots = np.zeros(0, np.int32)
         self._merged: list[tuple[Tensor, Tensor]] = []  # since these roots were found
-        self._pinned = np.zeros(0, bool)  # of these roots, by the first so many notes
+        self._pinned = np.zeros(0, bool)  # of these roots, by the first `_noted` notes
         self._noted = 0
 
     def fork(self) -> LabelSpace:
-        """A space that starts from this one and leaves it as it is."""
+        """A copy that can change without changing this space."""
         other = LabelSpace()
         other.count, other.blocks, other.notes = self.count, dict(self.blocks), list(self.notes)
         other._roots, other._merged = self._roots, list(self._merged)
@@ -141,11 +155,11 @@ class LabelSpace:
         return torch.arange(self.count - count, self.count, dtype=torch.int32)
 
     def fresh_along(self, shape: Sequence[int], dim: int) -> Tensor:
-        """New labels along one dimension of a tensor of this shape, of size 1 along the others."""
+        """New labels along one dimension of a tensor of this shape, with size 1 along the others."""
         return self.fresh(shape[dim]).view([size if other == dim else 1 for other, size in enumerate(shape)])
 
     def own(self, name: str, shape: Sequence[int]) -> Labelled:
-        """Labels for a parameter or buffer: a layer for each dimension longer than 1."""
+        """The own labels of a parameter or buffer: a layer for each dimension longer than 1."""
         layers = []
         for dim, size in enumerate(shape):
             if size > 1:
@@ -158,8 +172,13 @@ class LabelSpace:
                 layers.append(torch.arange(start, start + size, dtype=torch.int32).view(along))
         return Labelled(tuple(shape), tuple(layers), source=name)
 
+    def labels_of(self, side: Side) -> Tensor:
+        """The labels of a side's indices, in order."""
+        start, size = self.blocks[side]
+        return torch.arange(start, start + size)
+
     def owned(self, labels: Tensor) -> bool:
-        """Whether any of these labels goes with a parameter's."""
+        """Whether any of these labels is merged with a parameter's own."""
         mine = labels.flatten().numpy()
         if self._on_a_side(mine).any():
             return True
@@ -167,13 +186,13 @@ class LabelSpace:
         return bool(self._on_a_side(np.flatnonzero(np.isin(roots, roots[mine]))).any())
 
     def _on_a_side(self, labels: np.ndarray) -> np.ndarray:
-        """Whether each is one of a parameter's own."""
+        """Whether each label is a parameter's own."""
         blocks = np.array([(0, 0), *self.blocks.values()])
         starts, sizes = blocks[np.searchsorted(blocks[:, 0], labels, "right") - 1].T
         return labels - starts < sizes
 
     def side_of(self, labels: Tensor) -> Side | None:
-        """The side whose labels these are, each once and in order, or None."""
+        """The side whose own labels these are, each once and in order, or None."""
         flat = labels.flatten()
         first = int(flat[0])
         for side, (start, size) in self.blocks.items():
@@ -182,14 +201,14 @@ class LabelSpace:
         return None
 
     def sides_holding(self, labels: Tensor, tensor: str) -> list[Side]:
-        """The sides of a tensor that any of these labels lie on."""
+        """The sides of a tensor that hold any of these labels."""
         low, high = int(labels.min()), int(labels.max())
         sides = (Side(tensor, dim) for dim in range(8))
         blocks = [(side, self.blocks[side]) for side in sides if side in self.blocks]
         return [side for side, (start, size) in blocks if start <= high and low < start + size]
 
     def merge(self, first: Tensor, second: Tensor) -> None:
-        """Let labels that meet live or die together; the tensors are broadcast against each other."""
+        """Couple labels that meet, so that they live or die together. The tensors are broadcast."""
         first, second = torch.broadcast_tensors(first, second)
         if not torch.equal(first, second):
             self._merged.append((first, second))
@@ -204,11 +223,11 @@ class LabelSpace:
         return narrowed
 
     def pin(self, labels: Tensor, module: str, op: str, reason: str) -> None:
-        """Note that these labels always stay."""
+        """Pin these labels: they always stay."""
         self.notes.append(PinNote(labels.flatten(), module, op, reason))
 
     def roots(self) -> np.ndarray:
-        """For each label the smallest label it was merged with, int32 of shape (count,)."""
+        """For each label the smallest label that it was merged with, int32 of shape (count,)."""
         if self._merged or len(self._roots) != self.count:
             self._roots = _grown(self._roots, self.count)  # a new array: a fork may have the one before
             while self._merged:
@@ -219,7 +238,7 @@ class LabelSpace:
         return self._roots
 
     def _next_merged(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Merged labels, taken off the list: as many of them as are joined in one go."""
+        """Remove pairs of merged labels from the list, as many as are joined at once."""
         left = _JOINED_AT_ONCE
         while self._merged and left > 0:
             first, second = (labels.reshape(-1) for labels in self._merged.pop())
@@ -238,22 +257,22 @@ class LabelSpace:
 
 
 def _counts_up(labels: np.ndarray) -> bool:
-    """Whether each is the one before and one more."""
+    """Whether each label is the one before plus one."""
     parts = (labels[start : start + _JOINED_AT_ONCE + 1] for start in range(0, len(labels), _JOINED_AT_ONCE))
     return all((part[1:] - part[:-1] == 1).all() for part in parts)
 
 
 def _grown(root: np.ndarray, count: int) -> np.ndarray:
-    """So many elements, the new ones each their own root."""
+    """The roots of `count` labels, where each new one is its own root."""
     grown = np.arange(count, dtype=np.int32)
     grown[: len(root)] = root
     return grown
 
 
 def _join(root: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
-    """Hooks the larger root of every edge onto the smaller one, for all edges at once, until nothing moves.
+    """Hook the larger root of every edge onto the smaller one, for all edges at once, until nothing changes.
 
-    Paths are shortened for the roots that were hooked only: however many labels there are, it costs as edges do.
+    Paths are shortened only for roots that were hooked, so the cost depends on the edges and not on all labels.
     """
     first, second = _top(root, first), _top(root, second)
     while (apart := first != second).any():
@@ -274,21 +293,21 @@ def _top(root: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def _flatten(root: np.ndarray) -> None:
-    """Lets every element point at its root, a part of them at a time, so that no second array of them is needed."""
+    """Point every element at its root, a part at a time, so that no second array of this size is needed."""
     for start in range(0, len(root), _JOINED_AT_ONCE):
         part = slice(start, start + _JOINED_AT_ONCE)
         root[part] = _top(root, root[part])
 
 
 def give_members(values: np.ndarray, roots: np.ndarray) -> None:
-    """Gives every label the value of its root, in place: that of a root stays what it is."""
+    """Give every label the value of its root, in place. A root's value doesn't change."""
     for start in range(0, len(roots), _JOINED_AT_ONCE):
         part = slice(start, start + _JOINED_AT_ONCE)
         values[part] = values[roots[part]]
 
 
 def picked(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """values[index], a part at a time: numpy takes an index of its own type, for which it copies others."""
+    """values[index], a part at a time: numpy copies an index that isn't of its own index type."""
     out = np.empty(index.shape, values.dtype)
     for start in range(0, len(index), _JOINED_AT_ONCE):
         part = slice(start, start + _JOINED_AT_ONCE)

@@ -1,19 +1,16 @@
-"""Run a model once without data: in comes a forward, out comes a graph of its ATen calls (`Capture`)."""
+"""Run a model once without data. In: a model and example inputs. Out: a graph of its ATen calls (`Capture`)."""
 
 from rewriters.recording.capture import (
     Capture,
-    ModuleCall,
     capture,
     in_every_place,
-    is_getitem,
     named_tensors,
-    only_restrides,
-    reshapes_in_place,
 )
 from rewriters.recording.garbage_collection import collect, frozen_heap
-from rewriters.recording.meta_kernels import MetaMode, constant, on_fakes
-from rewriters.recording.opaque import Opaque, opaque_call, stood_in_for
-from rewriters.recording.pytrees import all_tensors, leaves_of, tensors_at, tensors_of
+from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
+from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubbed
+from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors_at, tensors_of
+from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
 from rewriters.recording.side_effects import (
     attributes_preserved,
     drop_caches,
@@ -28,6 +25,7 @@ __all__ = [
     "ModuleCall",
     "Opaque",
     "all_tensors",
+    "args_of",
     "attributes_preserved",
     "capture",
     "collect",
@@ -38,13 +36,13 @@ __all__ = [
     "is_getitem",
     "leaves_of",
     "named_tensors",
-    "on_fakes",
     "only_restrides",
     "opaque_call",
+    "opaque_modules_stubbed",
     "random_numbers_kept",
     "reshapes_in_place",
+    "run_on_fakes",
     "set_modes",
-    "stood_in_for",
     "tensors_at",
     "tensors_of",
     "without_caches",

@@ -1,4 +1,4 @@
-"""What went wrong in a forward, told in its author's terms: with the line of their code."""
+"""Explain what went wrong in a forward, with the line of the user's code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 def user_line(error: BaseException) -> str:
-    """File, line and text of the user's code that an exception passed through last."""
+    """File, line and text of the user's code that is innermost in an exception's traceback."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_OWN_CODE, "<"))
     ]
@@ -23,7 +23,7 @@ def user_line(error: BaseException) -> str:
 
 
 def explain(error: Exception, where: str) -> CaptureError:
-    """What went wrong in a forward, in the user's terms."""
+    """The error to raise for an exception in a forward."""
     if isinstance(error, _ASKS_FOR_VALUES):
         return CaptureError(
             f"the forward depends on the values of a tensor, at {user_line(error)}.",
@@ -38,8 +38,8 @@ def explain(error: Exception, where: str) -> CaptureError:
 
 
 def why_unrecordable(error: Exception) -> str:
-    """Why a module whose forward runs on real tensors doesn't on fake ones."""
+    """Why a forward that runs on real tensors fails on fake ones."""
     asks = isinstance(error, _ASKS_FOR_VALUES)
-    told = str(error).strip().partition("\n")[0].rstrip(".")
-    what = "the forward depends on the values of a tensor" if asks else f"{type(error).__name__}: {told}"
+    text = str(error).strip().partition("\n")[0].rstrip(".")
+    what = "the forward depends on the values of a tensor" if asks else f"{type(error).__name__}: {text}"
     return f"its forward can't be recorded: {what}, at {user_line(error)}"

@@ -1,4 +1,8 @@
-"""Spare Python's collector of garbage what was there before."""
+"""Keep Python's garbage collector away from objects that existed before.
+
+The graphs of a trial are reference cycles, which stay until a collection. Inside `frozen_heap` a collection looks
+through new objects only, so it can be called whenever a trial is done.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,15 @@ import gc
 from collections.abc import Iterator
 
 _within = 0
-"""How many times `frozen_heap` has been entered and not left."""
+"""How many `frozen_heap` contexts are open: `gc.get_freeze_count` would count the frozen objects one by one."""
 
 
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Inside, unreachable cycles are looked for among new objects alone.
+    """Inside, garbage collection looks through new objects only.
 
-    With PyTorch and timm imported a search through all takes a quarter of a second, and the graphs of a large model
-    start one each time. Who has frozen a heap already (`gc.freeze`, before a fork) keeps it as it is.
+    With PyTorch and timm imported, a collection of all objects takes a quarter of a second, and the graphs of a large
+    model trigger one each time. A heap that the caller has frozen (`gc.freeze`, before a fork) is left as it is.
     """
     global _within
     frozen_before = gc.get_freeze_count() > 0
@@ -31,9 +35,9 @@ def frozen_heap() -> Iterator[None]:
 
 
 def collect() -> None:
-    """Inside of `frozen_heap`, free what is unreachable now: graphs that were made for a trial.
+    """Inside `frozen_heap`, free the graphs that were made for a trial; elsewhere, do nothing.
 
-    They are cycles, which would stay until Python looks for some the next time.
+    They are reference cycles, which would stay until Python's next collection.
     """
-    if _within:  # Python counts frozen objects one by one
+    if _within:
         gc.collect()

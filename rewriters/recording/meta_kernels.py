@@ -1,8 +1,8 @@
-"""What calls give on tensors without data, told more quickly than PyTorch tells it.
+"""Compute the result shapes of common ATen calls on tensors without data, faster than PyTorch does.
 
-PyTorch works out a batch norm or an activation on such tensors in a dozen calls, and asks itself at each call on a
-fake tensor what kind of call it is: that made most of the time of recording a forward. Here the usual calls on usual
-tensors are told by their shapes; the rest is left to PyTorch.
+PyTorch decomposes a batch norm or an activation on such tensors into a dozen calls, and decides at each call on a fake
+tensor what kind of call it is. That took most of the time of recording a forward. Here the usual calls on usual tensors
+are computed from their shapes. All else is left to PyTorch. Recordings and the dry run both use this.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _alike(*tensors: Any) -> bool:
 
 
 def _new(x: Tensor, shape: Any) -> Tensor:
-    """A tensor of this shape, contiguous, of the dtype of `x`, which has no data either."""
+    """A contiguous meta tensor of this shape, with the dtype of `x`."""
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
@@ -40,7 +40,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _spreads(shape: torch.Size, over: torch.Size) -> bool:
-    """Whether a tensor of this shape is broadcast to just that shape."""
+    """Whether a tensor of `shape` broadcasts to exactly the shape `over`."""
     pairs = zip(reversed(shape), reversed(over), strict=False)
     return len(shape) <= len(over) and all(length in (1, whole) for length, whole in pairs)
 
@@ -49,7 +49,7 @@ def _batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, variance: Tensor | None,
     training: bool, momentum: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What native_batch_norm gives: values, and the batch's mean and inverse deviation in train mode."""
+    """Results of native_batch_norm: values, and in train mode the batch's mean and inverse standard deviation."""
     channels = x.shape[1]
     for tensor in (weight, bias, mean, variance):
         if tensor is not None and tuple(tensor.shape) != (channels,):
@@ -59,7 +59,7 @@ def _batch_norm(
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    """What native_layer_norm gives: values, and each position's mean and inverse deviation, contiguous all."""
+    """Results of native_layer_norm, all contiguous: values, and each position's mean and inverse standard deviation."""
     over = len(x.shape) - len(shape)
     parameters = [tensor for tensor in (weight, bias) if tensor is not None]
     if x.dtype not in _SINGLE_OR_DOUBLE or not all(_alike(tensor) and tensor.dtype == x.dtype for tensor in parameters):
@@ -151,7 +151,7 @@ def _empty(
 
 _aten = torch.ops.aten
 
-TOLD: Mapping[Any, Callable[..., Any]] = {
+META_KERNELS: Mapping[Any, Callable[..., Any]] = {
     _aten.native_batch_norm.default: _batch_norm,
     _aten.native_layer_norm.default: _layer_norm,
     _aten.convolution.default: _convolution,
@@ -174,19 +174,19 @@ TOLD: Mapping[Any, Callable[..., Any]] = {
     **dict.fromkeys((_aten.add.Tensor, _aten.div.Tensor, _aten.mul.Tensor, _aten.sub.Tensor), _of_two),
     **dict.fromkeys((_aten.add_.Tensor, _aten.div_.Tensor, _aten.mul_.Tensor, _aten.sub_.Tensor), _of_two_in_place),
 }  # fmt: skip
-"""What tells the results of these; `NotImplemented` where it can't."""
+"""Shape computations by op. Each returns `NotImplemented` for arguments that it doesn't cover."""
 
-DIRECT = frozenset(
+META_OPS = frozenset(
     (_aten._softmax.default, _aten._unsafe_view.default, _aten.bmm.default, _aten.clone.default,
      _aten.expand.default, _aten.mm.default, _aten.permute.default, _aten.select.int,
      _aten.slice.Tensor, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.squeeze.dim, _aten.t.default,
      _aten.transpose.int, _aten.unbind.int, _aten.unsqueeze.default, _aten.view.default)
 )  # fmt: skip
-"""Calls that PyTorch's kernels for meta tensors tell quickly, once it is known that no other is meant."""
+"""Ops whose own meta kernels are fast; PyTorch's dispatch of fake tensors is skipped for them."""
 
 
-def stand_in(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A fake tensor for this one."""
+def fakify(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor for this tensor: `FakeTensorMode.from_tensor`, faster for plain tensors."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.is_contiguous()
     if not plain or tensor.is_quantized or tensor.is_complex() or tensor._is_view():
         return mode.from_tensor(tensor)
@@ -198,13 +198,13 @@ def stand_in(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 
 KNOWN_ELEMENTS = 1024
-"""Constants of up to so many elements have values that a forward may ask for."""
+"""A forward may ask for the values of constants up to this number of elements."""
 
 
 def constant(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    """A fake tensor for one that is no parameter, buffer or input: a plain attribute of a module, say.
+    """A fake tensor for one that is not a parameter, buffer or input: a plain attribute of a module, say.
 
-    PyTorch works out what single numbers such tensors come to (`strides[0]`), where a forward takes them as numbers.
+    Up to `KNOWN_ELEMENTS` elements it keeps its values, so a forward can take a number from it (`strides[0]`).
     """
     if tensor.numel() > KNOWN_ELEMENTS or type(tensor) is not Tensor:
         return mode.from_tensor(tensor)
@@ -213,16 +213,16 @@ def constant(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     return mode.fake_tensor_converter.from_real_tensor(mode, own, make_constant=True)
 
 
-def on_fakes(mode: FakeTensorMode, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What an ATen call gives on fake tensors."""
+def run_on_fakes(mode: FakeTensorMode, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run an ATen call on fake tensors."""
     if op is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
         return args[0].fake_device
-    told = TOLD.get(op)
-    if told is not None or op in DIRECT:
+    kernel = META_KERNELS.get(op)
+    if kernel is not None or op in META_OPS:
         device = kwargs.get("device") or _only_device(args)
         if device is not None:
             with in_kernel_invocation_manager(mode):
-                out = (told or op)(*args, **kwargs)
+                out = (kernel or op)(*args, **kwargs)
             if isinstance(out, Tensor):
                 return _wrapped(mode, out, device)
             if out is not NotImplemented:
@@ -235,7 +235,7 @@ def _wrapped(mode: FakeTensorMode, tensor: Tensor, device: torch.device) -> Tens
 
 
 def _only_device(args: tuple[Any, ...]) -> torch.device | None:
-    """The device that all tensors are on, None where it is not one, or where their values may be asked for."""
+    """The one device that all tensors are on; None if there are several, or if a tensor has values."""
     device = None
     for tensor in _tensors(args):
         if not isinstance(tensor, FakeTensor) or tensor.constant is not None:
@@ -247,7 +247,7 @@ def _only_device(args: tuple[Any, ...]) -> torch.device | None:
 
 
 def has_real(args: Sequence[Any]) -> bool:
-    """Whether there are tensors with data among a call's arguments."""
+    """Whether any tensor among a call's arguments has data."""
     return any(not isinstance(tensor, FakeTensor) for tensor in _tensors(args))
 
 
@@ -260,9 +260,9 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
 
 
 class MetaMode(TorchDispatchMode):
-    """Inside, forwards run on meta tensors the quicker way."""
+    """Inside, forwards run on meta tensors with the kernels of this file."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        told = TOLD.get(func)
-        out = NotImplemented if told is None else told(*args, **(kwargs or {}))
+        kernel = META_KERNELS.get(func)
+        out = NotImplemented if kernel is None else kernel(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if out is NotImplemented else out

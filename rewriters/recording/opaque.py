@@ -1,7 +1,8 @@
-"""Modules whose forward can't be recorded: the model runs once for real, which tells what they are given and give.
+"""Opaque modules: their forward can't be recorded, so the model runs once for real to see what goes in and comes out.
 
-Such a module is opaque from then on. A recording, and the dry run, don't run it: they are handed tensors without
-data, of the shapes that it gave, and all channels that it touches stay.
+Recordings and the dry run don't run an opaque module. They get tensors without data, of the shapes that it returned
+when it ran, and refuse if it is called with other shapes than then. All channels that it touches stay, those of its own
+parameters included (`labelling/rules/opaque.py`).
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from rewriters.recording.side_effects import attributes_preserved, random_number
 
 
 def opaque_call(reason: str, given: list[Tensor], own: list[Tensor]) -> tuple[Tensor, ...]:
-    """What stands in a recorded graph for the call of an opaque module; it is never run.
+    """Stand for the call of an opaque module in a recorded graph. It is never run.
 
     Args:
-        reason: why it couldn't be recorded.
+        reason: why the module can't be recorded.
         given: all tensors that go in.
-        own: parameters and buffers of the module, and of those that it calls.
+        own: parameters and buffers of the module and of the modules that it calls.
     """
     raise RuntimeError(f"a recorded graph is not run through an opaque module: {reason}")
 
 
 @dataclass(frozen=True)
-class Noted:
-    """A tensor without its data."""
+class TensorSpec:
+    """What is known of a tensor without its data."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -56,7 +57,7 @@ class RealCall:
     Attributes:
         path: the module.
         given: shapes of the tensors that went in.
-        output: what came out, each tensor as `Noted`; None where it holds anything else, or no tensor.
+        output: what came out, each tensor as a `TensorSpec`; None if it holds anything else, or no tensor.
         children: the calls inside it.
     """
 
@@ -71,7 +72,7 @@ class RealCall:
             yield from child.walk()
 
     def outermost(self, paths: Collection[str]) -> Iterator[RealCall]:
-        """The calls of these modules that are in no other's call."""
+        """The calls of these modules that aren't inside another one of them."""
         if self.path in paths:
             yield self
             return
@@ -86,7 +87,7 @@ class Opaque:
     Attributes:
         reason: why.
         calls: its calls when it ran for real, in order.
-        inside: paths of the modules that were called in them, its own among them.
+        inside: paths of the modules that these calls ran, its own included.
     """
 
     reason: str
@@ -95,33 +96,33 @@ class Opaque:
 
 
 class FailsForRealError(Exception):
-    """A forward fails on real tensors, in the module at `path`; the cause is its error."""
+    """A forward fails on real tensors too, in the module at `path`; `__cause__` is its error."""
 
     def __init__(self, path: str):
         super().__init__(path)
         self.path = path
 
 
-class Replies:
-    """Hands out what opaque modules gave, call by call, as tensors that `make` makes of what was noted."""
+class RecordedOutputs:
+    """The outputs of opaque modules, call by call, as tensors that `make` makes from their specs."""
 
-    def __init__(self, opaque: Mapping[str, Opaque], make: Callable[[Noted], Tensor]):
+    def __init__(self, opaque: Mapping[str, Opaque], make: Callable[[TensorSpec], Tensor]):
         self._left = {
-            path: iter([(call.given, tree_map_only(Noted, make, call.output)) for call in one.calls])
+            path: iter([(call.given, tree_map_only(TensorSpec, make, call.output)) for call in one.calls])
             for path, one in opaque.items()
         }
 
     def next(self, path: str, args: Any, kwargs: Any) -> Any:
-        """What a module gave in its next call (raises where it was called otherwise then)."""
+        """The output of a module's next call. Raises if it was called with other shapes when it ran."""
         given, output = next(self._left[path], (None, None))
         shapes = [tuple(tensor.shape) for tensor in tensors_in(args, kwargs)]
         if shapes != given:
-            raise RuntimeError(f"it is given tensors of shapes {shapes}, and {given} when it ran for real")
+            raise RuntimeError(f"it is called with tensors of shapes {shapes}, but with {given} when it ran for real")
         return output
 
 
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors among a call's arguments, also those in fields of objects that PyTorch doesn't look into."""
+    """Tensors among a call's arguments, including those in fields of objects that pytree doesn't open."""
     leaves = leaves_of((args, kwargs))
     hidden = (leaves_of(vars(leaf)) for leaf in leaves if _hides_tensors(leaf))
     return [leaf for leaf in (*leaves, *(leaf for found in hidden for leaf in found)) if isinstance(leaf, Tensor)]
@@ -134,16 +135,16 @@ def _hides_tensors(leaf: Any) -> bool:
 def run_for_real(
     model: nn.Module, tensors: Mapping[str, Tensor], args: Any, kwargs: Any, names: Mapping[nn.Module, list[str]]
 ) -> RealCall | None:
-    """Run a forward as it is, and note its module calls; None where there are no values.
+    """Run a forward as it is and return its module calls; None if any tensor has no values.
 
-    Nothing in the model changes, its inputs don't, and random numbers come afterwards as they would have come.
+    The model, its inputs and the state of random number generators are afterwards as before.
 
     Args:
         model: in the mode that it is to run in.
-        tensors: its parameters and buffers by every name that they have.
+        tensors: its parameters and buffers, by all their names.
         args: example inputs by position.
         kwargs: example inputs by name.
-        names: of each module in the model, the first of them its path.
+        names: all names of each module in the model; the first is its path.
 
     Raises:
         FailsForRealError: the forward fails.
@@ -163,7 +164,7 @@ def run_for_real(
 
 
 def _buffers_copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters, and copies of the buffers for the forward to write to; what is shared stays shared."""
+    """The parameters, and copies of the buffers that the forward may write to; shared ones stay shared."""
     copies = {id(one): one.clone() for one in tensors.values() if not isinstance(one, nn.Parameter)}
     return {name: copies.get(id(one), one) for name, one in tensors.items()}
 
@@ -178,7 +179,7 @@ class _Noting:
         self._failed: tuple[Exception | None, str] = (None, "")
 
     def failed_in(self, error: Exception) -> str:
-        """Path of the innermost module that the error passed through."""
+        """Path of the innermost module that the error came through."""
         return self._failed[1] if self._failed[0] is error else ""
 
     @contextlib.contextmanager
@@ -217,20 +218,20 @@ def _is_plain(leaf: Any) -> bool:
     return type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not leaf.is_quantized
 
 
-def _note(tensor: Tensor) -> Noted:
-    return Noted(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+def _note(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
-def smallest(paths: list[str], run: RealCall, opaque: Collection[str]) -> str | None:
-    """The first of some modules that can be opaque beside those that are; None where none can.
+def innermost_opaque(paths: list[str], run: RealCall, opaque: Collection[str]) -> str | None:
+    """The innermost of some nested modules that can be opaque; None if none can.
 
-    The root can't: nothing would be left to slim. Neither can one that gives anything else than tensors in
+    The root can't, because nothing would be left to slim. Neither can a module that returns anything but tensors in
     containers.
 
     Args:
-        paths: modules one inside the other, the innermost first.
+        paths: modules one inside the other, innermost first.
         run: the calls when the model ran for real.
-        opaque: paths of the opaque modules.
+        opaque: paths of the modules that are opaque already.
     """
     for path in paths:
         if path and path not in opaque:
@@ -240,8 +241,8 @@ def smallest(paths: list[str], run: RealCall, opaque: Collection[str]) -> str | 
     return None
 
 
-def as_they_ran(run: RealCall, reasons: Mapping[str, str]) -> dict[str, Opaque]:
-    """The opaque modules by path, but for those that run inside another alone; `reasons` says why each is."""
+def opaque_modules(run: RealCall, reasons: Mapping[str, str]) -> dict[str, Opaque]:
+    """The opaque modules by path, without those that only run inside another one; `reasons` says why each is."""
     calls: dict[str, list[RealCall]] = {}
     for call in run.outermost(reasons):
         calls.setdefault(call.path, []).append(call)
@@ -252,13 +253,13 @@ def as_they_ran(run: RealCall, reasons: Mapping[str, str]) -> dict[str, Opaque]:
 
 
 @contextlib.contextmanager
-def stood_in_for(model: nn.Module, opaque: Mapping[str, Opaque]) -> Iterator[None]:
-    """Inside, opaque modules aren't run when they are called: they give meta tensors of the shapes that they gave."""
+def opaque_modules_stubbed(model: nn.Module, opaque: Mapping[str, Opaque]) -> Iterator[None]:
+    """Inside, a call of an opaque module doesn't run it: it returns meta tensors of the recorded shapes."""
     if not opaque:
         yield
         return
     paths = {module: path for path, module in model.named_modules() if path in opaque}
-    replies = Replies(opaque, Noted.meta)
+    replies = RecordedOutputs(opaque, TensorSpec.meta)
     plain_call = nn.Module.__call__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,10 @@
-"""Forwards may keep things on their modules (caches, counters); what they keep of stand-ins must not stay."""
+"""Undo what a forward leaves on its modules: caches, counters, hooks, replaced buffers, random numbers.
+
+Forwards leave things behind when they are recorded: values that they looked up (LeViT's biases, a
+`functools.lru_cache`), hooks (Hugging Face collects stages by them). All of it is undone, because it would hold fake
+tensors. Caches that earlier calls left are set aside for the analysis, which they would hide parameters from, and a
+slim model starts without them.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +37,15 @@ _REGISTRIES = (
 def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, forwards run on fake tensors or proxies; afterwards the modules' plain attributes are as before.
 
-    That goes for what an attribute is and, where it is a dict, a list, a set or an object of the user's, for what it
-    holds. What `functools.lru_cache` keeps is dropped. Hooks that forwards have registered are gone, buffers that they
-    have exchanged are back; children are not looked at.
+    This includes the contents of an attribute that is a dict, a list, a set or an object of the user's. What
+    `functools.lru_cache` keeps is dropped, hooks that forwards registered are removed, and buffers that they replaced
+    are put back. Children are not visited.
     """
     modules = list(modules)
     before = [(module.__dict__, dict(_plain(module))) for module in modules]
     containers = [held for _, plain in before for value in plain.values() if (held := _held_in(value)) is not None]
     registries = (module.__dict__.get(name) for module in modules for name in _REGISTRIES)
-    containers += [one for one in registries if isinstance(one, dict)]  # those of torch.jit's modules are none
+    containers += [one for one in registries if isinstance(one, dict)]  # torch.jit's modules have other registries
     contents = [(one, type(one)(one) if one else ()) for one in {id(one): one for one in containers}.values()]
     try:
         yield
@@ -59,7 +65,7 @@ def _plain(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _clear_functions(modules: Iterable[nn.Module]) -> None:
-    """Empty the `functools.lru_cache` of functions on modules, on their classes and beside these."""
+    """Empty the `functools.lru_cache` of functions on modules, on their classes and in the classes' Python modules."""
     values = [value for module in modules for _, value in _plain(module) if type(value) not in _SIMPLE]
     for function in (function for value in values for function in _cached_in(value)):
         function.cache_clear()
@@ -77,7 +83,7 @@ def _cached_beside(cls: type) -> tuple[Any, ...]:
 
 
 def _cached_in(value: Any) -> Iterator[Any]:
-    """The function itself, or the one it wraps, if that keeps what it gave."""
+    """The function itself, or the one that it wraps, if that has an `lru_cache`."""
     function = value.__func__ if isinstance(value, (staticmethod, classmethod, types.MethodType)) else value
     cells = getattr(function, "__closure__", None) or () if isinstance(function, types.FunctionType) else ()
     for found in (function, *(cell.cell_contents for cell in cells if _is_filled(cell))):
@@ -88,12 +94,12 @@ def _cached_in(value: Any) -> Iterator[Any]:
 def _is_filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not None
-    except ValueError:  # what it is for isn't defined yet
+    except ValueError:  # the variable isn't defined yet
         return False
 
 
 def _held_in(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
-    """The container that an attribute's value is or, of an object that is no module, keeps its own attributes in."""
+    """The container that an attribute's value is, or the `__dict__` of an object that is not a module."""
     if type(value) in _SIMPLE:
         return None
     if type(value) in (dict, list, set):
@@ -102,7 +108,7 @@ def _held_in(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
 
 
 def _restore(container: Any, content: Any) -> None:
-    """Gives a container, which others may hold too, its content back."""
+    """Restore a container's content in place, because others may hold the container too."""
     if not container and not content:
         return
     if len(container) == len(content) and all(map(operator.is_, _entries(container), _entries(content))):
@@ -117,7 +123,7 @@ def _entries(container: Any) -> Iterable[Any]:
 
 @contextlib.contextmanager
 def random_numbers_kept(devices: Collection[torch.device] = ()) -> Iterator[None]:
-    """Random numbers come afterwards as they would have come, on the processor and on these devices."""
+    """Restore random number generators afterwards: Python's, NumPy's, and PyTorch's on the CPU and on `devices`."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices):
@@ -128,11 +134,11 @@ def random_numbers_kept(devices: Collection[torch.device] = ()) -> Iterator[None
 
 
 def drop_caches(modules: Iterable[nn.Module], undo_log: UndoLog) -> None:
-    """Empty what forwards have kept of earlier calls, every change noted in `undo_log`.
+    """Empty the caches that forwards filled in earlier calls, and note every change in `undo_log`.
 
-    Such a cache (a bias looked up once in eval mode) hides what it was computed from, and holds sizes as they
-    were. It is a plain attribute, a dict of tensors none of which is a parameter. Entries of a
-    `functools.lru_cache` are dropped too, and not given back.
+    Such a cache (a bias looked up once in eval mode) hides what it was computed from, and has the old sizes. It is a
+    plain attribute: a dict of tensors, none of which is a parameter. Entries of a `functools.lru_cache` are dropped
+    too, and these are not restored.
     """
     modules = list(modules)
     _clear_functions(modules)
@@ -148,7 +154,7 @@ def _is_computed(value: Any) -> bool:
 
 @contextlib.contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """Inside, forwards have kept nothing of earlier calls."""
+    """Inside, the caches of earlier calls are empty."""
     undo_log = UndoLog()
     drop_caches(model.modules(), undo_log)
     try:
@@ -158,10 +164,10 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
 
 def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:
-    """Set every module's train or eval mode; returns what they were, to be set again."""
+    """Set every module's train or eval mode; returns the modes before, so that they can be set again."""
     before = {module: module.training for module in model.modules()}
     for module, mode in before.items():
         wanted = modes if isinstance(modes, bool) else modes[module]
-        if mode is not wanted:  # to write it takes longer than to look
+        if mode is not wanted:  # writing is slower than reading
             module.training = wanted
     return before

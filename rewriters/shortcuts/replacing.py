@@ -1,8 +1,11 @@
-"""Put a 1x1 convolution in the place of an identity shortcut.
+"""Put a 1x1 convolution on an identity shortcut.
 
-A residual add over an identity shortcut couples all that is added: a whole stage keeps or loses a channel
-together. A 1x1 convolution on the shortcut uncouples them, so that each block has a width of its own. It
-starts as the identity: no output changes.
+A residual add over an identity shortcut couples its operands, so a whole stage keeps or loses a channel together. A 1x1
+convolution on the shortcut uncouples them, and each block has a width of its own. It starts as the identity: no output
+changes.
+
+The module whose forward holds the add is traced, and the call of the convolution is put into the graph, in both modes.
+From then on it is a layer like any other.
 
 Yang et al., "Non-uniform DNN Structured Subnets Sampling for Dynamic Inference", section IV.A.2 and figure 5.
 """
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriters.errors import AutogateError, TraceError
-from rewriters.forwards import RewrittenForward, Traced, by_mode, out_of_place, trace_modes
+from rewriters.forwards import RewrittenForward, TracedForward, graphs_by_mode, out_of_place, trace_modes
 from rewriters.labelling import Labelling
 from rewriters.labelling.rules import Findings
 from rewriters.recording import Capture, capture, set_modes
@@ -32,13 +35,12 @@ _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
-    """A 1x1 convolution (a linear layer, where channels come last) that stands where an identity shortcut was.
+    """A 1x1 convolution (a linear layer, if channels come last) on what was an identity shortcut.
 
     Attributes:
         module: path of the module whose forward holds the add.
         name: the convolution's name in that module.
-        before: the module's forward as it was rewritten before (by an earlier slimming), None if it was its
-            class's own.
+        before: the module's rewritten forward from an earlier slimming, or None if it ran its class's own.
     """
 
     module: str
@@ -47,12 +49,12 @@ class Shortcut:
 
     @property
     def path(self) -> str:
-        """Of the convolution."""
+        """The convolution's path."""
         return f"{self.module}.{self.name}".lstrip(".")
 
     @property
     def weight(self) -> str:
-        """Name of its kernel."""
+        """The name of its kernel."""
         return f"{self.path}.weight"
 
 
@@ -60,23 +62,22 @@ def replace_shortcuts(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], undo_log: UndoLog,
     within: Collection[str] | None = None, ignore: Mapping[str, str] | None = None, embed: bool = True,
 ) -> tuple[Shortcut, ...]:  # fmt: skip
-    """Put 1x1 convolutions, started as the identity, in the place of identity shortcuts.
+    """Replace identity shortcuts by 1x1 convolutions that start as the identity.
 
-    A shortcut is left as it is where its module's forward can't be followed by torch.fx or is run several
-    times.
+    A shortcut stays as it is if torch.fx can't trace its module's forward, or if that runs several times.
 
     Args:
-        model: changed in place, every change noted in `undo_log`.
+        model: changed in place.
         args: example inputs by position.
         kwargs: example inputs by name.
-        undo_log: what is noted can be undone.
-        within: paths of modules all of whose identity shortcuts are replaced; None for every shortcut that
-            alone couples the channels it leads to with those it leads from.
+        undo_log: notes every change, so that it can be undone.
+        within: paths of modules; all identity shortcuts in them are replaced. None replaces every shortcut that is the
+            only coupling between its channels and those of the sum.
         ignore: names of parameters and buffers whose channels stay, with the reason.
-        embed: whether channels that a norm across channels looks at may die.
+        embed: whether channels that norms across channels include can be removed.
 
     Raises:
-        AutogateError: a path in `within` holds no identity shortcut, or one that has to be left as it is.
+        AutogateError: a path in `within` holds no identity shortcut, or one that has to stay as it is.
     """
     modes = set_modes(model, False)
     try:
@@ -121,7 +122,7 @@ def _by_module(adds: list[ResidualAdd]) -> dict[str, list[ResidualAdd]]:
 def _replace_in(
     module: nn.Module, adds: list[ResidualAdd], captured: Capture, labelling: Labelling, undo_log: UndoLog
 ) -> list[Shortcut]:
-    """Replace the shortcuts of one module's forward (raises `TraceError`, the module then as it was)."""
+    """Replace the shortcuts in one module's forward. Raises `TraceError`; the module is as it was then."""
     call = adds[0].call
     own = labelling.fork()
     traced = trace_modes(module, call, captured, own, own.by_tensor())
@@ -134,30 +135,30 @@ def _replace_in(
     before = module.__dict__.get("forward")
     for add, name in zip(adds, names, strict=True):
         undo_log.set(module._modules, name, _identity(add, module.training))
-    undo_log.set_attribute(module, "forward", RewrittenForward(module, by_mode(traced, lambda one: one.graph)))
+    undo_log.set_attribute(module, "forward", RewrittenForward(module, graphs_by_mode(traced, lambda one: one.graph)))
     return [Shortcut(call.path, name, before) for name in names]
 
 
-def _adds_of(traced: Traced, count: int) -> list[fx.Node]:
-    """The nodes of a traced forward that add, one for each add that was recorded."""
+def _adds_of(traced: TracedForward, count: int) -> list[fx.Node]:
+    """The adds in a traced forward, one node for each recorded add."""
     found = [node for node in traced.graph.nodes if node.meta.get("ops") and node.meta["ops"][0] in ADDS]
     hidden = sum(op in ADDS for node in traced.graph.nodes for op in node.meta.get("ops") or ()) - len(found)
     if len(found) != count or hidden:
-        raise TraceError("its adds are not the recorded ones", where=traced.path)
+        raise TraceError("traced, its adds are not those that were recorded", where=traced.path)
     return found
 
 
 def _insert(graph: fx.Graph, add: fx.Node, operand: int, name: str) -> None:
     shortcut = add.args[operand] if len(add.args) > operand else None
     if not isinstance(shortcut, fx.Node):
-        raise TraceError(f"{add.format_node()} does not name its operands by place")
+        raise TraceError(f"{add.format_node()} does not have its operands as positional arguments")
     with graph.inserting_before(add):
         convolved = graph.call_module(name, (shortcut,))
     later = list(add.users) if operand == 0 else []
     add.update_arg(operand, convolved)
     plain = out_of_place(add.target)
     if operand == 0 and plain != add.target:
-        # What was written into the shortcut's tensor is not in it any more for those who read it later.
+        # The add wrote into the shortcut's tensor. Those who read that later now have to read the sum.
         add.target = plain
         at = list(graph.nodes).index(add)
         for user in list(graph.nodes)[at + 1 :]:
@@ -171,10 +172,10 @@ def _free_names(module: nn.Module, count: int) -> list[str]:
 
 
 def _identity(add: ResidualAdd, training: bool) -> nn.Module:
-    """A 1x1 convolution, or a linear layer where channels come last, that gives what it is given."""
+    """A 1x1 convolution, or a linear layer if channels come last, that is the identity."""
     value: Tensor = add.shortcut.meta["val"]
     channels = value.shape[add.dim]
-    like = {"device": value.device, "dtype": value.dtype}
+    like: dict[str, Any] = {"device": value.device, "dtype": value.dtype}
     if add.dim == 1 and value.ndim in _CONVOLUTIONS:
         layer: nn.Module = _CONVOLUTIONS[value.ndim](channels, channels, 1, bias=False, **like)
     else:

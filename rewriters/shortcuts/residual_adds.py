@@ -1,8 +1,12 @@
-"""Find identity shortcuts: residual adds one of whose operands comes from an earlier tensor untouched by parameters.
+"""Find residual adds with an identity shortcut.
 
-An add is residual where the same tensor reaches it in two ways: through kernels, and through ops that have no
-parameter and keep every channel in its place (an activation, pooling, dropout, nothing at all). It is found by
-that structure, whatever the modules are called.
+An add is residual if the same tensor reaches it in two ways: through kernels, and through ops that have no parameters
+and keep every channel at its index (an activation, pooling, dropout, nothing at all). Adds are found by this structure
+in the captured graph, not by the names of modules.
+
+Which of them need a kernel on the shortcut is asked of the labels: the label pass runs again with a tensor of its own
+channels on each shortcut. If shortcut and sum come out in one class anyway (a depthwise convolution couples them too),
+or both pinned, a kernel would gain nothing.
 
 He et al., "Deep Residual Learning for Image Recognition", section 3.2.
 """
@@ -16,9 +20,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from rewriters.labelling import Labelled, Labelling, varying
+from rewriters.labelling import Labelled, Labelling, merge_grids, varying
 from rewriters.labelling.rules import Findings, find_rule, movement
-from rewriters.recording import Capture, ModuleCall, is_getitem
+from rewriters.recording import Capture, ModuleCall, args_of, is_getitem
 
 ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _VIEWS = (movement.expand, movement.move, movement.reorder)
@@ -32,7 +36,7 @@ class ResidualAdd:
         node: the recorded add.
         operand: which of its two operands is the shortcut, 0 or 1.
         dim: dimension of the shortcut's channels.
-        call: the module call in whose own forward the add stands.
+        call: the module call whose own forward makes the add.
     """
 
     node: fx.Node
@@ -42,18 +46,18 @@ class ResidualAdd:
 
     @property
     def shortcut(self) -> fx.Node:
-        return self.node.args[self.operand]
+        return args_of(self.node)[self.operand]
 
 
 def residual_adds(captured: Capture, labelling: Labelling) -> list[ResidualAdd]:
-    """Residual adds with an identity shortcut, in the order they run.
+    """Residual adds with an identity shortcut, in the order in which they run.
 
     Args:
-        captured: a recorded forward.
+        captured: a captured forward.
         labelling: labels of its values.
     """
     order = {node: place for place, node in enumerate(captured.graph.nodes)}
-    found = []
+    found: list[ResidualAdd] = []
     for node in captured.graph.nodes:
         if node.target in ADDS and node.meta["call"] is not None:
             found.extend(_as_residual(node, labelling, order))
@@ -62,20 +66,20 @@ def residual_adds(captured: Capture, labelling: Labelling) -> list[ResidualAdd]:
 
 def _as_residual(node: fx.Node, labelling: Labelling, order: Mapping[fx.Node, int]) -> Iterator[ResidualAdd]:
     shape = node.meta["val"].shape
-    operands = node.args[:2]
+    operands = args_of(node)[:2]
     if not all(isinstance(one, fx.Node) and one.meta["val"].shape == shape for one in operands):
         return
     for place, shortcut in enumerate(operands):
         dim = _channel_dim(labelling.values[shortcut])
         if node.target is ADDS[1] and place == 0 and _moves(shortcut):
-            continue  # written into a view of a tensor that may be read otherwise
+            continue  # it writes into a view of a tensor that may be read elsewhere
         if dim is not None and _reaches(_origin(shortcut, labelling), operands[1 - place], labelling, order):
             yield ResidualAdd(node, place, dim, node.meta["call"])
             return
 
 
 def _channel_dim(value: Labelled) -> int | None:
-    """The one dimension that a value's labels vary along, if it is one that a 1x1 kernel can sum over."""
+    """The one dimension along which a value's labels vary, if a 1x1 kernel can sum over it."""
     dims = {dim for layer in value.layers for dim in varying(layer)}
     if len(dims) != 1 or value.ndim < 2:
         return None
@@ -84,7 +88,7 @@ def _channel_dim(value: Labelled) -> int | None:
 
 
 def _origin(node: fx.Node, labelling: Labelling) -> fx.Node:
-    """The value that `node` is but for ops without parameters that leave each channel in its place."""
+    """The value that `node` comes from through ops without parameters that leave each channel at its index."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         (source,) = node.all_input_nodes
         if source.op != "call_function" or not _same_channels(labelling.values[source], labelling.values[node]):
@@ -99,7 +103,7 @@ def _moves(node: fx.Node) -> bool:
 
 
 def _same_channels(before: Labelled | list[Labelled], after: Labelled | list[Labelled]) -> bool:
-    """Whether two values carry the same labels in the same order (of several results: the first)."""
+    """Whether two values carry the same labels in the same order (the first of several results counts)."""
     first, second = (value[0] if isinstance(value, list) else value for value in (before, after))
     pairs = list(zip(first.layers, second.layers, strict=False))
     return len(first.layers) == len(second.layers) and all(torch.equal(a.flatten(), b.flatten()) for a, b in pairs)
@@ -127,23 +131,23 @@ def _reaches(origin: fx.Node, node: fx.Node, labelling: Labelling, order: Mappin
 def coupling(
     captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, str], embed: bool = True
 ) -> list[ResidualAdd]:
-    """Those of the adds that alone couple the channels of their shortcut with those of their other operand.
+    """Those of the adds that are the only coupling between the channels of their shortcut and of their other operand.
 
-    The label pass runs once more with a tensor of its own channels in each shortcut's place. Where they come
-    out coupled all the same (a depthwise convolution leads from the one to the other), or both sides are
-    pinned, a kernel there would free nothing.
+    The label pass runs again with a tensor of its own channels on each shortcut. If they come out coupled anyway (a
+    depthwise convolution leads from one to the other), or if both sides are pinned, a kernel there would free nothing.
 
     Args:
-        captured: the recorded forward that the adds are from.
+        captured: the captured forward of the adds.
+        adds: the residual adds to choose from.
         ignore: names of parameters and buffers whose channels stay, with the reason.
-        embed: whether channels that a norm across channels looks at may die.
+        embed: whether channels that norms across channels include can be removed.
     """
     while adds:
         labelling, freed = _label_freed(captured, adds, ignore, embed)
-        number = labelling.numbering()
+        class_of = labelling.class_of_label()
         needed = []
         for add, nodes in zip(adds, freed, strict=True):
-            shortcut, fresh = (number[_channels(labelling.values[node], add.dim)] for node in nodes)
+            shortcut, fresh = (class_of[_channels(labelling.values[node], add.dim)] for node in nodes)
             if (shortcut != fresh).any():
                 needed.append(add)
         if len(needed) == len(adds):
@@ -155,7 +159,7 @@ def coupling(
 def _label_freed(
     captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, str], embed: bool
 ) -> tuple[Labelling, list[tuple[fx.Node, fx.Node]]]:
-    """Labels of the recorded forward with free shortcuts, and each shortcut's node with the one in its place."""
+    """Labels of the captured forward with free shortcuts, and each shortcut's node with the node that replaces it."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(captured.graph, copies))
@@ -174,12 +178,12 @@ def _label_freed(
     labelling = Labelling(findings=Findings(live=embed))
     labelling.run(replace(captured, graph=graph, tensors=tensors))
     labelling.pin_tensors(ignore, "the caller asked for it")
-    labelling.settle_grids()
+    merge_grids(labelling)
     return labelling, freed
 
 
 def _channels(value: Labelled, dim: int) -> np.ndarray:
     """A label for each index along `dim`."""
     layer = value.layer(dim)
-    assert layer is not None  # an operand of a residual add, or what stands in for it
+    assert layer is not None  # an operand of a residual add, or its replacement
     return layer.movedim(dim, 0).flatten(1)[:, 0].numpy()

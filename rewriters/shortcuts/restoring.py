@@ -1,4 +1,9 @@
-"""Give identity shortcuts back where the 1x1 convolutions that stood in for them only hand channels on."""
+"""Restore identity shortcuts if their 1x1 convolutions only pass channels on.
+
+Each kernel is judged on the channels that stay. An identity is removed; if nothing else in its module was rewritten,
+the module's own forward is restored. A kernel that selects channels, or leaves some at zero, becomes an index. Any
+other kernel stays a convolution.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +16,21 @@ from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
-from rewriters.forwards import Cut, Unwritable, by_mode, trace_modes
-from rewriters.labelling import Side
+from rewriters.forwards import CannotResizeError, LabelMask, graphs_by_mode, trace_modes
+from rewriters.labelling import Side, keeps_classes
 from rewriters.shortcuts.replacing import Shortcut
 from rewriters.slimming import Decisions, SlimPlan
 
 
 @dataclass(frozen=True, eq=False)
 class _Selection:
-    """A slimmed 1x1 kernel that only hands channels on.
+    """A slimmed 1x1 kernel that only passes channels on.
 
     Attributes:
         shortcut: the convolution.
-        sources: for each output the input it is, int64 of shape (outputs,); `inputs` for one that is zero.
+        sources: for each output the input that it equals, int64 of shape (outputs,); `inputs` if it is zero.
         inputs: number of inputs.
-        pad: what `F.pad` needs to append a channel of zeros to the convolution's input.
+        pad: the widths with which `F.pad` appends a channel of zeros to the convolution's input.
     """
 
     shortcut: Shortcut
@@ -42,7 +47,7 @@ class _Selection:
         return f"{self.shortcut.name}_index"
 
     def put_into(self, graph: fx.Graph) -> None:
-        """Let a forward that calls the convolution select channels instead."""
+        """Select channels in a forward instead of calling the convolution."""
         calls = [node for node in graph.nodes if node.op == "call_module" and node.target == self.shortcut.name]
         for call in calls:
             with graph.inserting_before(call):
@@ -61,17 +66,17 @@ def restore(
     model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, shortcuts: Iterable[Shortcut],
     decided: Decisions | None = None,
 ) -> SlimPlan:  # fmt: skip
-    """The plan without those of the convolutions that are still the identity on the channels that stay.
+    """The plan without those of the convolutions that are the identity on the channels that stay.
 
-    One whose kernel merely selects channels, or leaves some at zero, becomes that. A module all of whose
-    shortcuts are identities again, and which needs no other rewriting, has the forward back that it had.
+    A kernel that only selects channels, or leaves some at zero, becomes a selection. If all shortcuts of a module are
+    identities again and it needs no other rewriting, its former forward is restored.
 
     Args:
         model: as it was analysed, not slimmed yet.
         analysis: of that model.
-        slim_plan: what `plan` made of them.
-        shortcuts: the convolutions that `replace_shortcuts` put in.
-        decided: what another plan for the same classes found of their kernels, which aren't looked at then.
+        slim_plan: the result of `plan` for them.
+        shortcuts: the convolutions that `replace_shortcuts` added.
+        decided: what an earlier plan for the same classes found of their kernels, which aren't read then.
     """
     by_module: dict[str, list[Shortcut]] = {}
     for shortcut in shortcuts:
@@ -96,7 +101,7 @@ def restore(
 def _selection(
     model: nn.Module, slim_plan: SlimPlan, shortcut: Shortcut, decided: Decisions | None
 ) -> _Selection | None:
-    """What a convolution comes to on the channels that stay; None where it computes something."""
+    """The selection that a convolution is on the channels that stay; None if it computes something else."""
     weight = model.get_parameter(shortcut.weight).detach()
     kernel = weight.flatten(1)
     for dim in (0, 1):
@@ -117,27 +122,30 @@ def _selection(
 
 
 def _as_decided(decided: Decisions, shortcut: Shortcut, kernel: Tensor) -> Tensor | None:
-    """The inputs that a slimmed kernel hands on, as they were noted; None where it was found to compute something."""
+    """The selection that was noted for a slimmed kernel; None if it was found to compute something else."""
     if shortcut.path not in decided.selections:
         return None
     sources = torch.tensor(decided.selections[shortcut.path], dtype=torch.int64, device=kernel.device)
     outputs, inputs = kernel.shape
     if len(sources) != outputs or not ((sources >= 0) & (sources <= inputs)).all():
-        raise SurgeryError(f"its {outputs} outputs are not the noted ones of its {inputs} inputs.", where=shortcut.path)
+        raise SurgeryError(
+            f"the noted selection has {len(sources)} outputs; the kernel has {outputs} outputs and {inputs} inputs.",
+            where=shortcut.path,
+        )
     return sources
 
 
 def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: str) -> Mapping[bool, fx.Graph] | None:
-    """A module's forwards for the plan's live classes; None where they can't be written."""
+    """A module's forwards for the plan's live classes; None if they can't be rewritten."""
     captured, labelling = analysis.captures[0], analysis.labelling.fork()
     call = next(call for call in captured.calls() if call.path == path)
     try:
         traced = trace_modes(model.get_submodule(path), call, captured, labelling, labelling.by_tensor())
-        if not labelling.extends(analysis.labelling):
-            return None  # traced, it couples channels that are free in the model as it was recorded
-        cut = Cut(labelling.stays(slim_plan.live))  # tracing may have made labels of its own
-        return by_mode(traced, lambda one: one.resize(cut).graph)
-    except (TraceError, Unwritable):
+        if not keeps_classes(labelling, analysis.labelling):
+            return None  # the trace couples channels that are free in the captured model
+        mask = LabelMask(labelling.stays(slim_plan.live))  # the trace may have labels of its own
+        return graphs_by_mode(traced, lambda one: one.resize(mask).graph)
+    except (TraceError, CannotResizeError):
         return None
 
 

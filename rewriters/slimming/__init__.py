@@ -1,9 +1,9 @@
-"""Remove channels: in come an `Analysis` and the live classes, out comes a `SlimPlan`, carried out on the model."""
+"""Remove channels. In: an `Analysis` and the live classes. Out: a `SlimPlan`, and the model that it was applied to."""
 
 from rewriters.slimming.dead_branches import is_under
 from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.dry_run import dry_run
-from rewriters.slimming.module_fields import fields_after, follow_tensors
+from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
 from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
 
 __all__ = [
@@ -12,10 +12,10 @@ __all__ = [
     "apply",
     "dry_run",
     "fields_after",
-    "follow_tensors",
     "is_under",
     "like",
     "plan",
+    "refresh_flat_weights",
     "take_indices",
     "tensor_slots",
 ]

@@ -1,13 +1,13 @@
-"""Take out branches that came to nothing.
+"""Remove dead branches.
 
-When every input channel of a layer is dead, the layer's output is the same for every input: its bias, seen
-through whatever norm and activation follow. Where such a value meets the rest of the network element by
-element (a residual add, a gate), a constant for each channel takes its place. Where a whole operand of a
-concatenation is dead, it is dropped from it. What computed them is not called any more.
+If every input channel of a layer is dead, its output is the same for every input: its bias, as the norm and activation
+that follow change it. Where such a value meets the rest of the network element by element (a residual add, a gate), a
+constant for each channel replaces it. Where a whole operand of a concatenation is dead, the operand is dropped. What
+computed them isn't called any more.
 
-Either is done in the forward of the one module in which the branch meets the rest. A branch that can't be
-taken out this way (its value differs from position to position, a padded convolution follows, its module
-is called several times) stays, one channel wide.
+Both are done in the forward of the one module in which the branch meets the rest. A branch that can't be removed this
+way (its value differs from position to position, a padded convolution follows, its module is called several times)
+stays, one channel wide.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
 from rewriters.forwards import (
-    Cut,
-    Traced,
-    Unwritable,
+    CannotResizeError,
+    LabelMask,
+    TracedForward,
     bind_arguments,
-    by_mode,
-    given_to,
+    graphs_by_mode,
     out_of_place,
+    placeholder_values,
     sweep,
     trace_modes,
 )
-from rewriters.labelling import ALWAYS, Labelled
+from rewriters.labelling import ALWAYS, Labelled, keeps_classes
 from rewriters.labelling.rules import elementwise, find_rule
 from rewriters.recording import Capture, ModuleCall
 from rewriters.verify import run_eval
@@ -43,15 +43,15 @@ from rewriters.verify import run_eval
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A module's forward without the branches that came to nothing.
+    """A module's forward without its dead branches.
 
     Attributes:
         path: the module.
-        graphs: its forward in train (True) and eval mode (False), rewritten for what is left; it reads
+        graphs: its forward in train (True) and eval mode (False), rewritten for the channels that are left; it reads
             constants where the branches were.
-        constants: per-channel values, shape (1, C, 1, ...), by their buffer's name.
-        removed: modules that nothing calls any more, by their path from the model's root.
-        uniform: for each value at which a dead branch meets the rest, whether a constant stands for it.
+        constants: a value for each channel, shape (1, C, 1, ...), by buffer name.
+        removed: modules that nothing calls any more, by path from the model's root.
+        uniform: for each value at which a dead branch meets the rest, whether a constant replaces it.
     """
 
     path: str
@@ -67,15 +67,15 @@ def prune_branches(
 ) -> list[Pruned]:  # fmt: skip
     """Forwards without dead branches, for the classes in `live` (bool, shape (classes,)).
 
-    Where there is a branch to take out, the model is run on the example inputs to read its constants. Where
-    `decided` tells what was found in every module (`Pruned.uniform`), nothing is run and constants are zero.
+    If there is a branch to remove, the model runs on the example inputs, to read the constants. If `decided` says what
+    was found in every module (`Pruned.uniform`), nothing runs and constants are zero.
     """
-    cut = analysis.cut(live)
+    mask = analysis.label_mask(live)
     constant = _constant_nodes(analysis, live)
     times = Counter(call.path for call in analysis.captures[0].calls())
     found = [
         pruned
-        for call in _meeting_calls(analysis, constant, cut)
+        for call in _meeting_calls(analysis, constant, mask)
         if times[call.path] == 1 and (decided is None or call.path in decided)
         for pruned in _prune(model, analysis, call, constant, live, args, kwargs, decided)
     ]
@@ -90,9 +90,9 @@ def prune_branches(
 def _read_elsewhere(
     model: nn.Module, found: list[Pruned], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> set[str]:
-    """Those of the modules to be taken out that code reads which isn't rewritten.
+    """Those of the modules to remove that code reads which isn't rewritten.
 
-    `nn.TransformerEncoder` asks its first layer's attention whether batches come first.
+    `nn.TransformerEncoder` reads `batch_first` from its first layer's attention.
     """
     paths = {module: path for path, module in model.named_modules()}
     gone = frozenset[str]().union(*(one.removed for one in found))
@@ -120,7 +120,7 @@ def _read_elsewhere(
 
 
 def is_under(path: str, paths: Set[str]) -> bool:
-    """Whether a module's or tensor's path is one of `paths` or lies inside one of them."""
+    """Whether a module's or tensor's path is one of `paths` or inside one of them."""
     return any(f"{path}.".startswith(f"{other}.") for other in paths)
 
 
@@ -129,7 +129,7 @@ def _outermost(paths: Set[str]) -> frozenset[str]:
 
 
 def _constant_nodes(analysis: Analysis, live: Tensor) -> set[fx.Node]:
-    """Recorded calls whose result no input of the model reaches any more."""
+    """Recorded calls whose result doesn't depend on the model's inputs any more."""
     starved = _starved_weights(analysis, live)
     constant: set[fx.Node] = set()
     varying: set[fx.Node] = set()
@@ -145,27 +145,27 @@ def _constant_nodes(analysis: Analysis, live: Tensor) -> set[fx.Node]:
 
 
 def _starved_weights(analysis: Analysis, live: Tensor) -> set[str]:
-    """Kernels none of whose input channels is alive."""
+    """Kernels without a live input channel."""
     classes = analysis.channel_map.classes
     sides = (kernel.input_side for kernel in analysis.channel_map.kernels if kernel.input_side in classes)
     return {side.tensor for side in sides if not (classes[side] == ALWAYS).any() and not live[classes[side]].any()}
 
 
-def _meeting_calls(analysis: Analysis, constant: set[fx.Node], cut: Cut) -> list[ModuleCall]:
-    """Module calls in whose own code a constant, or a dead operand, meets the rest."""
+def _meeting_calls(analysis: Analysis, constant: set[fx.Node], mask: LabelMask) -> list[ModuleCall]:
+    """Module calls in whose own code a constant value, or a dead operand, meets the rest."""
     calls: dict[int, ModuleCall] = {}
     for node in analysis.captures[0].graph.nodes:
         if node.op == "call_function" and node.meta["call"] is not None:
             sources = set(node.all_input_nodes)
             meets = find_rule(node.target) is elementwise.elementwise and node not in constant and sources & constant
             is_cat = node.target is torch.ops.aten.cat.default
-            if meets or (is_cat and any(_is_dead(analysis.labelling.values[source], cut) for source in sources)):
+            if meets or (is_cat and any(_is_dead(analysis.labelling.values[source], mask) for source in sources)):
                 calls[id(node.meta["call"])] = node.meta["call"]
     return list(calls.values())
 
 
-def _is_dead(value: Any, cut: Cut) -> bool:
-    return isinstance(value, Labelled) and 0 in cut.shape(value) and 0 not in value.shape
+def _is_dead(value: Any, mask: LabelMask) -> bool:
+    return isinstance(value, Labelled) and 0 in mask.shape(value) and 0 not in value.shape
 
 
 def _prune(
@@ -178,11 +178,11 @@ def _prune(
         traced = trace_modes(module, call, captured, labelling, labelling.by_tensor())
     except TraceError:
         return
-    if not labelling.extends(analysis.labelling):
-        return  # traced, it couples channels that are free in the model as it was recorded
+    if not keeps_classes(labelling, analysis.labelling):
+        return  # the trace couples channels that are free in the captured model
     if call.path in {one.path for one in analysis.sites}:
-        return  # the values in its traced forward are those of statistics over all channels
-    cut = Cut(labelling.stays(live))
+        return  # its traced forward takes statistics over all channels, so its values would be wrong
+    mask = LabelMask(labelling.stays(live))
     constant_values = {id(node.meta["val"]) for node in constant}
     frontiers = [_frontier(one.graph, constant_values) for one in traced]
     values: list[Tensor | None] = []
@@ -196,14 +196,14 @@ def _prune(
             values = [_zero(node) if constant else None for node, constant in _as_decided(frontiers[0], decided, call)]
     forwards = [_with_constants(one, frontier, values) for one, frontier in zip(traced, frontiers, strict=True)]
     try:
-        graphs = by_mode(forwards, lambda one: one.resize(cut).graph)
-    except Unwritable:  # an op that refuses tensors without channels
+        graphs = graphs_by_mode(forwards, lambda one: one.resize(mask).graph)
+    except CannotResizeError:  # an op fails on tensors without channels
         return
     removed = _uncalled(call, captured, graphs.values())
     if removed:
         named = {_constant_name(index): value for index, value in enumerate(values) if value is not None}
         constants = {
-            node.target: cut.slim(named[node.target], forwards[0].known[id(node.meta["val"])])
+            node.target: mask.slim(named[node.target], forwards[0].known[id(node.meta["val"])])
             for node in forwards[0].graph.nodes
             if node.op == "get_attr" and node.target in named
         }
@@ -211,7 +211,7 @@ def _prune(
 
 
 def _frontier(graph: fx.Graph, constant_values: set[int]) -> list[fx.Node]:
-    """Constant nodes that a varying node uses element by element, in the graph's order."""
+    """Constant nodes that a node which isn't constant uses element by element, in the graph's order."""
     constant: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "call_module" and id(node.meta["val"]) in constant_values:
@@ -225,15 +225,15 @@ def _frontier(graph: fx.Graph, constant_values: set[int]) -> list[fx.Node]:
 
 
 def _broadcasts(user: fx.Node, constant: fx.Node) -> bool:
-    """Whether `user` gives the same for a constant of size 1 along all but the channel dimension."""
-    ops, value = user.meta.get("ops"), user.meta.get("val")
+    """Whether `user` gives the same result if the constant has size 1 along all but the channel dimension."""
+    ops, value = user.meta.get("ops") or (), user.meta.get("val")
     others = [source.meta["val"] for source in user.all_input_nodes if source is not constant]
     same = isinstance(value, Tensor) and any(isinstance(o, Tensor) and o.shape == value.shape for o in others)
     return bool(ops) and all(find_rule(op) is elementwise.elementwise for op in ops) and same
 
 
 class _Values(fx.Interpreter):
-    """Runs a traced forward on the real module and keeps what some nodes gave."""
+    """Runs a traced forward on the real module and keeps the values of some nodes."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, names: list[str]):
         super().__init__(module, garbage_collect_values=False, graph=graph)
@@ -243,20 +243,20 @@ class _Values(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self._names:
-            self.found[n.name] = value.clone()  # an in-place op may come
+            self.found[n.name] = value.clone()  # an in-place op may follow
         return value
 
 
 def _probe(
     model: nn.Module, path: str, graph: fx.Graph, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> list[Tensor]:
-    """Values of the named nodes of a module's forward, when the model runs on the example inputs."""
+    """Values of the named nodes in a module's forward when the model runs on the example inputs."""
     module = model.get_submodule(path)
     values = _Values(module, graph, names)
 
     def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = tree_map_only(Tensor, torch.clone, bind_arguments(module, args, kwargs))
-        values.run(initial_env=given_to(graph, arguments))
+        values.run(initial_env=placeholder_values(graph, arguments))
 
     handle = module.register_forward_pre_hook(run, with_kwargs=True)
     try:
@@ -275,7 +275,7 @@ def _one_position(value: Tensor) -> Tensor:
 
 
 def _uniform(value: Tensor) -> Tensor | None:
-    """The value of each channel, shape (1, C, 1, ...), or None where it differs from position to position."""
+    """The value of each channel, shape (1, C, 1, ...), or None if it differs from position to position."""
     if value.ndim < 2:
         return None
     first = _one_position(value)
@@ -285,18 +285,18 @@ def _uniform(value: Tensor) -> Tensor | None:
 def _as_decided(
     frontier: list[fx.Node], decided: Mapping[str, tuple[bool, ...]], call: ModuleCall
 ) -> Iterator[tuple[fx.Node, bool]]:
-    """The values at which dead branches of a module meet the rest, each with what was found of it."""
+    """The values at which dead branches of a module meet the rest, each with its noted decision."""
     found = decided[call.path]
     if len(found) != len(frontier):
         raise SurgeryError(
-            f"dead branches meet the rest at {len(frontier)} values and not at the {len(found)} that were noted.",
+            f"dead branches meet the rest at {len(frontier)} values, but {len(found)} were noted.",
             where=call.path,
         )
     return zip(frontier, found, strict=True)
 
 
 def _zero(node: fx.Node) -> Tensor:
-    """A stand-in for the constant in the place of a node's value, shape (1, C, 1, ...)."""
+    """Zeros in the shape of the constant that replaces a node's value, (1, C, 1, ...)."""
     value: Tensor = node.meta["val"]
     return torch.zeros(_one_position(value).shape, dtype=value.dtype, device=value.device)
 
@@ -305,12 +305,12 @@ def _constant_name(index: int) -> str:
     return f"branch_constant_{index}"
 
 
-def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor | None]) -> Traced:
-    """The forward with constants for the nodes that have a value, without what is left unused."""
+def _with_constants(traced: TracedForward, frontier: list[fx.Node], values: list[Tensor | None]) -> TracedForward:
+    """The forward with constants instead of the nodes that have a value, without nodes that aren't used any more."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(traced.graph, copies))
-    known = ChainMap({}, traced.known)
+    known: ChainMap[int, Labelled] = ChainMap({}, traced.known)  # type: ignore[arg-type]  # only the first is written
     used = [node for node in graph.nodes if node.users]
     for index, (node, value) in enumerate(zip(frontier, values, strict=False)):
         if value is not None:
@@ -319,8 +319,8 @@ def _with_constants(traced: Traced, frontier: list[fx.Node], values: list[Tensor
     return replace(traced, graph=graph, known=known)
 
 
-def _put_constant(node: fx.Node, name: str, traced: Traced, known: MutableMapping[int, Labelled]) -> None:
-    """Let the varying users of `node` that can read a constant in its place."""
+def _put_constant(node: fx.Node, name: str, traced: TracedForward, known: MutableMapping[int, Labelled]) -> None:
+    """Make the users of `node` that can read a constant instead of it, unless they are constant themselves."""
     full: Tensor = node.meta["val"]
     with node.graph.inserting_after(node):
         constant = node.graph.create_node("get_attr", name)
@@ -335,7 +335,7 @@ def _put_constant(node: fx.Node, name: str, traced: Traced, known: MutableMappin
 
 
 def _uncalled(call: ModuleCall, captured: Capture, graphs: Iterable[fx.Graph]) -> frozenset[str]:
-    """Modules called in `call` that none of the rewritten graphs calls, nor anything else, an opaque module say."""
+    """Modules called in `call` that neither the rewritten graphs call nor anything else (an opaque module, say)."""
     called = (node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
     still = {f"{call.path}.{target}".lstrip(".") for target in called}
     gone = {child.path for child in call.children} - still

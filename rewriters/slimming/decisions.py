@@ -1,8 +1,9 @@
-"""What planning a slimming reads off a model's weights, apart from the labels and the classes that live.
+"""What planning reads from a model's weights, besides the labels and the live classes.
 
-A plan follows from the model's structure, but for two questions that only the weights answer: is a value the
-same at every position, so that a constant can stand for it, and does a 1x1 kernel only hand channels on. With
-the answers noted the plan can be made again for a model whose weights are not there.
+A plan follows from the model's structure, except for two questions that only the weights answer: is a value the same at
+every position, so that a constant can replace it, and does a 1x1 kernel only pass channels on? With the answers noted,
+the same plan can be made for a model without its weights. `plan` and `restore` take them instead of the weights, and
+constants are zero until their tensors are loaded.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Decisions:
-    """Answers that a plan was made with.
+    """The answers that a plan was made with.
 
     Attributes:
-        branches: by the path of each module that branches were taken out of: for each value at which such a
-            branch meets the rest, in the order they run, whether a constant stands for it.
-        selections: by the path of each 1x1 convolution on a shortcut that only hands channels on: for each
-            output that stays the input it is, or the number of inputs where it is zero.
+        branches: by the path of each module from which branches were removed: for each value at which such a branch
+            meets the rest, in the order in which they run, whether a constant replaces it.
+        selections: by the path of each 1x1 convolution on a shortcut that only passes channels on: for each output that
+            stays the input that it equals, or the number of inputs if it is zero.
     """
 
     branches: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""Carry the slimming out once for a trial pattern, on the live model and undone at once, before training begins.
+"""Slim the live model for a trial pattern before training begins, run it on meta tensors, and undo everything.
 
-Labels and rewritten forwards say what can go; the dry run is what proves it for code that neither of them
-read: an assertion on a width, a field nobody knows. The slimmed model runs on tensors without data (nothing is
-computed); a module that refuses is traced, to be rewritten, and keeps its channels if it still does.
+Labels and rewritten forwards say what can be removed. The dry run proves it for code that neither of them has read: an
+assertion on a width, a field that nobody knows. Nothing is computed. A module that fails is traced, to be rewritten. If
+it still fails, its channels are pinned, and the summary says so now, not at the end of training.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from rewriters.recording import (
     collect,
     in_every_place,
     named_tensors,
+    opaque_modules_stubbed,
     random_numbers_kept,
     set_modes,
-    stood_in_for,
     tensors_of,
 )
 from rewriters.slimming.plan import apply, plan
@@ -41,7 +41,7 @@ def dry_run(
 ) -> Analysis:
     """`analysis` with everything pinned that would not survive a slimming; the model is as it was.
 
-    A random pattern of classes is taken out of the live model, which is run without data and then restored.
+    A random pattern of classes is removed from the live model, which runs without data and is then restored.
 
     Args:
         model: as it was analysed.
@@ -50,7 +50,7 @@ def dry_run(
         kwargs: example inputs by name.
 
     Raises:
-        SurgeryError: a module refuses although all its channels stay.
+        SurgeryError: a module fails although all its channels stay.
     """
     pinned: set[str] = set()
     while analysis.channel_map.size:
@@ -59,10 +59,10 @@ def dry_run(
         if refused is None:
             return analysis
         path, error = refused
-        if trace_calls(model, analysis, path):  # rewritten it may do
+        if trace_calls(model, analysis, path):  # rewritten, it may run
             analysis.settle(samples_in(args, kwargs))
             continue
-        while path in pinned and path:  # its own channels stay and it still refuses: what feeds it, then
+        while path in pinned and path:  # its own channels stay and it still fails: pin those of its parent
             path = path.rpartition(".")[0]
         if path in pinned:
             raise SurgeryError(f"cannot run with fewer channels ({error})", where=path) from error
@@ -75,12 +75,12 @@ def dry_run(
 def _refusal(
     model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[str, Exception] | None:
-    """Path of the module that fails in the dry run, with its error; None where all goes well."""
+    """The path of the module that fails in the dry run, with its error; None if none does."""
     undo_log = UndoLog()
     modes = set_modes(model, False)
     try:
         channel_map = analysis.channel_map
-        live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # no branch comes to nothing
+        live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # without dead branches
         slim = plan(model, analysis, live, args, kwargs)
         collect()
         apply(model, slim, undo_log, with_values=False)
@@ -91,17 +91,17 @@ def _refusal(
         undo_log.undo()
         set_modes(model, modes)
     before = _shapes(analysis.captures[0].root.output)
-    return None if before == after else ("", SurgeryError("its outputs change their shapes"))
+    return None if before == after else ("", SurgeryError("the shapes of its outputs change"))
 
 
 def _output_shapes(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
 ) -> list[torch.Size]:
-    """Shapes of what the model gives out (raises `CaptureError`).
+    """Shapes of the model's outputs. Raises `CaptureError`.
 
-    It runs on meta tensors, which takes a fraction of the time of recording. What they can't do (a value is asked for,
-    tensors are made on a device by name) recording may: so it is what has the last word on a forward that fails. Opaque
-    modules aren't run: they give what they gave when the model was recorded.
+    The model runs on meta tensors, which takes a fraction of the time of a capture. Some forwards fail on these (they
+    ask for a value, or create tensors on a device by name) but can be captured, so a forward that fails is captured.
+    Opaque modules don't run: they return tensors of the shapes that they returned when the model was captured.
     """
     real = named_tensors(model)
     metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in real.items()}
@@ -110,7 +110,7 @@ def _output_shapes(
     try:
         with (
             attributes_preserved(model.modules()), random_numbers_kept(), torch.no_grad(),
-            stood_in_for(model, opaque), MetaMode(),
+            opaque_modules_stubbed(model, opaque), MetaMode(),
         ):  # fmt: skip
             return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
     except Exception:

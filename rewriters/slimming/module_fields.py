@@ -1,4 +1,8 @@
-"""Fields of modules that tell widths follow when these change; what else modules keep of their tensors, too."""
+"""Module fields that follow when the shapes of a module's tensors change.
+
+Convolutions, linear layers, recurrent layers and attention have such fields. `normalized_shape`, `num_channels` and
+`num_groups` of norms follow the norm's vectors; an instance norm without tensors has only its field (`bare_norms`).
+"""
 
 from __future__ import annotations
 
@@ -12,18 +16,19 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from rewriters.analysis import Analysis
-from rewriters.forwards import Cut
+from rewriters.forwards import LabelMask
 from rewriters.labelling.rules import mixing
 from rewriters.recording import tensors_of
 from rewriters.undo_log import UndoLog
 
 
 def _is_convolution(module: nn.Module, shape: torch.Size) -> bool:
-    """Whether the fields tell a kernel's shape as a convolution's do; torchvision's deformable one is no `_ConvNd`."""
+    """Whether a module has the fields of a convolution. torchvision's deformable convolution is not a `_ConvNd`."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return True
-    outputs, inputs, groups = (vars(module).get(name) for name in ("out_channels", "in_channels", "groups"))
-    return all(type(width) is int for width in (outputs, inputs, groups)) and shape[:2] == (outputs, inputs // groups)
+    widths: list[Any] = [vars(module).get(name) for name in ("out_channels", "in_channels", "groups")]
+    outputs, inputs, groups = widths
+    return all(type(width) is int for width in widths) and shape[:2] == (outputs, inputs // groups)
 
 
 def fields_after(
@@ -31,12 +36,17 @@ def fields_after(
 ) -> Iterator[tuple[str, Any]]:
     """(field, value) pairs of a module that follow from the new shape of one of its tensors.
 
-    `whole_groups`: a grouped convolution loses whole groups, and not the same places in every group.
+    Args:
+        module: has the fields.
+        name: the tensor's name in the module.
+        old: its shape before.
+        new: its shape now.
+        whole_groups: a grouped convolution loses whole groups, not the same positions in every group.
     """
     if name == "weight" and _is_convolution(module, old):
         transposed = getattr(module, "transposed", False)
         first, second = ("in_channels", "out_channels") if transposed else ("out_channels", "in_channels")
-        groups = module.groups
+        groups: int = vars(module)["groups"]
         if groups > 1 and whole_groups:
             groups = new[0] * groups // old[0]
             yield "groups", groups
@@ -72,20 +82,25 @@ def fields_after(
 
 
 def owner_of(model: nn.Module, name: str, module: nn.Module, own_name: str) -> tuple[nn.Module, str]:
-    """The module, and the name in it, that a tensor's shape tells of: of a kernel under a parametrization, or the older
-    `torch.nn.utils.weight_norm`, the layer and what the kernel is called there."""
+    """The module whose fields follow a tensor's shape, and the tensor's name in it.
+
+    For a kernel under a parametrization, or under the older `torch.nn.utils.weight_norm`, it is the layer, and the
+    kernel's name in it.
+    """
     if own_name.endswith("_v") and own_name.removesuffix("_v") + "_g" in module._parameters:
         return module, own_name.removesuffix("_v")
     if isinstance(module, ParametrizationList):
-        originals = [tensor for key, tensor in module._parameters.items() if key.startswith("original")]
+        originals = [
+            tensor for key, tensor in module._parameters.items() if tensor is not None and key.startswith("original")
+        ]
         if getattr(module, own_name).shape == max((one.shape for one in originals), key=torch.Size.numel):
             layer, _, attribute = name.rpartition(".")[0].rpartition(".parametrizations.")
             return model.get_submodule(layer), attribute
     return module, own_name
 
 
-def follow_tensors(model: nn.Module, undo_log: UndoLog) -> None:
-    """Let recurrent modules' own lists of their tensors hold those that they have now."""
+def refresh_flat_weights(model: nn.Module, undo_log: UndoLog) -> None:
+    """Update the lists in which recurrent modules hold their own tensors (`_flat_weights`)."""
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             tensors = [getattr(module, name, None) for name in module._flat_weights_names]
@@ -94,10 +109,10 @@ def follow_tensors(model: nn.Module, undo_log: UndoLog) -> None:
             undo_log.set_attribute(module, "_flat_weight_refs", references)
 
 
-def widths_of_bare_norms(model: nn.Module, analysis: Analysis, cut: Cut) -> dict[str, int]:
-    """Channels that a cut leaves to instance norms without tensors, whose field alone tells them, by path.
+def widths_of_bare_norms(model: nn.Module, analysis: Analysis, mask: LabelMask) -> dict[str, int]:
+    """Channels that are left to instance norms without tensors, by path: only their field says how many there are.
 
-    One that is called for several widths is left out.
+    A norm that is called for several widths is left out.
     """
     norms = {path: module for path, module in model.named_modules() if isinstance(module, _InstanceNorm)}
     bare = {path for path, norm in norms.items() if not [*norm.parameters(), *norm.buffers()]}
@@ -106,5 +121,5 @@ def widths_of_bare_norms(model: nn.Module, analysis: Analysis, cut: Cut) -> dict
     for call in (call for captured in analysis.captures for call in captured.calls() if call.path in bare):
         x = tensors_of((call.args, call.kwargs))[0]
         dim = x.ndim - norms[call.path]._get_no_batch_dim()
-        found.setdefault(call.path, set()).add(cut.shape(known[id(x)])[dim])
+        found.setdefault(call.path, set()).add(mask.shape(known[id(x)])[dim])
     return {path: widths.pop() for path, widths in found.items() if len(widths) == 1}

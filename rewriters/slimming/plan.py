@@ -1,4 +1,7 @@
-"""Take dead channels out of a live model: slice its tensors, follow up its fields, rewrite its forwards."""
+"""Plan how to remove dead channels from a model, and apply the plan: slice tensors, update fields, rewrite forwards.
+
+Slim tensors are new parameters, because PyTorch's optimizers and autograd depend on a parameter's shape.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +13,34 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis
-from rewriters.cross_channel import take_off
+from rewriters.cross_channel import remove_live_statistics
 from rewriters.errors import SurgeryError
-from rewriters.forwards import Cut, InterpretedForward, RewrittenForward, keep_layers_apart
+from rewriters.forwards import InterpretedForward, LabelMask, RewrittenForward, disable_fused_layers
 from rewriters.labelling import ChannelMap, Kernel, Side
 from rewriters.recording import drop_caches, without_caches
-from rewriters.slimming.block_widths import follow_widths, widths_in_blocks
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
 from rewriters.slimming.decisions import Decisions
-from rewriters.slimming.module_fields import fields_after, follow_tensors, owner_of, widths_of_bare_norms
+from rewriters.slimming.fusable_blocks import fields_in_fusable_blocks, update_fusable_blocks
+from rewriters.slimming.module_fields import fields_after, owner_of, refresh_flat_weights, widths_of_bare_norms
 from rewriters.undo_log import UndoLog
 
 
 @dataclass(frozen=True)
 class SlimPlan:
-    """What is left of a model.
+    """What slimming will do to a model.
 
     Attributes:
         live: classes that stay, bool of shape (classes,).
-        kept: for each side that loses something, the indices that stay (int64).
+        kept: for each side that loses indices, those that stay (int64).
         forwards: rewritten forwards by module path: a graph for eval mode (False) and train mode (True).
-        constants: what rewritten forwards take as buffers, by qualified name: what stands in the place of branches
-            that came to nothing, and the places that channels had.
+        constants: buffers that rewritten forwards read, by qualified name: constants that replace dead branches, and
+            the positions that channels had.
         removed: paths of the modules that nothing calls any more.
         kernels: the kernels that are left.
-        restored: modules that run the forward again which they had before an earlier rewriting: that
-            forward, or None for their class's own.
-        decisions: what was read off the weights.
-        bare_norms: channels left to instance norms that have no tensors, by path.
+        restored: modules that get back the forward that they had before an earlier rewriting: that forward, or None for
+            their class's own.
+        decisions: what was read from the weights.
+        bare_norms: channels left to instance norms without tensors, by path.
     """
 
     live: Tensor
@@ -66,13 +69,13 @@ def plan(
     """Plan the slimming to the classes in `live` (bool, shape (classes,)).
 
     Args:
-        model: as it was analysed, the dead classes' kernels at zero.
+        model: as it was analysed, with the kernels of dead classes at zero.
         analysis: of that model.
         live: which classes stay.
-        args: inputs to run it on where a branch came to nothing and leaves a constant, by position.
-        kwargs: those by name.
-        decided: what another plan for the same classes read off the weights. Nothing is run then, no weight is
-            looked at, and constants are zero.
+        args: example inputs by position; the model runs on them if a dead branch leaves a constant.
+        kwargs: example inputs by name.
+        decided: what an earlier plan for the same classes read from the weights. Then nothing runs, no weight is read,
+            and constants are zero.
 
     Raises:
         SurgeryError: a forward cannot be rewritten for this pattern.
@@ -81,28 +84,30 @@ def plan(
     live = channel_map.looked_at(live.cpu())
     while True:
         with without_caches(model):
-            pruned = prune_branches(model, analysis, live, args, kwargs or {}, decided and decided.branches)
+            pruned = prune_branches(
+                model, analysis, live, args, kwargs or {}, decided.branches if decided is not None else None
+            )
         removed = frozenset[str]().union(*(one.removed for one in pruned))
         gone = _tensors_under(model, removed) | _computed_under(channel_map, removed)
         survivors = channel_map.survivors(live, gone)
         if torch.equal(survivors, live):
             break
-        live = survivors  # a channel more somewhere may be a branch less that can go
+        live = survivors  # with one more channel, a branch may be alive
     kept = {}
     for side, classes in channel_map.classes.items():
         indices = channel_map.kept(side, live)
         if len(indices) < len(classes) and side.tensor not in gone:
             kept[side] = indices
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
-    cut = analysis.cut(live)
-    forwards, constants = _rewrite(analysis, cut, pruned)
-    norms = widths_of_bare_norms(model, analysis, cut)
+    mask = analysis.label_mask(live)
+    forwards, constants = _rewrite(analysis, mask, pruned)
+    norms = widths_of_bare_norms(model, analysis, mask)
     decisions = Decisions(branches={one.path: one.uniform for one in pruned})
     return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions, bare_norms=norms)
 
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
-    """Tensors that stand in these modules and nowhere else."""
+    """Tensors that are in these modules only."""
     inside: dict[int, bool] = {}
     for name, _, _, tensor in tensor_slots(model):
         under = is_under(name, paths)
@@ -111,14 +116,14 @@ def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
 
 
 def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
-    """What kernels that are no tensors are called, of these modules."""
+    """Names of the computed kernels of these modules."""
     return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
 
 
 def _rewrite(
-    analysis: Analysis, cut: Cut, pruned: list[Pruned]
+    analysis: Analysis, mask: LabelMask, pruned: list[Pruned]
 ) -> tuple[dict[str, Mapping[bool, fx.Graph]], dict[str, Tensor]]:
-    """Rewritten forwards of the modules whose own code doesn't do for this pattern, and the buffers they take."""
+    """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read."""
     done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
     taken = [(one.path, one.constants) for one in pruned]
     gone = {path for one in pruned for path in one.removed}
@@ -128,7 +133,7 @@ def _rewrite(
     for traced in analysis.traced:
         if traced.path in done or is_under(traced.path, gone):
             continue
-        resizer = traced.resize(cut)
+        resizer = traced.resize(mask)
         changed |= {traced.path} if resizer.changed else set()
         taken.append((traced.path, resizer.constants))
         modes = graphs.setdefault(traced.path, {})
@@ -136,7 +141,7 @@ def _rewrite(
             first = modes.setdefault(mode, resizer.graph)
             differing |= {traced.path} if first is not resizer.graph and _code(first) != _code(resizer.graph) else set()
     for path in sorted(changed & differing):
-        raise SurgeryError("is called in several ways that would need different code", where=path)
+        raise SurgeryError("its calls take different paths, which would need different code", where=path)
     constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
     return done | {path: modes for path, modes in graphs.items() if path in changed}, constants
 
@@ -146,7 +151,7 @@ def _code(graph: fx.Graph) -> str:
 
 
 def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every place a parameter or buffer stands in: (qualified name, module, name in it, tensor)."""
+    """Every name of every parameter and buffer: (qualified name, module, name in the module, tensor)."""
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -154,24 +159,24 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
 
 
 def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values: bool = True) -> None:
-    """Carry out a plan on the live model; statistics along channels are plain again.
+    """Carry out a plan on the live model. Statistics across channels are the plain ones again.
 
-    What forwards have kept of earlier calls is dropped: it is of the sizes that were.
+    Caches that forwards filled in earlier calls are dropped, because they have the old sizes.
 
     Args:
-        model: changed in place: tensors, the fields of modules that tell sizes, forwards, removed modules.
-        slim_plan: what stays, made for this model.
+        model: changed in place: tensors, module fields with sizes, forwards, removed modules.
+        slim_plan: made for this model.
         undo_log: notes every change, so that it can be undone.
-        with_values: whether tensors that lose something keep what is left; if not, theirs are shapes without
-            data, for a model that is run on fake tensors and then restored.
+        with_values: whether sliced tensors keep the values that are left. If not, they are uninitialised, for a model
+            that runs without data and is then restored.
     """
-    take_off(model, undo_log)
+    remove_live_statistics(model, undo_log)
     drop_caches(model.modules(), undo_log)
-    widths = widths_in_blocks(model)
+    widths = fields_in_fusable_blocks(model)
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for side, indices in slim_plan.kept.items():
         cuts.setdefault(side.tensor, []).append((side.dim, indices))
-    sliced: dict[int, Tensor] = {}  # a tensor that stands in several places stays one
+    sliced: dict[int, Tensor] = {}  # a shared tensor stays shared
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
     for name, dims in cuts.items():
         tensor = first_name[name]
@@ -183,9 +188,9 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
             undo_log.set_tensor(module, own_name, sliced[id(tensor)])
             for field, value in fields_after(owner, its_name, tensor.shape, sliced[id(tensor)].shape, name in grouped):
                 undo_log.set_attribute(owner, field, value)
-    follow_tensors(model, undo_log)
+    refresh_flat_weights(model, undo_log)
     if slim_plan.kept:
-        keep_layers_apart(model, undo_log)
+        disable_fused_layers(model, undo_log)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         kind = RewrittenForward if with_values else InterpretedForward
@@ -204,11 +209,11 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
         undo_log.remove(model.get_submodule(parent)._modules, own_name)
-    follow_widths(model, widths, undo_log)
+    update_fusable_blocks(model, widths, undo_log)
 
 
 def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """What is left of a tensor where these indices (int64) stay along these dimensions, in the same memory format."""
+    """The tensor with only these indices (int64) along these dimensions, in the same memory format."""
     sliced = tensor.detach()
     for dim, indices in dims:
         sliced = sliced.index_select(dim, indices.to(tensor.device))
@@ -226,5 +231,5 @@ def _unfilled(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
 
 
 def like(old: Tensor, sliced: Tensor) -> Tensor:
-    """What stands in the place of `old`: a parameter, trained or frozen, where that is one."""
+    """`sliced` as the replacement of `old`: a parameter, trained or frozen, if `old` is one."""
     return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.analysis.analyse import Analysis, analyse
-from rewriters.cross_channel.placement import write_live
+from rewriters.analysis import Analysis, analyse
+from rewriters.cross_channel.installing import write_live
 from rewriters.labelling.channel_map import ChannelMap
 from rewriters.slimming.plan import SlimPlan, apply, plan
 from rewriters.undo_log import UndoLog

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.analysis.analyse import Analysis, analyse
+from rewriters.analysis import Analysis, analyse
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Side
 
 

@@ -1,23 +1,23 @@
-"""What each family of ops does to channel labels: one file a family, one function a rule."""
+"""What each op does to channel labels: one file for each family of ops, one function for each rule."""
 
 from rewriters.labelling.rules import (
     creation,
     elementwise,
+    indexing,
     kernels,
     mixing,
     movement,
-    picking,
+    opaque,
     recurrent,
     sampling,
-    unrecorded,
     writing,
 )
 from rewriters.labelling.rules.registry import (
     RULES,
-    Crossing,
+    DeferredMerge,
     Findings,
     KernelCall,
-    Look,
+    LabelledStatistic,
     OpCall,
     Rule,
     find_rule,
@@ -25,27 +25,27 @@ from rewriters.labelling.rules.registry import (
 )
 
 PRODUCTS = (kernels.convolution, kernels.matmul, kernels.addmm, sampling.deform_conv2d)
-"""Rules of ops that sum over channels with a kernel."""
+"""The rules of ops that sum over channels with a kernel."""
 
 __all__ = [
     "PRODUCTS",
     "RULES",
-    "Crossing",
+    "DeferredMerge",
     "Findings",
     "KernelCall",
-    "Look",
+    "LabelledStatistic",
     "OpCall",
     "Rule",
     "creation",
     "elementwise",
     "find_rule",
+    "indexing",
     "kernels",
     "mixing",
     "movement",
-    "picking",
+    "opaque",
     "recurrent",
     "rule",
     "sampling",
-    "unrecorded",
     "writing",
 ]

@@ -1,4 +1,4 @@
-"""Tensors made in the forward: channels of nobody's, that may go with those they meet."""
+"""Tensors created in the forward: their labels belong to no layer, and are removed with the channels that they meet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from rewriters.labelling.rules.registry import OpCall, rule
     "aten.new_ones", "aten.new_full", "aten.new_empty",
 )  # fmt: skip
 def create(call: OpCall) -> Labelled:
-    """The same number everywhere: any index can go without the others changing."""
+    """The same number everywhere: any index can be removed without changing the others."""
     layers = [call.space.fresh_along(call.shape, dim) for dim, size in enumerate(call.shape) if size > 1]
     return Labelled(call.shape, tuple(layers))

@@ -1,4 +1,11 @@
-"""Ops that work element by element: labels that meet are merged."""
+"""Ops that work element by element: labels that meet are merged.
+
+Where one operand varies along more dimensions than the other, the merge may have to wait until all labels have met
+(`DeferredMerge`, see `settling.py`).
+
+An elementwise op may also compute a kernel from a parameter. The result then knows that parameter (`Labelled.source`),
+and whether zeros in the one are zeros in the other (`derived` if they aren't): a kernel that is scaled needs no mask.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +15,11 @@ import torch
 from torch import Tensor
 
 from rewriters.labelling.labels import Labelled, varying
-from rewriters.labelling.rules.registry import RULES, Crossing, OpCall, rule
+from rewriters.labelling.rules.registry import RULES, DeferredMerge, OpCall, rule
 
 
 @rule(
-    # Everything tagged pointwise comes here by itself; these are elementwise too, but not tagged.
+    # All ops tagged pointwise come here by themselves. These are elementwise too, but not tagged.
     "aten._to_copy", "aten.clone", "aten.detach", "aten.alias", "aten.lift_fresh", "aten.lift_fresh_copy",
     "aten.contiguous", "aten.copy_", "aten.copy", "aten.native_dropout", "aten.bernoulli_", "aten.bernoulli",
     "aten.masked_fill", "aten.masked_fill_", "aten.where", "aten.fill_", "aten.zero_", "aten.hardswish",
@@ -28,12 +35,12 @@ def elementwise(call: OpCall) -> Labelled | list[Labelled]:
     operands = list(call.tensors())
     kernel = _kernel_among(call, operands)
     if kernel is None:
-        out = Labelled(call.shape, meet(call, operands, crossing=True))
+        out = Labelled(call.shape, meet(call, operands, defer=True))
     else:
         rest = [operand for operand in operands if operand is not kernel]
         scaled = call.op in _SCALINGS and (call.op is not _DIVISION or call.args[0] is kernel)
         kept_zeros = call.op in COPIES or scaled
-        layers = meet(call, [*rest, kernel])  # of labels that meet the last stand for both: its own
+        layers = meet(call, [*rest, kernel])  # where labels meet, those of the last operand stay: the kernel's own
         out = Labelled(call.shape, layers, kernel.source, derived=kernel.derived or not kept_zeros)
     return [out for _ in call.shapes] if len(call.shapes) > 1 else out
 
@@ -43,7 +50,7 @@ RULES[torch.Tag.pointwise] = elementwise
 
 @rule("aten.glu")
 def gated_linear_unit(call: OpCall) -> Labelled:
-    """The first half of a dimension times the sigmoid of the second: their places go two by two."""
+    """The first half of a dimension times the sigmoid of the second: position i of both halves is coupled."""
     value, dim = call.args[0], call.arg(1, "dim", -1)
     halves = [layer.chunk(2, dim) if layer.shape[dim] > 1 else (layer, layer) for layer in value.layers]
     for first, second in halves:
@@ -52,7 +59,7 @@ def gated_linear_unit(call: OpCall) -> Labelled:
 
 
 def _kernel_among(call: OpCall, operands: list[Labelled]) -> Labelled | None:
-    """The parameter's elements that a call computes a kernel from, with nothing but other parameters and numbers."""
+    """The operand that is a parameter's elements, if a call computes a kernel from parameters and numbers only."""
     full = [operand for operand in operands if operand.source is not None and operand.shape == call.shape]
     others = (operand for operand in operands if operand.source is None)
     if not full or any(prod(operand.shape) > 1 for operand in others):
@@ -63,7 +70,7 @@ def _kernel_among(call: OpCall, operands: list[Labelled]) -> Labelled | None:
 _DIVISION = torch.ops.aten.div.Tensor
 
 _SCALINGS = {torch.ops.aten.mul.Tensor, _DIVISION, torch.ops.aten.neg.default}
-"""Zeros stay zeros."""
+"""Ops that keep zeros at zero."""
 
 COPIES = {
     torch.ops.aten._to_copy.default,
@@ -72,21 +79,21 @@ COPIES = {
     torch.ops.aten.alias.default,
     torch.ops.aten.lift_fresh.default,
 }
-"""Copies: what comes out is what went in."""
+"""Ops that copy their input."""
 
 
-def meet(call: OpCall, operands: list[Labelled], crossing: bool = False) -> tuple[Tensor, ...]:
-    """Layers of a broadcast combination of `operands`, with labels that meet merged.
+def meet(call: OpCall, operands: list[Labelled], defer: bool = False) -> tuple[Tensor, ...]:
+    """Layers of the broadcast combination of `operands`, with labels that meet merged.
 
-    A label that meets something of the same extent that nobody owns (an input, a constant) is pinned. Where one
-    varies along more dimensions than the other it goes with it, or with `crossing` is left to be settled later.
+    A label that meets a dimension of the same size without labels (an input's, a constant's) is pinned. Where one
+    operand varies along more dimensions than the other, they are merged now, or later with `defer`.
     """
     ndim = len(call.shape)
     merged: list[Tensor] = []
     for operand in operands:
         for layer in operand.layers:
             aligned = layer.reshape((1,) * (ndim - operand.ndim) + tuple(layer.shape))
-            merged = join(call, merged, aligned, crossing)
+            merged = join(call, merged, aligned, defer)
     for operand in operands:
         for dim, size in enumerate(operand.shape, start=ndim - operand.ndim):
             own_dim = dim - ndim + operand.ndim
@@ -96,10 +103,10 @@ def meet(call: OpCall, operands: list[Labelled], crossing: bool = False) -> tupl
     return tuple(merged)
 
 
-def join(call: OpCall, layers: list[Tensor], new: Tensor, crossing: bool) -> list[Tensor]:
-    """Add a layer; where it varies along the dimensions of others, they are merged into one.
+def join(call: OpCall, layers: list[Tensor], new: Tensor, defer: bool) -> list[Tensor]:
+    """Add a layer, merged with the layers that vary along any of the same dimensions.
 
-    With `crossing` one that varies along all of another's dimensions and more is left as it is, to be settled later.
+    With `defer`, a layer that varies along all dimensions of another one and more is left as it is, to be merged later.
     """
     apart = []
     for layer in layers:
@@ -111,11 +118,11 @@ def join(call: OpCall, layers: list[Tensor], new: Tensor, crossing: bool) -> lis
             call.space.merge(layer, new)
             continue
         wide, narrow = (layer, new) if len(varying(layer)) > len(varying(new)) else (new, layer)
-        if crossing and shared == set(varying(narrow)):
-            call.findings.crossings.append(Crossing(wide, narrow, call.module, str(call.op)))
+        if defer and shared == set(varying(narrow)):
+            call.findings.deferred_merges.append(DeferredMerge(wide, narrow, call.module, str(call.op)))
             new = wide
             continue
-        # One varies along more dimensions than the other: merged, they vary along the shared ones only.
+        # One varies along more dimensions than the other. Merged, they vary along the shared ones only.
         first = call.space.merge_along(layer, set(varying(layer)) - shared)
         second = call.space.merge_along(new, set(varying(new)) - shared)
         call.space.merge(first, second)

@@ -1,4 +1,19 @@
-"""Convolutions and matrix products: channels are summed here, so here gates may stand."""
+"""Convolutions and matrix products: they sum over channels with a kernel, so gates may stand on their input sides.
+
+Grouped convolutions die by whole groups if there are at least as many groups as channels in a group (a depthwise
+convolution has one channel in each), and otherwise at the same position in every group.
+
+A kernel may be computed in the forward. A standardised kernel is (W - mean) / std, with the mean and variance of each
+output's inputs. Sliced along its inputs it would be another kernel, and where W has zeros it has something else. So, as
+for norms across channels, its statistics are taken over the live inputs while gates train, and its dead columns are
+masked where it is used (`cross_channel/live_statistics.py`). A kernel that isn't laid out as its parameter, or that is
+computed from activations too, has its channels pinned.
+
+In attention a product of activations sums over the positions in a head, so whole heads die. Scores carry a label for
+each head. Heads that share keys and values die with them; a pair that all heads share stays. It is expanded for them,
+and the positions along an expanded or repeated dimension get labels that belong to no layer, as zeros created in the
+forward do: they are removed with the heads that they meet.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +30,7 @@ from rewriters.labelling.rules.registry import KernelCall, OpCall, Result, rule,
 
 
 def _vector(call: OpCall, value: Labelled, dim: int) -> Tensor | None:
-    """Labels along one dimension, shape (size,), merged along any other; None where nobody owns it."""
+    """Labels along one dimension, shape (size,), merged along all others; None if it has no labels."""
     layer = value.layer(dim)
     if layer is None:
         return None
@@ -28,12 +43,12 @@ def _rest(value: Labelled, dim: int) -> tuple[Tensor, ...]:
 
 
 def _consume(call: OpCall, data: Tensor | None, kernel: Labelled, dim: int) -> bool:
-    """Labels `data` are summed against a kernel's dimension `dim`; returns whether a gate can stand there.
+    """Sum labels `data` against a kernel's dimension `dim`; returns whether a gate can stand there.
 
-    A gate on the kernel's side is the gate on the data's side as long as the kernel is a parameter's own
-    elements. A kernel that is derived from its parameter may have something else where that has zeros: while
-    gates train its dead columns are left out where it is used, as dead channels are left out of statistics. A
-    kernel in a buffer isn't trained.
+    A gate on the kernel's side is a gate on the data's side as long as the kernel is a parameter's own elements. A
+    kernel that is derived from its parameter may be nonzero where the parameter is zero: while gates train, its dead
+    columns are masked where it is used, as dead channels are left out of statistics. A kernel in a buffer isn't
+    trained, so no gate can stand on it.
     """
     against = _vector(call, kernel, dim)
     source = None if kernel.source in call.findings.buffers else kernel.source
@@ -41,7 +56,7 @@ def _consume(call: OpCall, data: Tensor | None, kernel: Labelled, dim: int) -> b
         call.space.merge(data, against)
         call.findings.gated.update(call.space.sides_holding(against, source))
         if kernel.derived:
-            call.note(against, dim % kernel.ndim - kernel.ndim, "summed against a derived kernel")
+            call.note_statistic(against, dim % kernel.ndim - kernel.ndim, "summed against a derived kernel")
         return True
     for labels in (data, against):
         if labels is not None:
@@ -51,7 +66,7 @@ def _consume(call: OpCall, data: Tensor | None, kernel: Labelled, dim: int) -> b
 
 
 def _owned(call: OpCall, kernel: Labelled) -> Labelled:
-    """The kernel; one that isn't laid out as the parameter it is derived from is taken for nobody's."""
+    """The kernel, without its `source` if it isn't laid out as the parameter that it is derived from."""
     if kernel.derived:
         for dim in (0, 1):
             layer = kernel.layer(dim)
@@ -68,7 +83,7 @@ def convolution(call: OpCall) -> Labelled:
     """
     x, kernel, bias = call.args[0], _owned(call, call.args[1]), call.args[2]
     transposed, groups = call.args[6], call.args[8]
-    others, along_them = call.look_by_place(x, range(2, x.ndim), "convolved along its channels")
+    others, along_them = call.statistic_by_position(x, range(2, x.ndim), "convolved along its channels")
     data = Labelled(x.shape, others, x.source)
     channels = _vector(call, data, 1)
     first, second = _vector(call, kernel, 0), _vector(call, kernel, 1)
@@ -80,21 +95,25 @@ def convolution(call: OpCall) -> Labelled:
     else:
         out = _grouped(call, channels, first, second, kernel, groups, positions)
     if bias is not None and out is not None:
-        call.space.merge(out, bias.layers[0].flatten()) if bias.layers else call.pin(out, "its bias is not owned")
+        if bias.layers:
+            call.space.merge(out, bias.layers[0].flatten())
+        else:
+            call.pin(out, "its bias belongs to no layer")
     along = [1, -1, *[1] * (len(call.shape) - 2)]
     layers = [layer for layer in (*data.layers, *along_them) if layer.shape[1] == 1]
     return Labelled(call.shape, (*layers, out.view(along)) if out is not None else tuple(layers))
 
 
 def _note_conv(call: OpCall, kernel: Labelled, macs: float, mixes: bool, made: Tensor | None = None) -> None:
-    """`made` are the labels of what a kernel makes that is computed from several tensors; None where they all stay."""
+    """Note the call of a kernel; `made` are the output labels of a computed one, None if all its outputs stay."""
     if kernel.source is None:
         note = Kernel.without_weight(call.module, macs * prod(kernel.shape[:2]), prod(call.shape))
         call.findings.kernels.append(KernelCall(note, made))
     else:
         transposed, groups = call.args[6], call.args[8]
         pixels = call.shape[0] * prod(call.shape[2:])
-        outputs, dims = (pixels, (1 if transposed else 0,))
+        outputs: float = pixels
+        dims: tuple[int, ...] = (1 if transposed else 0,)
         if transposed and groups > 1:
             by_group = groups >= kernel.shape[0] // groups
             outputs, dims = (pixels * groups / kernel.shape[0], (0, 1)) if by_group else (pixels * groups, (1,))
@@ -108,16 +127,14 @@ def _grouped(
     call: OpCall, channels: Tensor | None, first: Tensor | None, second: Tensor | None,
     kernel: Labelled, groups: int, positions: float,
 ) -> Tensor | None:  # fmt: skip
-    """Grouped convolution dies by whole groups, or at the same place in every group.
+    """Couple the channels of a grouped convolution by whole groups, or by position in the group.
 
-    Whole groups where there are at least as many of them as channels in one, which leaves more classes;
-    a depthwise convolution is the case of one channel a group. Returns the labels of the output.
+    Whole groups die if there are at least as many groups as channels in one, which leaves more classes. Returns the
+    labels of the output.
     """
     transposed = call.args[6]
     per_group = kernel.shape[0] // groups
     width = (per_group, kernel.shape[1])[not transposed]
-    # `first` runs over all groups' channels, `second` over the places inside each group.
-    ahead, inside = (channels, second) if not transposed else (channels, None)
     fixed = kernel.source is None or (kernel.source in call.findings.buffers and groups < width)
     fixed |= kernel.derived and transposed
     if channels is None or first is None or fixed:
@@ -135,9 +152,9 @@ def _grouped(
     if transposed:
         call.space.merge(channels.view(groups, per_group), places)
     elif second is not None:
-        call.space.merge(ahead.view(groups, -1), inside.view(1, -1))
+        call.space.merge(channels.view(groups, -1), second.view(1, -1))
         if kernel.derived:
-            call.note(second, 1 - kernel.ndim, "summed against a derived kernel")
+            call.note_statistic(second, 1 - kernel.ndim, "summed against a derived kernel")
     gate = transposed or second is not None
     _note_conv(call, kernel, positions, mixes=gate)
     if not transposed:
@@ -172,8 +189,7 @@ def addmm(call: OpCall) -> Result:
 def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
     if left.source is None and right.source is None:
         reason = "summed in a product of activations"
-        rows, columns = call.mix(left, [-1], reason), call.mix(right, [-2], reason)
-        return _outer(call, left, rows, right, columns)
+        return _outer(call, left, call.mix(left, [-1], reason), right, call.mix(right, [-2], reason))
     flipped = left.source is not None and right.source is None
     weight, data = (left, right) if flipped else (right, left)
     contracted = (-2, -1) if flipped else (-1, -2)  # of data, of weight
@@ -187,14 +203,14 @@ def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
 
 
 def _rows(layers: Sequence[Tensor]) -> Tensor | None:
-    """Labels of what a kernel runs once for each of, those along its rows; None where these have none, or several."""
+    """Labels of the channels that a kernel repeats for, which lie along its rows; None without one layer of them."""
     return layers[0].flatten() if len(layers) == 1 else None
 
 
 def _outer(
     call: OpCall, left: Labelled, rows: tuple[Tensor, ...], right: Labelled, columns: tuple[Tensor, ...]
 ) -> Labelled:
-    """Labels of (..., m, k) x (..., k, n): those of the rows, of the columns and of the batches, which meet."""
+    """Labels of (..., m, k) x (..., k, n): those of the rows, of the columns, and of the batches, which meet."""
     operands = [Labelled((*left.shape[:-1], 1), rows), Labelled((*right.shape[:-2], 1, right.shape[-1]), columns)]
     return Labelled(call.shape, meet(call, operands))
 
@@ -204,7 +220,7 @@ def _outer(
       "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_fused_attention_overrideable",
       "aten.scaled_dot_product_attention")  # fmt: skip
 def attention(call: OpCall) -> Result:
-    """softmax(q k^T) v for q, k, v of shape (batch, heads, positions, width): whole heads die, or places in v."""
+    """softmax(q k^T) v for q, k, v of shape (batch, heads, positions, width): whole heads die, or positions in v."""
     query, key, value = call.args[:3]
     if query.shape[:-2] != value.shape[:-2]:  # heads that share their keys and values
         if query.ndim < 3 or query.shape[:-3] != value.shape[:-3] or query.shape[-3] % value.shape[-3]:
@@ -219,7 +235,7 @@ def attention(call: OpCall) -> Result:
 
 
 def _for_each_head(value: Labelled, heads: int) -> Labelled:
-    """Keys or values of groups of heads, once for each head; those of all heads need no repeating."""
+    """Keys or values that groups of heads share, repeated for each head; those that all heads share broadcast."""
     if value.shape[-3] == 1:
         return value
     times = heads // value.shape[-3]
@@ -231,7 +247,7 @@ def _note_matrix(
     call: OpCall, weight: Labelled, against: Tensor | None, kept: Tensor | None, macs: float, gate: bool,
     rows: Tensor | None,
 ) -> None:  # fmt: skip
-    """A matrix kernel may have come through a transpose or a view: its labels tell which side is which."""
+    """Note the call of a matrix kernel. It may be transposed or viewed: its labels say which side is which."""
     into = call.space.side_of(against) if against is not None else None
     out = call.space.side_of(kept) if kept is not None else None
     if into is not None and into.tensor == weight.source:
@@ -241,7 +257,8 @@ def _note_matrix(
     else:
         input_dim = 1
     pairs = prod(call.space.blocks.get(Side(str(weight.source), dim), (0, 1))[1] for dim in (input_dim, 1 - input_dim))
-    each = macs * prod(weight.shape[-2:]) / pairs  # a pair has several elements where other dimensions were flattened
+    each = macs * prod(weight.shape[-2:]) / pairs  # a pair has several elements if other dimensions were flattened
+    assert weight.source is not None  # `_product` takes an operand that has one
     note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (1 - input_dim,))
     call.findings.kernels.append(KernelCall(note, rows))
     if gate and into is not None:

@@ -1,4 +1,13 @@
-"""Ops that mix elements along some dimensions: reductions, softmax, pooling, resizing, norms."""
+"""Ops that mix elements along some dimensions: reductions, softmax, pooling, resizing, norms.
+
+Mixing over channels pins them. Where labels vary along other dimensions too, they are merged along the mixed dimension
+instead (split attention's softmax over radix). Statistics don't pin: layer, group and RMS norms, means, variances,
+vector norms and extremes are noted (`OpCall.statistic`), wherever they stand, so global response norms and norms
+written by hand need no rule. They are taken over the live channels while gates train. Sums are pinned, because what
+divides them may be the number of channels that there was.
+
+Group norms die by whole groups or by position in the group, as grouped convolutions do.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +32,11 @@ _POOLED = "pooled along its channels"
     "aten.nansum", "aten.count_nonzero", "aten.median", "aten.nanmedian", "aten.mode", "aten.kthvalue",
 )  # fmt: skip
 def reduce(call: OpCall) -> Result:
-    """A reduction: labels survive along the dimensions that stay."""
+    """A reduction: labels survive along the dimensions that aren't reduced."""
     value, dims = call.args[0], _dim(call)
     dims = [dims] if isinstance(dims, int) else list(dims or range(value.ndim))
     if _is_statistic(call):
-        layers, _ = call.look(value, dims, "reduced over its channels")
+        layers, _ = call.statistic(value, dims, "reduced over its channels")
     else:
         layers = call.mix(value, dims, "reduced over its channels")
     kept = [dim for dim in range(value.ndim) if dim not in {d % value.ndim for d in dims}] if value.ndim else []
@@ -40,7 +49,7 @@ def reduce(call: OpCall) -> Result:
 
 
 def _dim(call: OpCall) -> Any:
-    """The call's `dim`, given or by default; None if it has none."""
+    """The call's `dim` argument, given or by default; None if the op has none."""
     for index, argument in enumerate(call.op._schema.arguments):
         if argument.name == "dim":
             return call.arg(index, "dim", argument.default_value)
@@ -57,10 +66,10 @@ _EXTREMES_WITH_PLACES = {torch.ops.aten.max.dim, torch.ops.aten.min.dim}
 
 
 def _is_statistic(call: OpCall) -> bool:
-    """Whether a slim model takes this reduction over the channels that are left as over all it ever had.
+    """Whether this reduction over the live channels is what the slim model's own code computes over all it has.
 
-    So it does a mean, an extreme (not its place), and a norm to which zeros add nothing. A sum may be divided by the
-    number there was.
+    That holds for a mean, an extreme (not its index), and a norm to which zeros add nothing. A sum may be divided by
+    the number of channels that there was.
     """
     if call.op in _EXTREMES_WITH_PLACES:
         return 1 in call.unused
@@ -75,13 +84,13 @@ def _is_statistic(call: OpCall) -> bool:
     "aten._logcumsumexp",
 )  # fmt: skip
 def along_one(call: OpCall) -> Result:
-    """Each element from all along one dimension: normalised, sorted, added up so far."""
+    """Each element depends on all along one dimension: normalised, sorted, accumulated."""
     return _mixed_along(call, [_dim(call)])
 
 
 @rule("aten.tril", "aten.tril_", "aten.triu", "aten.triu_")
 def triangle(call: OpCall) -> Result:
-    """A matrix without what lies beside its diagonal, by the numbers of rows and columns."""
+    """A triangle of a matrix, which depends on the row and column numbers."""
     return _mixed_along(call, [-2, -1])
 
 
@@ -99,7 +108,7 @@ def fourier(call: OpCall) -> Labelled:
 
 @rule("aten.im2col")
 def unfold(call: OpCall) -> Labelled:
-    """Windows of an image, (..., C, H, W) to (..., C x places in a window, windows), a channel's side by side."""
+    """Windows of an image, (..., C, H, W) to (..., C x window size, windows), those of a channel side by side."""
     value, window = call.args[:2]
     layers = call.mix(value, [-1, -2], "windows are cut out along it")
     return Labelled(call.shape, tuple(_each_times(layer.flatten(-2), prod(window)) for layer in layers))
@@ -111,7 +120,7 @@ def _each_times(layer: Tensor, times: int) -> Tensor:
 
 @rule("aten.col2im")
 def fold(call: OpCall) -> Labelled:
-    """Windows added up to an image again: `unfold` backwards. All that is in a channel's windows goes together."""
+    """Windows added up to an image again: `unfold` backwards. All elements of a channel's windows are coupled."""
     value, window = call.args[0], call.args[2]
     layers = []
     for layer in call.mix(value, [-1], "windows are added up along it"):
@@ -124,7 +133,7 @@ def fold(call: OpCall) -> Labelled:
 
 @rule("aten.view_as_complex", "aten.view_as_real")
 def complex_parts(call: OpCall) -> Labelled:
-    """A last dimension of two numbers as one complex number, or the other way round."""
+    """A last dimension of size 2 as a complex number, or the other way round."""
     value = call.args[0]
     if len(call.shape) > value.ndim:
         return Labelled(call.shape, tuple(layer.unsqueeze(-1) for layer in value.layers))
@@ -140,7 +149,7 @@ def complex_parts(call: OpCall) -> Labelled:
     "aten.replication_pad2d",
 )  # fmt: skip
 def spatial2d(call: OpCall) -> Result:
-    """Pooling, resizing and padding of images work on each channel alone."""
+    """Pooling, resizing and padding of images, which work on each channel alone."""
     return _spatial(call, 2)
 
 
@@ -162,7 +171,7 @@ def spatial3d(call: OpCall) -> Result:
 
 @rule("aten.max_unpool2d", "aten.max_unpool3d")
 def unpool(call: OpCall) -> Labelled:
-    """Pooled values back in their places, which are each channel's own."""
+    """Pooled values put back at their positions, which each channel has of its own."""
     spatial = len(call.arg(2, "output_size"))
     parts = [
         Labelled((*part.shape[:-spatial], *[1] * spatial), call.mix(part, range(-spatial, 0), _POOLED))
@@ -179,7 +188,7 @@ def _spatial(call: OpCall, spatial_dims: int) -> Result:
       "aten._native_batch_norm_legit", "aten._native_batch_norm_legit_no_training",
       "aten._native_batch_norm_legit_functional", "aten._batch_norm_with_update")  # fmt: skip
 def batch_norm(call: OpCall) -> Result:
-    """Statistics of each channel alone; the norm's own vectors ride along."""
+    """Statistics of each channel alone; the norm's own vectors are coupled with the channels."""
     value = call.args[0]
     if value.source is not None:
         return _standardised(call)
@@ -193,7 +202,7 @@ def batch_norm(call: OpCall) -> Result:
 
 
 def _standardised(call: OpCall) -> Result:
-    """A kernel of shape (1, O, -1) whose output channels are normalised by their own mean and variance.
+    """A kernel of shape (1, O, -1), each output channel of which is normalised by its own mean and variance.
 
     Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", section 3.
     """
@@ -201,9 +210,9 @@ def _standardised(call: OpCall) -> Result:
     vectors = [arg for arg in call.args[1:5] if isinstance(arg, Labelled)]
     riders = [_along(vector, [1, value.shape[1], *[1] * (value.ndim - 2)]) for vector in vectors]
     across = [dim for dim in range(value.ndim) if dim != 1]
-    layers, along = call.look(value, across, "normalised over its channels")
+    layers, along = call.statistic(value, across, "normalised over its channels")
     for layer in along:
-        if len(layer.unique()) == layer.numel():  # torch refuses to standardise what is one number
+        if len(layer.unique()) == layer.numel():  # torch refuses to standardise a single number
             call.pin(layer.flatten()[:2], "a standardised kernel needs two inputs")
     layers = meet(call, [*riders, Labelled(call.shape, (*layers, *along))])
     return [
@@ -214,7 +223,7 @@ def _standardised(call: OpCall) -> Result:
 
 @rule("aten._weight_norm_interface")
 def weight_norm(call: OpCall) -> Result:
-    """v * g / norm(v), the norm over all dimensions but one; columns of zeros add nothing to it.
+    """v * g / norm(v), with the norm over all dimensions but one; columns of zeros add nothing to it.
 
     Salimans and Kingma, "Weight Normalization", section 2.
     """
@@ -223,7 +232,7 @@ def weight_norm(call: OpCall) -> Result:
     for layer in v.layers:
         if varying(layer) != (keep,):
             call.findings.zeroed.append(Zeroed(layer.flatten(), call.module, str(call.op)))
-            call.pin(layer.flatten()[:1], "a kernel of zeros has no norm to be divided by")
+            call.pin(layer.flatten()[:1], "a kernel of zeros has no norm to divide by")
     return [
         Labelled(v.shape, meet(call, [g, v]), v.source, derived=v.derived),
         *[Labelled(shape) for shape in call.shapes[1:]],
@@ -236,20 +245,20 @@ def _along(vector: Labelled, shape: list[int]) -> Labelled:
 
 @rule("aten.native_layer_norm", "aten._fused_rms_norm", "aten.rms_norm")
 def layer_norm(call: OpCall) -> Result:
-    """Normalised over the trailing dimensions; of channels among these the live ones count."""
+    """Normalised over the trailing dimensions; if channels are among them, over the live ones."""
     value = call.args[0]
     dims = range(-len(call.args[1]), 0)
-    layers, along = call.look(value, dims, "normalised over its channels")
+    layers, along = call.statistic(value, dims, "normalised over its channels")
     vectors = [arg for arg in call.args[1:] if isinstance(arg, Labelled)]
     return _normalised(call, layers, along, vectors)
 
 
 @rule("aten.native_group_norm")
 def group_norm(call: OpCall) -> Result:
-    """Normalised over the channels of a group and everything behind them.
+    """Normalised over the channels of a group and all dimensions behind them.
 
-    As in a grouped convolution, whole groups die where there are at least as many of them as channels in one,
-    the same places of every group otherwise; then the live places count.
+    As in a grouped convolution, whole groups die if there are at least as many groups as channels in one. Otherwise the
+    same positions of every group die, and statistics are taken over the live positions.
     """
     value, groups = call.args[0], call.args[6]
     reason = "normalised over its channels"
@@ -262,7 +271,7 @@ def group_norm(call: OpCall) -> Result:
     if normalises_whole_groups(groups, value.shape[1]):
         call.space.merge_along(by_group, [1])
     else:
-        call.note(call.space.merge_along(by_group, [0]).flatten(), 1 - value.ndim, reason)
+        call.note_statistic(call.space.merge_along(by_group, [0]).flatten(), 1 - value.ndim, reason)
     rest = tuple(layer for layer in value.layers if layer is not channels)
     layers = call.mix(Labelled(value.shape, rest), range(1, value.ndim), reason)
     shape = [value.shape[1], *[1] * (value.ndim - 2)]
@@ -270,14 +279,14 @@ def group_norm(call: OpCall) -> Result:
 
 
 def normalises_whole_groups(groups: int, channels: int) -> bool:
-    """Whether a group norm's groups die whole."""
+    """Whether a group norm loses whole groups."""
     return groups * groups >= channels
 
 
 def _normalised(
     call: OpCall, layers: tuple[Tensor, ...], along: tuple[Tensor, ...], vectors: list[Labelled]
 ) -> list[Labelled]:
-    """A norm's results: its vectors ride along with the channels, or stay where these do."""
+    """A norm's results: its vectors are coupled with the channels, or pinned if these are."""
     if along:
         layers = meet(call, [Labelled(call.shape, (*layers, *along)), *vectors])
     else:

@@ -1,4 +1,12 @@
-"""Ops that only move data: what the op does to data it does to labels."""
+"""Ops that only move data: the op itself runs on the label layers.
+
+A reshape can take labels across the positions of an image and scatter them over several dimensions. At another
+resolution it may then couple other channels. So the model is recorded once more, on inputs twice as large, and what
+such reshapes take is pinned unless the classes come out the same.
+
+Where heads and the positions of expanded values are flattened into one dimension, the outer labels stay free (the
+heads) and the inner ones are pinned.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +23,7 @@ from rewriters.labelling.rules.registry import OpCall, Result, rule
 
 
 def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result:
-    """Results of a move, from each layer's own results (one label tensor for each result)."""
+    """Results of a move, from those of each layer (one label tensor for each result)."""
     outs = []
     for index, shape in enumerate(call.shapes):
         if 0 in shape and 0 not in value.shape:
@@ -34,7 +42,7 @@ def _moved(call: OpCall, value: Labelled, results: list[list[Tensor]]) -> Result
 
 
 def _emptied(value: Labelled, shape: tuple[int, ...]) -> Labelled:
-    """Nothing of a value (x[:, :0]): along the dimensions that are left it is what the value is."""
+    """An empty slice of a value (x[:, :0]): it keeps the labels along its other dimensions."""
     alike = len(shape) == value.ndim and all(new in (0, old) for new, old in zip(shape, value.shape, strict=True))
     layers = (layer for layer in value.layers if all(shape[dim] for dim in varying(layer)))
     return Labelled(shape, tuple(layers) if alike else (), value.source, derived=value.derived)
@@ -55,7 +63,7 @@ def _as_list(value: Any) -> list[Tensor]:
     "aten.unsafe_split_with_sizes",
 )  # fmt: skip
 def move(call: OpCall) -> Result:
-    """The op itself, run on label tensors."""
+    """The op itself, run on the label layers."""
     value, rest = call.args[0], call.args[1:]
     results = [_as_list(call.op(layer.expand(value.shape), *rest, **call.kwargs)) for layer in value.layers]
     return _moved(call, value, results)
@@ -66,22 +74,22 @@ def move(call: OpCall) -> Result:
     "aten.unsqueeze", "aten.unsqueeze_", "aten.flip", "aten.rot90",
 )  # fmt: skip
 def reorder(call: OpCall) -> Result:
-    """As `move`; for whatever sizes the call is the same."""
+    """As `move`, for calls that are the same for all sizes."""
     return move(call)
 
 
 @rule("aten.roll")
 def roll(call: OpCall) -> Result:
-    """As `move`; labels are not repeated along dimensions that they don't vary in."""
+    """As `move`, but labels aren't repeated along dimensions that they don't vary in."""
     value, shifts, dims = call.args[0], call.arg(1, "shifts"), call.arg(2, "dims", ())
-    if not dims:  # all elements in a row
+    if not dims:  # the flattened tensor
         return move(call)
     return _moved(call, value, [[layer.roll(shifts, dims)] for layer in value.layers])
 
 
 @rule("aten.expand", "aten.repeat")
 def expand(call: OpCall) -> Labelled:
-    """As `move`; the places of one number that is repeated are nobody's channels, that may go with those they meet."""
+    """As `move`; a repeated dimension gets labels that belong to no layer and are removed with those that they meet."""
     moved = _one(move(call))
     before = (1,) * (moved.ndim - call.args[0].ndim) + call.args[0].shape
     repeated = [dim for dim, size in enumerate(moved.shape) if before[dim] == 1 < size]
@@ -91,7 +99,7 @@ def expand(call: OpCall) -> Labelled:
 
 @rule("aten.channel_shuffle", "aten.native_channel_shuffle")
 def channel_shuffle(call: OpCall) -> Result:
-    """As `move`; groups must stay as wide as each other, so that whole groups die or the same places in all."""
+    """As `move`; all groups must stay equally wide, so whole groups die, or the same positions in all."""
     value, groups = call.args[0], call.arg(1, "groups")
     along = value.layer(1)
     if along is not None:
@@ -101,12 +109,12 @@ def channel_shuffle(call: OpCall) -> Result:
 
 @rule("aten.view.default", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias", "aten.unflatten")
 def reshape(call: OpCall) -> Result:
-    """As `move`; labels, unlike data, may need a copy to be reshaped."""
+    """As `move`; label layers, unlike the data, may need a copy to be reshaped."""
     value = call.args[0]
     results = [[reshaped(layer, value.shape, call.shape)] for layer in value.layers]
     for layer, (result,) in zip(value.layers, results, strict=True):
         if _scatters(layer, result, value.shape):
-            reason = "the size of its input decides which channels go together"
+            reason = "the size of its input decides which channels are coupled"
             call.findings.scattered.append(PinNote(layer.flatten(), call.module, str(call.op), reason))
     moved = _one(_moved(call, value, results))
     if value.source is not None and any(_several_owned(call, moved, dim) for dim in range(moved.ndim)):
@@ -117,14 +125,14 @@ def reshape(call: OpCall) -> Result:
 
 
 def _scatters(before: Tensor, after: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a reshape takes labels across dimensions that they don't vary in, and strews them over several.
+    """Whether a reshape takes labels across dimensions that they don't vary in, and scatters them over several.
 
-    As when (positions, channels) are viewed as (channels, height, width) with nothing transposed between.
+    It does if (positions, channels) is viewed as (channels, height, width) without a transpose in between.
 
     Args:
         before: labels of a tensor, of size 1 where they don't vary.
         after: labels of the reshaped tensor.
-        shape: of the tensor.
+        shape: the tensor's shape.
     """
     for old, new in parts(shape, after.shape):
         repeated = prod(shape[old]) > before.shape[old].numel() > 1
@@ -136,7 +144,7 @@ def _scatters(before: Tensor, after: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _repeats_itself(labels: Tensor, dims: slice) -> bool:
-    """Whether labels that vary in these dimensions alone come several times."""
+    """Whether labels that vary in these dimensions only occur more than once."""
     return labels.numel() == labels.shape[dims].numel() > len(labels.unique()) > 1
 
 
@@ -155,9 +163,9 @@ def _several_owned(call: OpCall, value: Labelled, dim: int) -> bool:
 
 
 def _apart(call: OpCall, value: Labelled) -> Labelled:
-    """Two labelled dimensions flattened into one can't be told apart by one index: all but one stay.
+    """Pin all but one of several labelled dimensions that are flattened into one, whose index can't tell them apart.
 
-    That is the outermost of those that are a parameter's.
+    The outermost one among those of a parameter stays free.
     """
     for dim in range(value.ndim):
         layers = _along(value, dim)
@@ -172,7 +180,7 @@ def _apart(call: OpCall, value: Labelled) -> Labelled:
 
 
 def _repeats(layer: Tensor, dim: int) -> int:
-    """How many times the first label along a dimension stands there before another does."""
+    """How often the first label along a dimension repeats before another label comes."""
     along = layer.movedim(dim, 0).reshape(layer.shape[dim], -1)
     return int((along != along[0]).any(1).nonzero()[0])
 
@@ -180,7 +188,7 @@ def _repeats(layer: Tensor, dim: int) -> int:
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(call: OpCall) -> Labelled:
     """Labels are concatenated along `dim` and merged along the others."""
-    # torch lets an empty tensor of shape (0,) stand among the operands
+    # torch accepts an empty tensor of shape (0,) among the operands
     values = [value for value in call.args[0] if value.shape != (0,)]
     dim = call.arg(1, "dim", 0) % len(call.shape)
     across = []
@@ -193,18 +201,18 @@ def cat(call: OpCall) -> Labelled:
         joined = _concatenate(call, along, dim)
         if len(varying(joined)) > 1:
             call.findings.grids.append(joined)
-        layers = join(call, layers, joined, crossing=True)
+        layers = join(call, layers, joined, defer=True)
     return Labelled(call.shape, tuple(layers))
 
 
 def _concatenate(call: OpCall, along: list[tuple[int, Tensor | None]], dim: int) -> Tensor:
     parts = []
     for size, layer in along:
-        if layer is None:  # nobody owns these channels: they stay
+        if layer is None:  # these channels belong to no layer: they stay
             layer = call.space.fresh(size).view([size if d == dim else 1 for d in range(len(call.shape))])
-            call.pin(layer, "concatenated channels that no layer owns")
+            call.pin(layer, "concatenated with channels that no layer owns")
         parts.append(layer)
-    # Where they vary along other dimensions too (the heads of what is rotated by halves) they go on doing so.
+    # Where they vary along other dimensions too (the heads of values that are rotated by halves), they still do.
     others = [max(part.shape[d] for part in parts) for d in range(len(call.shape))]
     wide = [part.expand([part.shape[d] if d == dim else size for d, size in enumerate(others)]) for part in parts]
     return torch.cat(wide, dim)
@@ -212,7 +220,7 @@ def _concatenate(call: OpCall, along: list[tuple[int, Tensor | None]], dim: int)
 
 @rule("aten.stack")
 def stack(call: OpCall) -> Labelled:
-    """A new dimension: labels are merged across the operands."""
+    """A new dimension, across which the labels of the operands are merged."""
     dim = call.arg(1, "dim", 0) % len(call.shape)
     lifted = []
     for value in call.args[0]:
@@ -223,7 +231,7 @@ def stack(call: OpCall) -> Labelled:
 
 @rule("aten.constant_pad_nd")
 def pad(call: OpCall) -> Labelled:
-    """Padding along a labelled dimension adds channels of its own, which may die like any other."""
+    """Padding along a labelled dimension adds channels with new labels, which can be removed like any other."""
     value, widths = call.args[0], call.args[1]
     layers = []
     for layer in value.layers:
@@ -247,4 +255,4 @@ def _pad_layer(call: OpCall, layer: Tensor, dim: int, before: int, after: int) -
 
 
 RULES_THAT_MOVE = (move, reorder, roll, expand, reshape, channel_shuffle, cat, stack)
-"""Rules of ops that put elements elsewhere and compute nothing."""
+"""The rules of ops that only move elements and compute nothing."""

@@ -1,4 +1,4 @@
-"""Recurrent layers: hidden units live or die with all that their gates are computed from."""
+"""Recurrent layers: a hidden unit lives or dies with all rows that compute its gates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rewriters.labelling.rules.registry import KernelCall, OpCall, Result, rule,
 def lstm_layer(call: OpCall) -> Result:
     """One layer of an LSTM in one direction.
 
-    x is (steps, N, I), its kernels are (4 H, I) and (4 H, H), the gates of one hidden unit standing H apart. A
-    unit is read by the layer itself, so a gate stands there too: dead, it reaches no other unit.
+    x is (steps, N, I), and the kernels are (4 H, I) and (4 H, H), where the gates of one hidden unit are H rows apart.
+    The layer itself reads a unit, so a gate stands there too: a dead unit reaches no other unit.
     """
     x, w_input, w_hidden = call.args[:3]
     vectors, states = call.args[3:5], call.args[5:7]
@@ -31,7 +31,7 @@ def lstm_layer(call: OpCall) -> Result:
         if layer is not None:
             call.space.merge(layer.flatten(), hidden)
         else:
-            call.pin(hidden, "its first state is an input of the model")
+            call.pin(hidden, "its initial state is an input of the model")
     data, into = x.layer(-1), _labels(w_input, 1, w_input.shape[1])
     if data is None:
         call.pin(into, "summed against channels that no layer owns")

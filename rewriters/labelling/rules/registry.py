@@ -1,8 +1,8 @@
-"""One function a family of ops says what the op does to labels; this is where it is found.
+"""The registry of rules: which function says what an op does to labels.
 
-A rule takes an `OpCall` and returns the labels of the result: a `Labelled`, or a list of them for an op
-with several results. `@rule("aten.add.Tensor", ...)` registers it, also for an op that this version of torch
-doesn't have, so that one list serves every version, or that a library brings which isn't imported yet.
+A rule takes an `OpCall` and returns the labels of the result: a `Labelled`, or a list of them for an op with several
+results. `@rule("aten.add.Tensor", ...)` registers it. The op need not exist yet: it may be missing in this version of
+torch, so one list serves every version, or belong to a library that isn't imported yet.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,25 +20,27 @@ from rewriters.labelling.labels import Labelled, LabelSpace, PinNote, varying
 
 Result = Labelled | list[Labelled]
 Rule = Callable[["OpCall"], Result]
+ARule = TypeVar("ARule", bound=Rule)
 
 RULES: dict[Any, Rule] = {}
 
 _ABSENT: dict[str, Rule] = {}
-"""Rules of ops that weren't there when they were registered, by name."""
+"""Rules of ops that didn't exist when they were registered, by name."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """A statistic along labelled channels: exact for what is left if it is taken over the live ones only.
+class LabelledStatistic:
+    """A statistic across labelled channels, which is exact if it is taken over the live ones only.
 
     Attributes:
-        labels: of the channels it is taken over, shape (channels,).
-        dim: the dimension they lie along, counted from the last (-1).
-        module: path of the module it is taken in.
+        labels: of the channels that it is taken over, shape (channels,).
+        dim: the dimension that they lie along, counted from the last (-1).
+        module: path of the module that takes it.
         op: the op that takes it.
-        reason: why they have to stay where it can't be taken over the live ones.
-        places: it is no statistic but an op that knows channels by their places (a convolution along them): dead
-            ones count as zeros, and the slim model's are put back in their places for it.
+        reason: why the channels are pinned if it can't be taken over the live ones.
+        by_position: the op is not a statistic but knows channels by their positions (a convolution along them, as in
+            efficient channel attention). While gates train, dead channels are zeros to it. The slim model puts the live
+            ones back at their positions, which a buffer holds, and picks them out of the result.
     """
 
     labels: Tensor
@@ -46,12 +48,12 @@ class Look:
     module: str
     op: str
     reason: str
-    places: bool = False
+    by_position: bool = False
 
 
 @dataclass(frozen=True)
 class Zeroed:
-    """Channels that a statistic of a kernel passes over as long as a gate keeps those that are dead at zero."""
+    """Channels whose dead ones add nothing to a kernel's statistic as long as a gate keeps them at zero."""
 
     labels: Tensor
     module: str
@@ -59,13 +61,13 @@ class Zeroed:
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """Labels that vary along several dimensions and met others that vary along some of these only.
+class DeferredMerge:
+    """Labels that vary along several dimensions met labels that vary along some of these only.
 
     Attributes:
-        wide: the former: heads x places in a head, say.
-        narrow: the latter, of size 1 along the other dimensions: one for each place.
-        module: path of the module they met in.
+        wide: the former: heads x positions in a head, say.
+        narrow: the latter, of size 1 along the other dimensions: one for each position.
+        module: path of the module in which they met.
         op: the op in which they met.
     """
 
@@ -80,9 +82,9 @@ class KernelCall:
     """A call of a kernel.
 
     Attributes:
-        kernel: with what the call costs.
-        rows: labels of the channels that it runs once for each of, as a layer across tokens does; the costs are of
-            all of them. None if it runs for no channels.
+        kernel: the kernel with the costs of the call.
+        rows: labels of the channels that the kernel repeats for, as a layer across tokens does; the costs are those of
+            all repeats. None if it repeats for no channels.
     """
 
     kernel: Kernel
@@ -91,34 +93,40 @@ class KernelCall:
 
 @dataclass
 class Findings:
-    """What rules note down beside labels: the calls of kernels met, where gates may stand, what was split in two.
+    """What rules note beside labels.
 
-    `looks` are the statistics taken along channels, `live` says whether those of activations may be taken over
-    live ones only.
-    In the kernels named in `buffers` no gate can stand; on the sides in `zeroed` one has to. `crossings` are settled
-    when all labels have met. What is `scattered` is to be pinned if the model has other classes at another size.
+    Attributes:
+        kernels: calls of kernels.
+        gated: sides where a gate may stand.
+        grids: labels that vary along several dimensions of one tensor.
+        statistics: statistics taken across channels.
+        live: whether statistics of activations may be taken over the live channels only.
+        buffers: names of buffers; no gate can stand on a kernel among them.
+        zeroed: channels on which a gate has to stand.
+        deferred_merges: merges that are decided when all labels have met.
+        scattered: to be pinned if the model has other classes at another input size.
     """
 
     kernels: list[KernelCall] = field(default_factory=list)
     gated: set[Side] = field(default_factory=set)
     grids: list[Tensor] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)
+    statistics: list[LabelledStatistic] = field(default_factory=list)
     live: bool = True
     buffers: set[str] = field(default_factory=set)
     zeroed: list[Zeroed] = field(default_factory=list)
-    crossings: list[Crossing] = field(default_factory=list)
+    deferred_merges: list[DeferredMerge] = field(default_factory=list)
     scattered: list[PinNote] = field(default_factory=list)
 
     def copy(self) -> Findings:
-        """The same, to be carried on apart."""
+        """A copy, to be continued separately."""
         return Findings(
-            list(self.kernels), set(self.gated), list(self.grids), list(self.looks), self.live, set(self.buffers),
-            list(self.zeroed), list(self.crossings), list(self.scattered),
+            list(self.kernels), set(self.gated), list(self.grids), list(self.statistics), self.live, set(self.buffers),
+            list(self.zeroed), list(self.deferred_merges), list(self.scattered),
         )  # fmt: skip
 
     def apart(self) -> Findings:
-        """None yet, for ops of the same model that were met before."""
-        return Findings(live=self.live, buffers=self.buffers, crossings=self.crossings)
+        """Empty findings, for ops of the same model whose findings were noted before."""
+        return Findings(live=self.live, buffers=self.buffers, deferred_merges=self.deferred_merges)
 
 
 @dataclass(frozen=True)
@@ -127,12 +135,12 @@ class OpCall:
 
     Attributes:
         op: the ATen overload.
-        args, kwargs: the arguments.
+        args, kwargs: its arguments.
         shapes: shapes of the results.
-        module: path of the module it runs in.
-        space: labels, to merge and to pin.
-        findings: where kernels are noted.
-        unused: places of those of several results that nothing is computed from.
+        module: path of the module that it runs in.
+        space: the labels, to merge and to pin.
+        findings: where rules note kernels, statistics and more.
+        unused: positions of those of several results that nothing is computed from.
     """
 
     op: Any
@@ -153,7 +161,7 @@ class OpCall:
         return self.shapes[0]
 
     def tensors(self) -> Iterator[Labelled]:
-        """The tensors among the arguments, also those in lists."""
+        """The tensors among the arguments, including those in lists."""
         for value in (*self.args, *self.kwargs.values()):
             for item in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(item, Labelled):
@@ -163,10 +171,10 @@ class OpCall:
         self.space.pin(labels, self.module, str(self.op), reason)
 
     def mix(self, value: Labelled, dims: Any, reason: str) -> tuple[Tensor, ...]:
-        """Layers that outlive a mixing of elements along `dims`; they are of size 1 there.
+        """Layers that survive a mixing of elements along `dims`; they have size 1 there.
 
-        Labels that vary along other dimensions too are merged along these: what dies, dies with the
-        whole of what is mixed. Labels that vary along nothing else are pinned.
+        Labels that vary along other dimensions too are merged along `dims`, so that all of what is mixed dies together.
+        Labels that vary along `dims` only are pinned.
         """
         dims = {dim % value.ndim for dim in dims} if value.ndim else set()
         survivors = []
@@ -179,37 +187,39 @@ class OpCall:
                 self.pin(layer, reason)
         return tuple(survivors)
 
-    def look(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """As `mix`, for a statistic that can be taken over live channels only: these needn't stay.
+    def statistic(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """As `mix`, for a statistic that can be taken over the live channels, which aren't pinned then.
 
         Returns:
-            Layers that outlive the mixing, and those along which the statistic is taken (one or none).
+            Layers that survive the mixing, and those along which the statistic is taken (one or none).
         """
         value = self.without_positions(value)
         if not self.findings.live and value.source is None:
             return self.mix(value, dims, reason), ()
-        return self._look(value, dims, dims, reason)
+        return self._statistic(value, dims, dims, reason)
 
-    def look_by_place(self, value: Labelled, dims: Any, reason: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """As `look`, for an op that gives a channel for each along one of `dims` and knows them by their places."""
-        lasting = [dim for dim in dims if value.shape[dim] == self.shape[dim] and value.source is None]
-        return self._look(value, lasting, dims, reason, places=True)
-
-    def _look(
-        self, value: Labelled, seen: Any, mixed: Any, reason: str, places: bool = False
+    def statistic_by_position(
+        self, value: Labelled, dims: Any, reason: str
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Look along one of the dimensions `seen`, where labels vary in nothing else; mix along all of `mixed`."""
+        """As `statistic`, for an op with an output for each channel along one of `dims`, which it knows by position."""
+        lasting = [dim for dim in dims if value.shape[dim] == self.shape[dim] and value.source is None]
+        return self._statistic(value, lasting, dims, reason, by_position=True)
+
+    def _statistic(
+        self, value: Labelled, seen: Any, mixed: Any, reason: str, by_position: bool = False
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Take a statistic along the one dimension among `seen` that labels vary in alone; mix along all of `mixed`."""
         dims = {dim % value.ndim for dim in seen} if value.ndim else set()
         along = tuple(layer for layer in value.layers if varying(layer) and set(varying(layer)) <= dims)
         if len(along) != 1 or len(varying(along[0])) != 1:
             return self.mix(value, mixed, reason), ()
         (dim,) = varying(along[0])
-        self.note(along[0].flatten(), dim - value.ndim, reason, places)
+        self.note_statistic(along[0].flatten(), dim - value.ndim, reason, by_position)
         rest = tuple(layer for layer in value.layers if layer is not along[0])
         return self.mix(Labelled(value.shape, rest), mixed, reason), along
 
     def without_positions(self, value: Labelled) -> Labelled:
-        """A kernel whose positions stay: computed with along its channels, these needn't stay for them."""
+        """A kernel with its positions pinned, so that a computation along its channels needn't pin these."""
         if value.source is None or value.ndim < 3:
             return value
         sides = [self.space.side_of(layer) for layer in value.layers]
@@ -219,13 +229,13 @@ class OpCall:
         rest = [layer for layer, position in zip(value.layers, positions, strict=True) if not position]
         return replace(value, layers=tuple(rest))
 
-    def note(self, labels: Tensor, dim: int, reason: str, places: bool = False) -> None:
-        """Note that a statistic is taken along these labels, or that the op knows them by their places."""
-        self.findings.looks.append(Look(labels, dim, self.module, str(self.op), reason, places))
+    def note_statistic(self, labels: Tensor, dim: int, reason: str, by_position: bool = False) -> None:
+        """Note that a statistic is taken across these labels, or that the op knows them by position."""
+        self.findings.statistics.append(LabelledStatistic(labels, dim, self.module, str(self.op), reason, by_position))
 
 
 def overload(name: str) -> Any:
-    """The overload called e.g. "aten.add.Tensor", or None where there is none."""
+    """The overload with this name ("aten.add.Tensor"), or None if there is none."""
     found: Any = torch.ops
     for part in name.split("."):
         try:
@@ -235,10 +245,10 @@ def overload(name: str) -> Any:
     return found
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for the named overloads ("aten.cat.default"; without the last part, all of an op's)."""
+def rule(*names: str) -> Callable[[ARule], ARule]:
+    """Register a rule for overloads by name ("aten.cat.default"; without the last part, all overloads of the op)."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: ARule) -> ARule:
         for name in names:
             found = overload(name)
             if found is None:
@@ -253,7 +263,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def find_rule(op: Any) -> Rule:
-    """The rule registered for an op; elementwise ops share one, ops nobody has described another."""
+    """The rule of an op. Ops tagged pointwise share one, and ops without a rule get `unknown`."""
     if op in RULES:
         return RULES[op]
     if torch.Tag.pointwise in getattr(op, "tags", ()):
@@ -263,7 +273,7 @@ def find_rule(op: Any) -> Rule:
 
 
 def unknown(call: OpCall) -> Result:
-    """An op nobody has described keeps all that reaches it: slimmed less, never wrongly."""
+    """Pin all that reaches an op without a rule: the model is slimmed less, never wrongly."""
     for value in call.tensors():
         for layer in value.layers:
             call.pin(layer, "no rule describes this op")

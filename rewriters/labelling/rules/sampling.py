@@ -1,4 +1,4 @@
-"""Feature maps that are sampled at computed positions: on a grid, by deformable convolution, in boxes."""
+"""Feature maps sampled at computed positions: on a grid, by deformable convolution, in boxes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from rewriters.labelling.labels import Labelled
 from rewriters.labelling.rules.kernels import convolution
 from rewriters.labelling.rules.registry import OpCall, Result, rule
 
-_POSITIONS = "sampled at positions that are computed"
+_POSITIONS = "sampled at computed positions"
 
 
 @rule("aten.grid_sampler_2d", "aten.grid_sampler_3d")
 def grid_sampler(call: OpCall) -> Labelled:
-    """Maps (N, C, ...) at the positions of a grid, (N, ..., number of coordinates), which stays."""
+    """Sample maps (N, C, ...) at the positions of a grid (N, ..., number of coordinates), which is pinned."""
     x, grid = call.args[:2]
     call.mix(grid, range(grid.ndim), _POSITIONS)
     return Labelled(call.shape, call.mix(x, range(2, x.ndim), _POSITIONS))
@@ -21,9 +21,9 @@ def grid_sampler(call: OpCall) -> Labelled:
 
 @rule("torchvision.deform_conv2d")
 def deform_conv2d(call: OpCall) -> Labelled:
-    """A convolution that looks where its offsets say: these and the mask stay.
+    """A convolution that reads where its offsets say: offsets and mask are pinned.
 
-    Where channels have offsets by groups, they go at the same place in each.
+    If groups of channels have their own offsets, the same position of each group dies.
     """
     x, kernel, offset, mask, bias, *steps = call.args
     stride, padding, dilation = steps[:2], steps[2:4], steps[4:6]
@@ -39,7 +39,7 @@ def deform_conv2d(call: OpCall) -> Labelled:
 
 @rule("torchvision.roi_align", "torchvision.roi_pool")
 def cut_out(call: OpCall) -> Result:
-    """Boxes (K, 5) out of maps (N, C, H, W), as (K, C, height, width): channels stay themselves."""
+    """Crop boxes (K, 5) from maps (N, C, H, W) to (K, C, height, width): channels keep their labels."""
     x, boxes = call.args[:2]
     call.mix(boxes, range(boxes.ndim), _POSITIONS)
     layers = call.mix(x, (0, 2, 3), _POSITIONS)

@@ -1,4 +1,8 @@
-"""Ops that write elements into a tensor: at places that are numbered, under a mask, into a slice."""
+"""Ops that write elements into a tensor: at indexed positions, under a mask, into a slice.
+
+They merge labels along the dimensions that aren't indexed. Along the others labels are pinned, because a position among
+fewer has another number.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,19 @@ from rewriters.labelling.labels import Labelled
 from rewriters.labelling.rules.elementwise import meet
 from rewriters.labelling.rules.registry import OpCall, Result, find_rule, rule, unknown
 
-_REASON = "written to at places that are numbered"
+_REASON = "written to at indexed positions"
 
 
 @rule("aten.index_put", "aten.index_put_", "aten._unsafe_index_put")
 def index_put(call: OpCall) -> Result:
     """x[i, :, j] = written, x[mask] = a number: along dimensions that aren't indexed, labels meet those written.
 
-    A mask under which one number is written meets what it lies on, each place by itself. Any other key tells places
-    by their numbers, or by how many there are, and those that may be meant stay.
+    A mask under which one number is written meets the dimensions that it covers, position by position. Any other key
+    picks positions by their numbers, or by how many there are, so all that it could pick are pinned.
     """
     value, keys, written = call.args[:3]
     given = [key for key in keys if key is not None]
-    if any(key.boolean and not key.ndim for key in given):  # all or nothing, on a dimension of its own
+    if any(key.boolean and not key.ndim for key in given):  # a single bool: all or nothing, along a new dimension
         return unknown(call)
     indexed = _indexed(value.ndim, keys)
     written = _as_wide(written, indexed.ndim - written.ndim, indexed.ndim)
@@ -41,7 +45,7 @@ def index_put(call: OpCall) -> Result:
 
 @dataclass(frozen=True)
 class _Indexed:
-    """Which dimensions keys lie on.
+    """Which dimensions the keys of x[keys] cover.
 
     Attributes:
         rest: dimensions of the tensor that aren't indexed.
@@ -59,13 +63,13 @@ class _Indexed:
         return len(self.rest) + len(self.found)
 
     def at_home(self, shape: Sequence[int]) -> list[int]:
-        """Sizes of x[keys] in their places in x, 1 along what is indexed."""
+        """Sizes of x[keys] along the dimensions of x, 1 along those that are indexed."""
         own = dict(zip(self.rest, (size for dim, size in enumerate(shape) if dim not in self.found), strict=True))
         return [own.get(dim, 1) for dim in range(len(self.rest) + len(self.covered))]
 
 
 def _indexed(ndim: int, keys: Sequence[Labelled | None]) -> _Indexed:
-    """As PyTorch and NumPy have it: what is found stands where the keys do, and in front where they stand apart."""
+    """As in PyTorch and NumPy: the indexed dimensions come where the keys are, or first if the keys aren't adjacent."""
     covered: list[int] = []
     dim = 0
     for key in keys:
@@ -80,7 +84,7 @@ def _indexed(ndim: int, keys: Sequence[Labelled | None]) -> _Indexed:
 
 
 def _as_wide(value: Labelled, first: int, ndim: int) -> Labelled:
-    """A value whose dimensions are those of a tensor from `first` on, with size 1 along the others."""
+    """The value with `ndim` dimensions: its own come from `first` on, the others have size 1."""
     before, behind = (1,) * first, (1,) * (ndim - first - value.ndim)
     layers = tuple(layer.reshape(before + layer.shape + behind) for layer in value.layers)
     return Labelled(before + value.shape + behind, layers)
@@ -91,7 +95,7 @@ def _as_wide(value: Labelled, first: int, ndim: int) -> Labelled:
     "aten.index_reduce", "aten.index_reduce_",
 )  # fmt: skip
 def index_write(call: OpCall) -> Labelled:
-    """x.index_add(dim, indices, written) and its kin: one index for all that lies along `dim` at a place."""
+    """x.index_add(dim, indices, written) and similar ops: one index for all elements at a position along `dim`."""
     value, dim, indices, written = call.args[:4]
     for layer in indices.layers:
         call.pin(layer, "used as indices")
@@ -105,9 +109,9 @@ def index_write(call: OpCall) -> Labelled:
     "aten.scatter_reduce_",
 )  # fmt: skip
 def scatter(call: OpCall) -> Labelled:
-    """`gather` backwards: for each element its own index along one dimension, other dimensions meet place by place.
+    """`gather` backwards: each element has its own index along one dimension; the other dimensions meet.
 
-    Where operands are shorter than others, the places that they have are known by their numbers.
+    Along a dimension where operands have different lengths, positions are known by their numbers too.
     """
     value, dim = call.args[:2]
     operands = [operand for operand in call.tensors() if operand.ndim == value.ndim]
@@ -117,7 +121,7 @@ def scatter(call: OpCall) -> Labelled:
 
 
 def _mixed(call: OpCall, value: Labelled, dims: set[int]) -> Labelled:
-    """What outlives a mixing along some dimensions, which are of size 1 then."""
+    """What survives a mixing along some dimensions, which have size 1 then."""
     layers = call.mix(value, dims, _REASON)
     return Labelled(tuple(1 if dim in dims else size for dim, size in enumerate(value.shape)), layers)
 
@@ -131,9 +135,11 @@ _VIEWS = {
 
 @rule("aten.slice_scatter", "aten.select_scatter", "aten.diagonal_scatter")
 def write_to_view(call: OpCall) -> Labelled:
-    """x.slice_scatter(written, ...) and its kin: a copy of x with a slice of it exchanged."""
+    """x.slice_scatter(written, ...) and similar ops: a copy of x with one slice replaced."""
     value, written, *place = call.args
     view = _VIEWS[call.op.overloadpacket]
     at = replace(call, op=view, args=(value, *place), shapes=[written.shape])
-    meet(at, [find_rule(view)(at), written])
+    part = find_rule(view)(at)
+    assert isinstance(part, Labelled)
+    meet(at, [part, written])
     return Labelled(call.shape, value.layers)

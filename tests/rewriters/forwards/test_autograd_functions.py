@@ -119,7 +119,7 @@ def test_what_takes_tensors_and_no_proxies_pins_and_says_so():
     for forward in (lambda m, y: scripted(rows(y)), lambda m, y: torch.vmap(doubled)(rows(y))):
         found = assert_exact(between(forward), (image().double(),)).analysis.channel_map
         assert found.size == 0
-        assert any("torch.fx cannot follow it" in reason for reason in reasons(found, "a.weight", 0))
+        assert any("torch.fx cannot trace it" in reason for reason in reasons(found, "a.weight", 0))
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ def test_only_calls_that_did_not_run_when_it_was_recorded_are_labelled_anew(forw
     captured, labelling = capture(model, (image(),)), Labelling()
     labelling.run(captured)
     recorded = labelling.by_tensor()
-    classes = labelling.numbering().copy()
+    classes = labelling.class_of_label().copy()
     apply, ran = Labelling.apply, []
 
     def noting(self, op, *rest):
@@ -124,4 +124,4 @@ def test_only_calls_that_did_not_run_when_it_was_recorded_are_labelled_anew(forw
         labels = {id(labels) for labels in recorded.values()}
         assert all(id(known[id(tensor)]) in labels for tensor in all_tensors(graph))
         assert {id(tensor) for tensor in all_tensors(graph)} <= recorded.keys()
-        assert (labelling.numbering() == classes).all() and (classes != ALWAYS).any()
+        assert (labelling.class_of_label() == classes).all() and (classes != ALWAYS).any()

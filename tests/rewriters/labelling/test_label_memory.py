@@ -97,11 +97,11 @@ def test_classes_are_numbered_once_for_what_is_known():
     labelling = Labelling()
     kernel = labelling.space.own("a.weight", (4, 3))
     labelling.findings.gated.add(Side("a.weight", 1))
-    first = labelling.numbering()
-    assert first.tolist() == [-1] * 4 + [0, 1, 2] and labelling.numbering() is first
+    first = labelling.class_of_label()
+    assert first.tolist() == [-1] * 4 + [0, 1, 2] and labelling.class_of_label() is first
     labelling.findings.gated.add(Side("a.weight", 0))
-    assert labelling.numbering().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert labelling.class_of_label().tolist() == [0, 1, 2, 3, 4, 5, 6]
     labelling.space.merge(kernel.layers[1].flatten(), kernel.layers[0].flatten()[:3])
-    assert labelling.numbering().tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert labelling.class_of_label().tolist() == [0, 1, 2, 3, 0, 1, 2]
     labelling.space.pin(kernel.layers[0][3:], "a", "op", "reason")
-    assert labelling.numbering().tolist() == [0, 1, 2, -1, 0, 1, 2]
+    assert labelling.class_of_label().tolist() == [0, 1, 2, -1, 0, 1, 2]

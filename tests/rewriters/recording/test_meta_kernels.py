@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.recording import meta_kernels
-from rewriters.recording.meta_kernels import DIRECT, TOLD, MetaMode, on_fakes, stand_in
+from rewriters.recording.meta_kernels import META_KERNELS, META_OPS, MetaMode, fakify, run_on_fakes
 
 aten = torch.ops.aten
-OPS = sorted((*TOLD, *DIRECT), key=str)
+OPS = sorted((*META_KERNELS, *META_OPS), key=str)
 
 PLAIN = torch.zeros(2, 6, 4, 5)
 LAYOUTS = {
@@ -125,23 +125,23 @@ def described(run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def test_what_is_told_of_a_call_is_what_fake_tensors_would_give(op, monkeypatch):
     asked = []
     kwargs = {"dtype": torch.uint8, "device": torch.device("cpu")} if op is aten.empty.memory_format else {}
-    if op in TOLD:  # without a doubt: not by falling back
-        told = TOLD[op]
+    if op in META_KERNELS:  # without a doubt: not by falling back
+        told = META_KERNELS[op]
         watch = lambda *args, **kwargs: asked.append(told(*args, **kwargs)) or asked[-1]  # noqa: E731
-        monkeypatch.setattr(meta_kernels, "TOLD", {op: watch})
+        monkeypatch.setattr(meta_kernels, "META_KERNELS", {op: watch})
     for real in calls(op):
         with FakeTensorMode() as mode, torch.no_grad():
             args = tree_map_only(Tensor, mode.from_tensor, real)
-            got = described(lambda *args, **kwargs: on_fakes(mode, op, args, kwargs), args, kwargs)
+            got = described(lambda *args, **kwargs: run_on_fakes(mode, op, args, kwargs), args, kwargs)
             wanted = described(op, args, kwargs)
         if isinstance(wanted, type):
             assert isinstance(got, type) and issubclass(got, Exception), real
         else:
             assert got == wanted, tree_map_only(Tensor, lambda tensor: (tuple(tensor.shape), tensor.stride()), real)
-    assert op not in TOLD or any(out is not NotImplemented for out in asked)
+    assert op not in META_KERNELS or any(out is not NotImplemented for out in asked)
 
 
-@pytest.mark.parametrize("op", sorted(TOLD, key=str), ids=str)
+@pytest.mark.parametrize("op", sorted(META_KERNELS, key=str), ids=str)
 def test_on_meta_tensors_too(op):
     """But for a batch norm's second results: in eval mode there are none, only kernels for meta tensors give some."""
     kwargs = {"dtype": torch.uint8, "device": torch.device("meta")} if op is aten.empty.memory_format else {}
@@ -169,7 +169,7 @@ def test_on_meta_tensors_too(op):
 )
 def test_a_stand_in_is_what_pytorch_would_make_of_the_tensor(tensor):
     mode = FakeTensorMode()
-    got, wanted = stand_in(mode, tensor), mode.from_tensor(tensor)
+    got, wanted = fakify(mode, tensor), mode.from_tensor(tensor)
     for look in (type, Tensor.size, Tensor.stride, lambda one: one.dtype, lambda one: one.device):
         assert look(got) == look(wanted)
     assert got.requires_grad == wanted.requires_grad == tensor.requires_grad
@@ -180,10 +180,10 @@ def test_tensors_on_two_devices_are_refused():
     with FakeTensorMode() as mode:
         x, y = torch.empty(3), torch.empty(3, device="cuda")
         with pytest.raises(RuntimeError):
-            on_fakes(mode, aten.add.Tensor, (x, y), {})
+            run_on_fakes(mode, aten.add.Tensor, (x, y), {})
 
 
 def test_a_tensor_of_known_values_keeps_them():
     with FakeTensorMode() as mode:
         number = torch.tensor(3.0)
-        assert on_fakes(mode, aten.mul.Tensor, (number, number), {}).item() == 9
+        assert run_on_fakes(mode, aten.mul.Tensor, (number, number), {}).item() == 9

@@ -13,7 +13,7 @@ import autogate
 from rewriters.analysis.analyse import analyse
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.recording.capture import capture
-from rewriters.recording.opaque import stood_in_for
+from rewriters.recording.opaque import opaque_modules_stubbed
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, reasons
 from tests.rewriters.recording.opaque_nets import (
@@ -252,7 +252,7 @@ def test_the_rehearsal_gives_what_was_given_to_those_who_call_as_they_did():
     model = around(Several(), Pick())
     model[3].forward = lambda x: (x, -x)[int(x.sum() > 0)]
     opaque = capture(model, (image(),)).opaque
-    with stood_in_for(model, opaque):
+    with opaque_modules_stubbed(model, opaque):
         assert model[4](image(8).to("meta")).shape == (2, 8, 4, 4)
         with pytest.raises(RuntimeError, match="when it ran for real"):
             model[3](image(4).to("meta"))

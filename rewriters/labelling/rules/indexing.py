@@ -1,4 +1,7 @@
-"""Ops that pick elements by tensors of indices: tables of relative positions, embeddings."""
+"""Ops that pick elements by tensors of indices: tables of relative positions, embeddings.
+
+The dimensions that aren't indexed keep their labels: a table of relative positions keeps one for each head.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,9 @@ def embedding(call: OpCall) -> Labelled:
 
 @rule("aten.gather")
 def gather(call: OpCall) -> Labelled:
-    """For each place an element along one dimension: a tensor of indices is as large as what is picked.
+    """Pick an element along one dimension for each position: the tensor of indices is as large as the result.
 
-    One that was expanded along the channels has labels of nobody's there, which go with theirs.
+    If the indices were expanded along the channels, their labels there belong to no layer and are merged with these.
     """
     value, dim, indices = call.args[:3]
     whole = [d for d in range(value.ndim) if d == dim % value.ndim or indices.shape[d] < value.shape[d]]
@@ -46,12 +49,12 @@ def gather(call: OpCall) -> Labelled:
 
 
 def _picked(call: OpCall, value: Labelled, keys: list[Any]) -> Labelled:
-    """Which indices are picked isn't known here: those that may be are kept, and any may be where any is."""
+    """Labels of value[keys]. Which indices are picked isn't known here, so indexed dimensions count as mixed."""
     for key in keys:
         for layer in key.layers if isinstance(key, Labelled) else ():
             call.pin(layer, "used as indices")
     dims = [dim for dim, key in enumerate(keys) if key is not None]
-    # One index, at 0: of the layers that are left, each is the same along what is indexed.
+    # One index, at 0: each layer that is left is the same along the indexed dimensions.
     zeros = [None if key is None else torch.zeros((1,) * len(key.shape), dtype=torch.int64) for key in keys]
     layers = []
     for layer in call.mix(value, dims, _REASON):

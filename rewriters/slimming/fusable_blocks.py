@@ -1,4 +1,4 @@
-"""Blocks that can fuse their branches into one convolution keep widths of their own, which fusing reads."""
+"""Update the width fields of blocks that can fuse their branches into one convolution, which fusing reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from rewriters.undo_log import UndoLog
 
 _METHODS = ("reparameterize", "fuse", "switch_to_deploy")
-"""What fusing is called."""
+"""Method names under which blocks are fused."""
 
 _READ, _MADE, _GROUPS = ("in_channels", "in_features"), ("out_channels", "out_features"), ("groups",)
 
@@ -19,30 +19,30 @@ _MEANING = {
     "out_chs": _MADE, "out_channels": _MADE, "out_features": _MADE,
     "groups": _GROUPS,
 }  # fmt: skip
-"""A block's fields, and those of the kernels in it that mean the same."""
+"""A block's fields, with the fields of the layers in it that mean the same."""
 
 _OF_NORMS = ("num_features",)
-"""What tells of all of them where a norm is all there is: what is read and made, and a depthwise kernel's groups."""
+"""The field that stands for all of these in a block with norms only."""
 
 Fields = Mapping[nn.Module, Mapping[str, Any]]
 
 
-def widths_in_blocks(model: nn.Module) -> Fields:
-    """The fields of all layers in the blocks of a model that can be fused."""
+def fields_in_fusable_blocks(model: nn.Module) -> Fields:
+    """The width fields of all layers in the blocks of a model that can be fused."""
     layers = {layer for block in _blocks(model) for layer in block.modules()}
     names = {*_READ, *_MADE, *_GROUPS, *_OF_NORMS}
     return {layer: {name: vars(layer)[name] for name in names & vars(layer).keys()} for layer in layers}
 
 
-def follow_widths(model: nn.Module, before: Fields, undo_log: UndoLog) -> None:
-    """Let a block's field be what the field of a layer in it that means the same, and had its number, has become.
+def update_fusable_blocks(model: nn.Module, before: Fields, undo_log: UndoLog) -> None:
+    """Set each field of a block to the new value of the layer field in it that means the same and had the same number.
 
-    Of several layers it is the first that tells what the block reads, the last that tells what it makes.
+    Of several layers, the first says what the block reads, and the last says what it computes.
 
     Args:
-        model: whose layers have their new fields.
-        before: `widths_in_blocks`, before they had.
-        undo_log: notes what changes.
+        model: its layers have their new fields.
+        before: `fields_in_fusable_blocks` of the model before.
+        undo_log: notes every change.
     """
     for block in list(_blocks(model)):
         layers = [layer for layer in block.modules() if layer is not block and layer in before]
@@ -58,6 +58,6 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _became(layers: Iterable[nn.Module], names: Iterable[str], before: Fields, old: Any) -> list[Any]:
-    """What those of the layers' fields are, one after another, that were the number `old`."""
+    """The new values of those layer fields that had the number `old`, in order."""
     known = type(old) is int
     return [vars(layer)[name] for layer in layers for name in names if known and before[layer].get(name) == old]

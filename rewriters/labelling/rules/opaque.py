@@ -1,4 +1,4 @@
-"""The call of an opaque module, of which nothing is known but what it is given and what it gives."""
+"""The call of an opaque module, of which only inputs and outputs are known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rewriters.recording import opaque_call
 
 
 def unrecorded(call: OpCall) -> Result:
-    """All channels that go in stay, and so do those of the module's parameters; what comes out has none."""
+    """Pin all channels that go in, and those of the module's parameters; what comes out has no labels."""
     for value in call.tensors():
         for layer in value.layers:
             call.space.pin(layer, call.module, "forward", call.args[0])

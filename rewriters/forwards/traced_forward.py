@@ -1,4 +1,7 @@
-"""A module's own forward, traced with torch.fx in the modes that it tells apart."""
+"""A module's own forward, traced with torch.fx in eval and train mode.
+
+A forward that doesn't ask for its mode while it is traced is traced once, for both modes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from typing import Any
 from torch import fx, nn
 
 from rewriters.errors import TraceError
-from rewriters.forwards.resizing import Cut, Resizer
+from rewriters.forwards.label_mask import LabelMask
+from rewriters.forwards.resizing import Resizer
 from rewriters.forwards.rewritten_forward import stands_in
 from rewriters.forwards.tracing import AskedMode, trace
 from rewriters.labelling import Labelled, Labelling
@@ -18,15 +22,15 @@ from rewriters.recording import Capture, ModuleCall, set_modes
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
+class TracedForward:
     """A module's own forward, traced for one of its calls.
 
     Attributes:
         path: the module.
-        modes: the trace is of eval mode (False), of train mode (True) or good for both.
-        graph: what was traced.
+        modes: the modes that the trace is valid for: eval (False), train (True), or both.
+        graph: the traced graph.
         known: labels of the tensors in it, by id.
-        stands_in: another forward was traced in the place of the module's own, which can't be (see `stands_in`).
+        stands_in: an equivalent that is written out was traced, because the module's own forward can't be.
     """
 
     path: str
@@ -35,33 +39,33 @@ class Traced:
     known: Mapping[int, Labelled]
     stands_in: bool = False
 
-    def resize(self, cut: Cut) -> Resizer:
-        """The forward rewritten for a cut (raises `Unwritable`)."""
-        resizer = Resizer(self.graph, self.known, cut, self.path)
+    def resize(self, mask: LabelMask) -> Resizer:
+        """The forward rewritten for a label mask. Raises `CannotResizeError`."""
+        resizer = Resizer(self.graph, self.known, mask, self.path)
         resizer.run()
         resizer.changed |= self.stands_in and resizer.cuts()
         return resizer
 
 
-def by_mode(traced: Iterable[Traced], graph: Callable[[Traced], fx.Graph]) -> dict[bool, fx.Graph]:
-    """Graphs for eval mode (False) and train mode (True): one and the same of a forward that asks for neither."""
+def graphs_by_mode(traced: Iterable[TracedForward], graph: Callable[[TracedForward], fx.Graph]) -> dict[bool, fx.Graph]:
+    """Graphs for eval mode (False) and train mode (True): the same one if the forward doesn't ask for its mode."""
     return {mode: made for one in traced for made in [graph(one)] for mode in one.modes}
 
 
 def trace_modes(
     module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled]
-) -> list[Traced]:
-    """Trace a module's forward, in eval and in train mode where it asks which it is in (raises `TraceError`)."""
+) -> list[TracedForward]:
+    """Trace a module's forward: in both modes if it asks for its mode, else once. Raises `TraceError`."""
 
-    def traced(modes: tuple[bool, ...], training: Any) -> Traced:
+    def traced(modes: tuple[bool, ...], training: Any) -> TracedForward:
         module.training = training
         graph, labels = trace(module, call, captured, labelling, known)
-        return Traced(call.path, modes, graph, labels, stands_in(module))
+        return TracedForward(call.path, modes, graph, labels, stands_in(module))
 
     before = set_modes(module, False)
     mode = AskedMode()
     try:
-        with contextlib.suppress(TraceError):  # it may do with its mode what only a bool can
+        with contextlib.suppress(TraceError):  # it may need its mode to be a real bool
             first = traced((False, True), mode)
             return [first] if not mode.asked else [replace(first, modes=(False,)), traced((True,), True)]
         return [traced((False,), False), traced((True,), True)]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriters.analysis.analyse import analyse
-from rewriters.cross_channel.placement import take_off, write_live
+from rewriters.cross_channel.installing import remove_live_statistics, write_live
 from rewriters.labelling.channel_map import Side
 from rewriters.slimming.plan import apply, plan
 from rewriters.undo_log import UndoLog
@@ -136,7 +136,7 @@ def test_all_is_as_before_when_statistics_are_taken_off():
     assert torch.equal(run_eval(model, (image().double(),))[0], wanted[0])
     assert list(model.state_dict()) == names
     assert any("live_statistic" in path for path, _ in model.named_modules())
-    take_off(model, UndoLog())
+    remove_live_statistics(model, UndoLog())
     assert [dict(module.__dict__) for module in model.modules()] == before
 
 
@@ -150,7 +150,7 @@ def test_a_model_with_live_statistics_copies_and_pickles():
         assert torch.equal(run_eval(twin, args)[0], wanted)
         write_live(twin, analysis.channel_map, torch.ones(analysis.channel_map.size, dtype=torch.bool))
         assert torch.equal(run_eval(model, args)[0], wanted)
-        take_off(twin, UndoLog())
+        remove_live_statistics(twin, UndoLog())
         assert torch.equal(run_eval(twin, args)[0], run_eval(network("LayerNorm"), args)[0])
 
 

@@ -1,0 +1,71 @@
+"""All that is known of a model's channels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from rewriters.cross_channel import (
+    StatisticSite,
+    gather_statistics,
+    install_live_statistics,
+    remove_live_statistics,
+    write_live,
+)
+from rewriters.forwards import LabelMask, TracedForward
+from rewriters.labelling import ChannelMap, Labelling, read_channel_map
+from rewriters.recording import Capture
+from rewriters.undo_log import UndoLog
+
+
+@dataclass
+class Analysis:
+    """All that is known of a model's channels.
+
+    Attributes:
+        captures: the captured forward in eval mode, and in train mode too if some layers run in that mode only.
+        labelling: labels of every tensor in them.
+        traced: the traced forwards of modules that may hold a size.
+        sites: modules whose own forward takes statistics across channels.
+        channel_map: the partition of the channels.
+    """
+
+    captures: list[Capture]
+    labelling: Labelling
+    traced: list[TracedForward] = field(default_factory=list)
+    sites: list[StatisticSite] = field(default_factory=list)
+    channel_map: ChannelMap = field(init=False)
+
+    @property
+    def opaque(self) -> frozenset[str]:
+        """Paths of the opaque modules."""
+        return frozenset(path for captured in self.captures for path in captured.opaque)
+
+    def label_mask(self, live: Tensor) -> LabelMask:
+        """Which labels stay if the classes in `live` (bool, shape (classes,)) do."""
+        return LabelMask(self.labelling.stays(live))
+
+    def settle(self, samples: int) -> None:
+        """Read the channel map off the labels, for a forward that was captured on this number of samples."""
+        channel_map = read_channel_map(self.labelling, samples)
+        taken = gather_statistics(self.sites, self.labelling.class_of_label()) if self.sites else ()
+        self.channel_map = replace(channel_map, statistics=taken)
+
+    def place_statistics(self, model: nn.Module, undo_log: UndoLog) -> None:
+        """Take statistics across channels over the live ones, which are all of them until `write_live`."""
+        install_live_statistics(model, self.sites, self.labelling.class_of_label(), undo_log)
+
+    @contextlib.contextmanager
+    def live_statistics(self, model: nn.Module, live: Tensor) -> Iterator[None]:
+        """Inside, statistics are taken over the classes in `live` (bool, shape (classes,))."""
+        undo_log = UndoLog()
+        remove_live_statistics(model, undo_log)
+        self.place_statistics(model, undo_log)
+        write_live(model, self.channel_map, live)
+        try:
+            yield
+        finally:
+            undo_log.undo()

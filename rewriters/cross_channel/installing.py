@@ -1,0 +1,181 @@
+"""Install modules that take statistics over the live channels, and remove them.
+
+install_live_statistics(model, sites, class_of, undo_log)  # a module of `live_statistics.py` now makes each call
+write_live(model, channel_map, live)                       # over these channels
+remove_live_statistics(model, undo_log)                    # every module has its own forward again
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from rewriters.cross_channel.live_statistics import FORMS, FORMS_BY_POSITION, LiveStatistic
+from rewriters.errors import TraceError
+from rewriters.forwards import LiveForward, disable_fused_layers
+from rewriters.labelling import ALWAYS, ChannelMap, Statistic
+from rewriters.labelling.rules import LabelledStatistic
+from rewriters.undo_log import UndoLog
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticSite:
+    """A module whose own forward takes statistics across channels that can be removed.
+
+    Attributes:
+        path: the module.
+        graphs: its forward, traced in eval mode (False) and train mode (True).
+        statistics: the statistics, in the order in which they are taken.
+        names: names of the children that can take them instead.
+    """
+
+    path: str
+    graphs: Mapping[bool, fx.Graph]
+    statistics: tuple[LabelledStatistic, ...]
+    names: tuple[str, ...]
+
+    def child(self, index: int) -> str:
+        return f"{self.path}.{self.names[index]}".lstrip(".")
+
+    def removable(self, class_of: np.ndarray) -> list[int]:
+        """Which of the statistics include channels that can be removed; `class_of` is the class of each label."""
+        return [
+            i for i, statistic in enumerate(self.statistics) if (class_of[statistic.labels.numpy()] != ALWAYS).any()
+        ]
+
+
+def find_statistics(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph], recorded: int) -> StatisticSite:
+    """The statistics in a module's traced forward, which has to hold as many as were recorded.
+
+    Raises:
+        TraceError: a statistic is taken by a call that has no form over live channels, or where the trace doesn't see
+            it.
+    """
+    distinct = list(dict.fromkeys(graphs.values()))
+    taken = [
+        [statistic for node in _with_statistics(graph) for statistic in node.meta["statistics"]] for graph in distinct
+    ]
+    for graph in distinct:
+        for node in _with_statistics(graph):
+            if len(node.meta["statistics"]) > 1 or node.target not in _forms(node.meta["statistics"][0]):
+                raise TraceError(f"{node.format_node()} has no form for live channels", where=path)
+    first, targets = taken[0], [[node.target for node in _with_statistics(graph)] for graph in distinct]
+    alike = all(_alike(first, other) for other in taken) and all(other == targets[0] for other in targets)
+    if len(first) != recorded or not alike:
+        raise TraceError("traced, it takes other statistics than it took when it was recorded", where=path)
+    names = (f"live_statistic_{number}" if number else "live_statistic" for number in itertools.count())
+    free = itertools.islice((name for name in names if not hasattr(module, name)), len(first))
+    return StatisticSite(path, graphs, tuple(first), tuple(free))
+
+
+def _forms(statistic: LabelledStatistic) -> Mapping[Any, Callable[[int, int, Tensor], LiveStatistic]]:
+    return FORMS_BY_POSITION if statistic.by_position else FORMS
+
+
+def _with_statistics(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.meta.get("statistics")]
+
+
+def _alike(first: Sequence[LabelledStatistic], second: Sequence[LabelledStatistic]) -> bool:
+    pairs = list(zip(first, second, strict=False))
+    return len(first) == len(second) and all(
+        a.dim == b.dim and a.labels.shape == b.labels.shape and a.by_position == b.by_position for a, b in pairs
+    )
+
+
+def gather_statistics(sites: Sequence[StatisticSite], class_of: np.ndarray) -> tuple[Statistic, ...]:
+    """The statistics that include channels which can be removed; `class_of` is the class of each label."""
+    return tuple(
+        Statistic(one.child(index), torch.from_numpy(class_of[one.statistics[index].labels.numpy()].astype(np.int64)))
+        for one in sites
+        for index in one.removable(class_of)
+    )
+
+
+def install_live_statistics(
+    model: nn.Module, sites: Sequence[StatisticSite], class_of: np.ndarray, undo_log: UndoLog
+) -> None:
+    """Take statistics across channels that can be removed over the live ones: all of them until `write_live`.
+
+    Each statistic is taken by a small child module instead of the call.
+
+    Args:
+        model: changed in place.
+        sites: where statistics are taken.
+        class_of: class of each label.
+        undo_log: notes every change.
+    """
+    found = [(one, removable) for one in sites if (removable := one.removable(class_of))]
+    if found:
+        disable_fused_layers(model, undo_log)
+    for one, removable in found:
+        module = model.get_submodule(one.path)
+        made = {graph: _with_children(graph, one, removable) for graph in one.graphs.values()}
+        graphs = {training: made[graph] for training, graph in one.graphs.items()}
+        forward = LiveForward(module, graphs, tuple(one.names[index] for index in removable))
+        nodes = _with_statistics(one.graphs[False])
+        for index in removable:
+            statistic, node = one.statistics[index], nodes[index]
+            form = _forms(statistic)[node.target](len(statistic.labels), statistic.dim, _like(module, node))
+            undo_log.set(module._modules, one.names[index], form.train(module.training))
+        undo_log.set_attribute(module, "forward", forward)
+
+
+def _like(module: nn.Module, node: fx.Node) -> Tensor:
+    """An empty tensor with the device and dtype that the module computes with."""
+    value = next((arg.meta["val"] for arg in node.all_input_nodes if isinstance(arg.meta["val"], Tensor)), None)
+    assert value is not None  # a statistic has a tensor among its arguments
+    return torch.empty(0, dtype=value.dtype, device=value.device)
+
+
+def _with_children(graph: fx.Graph, one: StatisticSite, indices: Sequence[int]) -> fx.Graph:
+    copied = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    copied.output(copied.graph_copy(graph, copies))
+    taking = _with_statistics(graph)
+    for index in indices:
+        node = copies[taking[index]]
+        with copied.inserting_before(node):
+            call = copied.call_module(one.names[index], node.args, dict(node.kwargs))
+        node.replace_all_uses_with(call)
+        copied.erase_node(node)
+    return copied
+
+
+def write_live(model: nn.Module, channel_map: ChannelMap, live: Tensor) -> None:
+    """Take the installed statistics over the classes in `live` (bool, shape (classes,))."""
+    seen = torch.cat([channel_map.looked_at(live.cpu()), torch.ones(1, dtype=torch.bool)])
+    for statistic in channel_map.statistics:
+        form: Any = model.get_submodule(statistic.path)
+        form.write(seen[statistic.classes])
+
+
+def remove_live_statistics(model: nn.Module, undo_log: UndoLog) -> None:
+    """Restore every module's forward that takes its statistics over all channels."""
+    for module in list(model.modules()):
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, LiveForward):
+            if forward.plain is None:
+                undo_log.remove(module.__dict__, "forward")
+            else:
+                undo_log.set_attribute(module, "forward", forward.plain)
+            for name in forward.names:
+                undo_log.remove(module._modules, name)
+
+
+@contextlib.contextmanager
+def plain_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, statistics are taken over all channels, as before any module was installed."""
+    undo_log = UndoLog()
+    remove_live_statistics(model, undo_log)
+    try:
+        yield
+    finally:
+        undo_log.undo()
