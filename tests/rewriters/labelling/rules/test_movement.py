@@ -192,7 +192,7 @@ class Padded(nn.Module):
 
 @pytest.mark.parametrize("pad", [Padded(), nn.ConstantPad3d((0, 0, 0, 0, 2, 3), 0.0)])
 def test_padding_in_a_module_of_its_own_is_coupled_with_what_follows(pad):
-    """TracedForward, the padding makes channels anew: they must be those that the next module's kernel dies with."""
+    """Traced, the padding makes channels anew: they must be those that the next module's kernel dies with."""
     slimmed = assert_exact(nn.Sequential(conv(3, 8), pad, conv(13, 4)).double().eval(), (image().double(),))
     assert slimmed.analysis.channel_map.size == 13
 
