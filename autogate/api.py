@@ -60,9 +60,9 @@ def prepare(
 ) -> M:
     """Add gates to `model`. While you train it, they learn which channels it can do without.
 
-    Train the prepared model in any training loop, then call `finalize`. No number in the model changes and nothing
-    is added to its forward: the gates are stored multiplied into the kernels, and move after each step of the
-    optimizer that trains the kernels (see `GateBank`).
+    Train the prepared model in any training loop, then call `finalize`. No number in the model changes. The gates are
+    stored multiplied into the kernels, and move after each step of the optimizer that trains the kernels (see
+    `GateBank`). Except for norms across channels (see `embed`) and `shortcuts="conv"`, the forward runs as before.
 
         >>> import timm, torch, autogate
         >>> model = timm.create_model("resnet18", num_classes=10)
@@ -79,13 +79,13 @@ def prepare(
         flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to keep, in (0, 1];
             0.5 if no budget is given. If several budgets are given, all of them are met.
         params: share of the model's parameters to keep.
-        activations: share to keep of the bytes that its convolutions and linear layers output for one sample.
+        activations: share of the activation bytes to keep (outputs of convolutions and linear layers, one sample).
         latency: share to keep of the time that one sample takes on this machine. Each layer is timed at a grid of
             widths. This takes a while the first time; the timings are kept on disk (see `autogate.budget.timing`).
         resources: shares of resources of your own, keyed by their class (see `autogate.Resource`).
         steps: number of optimizer steps in the training that follows. The budget is reached within these steps, and
             the remaining ones are plain training. `autogate.steering.schedule.DEFAULT_STEPS` (10,000) if None.
-        round_to: a layer that loses channels ends with a multiple of this number, which fast kernels prefer.
+        round_to: a layer that loses channels ends with a multiple of this number, which fast GPU kernels prefer.
         ignore: paths of modules, or names of parameters, whose channels all stay.
         shortcuts: "shared": the channels that an identity shortcut's residual add couples (those of a whole stage)
             are kept or removed together. "conv": each such shortcut becomes a 1x1 convolution, initialised to the
@@ -95,9 +95,9 @@ def prepare(
             The new kernels are parameters: build the optimizer after prepare.
         hooks: whether gates move with every step of the optimizer that trains the kernels, through PyTorch's global
             step hooks. If False, call `autogate.step(model, lr=...)` after each step.
-        embed: whether channels that a cross-channel statistic is taken over can be removed (LayerNorm, GroupNorm,
-            RMSNorm, GRN: the embedding of a transformer, the residual stream of a ConvNeXt). While gates train,
-            such a norm takes its statistics over the live channels. If False, these channels stay.
+        embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
+            transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
+            the live channels. If False, these channels stay.
 
     Raises:
         AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
@@ -224,13 +224,12 @@ def finalize(
 ) -> M:  # fmt: skip
     """Remove the dead channels from a prepared model. Its outputs stay what they were.
 
-    The slim model is the same object, made of plain layers: every tensor is sliced, the sizes that modules store are
-    updated, and no trace of the gates is left. The model is run on the example inputs before and after, and the
-    outputs are compared. If Accelerate has put autocast around the model's forward, that is removed: you get back the
-    model that you gave to Accelerate. If finalize raises, the model is as it was, with its gates.
+    The slim model is the same object, made of plain layers: every tensor with dead channels is sliced, the sizes that
+    modules store are updated, and no trace of the gates is left. The model is run on the example inputs before and
+    after, and the outputs are compared. If finalize raises, the model is as it was, with its gates.
 
-    Once the targets are met (`gates(model).progress().settled`), there is nothing left to learn about channels, and the
-    rest of the training costs less in the slim model. Pass the optimizer, and it continues with the slim model:
+    Once the targets are met (`gates(model).progress().settled`), no more channels die, and the rest of the training
+    costs less in the slim model. Pass the optimizer, and it continues with the slim model:
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -240,6 +239,9 @@ def finalize(
         >>> slim = autogate.finalize(model, optimizer=optimizer, warn=False)
         >>> {id(p) for p in slim.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
         True
+
+    If Accelerate has put autocast around the model's forward, that is removed: you get back the model that you gave to
+    Accelerate.
 
     Args:
         model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
@@ -254,7 +256,8 @@ def finalize(
             model is sharded by FSDP2 (the message says how to gather it); or an optimizer trains no parameter of the
             model.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
-        VerificationError: the outputs would differ by more than `finalizing.TOLERANCE`, and not by float32's rounding
+        VerificationError: the outputs would differ by more than the tolerance (1e-5 of their size in float32; see
+            `autogate.slim.finalizing.TOLERANCE`), and not by float32's rounding
             alone: they differ in float64 too.
     """
     model, bank = unwrap(model), gates(model)

@@ -98,14 +98,14 @@ def simulated(name: str, target: float, strength: float, steps: int) -> dict:
     learner = Learner(GDP(), bank.targets, Schedule(steps), groups_of(bank.channel_map, 1))
     gates = learner.start()
     strengths = strength * torch.exp(torch.randn(len(gates.alpha), generator=generator))
-    standing, met_at = learner.position(gates.live), 0
+    standing, met_at = learner.standing(gates.live), 0
     for step in range(steps):
         noise = torch.randn(len(strengths), generator=generator)
         gradient = strengths * (learner.method.gate(gates.alpha, gates.state) - 1 + noise) * gates.live
         live = gates.live
         gates = learner.step(gates, gradient, 0.05 * (1 + math.cos(math.pi * step / steps)), standing)
         if not torch.equal(live, gates.live):
-            standing = learner.position(gates.live)
+            standing = learner.standing(gates.live)
         met_at = met_at or (gates.count if gates.pressure.settled or standing.distance <= 0 else 0)
     return measures(bank, gates.live, learner.method.gate(gates.alpha, gates.state), met_at)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from autogate.inputs import Inputs
 from benchmarks.parts import recorded_flops
-from rewriters.verify import run_eval
+from rewriters.outputs import run_eval
 
 
 def torch_pruning(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from rewriters.analysis import Analysis, analyse, samples_in
 from rewriters.cross_channel import write_live
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.labelling import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
+from rewriters.outputs import relative_error, run_eval
 from rewriters.shortcuts import Shortcut, replace_shortcuts, restore
 from rewriters.slimming import Decisions, SlimPlan, apply, dry_run, fields_after, plan
 from rewriters.undo_log import UndoLog
-from rewriters.verify import relative_error, run_eval
 
 __all__ = [
     "ALWAYS",

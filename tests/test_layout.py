@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = {
     "rewriters": [
-        "shortcuts", "slimming", "analysis", "cross_channel", "forwards", "labelling", "verify", "recording",
+        "shortcuts", "slimming", "analysis", "cross_channel", "forwards", "labelling", "outputs", "recording",
         "undo_log", "errors",
     ],
     "autogate": [

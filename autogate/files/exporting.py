@@ -15,8 +15,8 @@ from autogate.files.atomic_write import atomic_write
 from autogate.inputs import Inputs
 from autogate.slim import History, history_of, read_inputs
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
+from rewriters.outputs import full_precision
 from rewriters.recording import tensors_of
-from rewriters.verify import full_precision
 
 TOLERANCE = 1e-4
 """Largest accepted relative difference between the outputs of the model and of the exported one."""

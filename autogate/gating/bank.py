@@ -50,10 +50,10 @@ def _learner(channel_map: ChannelMap, targets: Targets, schedule: Schedule, meth
 class GateBank(BankBuffers):
     """One gate for each class of channels of a model, learned towards a budget.
 
-    The bank is a submodule of the model that it gates. All of its state is in buffers, so that state_dict, checkpoints,
-    EMA copies and device moves include it. The gated kernels stay plain parameters under their own names. All buffers
-    have floating-point types, and the average of several states is meaningful: what is dead in the model is dead in its
-    average.
+    The bank is a submodule of the model that it gates. All that training changes is in buffers, so that state_dict,
+    checkpoints, EMA copies and device moves include it. The gated kernels stay plain parameters under their own names.
+    All buffers have floating-point types, and the average of several states is meaningful: what is dead in the model is
+    dead in its average.
 
     To close classes by hand, set `bank.alpha[classes] = 0` under `torch.no_grad()`. The model's next forward zeroes
     their columns; a forward that is compiled, or captured in a CUDA graph, needs `bank.fold()` first. A dead class
@@ -78,19 +78,19 @@ class GateBank(BankBuffers):
         learner: the mathematics of a step.
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
         folded: float32, shape (classes,): the gates that the kernels hold now.
-        dead: float32, shape (classes,): above 0 for dead classes.
+        dead: float32, shape (classes,): above 0 for dead classes (no bool, so that averages of it mean something).
         step_count: 0-dim float64, steps taken.
         balance: 0-dim float64, lambda of the latest step.
         integral: 0-dim float64, the controller's memory.
-        settled: 0-dim float64, above 0 once the targets have been met.
+        settled: 0-dim float64, above 0 once no more classes die: the targets are met, or the steps are over.
         peak: 0-dim float64, the largest learning rate of the kernels so far.
         layout: 0-dim float64, a checksum of which channels each class has. Gates of a checkpoint load only where it is
             the same.
         epsilon, sensitivity: the state of the method, here of GDP (see `autogate.methods.GDP`).
 
     Raises:
-        AutogateError: a target is out of reach, even if every class dies that outputs don't need; or a gated kernel is
-            not a parameter of the model.
+        AutogateError: a target is out of reach, even with the fewest classes that connect inputs to outputs; or a gated
+            kernel is not a parameter of the model.
     """
 
     origin: Any
@@ -172,7 +172,7 @@ class GateBank(BankBuffers):
             method_state={name: float(value) for name, value in state.method.items() if value.ndim == 0},
             classes=self.channel_map.size,
             dead=int((~self.live).sum()),
-            settled=counters.settled or self._stepping.position(state).distance <= 0,
+            settled=counters.settled or self._stepping.standing(state).distance <= 0,
         )
 
     def __repr__(self) -> str:

@@ -143,7 +143,7 @@ def _hold(optimizer: Optimizer, bank: Follower) -> _Hold:
     return _Hold(total, lr)
 
 
-class _Reading:
+class _ReadingClosure:
     """An optimizer's closure, and after it a bank's reading of the gradients."""
 
     def __init__(self, closure: Callable[[], Any], bank: Follower) -> None:
@@ -177,8 +177,8 @@ def _before_step(
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             # A fused optimizer unscales within its step: GradScaler sets this attribute for its duration.
             bank.measure(scale=getattr(optimizer, "grad_scale", None), later=closure is not None)
-            if closure is not None and not (isinstance(closure, _Reading) and closure.bank is bank):
-                reading = _Reading(closure, bank)
+            if closure is not None and not (isinstance(closure, _ReadingClosure) and closure.bank is bank):
+                reading = _ReadingClosure(closure, bank)
                 if len(args) > 1:
                     args = (args[0], reading, *args[2:])
                 else:

@@ -19,7 +19,7 @@ class Progress:
         method_state: the method's own numbers, by name: GDP has `epsilon`, the gates' smoothing constant.
         classes: number of gates.
         dead: number of dead classes.
-        settled: the targets have been met; no more classes die.
+        settled: no more classes die: the targets are met, or the steps are over.
     """
 
     shares: dict[str, float]

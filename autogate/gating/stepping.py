@@ -16,7 +16,7 @@ from autogate.gating.folding import Folding
 from autogate.gating.kernels import GatedKernels, GatedSide, HeldBack
 from autogate.gating.sharding import local
 from autogate.gating.state import BankState, Counters, version_of
-from autogate.methods import Learner, Position
+from autogate.methods import Learner, Standing
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Stepping:
     def forget(self) -> None:
         """Drop what was measured, and all that was worked out from buffers."""
         self.pending: Measurement | None = None
-        self._position: tuple[Any, Position] | None = None
+        self._standing: tuple[Any, Standing] | None = None
         self._counters: tuple[Any, Counters] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pending": None, "_position": None, "_counters": None}
+        return {**self.__dict__, "pending": None, "_standing": None, "_counters": None}
 
     def measure(self, state: BankState, scale: Tensor | float | None = None, later: bool = False) -> None:
         """As `GateBank.measure`, which has the contract."""
@@ -98,7 +98,7 @@ class Stepping:
             self._kernels.release(measured.held)
             reading = self._read_now(state) if measured.reading is None else measured.reading
             if torch.isfinite(reading).all() and (lr or reading.any()):
-                after = self.learner.step(state.gates(self.counters(state)), reading, lr, self.position(state))
+                after = self.learner.step(state.gates(self.counters(state)), reading, lr, self.standing(state))
                 self._note(state, state.write(after))
         elif lr:
             self._count(state)
@@ -131,12 +131,12 @@ class Stepping:
         counters = self.counters(state)
         return self.learner.is_over(counters.steps, counters.settled)
 
-    def position(self, state: BankState) -> Position:
+    def standing(self, state: BankState) -> Standing:
         """Where the model is with the classes that live now."""
         version = version_of(state.dead), id(state.dead)
-        if self._position is None or self._position[0] != version:
-            self._position = (version, self.learner.position(state.live))
-        return self._position[1]
+        if self._standing is None or self._standing[0] != version:
+            self._standing = (version, self.learner.standing(state.live))
+        return self._standing[1]
 
     def counters(self, state: BankState) -> Counters:
         """The course of the run so far, read from the device only if it has changed."""

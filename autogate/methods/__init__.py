@@ -1,7 +1,7 @@
 """What decides which channels die: in come readings of a step, out come gates. GDP is the method there is."""
 
 from autogate.methods.gdp import GDP
-from autogate.methods.learner import Learner, Position
+from autogate.methods.learner import Learner, Standing
 from autogate.methods.method import Gates, KernelSums, Method, Proposal, Step
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "KernelSums",
     "Learner",
     "Method",
-    "Position",
     "Proposal",
+    "Standing",
     "Step",
 ]

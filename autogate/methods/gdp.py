@@ -81,7 +81,7 @@ class GDP:
         sensitivity = observed(gates.state["sensitivity"], reading, self.decay)
         rate = self.alpha_rate * step.lr / step.peak if step.peak else 0.0
         alpha = self.descend(gates, reading, rate, step.schedule.step_bound)
-        size, candidates = alpha.abs(), None
+        importance, candidates = alpha.abs(), None
         if step.movement > 0:
             price = price_per_sensitivity(step.price, sensitivity, gates.live, self.damping)
             shrunk = soft_threshold(alpha, shrinkage(price, step.movement, step.schedule.step_bound))
@@ -91,7 +91,7 @@ class GDP:
         return Proposal(
             alpha=alpha,
             candidates=candidates,
-            size=size,
+            importance=importance,
             state={"epsilon": torch.full_like(gates.state["epsilon"], epsilon), "sensitivity": sensitivity},
             balance=step.movement / rate if rate else 0.0,
         )

@@ -17,7 +17,7 @@ from autogate.methods.method import Gates, Method, Proposal, Step
 from autogate.steering import Deaths, Group, Schedule, Selection, steer
 
 
-class Position(NamedTuple):
+class Standing(NamedTuple):
     """Where a model is on its way: the distance from its targets, and the relative price of each class."""
 
     distance: float
@@ -45,21 +45,21 @@ class Learner:
         size = self.targets.size
         return Gates(torch.ones(size), torch.ones(size, dtype=torch.bool), self.method.start(size))
 
-    def position(self, live: Tensor) -> Position:
+    def standing(self, live: Tensor) -> Standing:
         """Where a model with these live classes (bool, shape (classes,)) is."""
         on_host = live.cpu()
-        return Position(self.targets.distance(on_host), self.targets.price(on_host).to(live.device, torch.float32))
+        return Standing(self.targets.distance(on_host), self.targets.price(on_host).to(live.device, torch.float32))
 
-    def step(self, gates: Gates, reading: Tensor, lr: float, position: Position | None = None) -> Gates:
+    def step(self, gates: Gates, reading: Tensor, lr: float, standing: Standing | None = None) -> Gates:
         """The gates after one step.
 
         Args:
             gates: the gates before it.
             reading: what the method has read, shape (classes,).
             lr: the kernels' learning rate.
-            position: of the live classes, if it is known.
+            standing: of the live classes, if it is known.
         """
-        distance, price = self.position(gates.live) if position is None else position
+        distance, price = self.standing(gates.live) if standing is None else standing
         number = gates.count + 1
         pressure = steer(self.schedule, gates.pressure, distance, number)
         peak = max(gates.peak, lr)
@@ -77,7 +77,7 @@ class Learner:
         candidates = proposal.candidates
         if candidates is None or not candidates.any():
             return Deaths(torch.zeros(0, dtype=torch.int64))
-        return self._selection.deaths(proposal.size.cpu(), candidates.cpu(), live.cpu(), number)
+        return self._selection.deaths(proposal.importance.cpu(), candidates.cpu(), live.cpu(), number)
 
     def is_over(self, count: int, settled: bool) -> bool:
         """Whether gates no longer move after `count` steps.

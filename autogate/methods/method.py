@@ -73,14 +73,14 @@ class Proposal:
     Attributes:
         alpha: alpha after the step for the classes that survive it, shape (classes,).
         candidates: classes that may die in this step, bool, shape (classes,); None if there are none.
-        size: candidates die in this order, the smallest first; shape (classes,).
+        importance: the least important candidates die first; shape (classes,).
         state: the method's own tensors after the step.
         balance: lambda of the step.
     """
 
     alpha: Tensor
     candidates: Tensor | None
-    size: Tensor
+    importance: Tensor
     state: Mapping[str, Tensor]
     balance: float
 

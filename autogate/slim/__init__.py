@@ -12,7 +12,7 @@ from autogate.slim.history import (
     kept_by_side,
     read_inputs,
 )
-from autogate.slim.optimizers import as_optimizers, parameter_replacements, replace_parameters
+from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,

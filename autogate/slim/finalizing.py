@@ -1,6 +1,6 @@
 """Slim a prepared model and verify that its outputs stay the same. If anything fails, the model is left as it was.
 
-Outputs are compared in full precision, whatever a GPU is allowed to round (`rewriters.verify`). A deep network whose
+Outputs are compared in full precision, whatever a GPU is allowed to round (`rewriters.outputs`). A deep network whose
 weights amplify rounding may differ by more than float32's tolerance. Only then a copy of it is slimmed in float64,
 which shows whether rounding is all there is.
 

@@ -1,6 +1,7 @@
 """How a run reaches its targets: how hard gates are pushed in a step, and which of those that reach zero die."""
 
-from autogate.steering.schedule import DEFAULT_STEPS, Pressure, Schedule, steer
+from autogate.steering.controller import Pressure, steer
+from autogate.steering.schedule import DEFAULT_STEPS, Schedule
 from autogate.steering.selection import Deaths, Group, Narrowing, Selection, groups_of, part_alike, with_needed
 
 __all__ = [

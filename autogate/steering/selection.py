@@ -190,17 +190,18 @@ class Selection:
         self._pace = torch.tensor([group.pace for group in groups], dtype=torch.int64)
         self._keep = keep_counts(groups, targets, schedule)
 
-    def deaths(self, size: Tensor, candidates: Tensor, live: Tensor, step: int) -> Deaths:
+    def deaths(self, importance: Tensor, candidates: Tensor, live: Tensor, step: int) -> Deaths:
         """The candidates that die in step number `step`.
 
         Args:
-            size: the smallest candidates die first, shape (classes,). For GDP: |alpha| after the gradient step.
+            importance: the least important candidates die first, shape (classes,). For GDP: |alpha| after the
+                gradient step.
             candidates: classes that may die, bool, shape (classes,); all of them are live.
             live: classes that are live before the step, bool, shape (classes,).
             step: number of this step; the first is 1.
         """
         wanted = self.schedule.wanted(step) + ROUNDING
-        queue = self._bundled(self._in_order(size, candidates, live), live)
+        queue = self._bundled(self._in_order(importance, candidates, live), live)
         if self._distance_without(live, queue.order) > wanted:
             return Deaths(queue.order)
         enough = self._shortest_prefix(live, queue, wanted)
@@ -208,11 +209,11 @@ class Selection:
             return Deaths(queue.first(enough))
         return self._land(live, queue, enough - 1, wanted, step)
 
-    def _in_order(self, size: Tensor, candidates: Tensor, live: Tensor) -> Tensor:
+    def _in_order(self, importance: Tensor, candidates: Tensor, live: Tensor) -> Tensor:
         """The candidates from the smallest alpha to the largest; of equal ones the dearest first."""
         index = torch.nonzero(candidates).flatten()
         index = index[torch.argsort(self.targets.price(live)[index], descending=True, stable=True)]
-        return index[torch.argsort(size[index], stable=True)]
+        return index[torch.argsort(importance[index], stable=True)]
 
     def _bundled(self, order: Tensor, live: Tensor) -> _Queue:
         """The candidates that may die, in bundles of their group's pace, by the last one of each bundle.

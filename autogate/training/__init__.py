@@ -4,8 +4,8 @@
 """
 
 from autogate.training.callbacks import Callback, StepMetrics, TensorBoard
-from autogate.training.checkpoint_finalizing import FinalizedCheckpoint, finalize_checkpoint
 from autogate.training.distributed import World, join_world
+from autogate.training.finalize_checkpoint import FinalizedCheckpoint, finalize_checkpoint
 from autogate.training.network import build_network
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo

@@ -1,8 +1,8 @@
 """Analyse a model. In: a model and example inputs. Out: an `Analysis` with its channel map."""
 
 from rewriters.analysis.analyse import analyse, pin_call
-from rewriters.analysis.analysis import Analysis
 from rewriters.analysis.capture_modes import samples_in
+from rewriters.analysis.result import Analysis
 from rewriters.analysis.traced_modules import trace_calls
 from rewriters.analysis.trial_rewrites import trial_pattern
 

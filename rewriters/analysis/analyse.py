@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from rewriters.analysis.analysis import Analysis
 from rewriters.analysis.capture_modes import capture_larger, capture_modes, samples_in
+from rewriters.analysis.result import Analysis
 from rewriters.analysis.traced_modules import merge_repeated_calls, trace_size_holders, trace_statistics
 from rewriters.analysis.trial_rewrites import pin_unresizable
 from rewriters.cross_channel import plain_statistics

@@ -15,8 +15,8 @@ from torch._subclasses import fake_tensor
 from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import AutogateError
+from rewriters.outputs import run_eval
 from rewriters.recording import Capture, capture, set_modes, tensors_of
-from rewriters.verify import run_eval
 
 
 def samples_in(args: Any, kwargs: Any) -> int:

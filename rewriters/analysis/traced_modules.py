@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from rewriters.analysis.analysis import Analysis
+from rewriters.analysis.result import Analysis
 from rewriters.analysis.size_holders import knows_its_sizes, may_hold_size, sizes_to_read, takes_sizes
 from rewriters.analysis.trial_rewrites import pin_unresizable
 from rewriters.cross_channel import StatisticSite, find_statistics, plain_statistics

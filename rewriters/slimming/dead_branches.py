@@ -37,8 +37,8 @@ from rewriters.forwards import (
 )
 from rewriters.labelling import ALWAYS, Labelled, keeps_classes
 from rewriters.labelling.rules import elementwise, find_rule
+from rewriters.outputs import run_eval
 from rewriters.recording import Capture, ModuleCall
-from rewriters.verify import run_eval
 
 
 @dataclass(frozen=True, eq=False)

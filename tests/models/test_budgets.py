@@ -48,14 +48,14 @@ def simulate(learner: Learner, steps: int, strength: float, seed: int = 0) -> tu
     generator = torch.Generator().manual_seed(seed)
     gates = middle = learner.start()
     strengths = strength * torch.exp(torch.randn(learner.targets.size, generator=generator))
-    standing = learner.position(gates.live)
+    standing = learner.standing(gates.live)
     for step in range(steps):
         noise = torch.randn(len(strengths), generator=generator)
         gradient = strengths * (learner.method.gate(gates.alpha, gates.state) - 1 + noise) * gates.live
         rate = 0.05 * (1 + math.cos(math.pi * step / steps))
         live, gates = gates.live, learner.step(gates, gradient, rate, standing)
         if not torch.equal(live, gates.live):
-            standing = learner.position(gates.live)
+            standing = learner.standing(gates.live)
         if step == steps // 2:
             middle = gates
     return middle, gates

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from rewriters.analysis import Analysis, analyse
 from rewriters.cross_channel.installing import write_live
 from rewriters.labelling.channel_map import ChannelMap
+from rewriters.outputs import relative_error, run_eval
 from rewriters.slimming.plan import SlimPlan, apply, plan
 from rewriters.undo_log import UndoLog
-from rewriters.verify import relative_error, run_eval
 
 TOLERANCE = 1e-9
 """For networks in float64; the law asks for 1e-5 in float32."""

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rewriters.analysis.analyse import analyse
+from rewriters.outputs import relative_error, run_eval
 from rewriters.shortcuts.replacing import replace_shortcuts
 from rewriters.shortcuts.restoring import restore
 from rewriters.slimming.plan import apply, plan
 from rewriters.undo_log import UndoLog
-from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import (
     TOLERANCE,
     copies_agree,

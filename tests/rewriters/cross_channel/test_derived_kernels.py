@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from rewriters.labelling.channel_map import Side
-from rewriters.verify import run_eval
+from rewriters.outputs import run_eval
 from tests.rewriters.exactness import assert_exact, slim
 from tests.rewriters.helpers import Net, analysed, conv, image, is_pinned, mapped, reasons
 

@@ -11,9 +11,9 @@ from torch import nn
 from rewriters.analysis.analyse import analyse
 from rewriters.cross_channel.installing import remove_live_statistics, write_live
 from rewriters.labelling.channel_map import Side
+from rewriters.outputs import relative_error, run_eval
 from rewriters.slimming.plan import apply, plan
 from rewriters.undo_log import UndoLog
-from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, copies_agree, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, conv, image
 

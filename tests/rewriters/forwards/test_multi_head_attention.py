@@ -11,7 +11,7 @@ from torch import nn
 import autogate
 from benchmarks.parts import kill
 from rewriters.forwards.multi_head_attention import multi_head_attention
-from rewriters.verify import relative_error, run_eval
+from rewriters.outputs import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact
 from tests.rewriters.helpers import Net, analysed, classes
 

@@ -9,9 +9,9 @@ from torch import nn
 from rewriters.forwards.tracing import trace
 from rewriters.labelling.channel_map import ALWAYS
 from rewriters.labelling.propagate import Labelling
+from rewriters.outputs import relative_error, run_eval
 from rewriters.recording.capture import capture
 from rewriters.recording.pytrees import all_tensors
-from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE
 from tests.rewriters.forwards.networks import slim_and_gated
 from tests.rewriters.helpers import Net, conv, image

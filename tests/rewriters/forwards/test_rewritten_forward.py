@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from rewriters.analysis.analyse import analyse
 from rewriters.forwards.rewritten_forward import InterpretedForward, RewrittenForward, ShapeGuardError
+from rewriters.outputs import relative_error, run_eval
 from rewriters.slimming.dry_run import dry_run
-from rewriters.verify import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE
 from tests.rewriters.forwards.networks import Modes, Split, rewritten, slim_and_gated, traced_in
 from tests.rewriters.helpers import image

@@ -14,7 +14,7 @@ from rewriters.forwards.sizes import FAMILIES
 from tests.rewriters.exactness import TOLERANCE, assert_exact, place_statistics, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, conv, image
 
-from rewriters.verify import relative_error, run_eval  # isort: skip
+from rewriters.outputs import relative_error, run_eval  # isort: skip
 
 
 def forwards():

@@ -17,7 +17,7 @@ from rewriters.analysis.analyse import analyse
 from rewriters.errors import TraceError
 from rewriters.forwards.rewritten_forward import ShapeGuardError
 from rewriters.labelling.channel_map import Side
-from rewriters.verify import relative_error, run_eval
+from rewriters.outputs import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, random_live, slim, zero_kernels
 from tests.rewriters.forwards.networks import Split, rewritten, slim_and_gated, traced
 from tests.rewriters.helpers import Net, conv, image

@@ -10,8 +10,8 @@ from torch import nn
 
 from rewriters.analysis.analyse import analyse
 from rewriters.labelling.channel_map import Side
+from rewriters.outputs import run_eval
 from rewriters.slimming.dry_run import dry_run
-from rewriters.verify import run_eval
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import conv, image
 

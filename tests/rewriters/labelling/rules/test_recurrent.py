@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rewriters.labelling.channel_map import Side
-from rewriters.verify import relative_error, run_eval
+from rewriters.outputs import relative_error, run_eval
 from tests.rewriters.exactness import assert_exact, slim
 from tests.rewriters.helpers import Net
 

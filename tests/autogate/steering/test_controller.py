@@ -2,7 +2,8 @@
 
 import pytest
 
-from autogate.steering.schedule import Pressure, Schedule, steer
+from autogate.steering.controller import Pressure, steer
+from autogate.steering.schedule import Schedule
 from rewriters.errors import AutogateError
 
 
