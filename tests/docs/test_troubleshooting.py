@@ -78,11 +78,8 @@ def quoted() -> list[str]:
     rows = re.findall(r"^\| (`.*?`) \|", PAGE, flags=re.MULTILINE)
     messages = [message for row in rows for message in re.findall(r"`(.*?)`", row) if message.count(" ") > 2]
     messages += re.findall(r"(?:says?|with) `([^`]+ [^`]+ [^`]+)`", PAGE)
-    return [
-        message
-        for message in messages
-        if not message.startswith((*OF_OTHERS, "prepare(", "autogate", "torch.backends"))
-    ]
+    no_message = (*OF_OTHERS, "prepare(", "autogate", "torch.backends")
+    return [" ".join(message.split()) for message in messages if not message.startswith(no_message)]
 
 
 def test_there_are_messages_to_compare():
