@@ -34,6 +34,7 @@ def test_the_slim_network_is_smaller_than_the_dense_one(outcome):
     assert outcome.slim.params == sum(p.numel() for p in outcome.model.parameters())
 
 
+@pytest.mark.slow
 def test_gates_are_polarized_at_the_end_of_training():
     torch.manual_seed(0)
     train, _ = digits.load()

@@ -21,6 +21,7 @@ from autogate.slim.history import history_of
 from benchmarks.parts import kill
 from tests.autogate.files.slim_nets import PIXELS, build, example, outputs, slim_small, slimmed, small
 from tests.rewriters.helpers import Net, conv, image
+from tests.slow import slow_but
 
 
 class Halves(nn.Module):
@@ -64,7 +65,10 @@ TIMM = {
 }
 
 
-@pytest.mark.parametrize("case", TIMM)
+TIMM_QUICK = ("plain", "convolutions on shortcuts", "image size")
+
+
+@pytest.mark.parametrize("case", slow_but(TIMM_QUICK, TIMM))
 def test_a_timm_model_needs_nothing_but_its_file(case: str, tmp_path: Path):
     name, options, asked = TIMM[case]
     inputs = example(channels=options.get("in_chans", 3))

@@ -8,6 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import autogate
 from tests.autogate.loops.training import assert_exact, net, output, train
+from tests.slow import slow_but
 
 AVERAGES = {
     "AveragedModel": AveragedModel,
@@ -22,7 +23,10 @@ AVERAGES = {
 }
 
 
-@pytest.mark.parametrize("name", AVERAGES)
+QUICK = ("AveragedModel", "AveragedModel by EMA with buffers", "ModelEmaV3")
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, AVERAGES))
 def test_what_is_dead_in_the_model_is_dead_in_its_average(name):
     model, example = net(flops=0.5, steps=60)
     average = AVERAGES[name](model)
@@ -40,7 +44,7 @@ def test_what_is_dead_in_the_model_is_dead_in_its_average(name):
     assert_exact(model, example)
 
 
-@pytest.mark.parametrize("name", AVERAGES)
+@pytest.mark.parametrize("name", slow_but(QUICK, AVERAGES))
 def test_an_average_computes_with_the_averaged_kernels(name):
     """Averages of alpha, epsilon and gates don't fit each other; the kernels are averaged, and not to be scaled."""
     model, example = net(flops=0.5, steps=40)

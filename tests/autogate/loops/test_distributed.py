@@ -94,7 +94,7 @@ def _train_until_the_last_runs_out(rank: int, folder: str) -> None:
     assert_exact(model, torch.ones(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_process_of_a_distributed_run_has_the_same_gates(world, tmp_path):
     _train_share(0, 1, 0, str(tmp_path))
     torch.multiprocessing.spawn(_train_share, (world, _free_port(), str(tmp_path)), nprocs=world)

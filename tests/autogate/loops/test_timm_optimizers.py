@@ -7,11 +7,12 @@ from torch import nn
 
 import autogate
 from tests.autogate.loops.training import OPTIMIZERS, assert_exact, loss_of, net, optimizer_of, trained_by
+from tests.slow import slow_but
 
 FUSED = ("sgd", "momentum", "nesterov", "adam", "adamw")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(("momentum", "adamw"), OPTIMIZERS))
 def test_timms_optimizers_meet_the_budget(name):
     """With timm's scheduler, which warms up from next to nothing."""
     steps = 80
