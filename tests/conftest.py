@@ -4,13 +4,12 @@ import datetime
 import os
 import random
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 
-# Test processes run side by side: one thread each is the fastest.
-torch.set_num_threads(1)
+# Test processes run side by side: one thread each is the fastest. It is set before torch is imported, and processes
+# that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
@@ -25,6 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Random numbers of a test and its fixtures depend on no test before it."""
+    # Not above: the process that starts the workers runs no tests, and would import these for nothing.
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

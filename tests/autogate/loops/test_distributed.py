@@ -1,8 +1,6 @@
 """DistributedDataParallel: every process has the same gates."""
 
-import contextlib
 import os
-import socket
 
 import pytest
 import torch
@@ -11,12 +9,7 @@ from torch.distributed.algorithms.join import Join
 
 import autogate
 from tests.autogate.loops.training import assert_exact, loss_of, output
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+from tests.processes import free_port, run_in_processes
 
 
 class Plain(nn.Module):
@@ -97,7 +90,7 @@ def _train_until_the_last_runs_out(rank: int, folder: str) -> None:
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_process_of_a_distributed_run_has_the_same_gates(world, tmp_path):
     _train_share(0, 1, 0, str(tmp_path))
-    torch.multiprocessing.spawn(_train_share, (world, _free_port(), str(tmp_path)), nprocs=world)
+    run_in_processes(_train_share, world, world, free_port(), str(tmp_path))
     alone = torch.load(tmp_path / "1_0.pt")
     states = [torch.load(tmp_path / f"{world}_{rank}.pt") for rank in range(world)]
     assert alone["autogate.dead"].any()
