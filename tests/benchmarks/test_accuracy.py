@@ -1,4 +1,4 @@
-"""The comparison with other methods is fair: the networks are the papers', all methods meet the FLOPs asked."""
+"""The comparison with other methods is fair: published networks, and the same FLOPs for all."""
 
 from __future__ import annotations
 

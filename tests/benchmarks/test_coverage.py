@@ -1,4 +1,4 @@
-"""The benchmark over all models gives each a line, and the page that is written tells of it."""
+"""The benchmark over all models writes a line for each, and the page from the lines."""
 
 from pathlib import Path
 

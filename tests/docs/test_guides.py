@@ -1,4 +1,4 @@
-"""The code on the pages of docs/ and the programs in examples/ run as they stand."""
+"""The code on the pages of docs/ and the programs in examples/ run."""
 
 import ast
 import importlib.util

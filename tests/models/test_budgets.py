@@ -1,4 +1,4 @@
-"""Budgets met over families of models: by a simulated loss, and counted on the slim model itself."""
+"""Budgets are met on many models, and their shares are those of the slim model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole way on real images: train, train with gates, finalize."""
+"""The demo on real images: train, train with gates, finalize."""
 
 import pytest
 import torch

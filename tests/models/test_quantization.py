@@ -1,4 +1,4 @@
-"""Slim models in eight bits, as docs/quantization.md has them."""
+"""Slim models in eight bits, as in docs/quantization.md."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""`prepare(..., shortcuts="conv")` on real networks, from prepare to the slim model."""
+"""`shortcuts="conv"` on real networks, from prepare to the slim model."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""A slim timm model is a timm model: timm's own functions go on working on it."""
+"""timm's functions work on a slim timm model."""
 
 from importlib import resources
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Real networks: random channels die by hand, and nothing but the size of the model changes."""
+"""timm's models are slimmed exactly at random patterns of dead channels."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""torchvision's classification, segmentation, detection and video models, and the ways to give example inputs."""
+"""torchvision's models are slimmed exactly, and example inputs are given in each way."""
 
 import pytest
 import torch

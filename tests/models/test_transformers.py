@@ -1,4 +1,4 @@
-"""Vision models of Hugging Face transformers, small, with random weights: a dict goes in, a dataclass comes out."""
+"""Hugging Face's vision models are slimmed exactly: a dict goes in, a dataclass comes out."""
 
 import copy
 

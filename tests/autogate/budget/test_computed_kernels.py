@@ -1,4 +1,4 @@
-"""Convolutions whose kernel is computed from several tensors cost what they run for."""
+"""Convolutions whose kernel is computed in the forward: their FLOPs are those that run."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""`autogate train` and `autogate finalize` as a user calls them: stopped, gone on with, on two processes."""
+"""`autogate train` and `autogate finalize`: a whole run, signals, resuming, two processes."""
 
 from __future__ import annotations
 

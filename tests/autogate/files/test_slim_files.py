@@ -1,4 +1,4 @@
-"""Slim models in files: what goes in comes out."""
+"""Slim models are saved and loaded without a change."""
 
 import copy
 import hashlib

@@ -1,4 +1,4 @@
-"""FSDP2: gates of kernels of which each process holds a part."""
+"""FSDP2: each process holds a part of the gated kernels."""
 
 import os
 

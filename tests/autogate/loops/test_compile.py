@@ -1,4 +1,4 @@
-"""torch.compile: one compilation a mode and no graph break, from prepare to finalize."""
+"""torch.compile: each mode is compiled once and has no graph break, from prepare to finalize."""
 
 import pytest
 import torch

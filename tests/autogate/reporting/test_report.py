@@ -1,4 +1,4 @@
-"""A run's report: what stands on the page, and that a browser draws it at any width, from that file alone."""
+"""The page about a run: its numbers, its pictures, and how a browser shows it."""
 
 from __future__ import annotations
 

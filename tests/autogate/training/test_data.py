@@ -1,4 +1,4 @@
-"""The images of a training run: what is found, what is refused, and who hears of signals."""
+"""The images of a training run: what is found, what is refused, and which processes get signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.nn.MultiheadAttention, and the layers that torch builds of it."""
+"""torch.nn.MultiheadAttention, and the layers that torch builds from it."""
 
 from __future__ import annotations
 

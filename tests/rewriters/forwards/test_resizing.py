@@ -1,4 +1,4 @@
-"""What a cut leaves, and which calls are run anew for it."""
+"""The sizes that a cut leaves, and the calls that are run again to find them."""
 
 from __future__ import annotations
 
