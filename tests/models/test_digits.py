@@ -11,7 +11,7 @@ from autogate.cli import app
 
 @pytest.fixture(scope="module")
 def outcome():
-    return demo.run(flops=0.5, dense_epochs=5, gated_epochs=12)
+    return demo.run(flops=0.5, dense_epochs=3, gated_epochs=8)
 
 
 def test_the_budget_is_met_within_a_point(outcome):

@@ -148,6 +148,7 @@ def test_the_history_is_out_of_the_way_and_goes_with_copies(tmp_path: Path):
         assert_same(autogate.load(tmp_path / "slim.safetensors", small()), slim, image())
 
 
+@pytest.mark.slow
 def test_another_process_with_other_hashes_loads_the_same(tmp_path: Path):
     path = tmp_path / "slim.safetensors"
     slim = slimmed(build(num_classes=10), example(), shortcuts="conv")

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import autogate
-from autogate import AutogateError, files
+from autogate import AutogateError
+from autogate.files import slim_files
 from tests.autogate.files.slim_nets import build, example, outputs, slim_small, slimmed, small
 from tests.rewriters.helpers import image
 
@@ -41,11 +43,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def with_header(path: Path, data: bytes, change: Callable[[dict[str, Any]], None]) -> None:
     """Write a file whose header says something else, with the checksum that fits it: what an enemy would write."""
     path.write_bytes(data)
-    with files.safe_open(path, framework="pt") as opened:
+    with safe_open(path, framework="pt") as opened:
         header = json.loads(opened.metadata()["autogate"])
     change(header)
     text = json.dumps(header)
-    metadata = {"format": "pt", "autogate": text, "autogate_checksum": files._digest(text.encode())}
+    metadata = {"format": "pt", "autogate": text, "autogate_checksum": slim_files._digest(text.encode())}
     save_file(load_file(path), path, metadata=metadata)
 
 

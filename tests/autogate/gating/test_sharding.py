@@ -175,6 +175,7 @@ def _a_gathered_model_is_finalized(model: nn.Module, end: dict[str, torch.Tensor
     assert slim.block[0].in_channels < 15 or slim.block[0].out_channels < 11
 
 
+@pytest.mark.slow
 def test_sharded_kernels_learn_the_gates_of_one_process(tmp_path):
     model = prepared()
     train(model, optimizer_of(model), range(STEPS))

@@ -32,10 +32,12 @@ def test_timms_optimizers_meet_the_budget(name):
     assert_exact(model, example)
 
 
-@pytest.mark.parametrize(
-    ("name", "way"), [*((name, "foreach") for name in OPTIMIZERS), *((name, "fused") for name in FUSED)]
-)
-def test_foreach_and_fused_steps_leave_the_gates_of_the_plain_one(name, way):
+WAYS = [*(f"{name} foreach" for name in OPTIMIZERS), *(f"{name} fused" for name in FUSED)]
+
+
+@pytest.mark.parametrize("way", slow_but(("momentum foreach", "adamw foreach", "lamb foreach", "adamw fused"), WAYS))
+def test_foreach_and_fused_steps_leave_the_gates_of_the_plain_one(way):
+    name, way = way.split()
     bank, plain = (autogate.gates(trained_by(name, **options)) for options in ({way: True}, {"foreach": False}))
     assert (~bank.live).any() and torch.equal(bank.live, plain.live)
     torch.testing.assert_close(bank.alpha, plain.alpha, rtol=1e-3, atol=1e-5)

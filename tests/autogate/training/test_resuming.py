@@ -17,7 +17,7 @@ from tests.autogate.conftest import paint
 from tests.autogate.training.runs import After, Diary, everything, recipe
 
 
-@pytest.mark.parametrize(("workers", "steps"), [(0, 2), (1, 1)])
+@pytest.mark.parametrize(("workers", "steps"), [(0, 2), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path, workers: int, steps: int):
     """Stopped in the middle of an epoch, and killed later on."""
 
