@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.coverage import DOUBLE, PEER_SECONDS, SINGLE, TURNS
+from benchmarks.coverage import PEER_SECONDS, TURNS
+from benchmarks.coverage_model import DOUBLE, SINGLE
 from benchmarks.parts import LEAST_SPREAD, lines
 
 WANTED = 0.9

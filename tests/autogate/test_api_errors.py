@@ -1,4 +1,4 @@
-"""Bad input is refused with the place, the cause and the way out, and the model stays as it was."""
+"""Bad input is refused with the place, the cause and what to do; the model stays as it was."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Models may be prepared from several threads, beside threads that run others, and inside of inference mode."""
+"""Models are prepared from several threads, beside threads that run others, and in inference mode."""
 
 from __future__ import annotations
 

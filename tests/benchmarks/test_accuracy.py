@@ -1,4 +1,4 @@
-"""The comparison with other methods is fair: the networks are the papers', all methods meet the FLOPs asked."""
+"""The comparison with other methods is fair: published networks, and the same FLOPs for all."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.models import MODELS, ResNet
 from benchmarks.accuracy.recipe import Recipe, fit, loss
 from benchmarks.accuracy.table import results, rows, table, write
+from tests.slow import slow_but
 
 PUBLISHED = {"resnet20": 0.27e6, "resnet56": 0.85e6, "vgg16": 14.7e6, "mobilenetv2": 2.2e6}
 """Parameters: He et al., table 6; Liu et al., Network Slimming's VGG without its two linear layers; Sandler et al.'s
@@ -37,7 +38,7 @@ def test_networks_have_the_published_size(name):
     assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(("dense", "autogate"), METHODS))
 @pytest.mark.filterwarnings("ignore")
 def test_every_method_trains_for_the_same_steps_and_leaves_what_was_asked(method):
     if method in ("l1", "bn slimming", "group sparsity") and importlib.util.find_spec("torch_pruning") is None:
@@ -116,6 +117,7 @@ def test_the_loss_is_the_mean_over_all_images():
     assert loss(model, data, batch=3) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_leave_what_runs_one_by_one_leave(tmp_path, monkeypatch, capsys):
     for split in ("train", "test"):
         images = np.random.default_rng(0).integers(0, 255, (128, 32, 32, 3), np.uint8)

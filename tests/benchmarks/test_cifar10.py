@@ -1,4 +1,4 @@
-"""The CIFAR-10 benchmark's runs, on noise, and the figures that are drawn of them."""
+"""The CIFAR-10 benchmark runs on noise, and its figures are drawn."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark over all models gives each a line, and the page that is written tells of it."""
+"""The benchmark over all models writes a line for each, and the page from the lines."""
 
 from pathlib import Path
 
@@ -17,6 +17,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> dict:
     return line
 
 
+@pytest.mark.slow
 def test_a_model_gets_one_line_which_tells_that_it_is_exact(tmp_path, monkeypatch):
     ours, theirs, page = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl", tmp_path / "coverage.md"
     line = measured(monkeypatch, ours)

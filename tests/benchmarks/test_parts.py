@@ -1,4 +1,4 @@
-"""What several benchmarks, and the tests of exactness, do to a random network before they compare its outputs."""
+"""Random networks are calmed before their outputs are compared."""
 
 import pytest
 import torch

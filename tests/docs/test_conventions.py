@@ -1,4 +1,4 @@
-"""What is to agree across the repository: public names and the reference, one version of ruff, one of autogate."""
+"""What agrees across the repository: public names and the reference, versions, links."""
 
 import importlib
 import inspect

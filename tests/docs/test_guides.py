@@ -1,4 +1,4 @@
-"""The code on the pages of docs/ and the programs in examples/ run as they stand."""
+"""The code on the pages of docs/ and the programs in examples/ run."""
 
 import ast
 import importlib.util
@@ -30,6 +30,9 @@ PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if blocks(path
 WHOLE = {"index.md", "how-it-works.md", "torch-pruning.md"}
 """Pages whose sections go on where the one before ended."""
 
+SLOW = {"docs/index.md", "docs/training-loops.md, torch.compile"}
+"""What is told there and takes long; the other pages run by default."""
+
 OPTIONAL = {"segmentation_models_pytorch", "torch_pruning", "torchao", "ultralytics"}
 """Libraries that a guide may need and autogate doesn't."""
 
@@ -38,13 +41,16 @@ def sections(page: str) -> Iterator[Any]:
     """The code of each section of a page, behind that of the page's beginning; of the page where it is told at once."""
     text = (ROOT / "docs" / page).read_text()
     if page in WHOLE:
-        yield pytest.param(f"docs/{page}", blocks(text), id=f"docs/{page}")
+        yield section(f"docs/{page}", blocks(text))
         return
     beginning, *rest = re.split(r"^## (.*)\n", text, flags=re.MULTILINE)
     for title, text in zip(rest[::2], rest[1::2], strict=True):
         if blocks(text):
-            place = f"docs/{page}, {title}"
-            yield pytest.param(place, [*blocks(beginning), *blocks(text)], id=place)
+            yield section(f"docs/{page}, {title}", [*blocks(beginning), *blocks(text)])
+
+
+def section(place: str, codes: list[str]) -> Any:
+    return pytest.param(place, codes, id=place, marks=[pytest.mark.slow] if place in SLOW else [])
 
 
 def imported(code: str) -> set[str]:
@@ -129,6 +135,7 @@ def test_the_picture_of_labels_is_that_of_the_analysis():
     assert script["FILE"].read_text() == script["draw"](), "run python docs/figures/labels.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_distributed_example_runs(strategy, tmp_path):
     command = [

@@ -1,4 +1,4 @@
-"""The whole way on real images: train, train with gates, finalize."""
+"""The demo on real images: train, train with gates, finalize."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from autogate.cli import app
 
 @pytest.fixture(scope="module")
 def outcome():
-    return demo.run(flops=0.5, dense_epochs=5, gated_epochs=12)
+    return demo.run(flops=0.5, dense_epochs=3, gated_epochs=8)
 
 
 def test_the_budget_is_met_within_a_point(outcome):
@@ -34,6 +34,7 @@ def test_the_slim_network_is_smaller_than_the_dense_one(outcome):
     assert outcome.slim.params == sum(p.numel() for p in outcome.model.parameters())
 
 
+@pytest.mark.slow
 def test_gates_are_polarized_at_the_end_of_training():
     torch.manual_seed(0)
     train, _ = digits.load()

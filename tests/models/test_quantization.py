@@ -1,4 +1,4 @@
-"""Slim models in eight bits, as docs/quantization.md has them."""
+"""Slim models in eight bits, as in docs/quantization.md."""
 
 import pytest
 import timm
@@ -9,6 +9,7 @@ from autogate.demo import MODEL
 pytest.importorskip("torchao", reason="torchao is not installed")
 
 from benchmarks import quantization
+from tests.slow import slow_but
 
 MODELS = [MODEL, "test_vit", "test_efficientnet"]
 CHANGED = {"dynamic": 0.08, "static": 0.15}
@@ -24,7 +25,7 @@ def in_eight_bits(model: torch.nn.Module, kind: str) -> set[tuple[int, ...]]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", CHANGED)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but([MODEL], MODELS))
 def test_a_slim_model_is_quantized_like_any_other(name, kind):
     torch.manual_seed(0)
     side = timm.get_pretrained_cfg(name).input_size[-1]

@@ -1,4 +1,4 @@
-"""`prepare(..., shortcuts="conv")` on real networks, from prepare to the slim model."""
+"""`shortcuts="conv"` on real networks, from prepare to the slim model."""
 
 import copy
 import pickle
@@ -14,6 +14,7 @@ from benchmarks.exactness import fvcore_flops
 from benchmarks.parts import randomise_norms
 from tests.models.test_timm_models import difference, kill, outputs
 from tests.rewriters.shortcuts.test_shortcuts import IMAGE, Residual, Stage
+from tests.slow import slow_but
 
 NETS = {
     "resnet18": 5, "resnetv2_18": 5, "regnetx_002": 9, "efficientnet_lite0": 9, "mobilenetv2_100": 10,
@@ -45,7 +46,7 @@ def disturb(model: nn.Module, paths: list[str]) -> None:
         weight.add_(torch.randn_like(weight) / 10)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", slow_but(("resnet18", "resnetv2_18", "regnetx_002"), NETS))
 def test_blocks_of_real_networks(name):
     model, example = build(name)
     wanted = outputs(model, example)
@@ -116,7 +117,7 @@ def test_torchvisions_blocks():
     assert difference(outputs(autogate.finalize(model, warn=False), example), before) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["resnet18", "regnetx_002", "dla34"])
+@pytest.mark.parametrize("name", slow_but(["resnet18"], ["resnet18", "regnetx_002", "dla34"]))
 def test_nothing_pruned_gives_the_original_model_back(name):
     model, example = build(name)
     state, wanted = model.state_dict(), outputs(model, example)

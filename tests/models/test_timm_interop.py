@@ -1,4 +1,4 @@
-"""A slim timm model is a timm model: timm's own functions go on working on it."""
+"""timm's functions work on a slim timm model."""
 
 from importlib import resources
 from pathlib import Path
@@ -15,6 +15,7 @@ import autogate
 from autogate import AutogateError
 from autogate.files.timm_text import read_timm_text
 from tests.models.test_timm_models import build, difference, kill, outputs
+from tests.slow import slow_but
 
 PRUNED = (
     "ecaresnet50d_pruned", "ecaresnet101d_pruned", "efficientnet_b1_pruned", "efficientnet_b2_pruned",
@@ -31,8 +32,8 @@ def slimmed(name: str, share: float = 0.4, **options) -> tuple[nn.Module, torch.
 
 
 def test_what_timms_validate_asks_of_a_model(tmp_path: Path):
-    slim, _ = slimmed("efficientnet_b0")
-    dense = timm.create_model("efficientnet_b0")
+    slim, _ = slimmed("mobilenetv3_small_100")
+    dense = timm.create_model("mobilenetv3_small_100")
     autogate.save(slim, tmp_path / "slim.safetensors")
     for model in (slim, autogate.load(tmp_path / "slim.safetensors")):
         assert model.pretrained_cfg == dense.pretrained_cfg and model.default_cfg == dense.default_cfg
@@ -43,7 +44,10 @@ def test_what_timms_validate_asks_of_a_model(tmp_path: Path):
         assert model.get_classifier().out_features == 1000
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "mobilenetv3_small_100", "efficientvit_b0"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["mobilenetv3_small_100"], ["resnet18", "efficientnet_b0", "mobilenetv3_small_100", "efficientvit_b0"]),
+)
 def test_the_classifier_can_be_exchanged_after_slimming(name: str):
     slim, example = slimmed(name)
     features = slim.forward_features(example)
@@ -55,7 +59,7 @@ def test_the_classifier_can_be_exchanged_after_slimming(name: str):
     assert outputs(slim, example).shape == (2, slim.head_hidden_size)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_100"])
+@pytest.mark.parametrize("name", slow_but(["mobilenetv3_small_100"], ["resnet18", "mobilenetv3_small_100"]))
 def test_models_that_give_features(name: str):
     model, example = build(name, features_only=True)
     model = autogate.prepare(model, example, flops=1.0)
@@ -70,9 +74,9 @@ def test_models_that_give_features(name: str):
 
 
 def test_a_state_dict_is_saved_and_loaded_as_ever(tmp_path: Path):
-    slim, example = slimmed("resnet18")
+    slim, example = slimmed("mobilenetv3_small_100")
     torch.save(slim.state_dict(), tmp_path / "slim.pt")
-    other, _ = slimmed("resnet18")
+    other, _ = slimmed("mobilenetv3_small_100")
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
@@ -80,7 +84,7 @@ def test_a_state_dict_is_saved_and_loaded_as_ever(tmp_path: Path):
     assert torch.equal(outputs(other, example), outputs(slim, example))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
+@pytest.mark.parametrize("name", slow_but(["mobilenetv2_100"], ["resnet18", "mobilenetv2_100"]))
 def test_timm_makes_the_slim_model_of_its_text(name: str):
     slim, example = slimmed(name)
     text = autogate.to_timm_text(slim)
@@ -89,7 +93,7 @@ def test_timm_makes_the_slim_model_of_its_text(name: str):
     assert torch.equal(outputs(narrow, example), outputs(slim, example))
 
 
-@pytest.mark.parametrize("name", PRUNED)
+@pytest.mark.parametrize("name", slow_but(["ecaresnet50d_pruned", "efficientnet_b1_pruned"], PRUNED))
 def test_texts_that_timm_ships(name: str):
     shipped = resources.files("timm.models").joinpath(f"_pruned/{name}.txt").read_text()
     shapes = read_timm_text(shipped)
@@ -110,8 +114,8 @@ def test_texts_that_timm_ships(name: str):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("cspresnet50", r"^stages\.\d+.*: its forward was rewritten"),
-        ("resnext50_32x4d", r"^layer1\.\d\.conv2.*timm makes it"),
+        pytest.param("cspresnet50", r"^stages\.\d+.*: its forward was rewritten", marks=pytest.mark.slow),
+        pytest.param("resnext50_32x4d", r"^layer1\.\d\.conv2.*timm makes it", marks=pytest.mark.slow),
         ("vit_tiny_patch16_224", r"its forward was rewritten|timm makes it"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Real networks: random channels die by hand, and nothing but the size of the model changes."""
+"""timm's models are slimmed exactly at random patterns of dead channels."""
 
 import copy
 import pickle
@@ -14,6 +14,7 @@ import rewriters
 from autogate.slim.history import ATTRIBUTE
 from benchmarks.exactness import fvcore_flops
 from benchmarks.parts import LEAST_SPREAD, kill, randomise_norms, settle_norms, spread
+from tests.slow import slow_but
 
 QUICK = {
     "resnet18": 64, "resnext50_32x4d": 64, "seresnet50": 64, "resnest14d": 64, "skresnet18": 64, "mobilenetv1_100": 64,
@@ -24,6 +25,9 @@ QUICK = {
     "mobileone_s0": 64, "lcnet_050": 64, "hgnet_tiny": 64,
 }  # fmt: skip
 """The quicker ones of `benchmarks/exactness.py`, with the side of the images they are tried on."""
+
+QUICKEST = ("skresnet18", "mobilenetv3_small_100", "ese_vovnet19b_dw", "dla34", "regnety_002", "fasternet_t0")
+"""Those that run by default: split attention, excitation, concatenation, aggregation, groups, a split."""
 
 
 def build(name: str, **options) -> tuple[nn.Module, torch.Tensor]:
@@ -51,8 +55,8 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return rewriters.relative_error([got], [wanted])
 
 
-@pytest.mark.parametrize(("index", "name"), enumerate(QUICK))
-def test_slim_outputs_and_flops_are_the_gated_models(index, name):
+@pytest.mark.parametrize("name", slow_but(QUICKEST, QUICK))
+def test_slim_outputs_and_flops_are_the_gated_models(name):
     """In float64: of some of these float32 alone rounds by more than 1e-5."""
     model, example = build(name)
     model, example = model.double(), example.double()
@@ -65,7 +69,7 @@ def test_slim_outputs_and_flops_are_the_gated_models(index, name):
     assert whole.reach >= 0.9
     assert whole.all_flops == pytest.approx(dense_flops, rel=1e-9)
 
-    kill(model, (0.1, 0.4, 0.8)[index % 3])
+    kill(model, (0.1, 0.4, 0.8)[list(QUICK).index(name) % 3])
     gated, left = gated_outputs(model, example), autogate.summary(model).flops
     slim = autogate.finalize(model, warn=False)
     assert slim is model
@@ -75,7 +79,7 @@ def test_slim_outputs_and_flops_are_the_gated_models(index, name):
 
 
 def test_outputs_in_train_mode_are_unchanged_by_prepare():
-    model, example = build("efficientnet_b0")
+    model, example = build("mobilenetv3_small_100", drop_rate=0.2, drop_path_rate=0.2)
     copied = copy.deepcopy(model)
     autogate.prepare(model, example)
     torch.manual_seed(1)
@@ -118,6 +122,7 @@ def test_no_trace_of_gates_is_left():
     assert slim.layer1[0].conv1.out_channels == slim.layer1[0].bn1.num_features == slim.layer1[0].conv2.in_channels
 
 
+@pytest.mark.slow
 def test_heads_that_exist_in_train_mode_only_are_cut_along():
     torch.manual_seed(0)
     model, example = googlenet(aux_logits=True, init_weights=False), torch.randn(2, 3, 96, 96)
@@ -133,7 +138,7 @@ def test_heads_that_exist_in_train_mode_only_are_cut_along():
 
 
 def test_a_block_whose_inner_channels_all_die_is_taken_out():
-    model, example = build("resnet50")
+    model, example = build("resnet50", layers=(1, 2, 1, 1))
     model = autogate.prepare(model, example)
     bank = autogate.gates(model)
     inner = bank.channel_map.classes[("layer2.1.conv3.weight", 1)]
@@ -148,7 +153,7 @@ def test_a_block_whose_inner_channels_all_die_is_taken_out():
 
 
 def test_everything_dead_leaves_a_network_that_runs():
-    model, example = build("mobilenetv2_100")
+    model, example = build("mobilenetv3_small_100")
     model = autogate.prepare(model, example)
     with torch.no_grad():
         autogate.gates(model).alpha.zero_()
@@ -159,7 +164,7 @@ def test_everything_dead_leaves_a_network_that_runs():
 
 
 def test_slim_models_copy_pickle_and_run_at_other_resolutions():
-    model, example = build("res2net50_26w_4s")
+    model, example = build("res2net50_26w_4s", layers=(1, 1, 1, 1))
     model = autogate.prepare(model, example)
     kill(model, 0.5)
     slim = autogate.finalize(model, warn=False)
@@ -169,7 +174,7 @@ def test_slim_models_copy_pickle_and_run_at_other_resolutions():
 
 
 def test_a_slim_model_can_be_slimmed_again():
-    model, example = build("cspresnet50")
+    model, example = build("fasternet_t0")
     for seed in (0, 1):
         model = autogate.prepare(model, example)
         kill(model, 0.4, seed)
@@ -210,6 +215,9 @@ NORMED = {
 }  # fmt: skip
 """Small models whose norms look across channels, with the options that make them small."""
 
+NORMED_QUICK = ("test_convnext", "convnextv2_atto", "vit_tiny_patch16_224", "vit_relpos_small_patch16_224", "resnet26")
+"""Those that run by default: LayerNorm, GRN, RMSNorm, attention with relative positions, GroupNorm."""
+
 HEADS_DIE = ("vit_tiny_patch16_224", "vit_relpos_small_patch16_224", "vit_small_patch16_rope_224",
              "vit_small_patch16_dinov3")  # fmt: skip
 
@@ -230,8 +238,9 @@ def build_normed(name: str, img_size: int = 64, **options) -> tuple[nn.Module, t
     return model, torch.randn(2, 3, side, side)
 
 
-@pytest.mark.parametrize(("index", "name"), enumerate(NORMED))
-def test_embeddings_shrink_exactly(index, name):
+@pytest.mark.parametrize("name", slow_but(NORMED_QUICK, NORMED))
+def test_embeddings_shrink_exactly(name):
+    index = list(NORMED).index(name)
     model, example = build_normed(name, **NORMED[name])
     wanted = outputs(model, example)
     model = autogate.prepare(model, example, flops=0.9)
@@ -247,7 +256,7 @@ def test_embeddings_shrink_exactly(index, name):
     slim.train()(example)
 
 
-@pytest.mark.parametrize("name", HEADS_DIE)
+@pytest.mark.parametrize("name", slow_but(HEADS_DIE[:1], HEADS_DIE))
 def test_a_head_s_channels_are_one_class(name):
     model, example = build_normed(name, **NORMED[name])
     classes = autogate.gates(autogate.prepare(model, example)).channel_map.classes[("blocks.0.attn.proj.weight", 1)]

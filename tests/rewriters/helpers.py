@@ -1,4 +1,4 @@
-"""Small things the tests of single parts share."""
+"""Helpers that tests of single parts share."""
 
 from __future__ import annotations
 

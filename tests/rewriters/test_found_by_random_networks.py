@@ -66,11 +66,12 @@ def test_a_shape_read_off_another_tensor():
         (Recipe("image", 196, (("Partial", 813),), "pool"), 0.0, 387),
         (Recipe("image", 71, (("Statistics", 867), ("PixelShuffle", 833)), "pool"), 0.0, 3184),
         (Recipe("image", 692, (("SharedPlumbing", 661),), "pool"), 0.6, 39),
+        (Recipe("image", 0, (("Written", 138),), "pool"), 0.6, 0),
     ],
     ids=lambda value: value.blocks[0][0] if isinstance(value, Recipe) else None,
 )
 def test_recipes_that_failed_once(recipe, share, seed):
-    """Nothing left in a tensor, labels made after the pattern was cut, one module called in two ways."""
+    """Nothing left in a tensor, labels made after a cut, a module called in two ways, a mask of the example's size."""
     check(recipe, share, seed)
 
 

@@ -1,4 +1,4 @@
-"""Outputs are compared at the precision that their type has, whatever the caller lets a GPU round."""
+"""Outputs are compared at the precision of their type, whatever a GPU may round."""
 
 from __future__ import annotations
 

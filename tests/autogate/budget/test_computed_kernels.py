@@ -1,4 +1,4 @@
-"""Convolutions whose kernel is computed from several tensors cost what they run for."""
+"""Convolutions whose kernel is computed in the forward: their FLOPs are those that run."""
 
 import pytest
 import timm
@@ -61,6 +61,7 @@ def test_flops_are_those_that_run(forward):
     assert recorded_flops(slim, inputs, of=PRODUCTS_WITH_KERNELS) == left < dense
 
 
+@pytest.mark.slow
 def test_conditional_convolutions_of_timm():
     model, example = timm.create_model("tf_efficientnet_cc_b0_4e", num_classes=10), torch.randn(2, 3, 64, 64)
     dense = recorded_flops(model, ((example,), {}), of=PRODUCTS_WITH_KERNELS)

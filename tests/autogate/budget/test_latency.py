@@ -1,4 +1,4 @@
-"""Latency as a resource: tables between measured widths, timings that stay on disk."""
+"""Latency as a resource: tables between measured widths, and timings kept on disk."""
 
 import json
 from functools import partial

@@ -1,3 +1,5 @@
+"""FLOPs, parameters, activations and resources of one's own: value, price and drop."""
+
 import pytest
 import torch
 from torch import nn

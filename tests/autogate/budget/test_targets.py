@@ -1,4 +1,4 @@
-"""Several resources under one budget: the distance from all of their targets."""
+"""Several resources in one budget: the distance from all of their targets."""
 
 import pytest
 import torch

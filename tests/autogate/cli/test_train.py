@@ -1,4 +1,4 @@
-"""`autogate train` and `autogate finalize` as a user calls them: stopped, gone on with, on two processes."""
+"""`autogate train` and `autogate finalize`: a whole run, signals, resuming, two processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 import autogate
 from autogate.cli import app
-from autogate.training import RunFolder
+from autogate.training import EpochRow, RunFolder
 from autogate.training.checkpoint import load_checkpoint
+from autogate.training.run_folder import GateRow
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["--img-size", "32", "-b", "6", "-j", "0", "--device", "cpu", "--flops", "0.7"]
@@ -53,6 +54,29 @@ def test_a_run_from_the_first_word_to_the_last(pictures: Path, tmp_path: Path, m
     assert torch.equal(autogate.load("slim.safetensors")(x), autogate.load(folder.slim_file)(x))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_to_resume_from(
+    number: int, code: int, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder, add = RunFolder(Path("runs/test_resnet")), RunFolder.add
+
+    def add_and_signal(self: RunFolder, row: EpochRow, gates: GateRow) -> None:
+        add(self, row, gates)
+        if row.epoch == 1:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add", add_and_signal)
+        told = invoke("train", "test_resnet", "--data", pictures, *SMALL, "--epochs", 3)
+    assert told.exit_code == code and "Traceback" not in told.output, told.output
+    assert load_checkpoint(folder.checkpoint_file).position.step == 4 and not folder.slim_file.exists()
+    (command,) = (line.partition("autogate ")[2] for line in told.output.splitlines() if "--resume" in line)
+    resumed = invoke(*shlex.split(command))
+    assert resumed.exit_code == 0 and "dense model" not in resumed.output, resumed.output
+    assert folder.slim_file.exists() and [row.epoch for row in folder.metrics()] == [0, 1, 2, 3]
+
+
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -71,7 +95,8 @@ def stopped(
     return run.returncode, told
 
 
-def test_signals_leave_a_checkpoint_to_go_on_from(pictures: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_signals_to_a_group_of_processes_leave_a_checkpoint(pictures: Path, tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
     words = ["train", "test_resnet", "--data", str(pictures), *SMALL, "-j", "1", "--epochs", "500"]
     code, told = stopped([*words, "--out", str(folder.path)], folder, 1, signal.SIGINT)
@@ -110,6 +135,7 @@ app()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
     """They have the same weights at the end, though the slim model was wrapped anew on the way."""
     folder, script = RunFolder(tmp_path / "run"), tmp_path / "compared.py"
@@ -128,6 +154,7 @@ def test_two_processes_train_one_model(pictures: Path, tmp_path: Path):
     assert result.accuracy == pytest.approx(round(result.accuracy * 15 / 100) * 100 / 15)  # each image once
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_where_they_stopped(pictures: Path, tmp_path: Path):
     folder = RunFolder(tmp_path / "run")
     words = ["train", "test_resnet", "--data", str(pictures), *SMALL, "--epochs", "500", "--out", str(folder.path)]

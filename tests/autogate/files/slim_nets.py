@@ -1,4 +1,4 @@
-"""Small slim models, to be saved and loaded."""
+"""Small slim models to save and load."""
 
 from __future__ import annotations
 

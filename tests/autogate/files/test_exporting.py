@@ -1,4 +1,4 @@
-"""Exported slim models give what the slim model gives."""
+"""Exported slim models give the slim model's outputs."""
 
 from pathlib import Path
 

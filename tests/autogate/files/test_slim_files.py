@@ -1,4 +1,4 @@
-"""Slim models in files: what goes in comes out."""
+"""Slim models are saved and loaded without a change."""
 
 import copy
 import hashlib
@@ -21,6 +21,7 @@ from autogate.slim.history import history_of
 from benchmarks.parts import kill
 from tests.autogate.files.slim_nets import PIXELS, build, example, outputs, slim_small, slimmed, small
 from tests.rewriters.helpers import Net, conv, image
+from tests.slow import slow_but
 
 
 class Halves(nn.Module):
@@ -64,7 +65,10 @@ TIMM = {
 }
 
 
-@pytest.mark.parametrize("case", TIMM)
+TIMM_QUICK = ("plain", "convolutions on shortcuts", "image size")
+
+
+@pytest.mark.parametrize("case", slow_but(TIMM_QUICK, TIMM))
 def test_a_timm_model_needs_nothing_but_its_file(case: str, tmp_path: Path):
     name, options, asked = TIMM[case]
     inputs = example(channels=options.get("in_chans", 3))
@@ -144,6 +148,7 @@ def test_the_history_is_out_of_the_way_and_goes_with_copies(tmp_path: Path):
         assert_same(autogate.load(tmp_path / "slim.safetensors", small()), slim, image())
 
 
+@pytest.mark.slow
 def test_another_process_with_other_hashes_loads_the_same(tmp_path: Path):
     path = tmp_path / "slim.safetensors"
     slim = slimmed(build(num_classes=10), example(), shortcuts="conv")

@@ -1,4 +1,4 @@
-"""Files that are not what they should be are told apart, and run no code."""
+"""Damaged and hostile files are refused and run no code."""
 
 import json
 import pickle

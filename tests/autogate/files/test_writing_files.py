@@ -1,4 +1,4 @@
-"""A file that is written is whole or as it was before."""
+"""A file is written whole or not at all."""
 
 import os
 import resource

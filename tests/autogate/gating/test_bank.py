@@ -1,3 +1,5 @@
+"""The bank of gates: its state, its steps, and what it reports."""
+
 import copy
 import gc
 import io

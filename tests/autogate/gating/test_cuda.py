@@ -1,4 +1,4 @@
-"""On a GPU: gates learn as on the CPU, and a step captured in a CUDA graph is the step."""
+"""On a GPU gates learn as on the CPU, and a step can be captured in a CUDA graph."""
 
 from __future__ import annotations
 

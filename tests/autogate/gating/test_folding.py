@@ -1,4 +1,4 @@
-"""Kernels and gates are kept in line, and dead columns zero."""
+"""Gates stay multiplied into the kernels, and dead columns stay zero."""
 
 import copy
 

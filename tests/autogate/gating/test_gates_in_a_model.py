@@ -1,4 +1,4 @@
-"""A prepared model as its user sees it: copied, compiled, trained by any optimizer, checkpointed."""
+"""A prepared model is copied, compiled, trained and checkpointed like any other."""
 
 import copy
 import io

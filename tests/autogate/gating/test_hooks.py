@@ -1,3 +1,5 @@
+"""Hooks on the model and the optimizer move the gates."""
+
 import pytest
 import torch
 from torch import nn

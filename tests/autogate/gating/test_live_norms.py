@@ -1,4 +1,4 @@
-"""Gates over norms across channels: what the norms look at follows the gates, wherever the model goes."""
+"""Norms across channels take their statistics over the live channels while gates train."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""FSDP2: gates of kernels of which each process holds a part."""
+"""FSDP2: each process holds a part of the gated kernels."""
 
-import contextlib
 import os
-import socket
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import autogate
+from tests.processes import free_port, run_in_processes
 
 WORLD, STEPS, BATCH = 2, 20, 8
 
@@ -176,16 +175,11 @@ def _a_gathered_model_is_finalized(model: nn.Module, end: dict[str, torch.Tensor
     assert slim.block[0].in_channels < 15 or slim.block[0].out_channels < 11
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
+@pytest.mark.slow
 def test_sharded_kernels_learn_the_gates_of_one_process(tmp_path):
     model = prepared()
     train(model, optimizer_of(model), range(STEPS))
-    torch.multiprocessing.spawn(_run, (free_port(), str(tmp_path)), nprocs=WORLD)
+    run_in_processes(_run, WORLD, free_port(), str(tmp_path))
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     assert_same(*states)
     alone = model.state_dict()

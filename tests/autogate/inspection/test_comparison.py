@@ -1,4 +1,4 @@
-"""A slim model is timed beside the dense one: what is measured and how it is told, not how long it takes."""
+"""A slim model is timed beside the dense one: what is measured and reported, not how long it takes."""
 
 from pathlib import Path
 

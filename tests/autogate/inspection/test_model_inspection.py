@@ -1,4 +1,4 @@
-"""What `autogate inspect` tells of a model, and how it tells that something is wrong."""
+"""What `autogate inspect` reports, and its errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Networks and data for the tests of training frameworks: small, and of the forms that finalize has to rewrite."""
+"""Small networks and data for the tests of training loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loop by Accelerate, with the real library."""
+"""A training loop by Accelerate."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""torch.compile: one compilation a mode and no graph break, from prepare to finalize."""
+"""torch.compile: each mode is compiled once and has no graph break, from prepare to finalize."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 import autogate
 from tests.autogate.loops.small_nets import EXAMPLE, Residual
+from tests.slow import slow_but
 
 STEPS = 30
 
@@ -58,7 +59,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", slow_but(["eager"], ["eager", "aot_eager"]))
 @pytest.mark.parametrize("hooks", [True, False])
 def test_a_whole_run_compiles_once_a_mode(backend, hooks):
     model = prepared(hooks=hooks)
@@ -86,7 +87,7 @@ def test_a_whole_run_compiles_once_a_mode(backend, hooks):
         torch.testing.assert_close(compiled(images), gated, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["around", "in place"])
+@pytest.mark.parametrize("way", slow_but(["in place"], ["around", "in place"]))
 def test_other_ways_to_compile_take_the_same_course(way):
     plain = prepared()
     train(Outer(plain))

@@ -1,4 +1,4 @@
-"""A Lightning Trainer's run, with the real library."""
+"""A training run by Lightning's Trainer."""
 
 import lightning as L
 import pytest

@@ -1,3 +1,5 @@
+"""The gate function and its derivative."""
+
 from itertools import pairwise
 
 import torch

@@ -1,4 +1,4 @@
-"""How alpha moves: towards the budget, within its bounds, and never across zero."""
+"""The learner moves alpha towards the budget, within its bounds, and never across zero."""
 
 from dataclasses import replace
 

@@ -1,3 +1,5 @@
+"""Soft threshold, shrinkage and alternating relaxation."""
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from autogate.budget.resource import SideCounts
 from autogate.methods.proximal import alternating_relaxation, shrinkage, soft_threshold
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-2, 2), st.floats(0, 1.5))
 def test_soft_threshold_matches_brute_force_minimiser(alpha, beta):
     points = torch.linspace(-2.5, 2.5, 50_001, dtype=torch.float64)

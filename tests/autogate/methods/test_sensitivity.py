@@ -1,4 +1,4 @@
-"""Classes that the loss depends on little close first, for what they save."""
+"""Classes that the loss depends on little close first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's report: what stands on the page, and that a browser draws it at any width, from that file alone."""
+"""The page about a run: its numbers, its pictures, and how a browser shows it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import autogate
 from autogate.cli import app
 from autogate.reporting import read_report, write_report
 from autogate.training import Budget, Images, Learning, Network, Recipe, RunFolder, start
-from tests.autogate.training.test_runs import After
+from tests.autogate.training.runs import After
 
 PICTURES = ("course", "widths", "gates", "groups")
 

@@ -1,4 +1,4 @@
-"""Outputs are compared before finalize returns: what float32 rounds by is told from other differences."""
+"""Finalize compares outputs, and knows float32's rounding from other differences."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A run that goes on with the slim model, once the targets are met, comes to what it would have come to with gates."""
+"""Training resumes in the slim model, and ends where gates would have led it."""
 
 from __future__ import annotations
 

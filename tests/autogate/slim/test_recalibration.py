@@ -1,4 +1,4 @@
-"""Running statistics taken anew are those of the data, and nothing else of the model changes."""
+"""Recalibration measures running statistics on the data and changes nothing else."""
 
 import pytest
 import torch

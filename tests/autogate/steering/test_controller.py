@@ -1,4 +1,4 @@
-"""The course of a run and the controller that keeps to it."""
+"""The schedule of a run, and the controller that follows it."""
 
 import pytest
 

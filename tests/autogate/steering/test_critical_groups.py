@@ -1,4 +1,4 @@
-"""Every way to an output leads through them."""
+"""Critical groups: every path to an output passes through them."""
 
 import timm
 import torch

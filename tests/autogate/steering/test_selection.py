@@ -1,4 +1,4 @@
-"""Which classes die: enough of them, the smallest first, in whole bundles, and none that a group keeps."""
+"""The selection of classes that die: enough, the smallest first, whole bundles, none that a group keeps."""
 
 import pytest
 import torch

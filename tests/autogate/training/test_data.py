@@ -1,4 +1,4 @@
-"""The images of a training run: what is found, what is refused, and who hears of signals."""
+"""The images of a training run: what is found, what is refused, and which processes get signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import autogate
 from autogate.training import Images, Network, start
 from autogate.training.data import find_data, on_device
 from tests.autogate.conftest import CLASSES, paint
-from tests.autogate.training.test_runs import recipe
+from tests.autogate.training.runs import recipe
 
 
 def test_a_class_without_validation_images_shifts_no_label(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Forwards are rewritten for trial patterns before anything is trained; of those that are alike one is."""
+"""Forwards are rewritten for trial patterns before training, once for forwards that are the same."""
 
 from __future__ import annotations
 

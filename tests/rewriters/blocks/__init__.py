@@ -2,7 +2,8 @@
 
 A block is made from a random generator and the shape of its input, without the batch: `Block(rng, shape)`
 for shape (channels, *spatial). Most work for one, two and three spatial dimensions. Sizes in the forwards
-are plain numbers, as they are in the networks people write.
+are plain numbers, as they are in the networks people write. A block that holds the spatial size of its input
+has `any_size = False`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Modules and tensors in several places, and what is none of a layer's."""
+"""Modules and tensors used in several places, and ops without a rule."""
 
 from __future__ import annotations
 

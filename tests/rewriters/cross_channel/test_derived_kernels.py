@@ -1,4 +1,4 @@
-"""Kernels that are computed from their parameter in the forward: standardised, normalised, scaled."""
+"""Kernels computed from a parameter in the forward: standardised, normalised, scaled."""
 
 import warnings
 

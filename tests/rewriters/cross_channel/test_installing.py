@@ -1,4 +1,4 @@
-"""Where statistics along channels are taken: found, put on live channels, taken off, pinned where that fails."""
+"""Cross-channel statistics are found, put on live channels, removed again, and pinned where that fails."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Statistics over live channels: each form gives, in the live places, what the plain call gives without the dead."""
+"""Statistics over live channels are those of the network without the dead ones."""
 
 import copy
 

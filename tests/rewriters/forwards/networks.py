@@ -1,4 +1,4 @@
-"""Forwards that hold sizes, traced and rewritten, for the tests of what is done with them."""
+"""Forwards that hold sizes, traced and rewritten, for other tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forwards with backwards of their own, with checkpoints, and with what takes tensors and no proxies."""
+"""Forwards with autograd functions, checkpoints, and calls that take tensors and no proxies."""
 
 from __future__ import annotations
 

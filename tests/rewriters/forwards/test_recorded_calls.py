@@ -1,4 +1,4 @@
-"""A traced call has the labels and the tensors of the recorded call that it repeats."""
+"""A traced call has the labels and tensors of the recorded call that it repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rewritten forward stands in the place of the module's own, compiled or interpreted."""
+"""A rewritten forward replaces the module's own, compiled or interpreted."""
 
 from __future__ import annotations
 

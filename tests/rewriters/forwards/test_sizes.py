@@ -1,97 +1,25 @@
-"""Calls that hold a size, family by family: each is written anew for the channels that are left."""
+"""Calls that hold a size, family by family: each is rewritten for the channels that are left."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from rewriters.forwards.sizes import FAMILIES
+from rewriters.outputs import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact, place_statistics, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, conv, image
 
-from rewriters.outputs import relative_error, run_eval  # isort: skip
 
-
-def forwards():
-    """For each family the ways it is written; `y` has 8 channels, and so has what comes back."""
-    flip = lambda parts: torch.cat(list(parts)[::-1], 1)  # noqa: E731
-    yield "view", lambda m, y: y.view(y.shape[0], 2, 4, *y.shape[2:]).transpose(1, 2).reshape(y.shape)
-    yield "view literal", lambda m, y: y.view(y.shape[0], 2, 4, y.shape[2], -1).mean(4).view(-1, 8, y.shape[2], 1)
-    yield "view in a tuple", lambda m, y: y.view((y.size(0), 8, -1)).view(y.shape)
-    yield "view of the batch", lambda m, y: y.view(y.shape[0] * 8, 1, *y.shape[2:]).relu().view(-1, 8, *y.shape[2:])
-    yield "view by math", lambda m, y: y.view(len(y), math.isqrt(y.shape[1] ** 2), -1).view(y.shape)
-    yield "scale by math", lambda m, y: y.view(len(y), 8, -1).view(y.shape) * math.sqrt(y.shape[1])
-    yield "heads in the batch", lambda m, y: y.reshape(len(y) * 2, 4, -1).softmax(-1).reshape(y.shape)
-    yield (
-        "heads in the batch, second",
-        lambda m, y: y.reshape(1, len(y) * 2, 4, -1).softmax(-1).reshape(len(y), 8, *y.shape[2:]),
-    )
-    yield (
-        "heads in the batch, expanded",
-        lambda m, y: (y.reshape(len(y) * 2, 4, -1) * m.one.expand(len(y) * 2, 4, -1)).view(y.shape),
-    )
-    yield (
-        "heads in the batch, repeated",
-        lambda m, y: (y.reshape(-1, 4, y.shape[2] * y.shape[3]) * m.one.repeat(2 * y.shape[0], 1, 1)).view(y.shape),
-    )
-    yield "reshape", lambda m, y: y.reshape(y.shape[0], 8, -1).softmax(-1).reshape(-1, 8, *y.shape[2:])
-    yield "torch.reshape", lambda m, y: torch.reshape(y, (y.shape[0], 4, 2, -1)).flatten(1, 2).view(y.shape)
-    yield "reshape by keyword", lambda m, y: torch.reshape(input=y, shape=(-1, 8, y.shape[2] * y.shape[3])).view_as(y)
-    yield "expand", lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, 8, *y.shape[2:])
-    yield "expand new", lambda m, y: y.mean(0, keepdim=True).expand(y.shape[0], 8, y.shape[2], y.shape[3])
-    yield "expand one", lambda m, y: y * y.mean(1, keepdim=True).expand(-1, 8, -1, -1)
-    yield "expand first", lambda m, y: y * m.one.expand(8, 1, 1)
-    yield "repeat", lambda m, y: y * y.mean(1, keepdim=True).repeat(1, 8, 1, 1)
-    yield "repeat by keyword", lambda m, y: y * y.mean(1, keepdim=True).repeat(repeats=[1, 8, 1, 1])
-    yield "repeat interleaved", lambda m, y: y * y.mean(1, keepdim=True).repeat_interleave(8, 1)
-    yield "torch.repeat_interleave", lambda m, y: y * torch.repeat_interleave(y.mean(1, True), repeats=8, dim=-3)
-    yield "new_zeros", lambda m, y: y + y.new_zeros(1, 8, 1, 1)
-    yield "new_full", lambda m, y: y * y.new_full((8, 1, 1), 0.5)
-    yield "zeros", lambda m, y: y + torch.zeros(y.shape[0], 8, 1, 1, dtype=y.dtype)
-    yield "ones", lambda m, y: y * torch.ones((8, 1, 1), dtype=y.dtype)
-    yield "full by keyword", lambda m, y: y * torch.full(size=(8, 1, 1), fill_value=2.0, dtype=y.dtype)
-    yield "unflatten", lambda m, y: y.unflatten(1, (2, 4)).softmax(1).flatten(1, 2)
-    yield "torch.unflatten", lambda m, y: torch.unflatten(y, -3, (2, 4)).softmax(1).flatten(1, 2)
-    yield "unflatten by keyword", lambda m, y: y.unflatten(dim=1, sizes=(2, 4)).softmax(1).flatten(1, 2)
-    yield "chunk", lambda m, y: flip(y.chunk(2, 1))
-    yield "uneven chunk", lambda m, y: flip(y.chunk(3, 1))
-    yield "chunk by keyword", lambda m, y: flip(torch.chunk(input=y, chunks=2, dim=1))
-    yield "chunk from behind", lambda m, y: flip(y.chunk(2, dim=-3))
-    yield "split", lambda m, y: flip(y.split(3, 1))
-    yield "split sizes", lambda m, y: flip(torch.split(y, [1, 5, 2], dim=1))
-    yield "split_with_sizes", lambda m, y: flip(y.split_with_sizes([3, 5], dim=1))
-    yield "tensor_split", lambda m, y: flip(torch.tensor_split(y, (3, 5), dim=1))
-    yield "split, keyword first", lambda m, y: flip(torch.split(dim=1, split_size_or_sections=4, tensor=y))
-    yield "slice", lambda m, y: torch.cat([y[:, 3:], y[:, :3]], 1)
-    yield "negative slice", lambda m, y: torch.cat([y[:, -3:], y[:, :-3]], 1)
-    yield "slice with dots", lambda m, y: torch.cat([y[..., 3:, :, :], y[:, :3, ...]], 1)
-    yield "slice with None", lambda m, y: torch.cat([y[None, :, 3:][0], y[:, None, :3][:, 0]], 1)
-    yield "open slice", lambda m, y: torch.cat([y[:, 5:100], y[:, :5]], 1)
-    yield "strided pixels", lambda m, y: F.interpolate(y[:, 2:, ::2, 1::2], scale_factor=2).repeat(1, 2, 1, 1)[:, 2:10]
-    yield "narrow", lambda m, y: torch.cat([y.narrow(1, 3, 5), torch.narrow(y, 1, 0, 3)], 1)
-    yield "narrow by keyword", lambda m, y: torch.cat([y.narrow(length=5, start=3, dim=1), y.narrow(1, 0, 3)], 1)
-    yield "pad", lambda m, y: F.pad(y, (0, 0, 0, 0, 2, 1))[:, 3:]
-    yield "pad by keyword", lambda m, y: torch.cat([F.pad(input=y[:, :4], pad=(0, 0, 0, 0, 1, 3), value=0.5)], 1)
-    yield "negative pad", lambda m, y: F.pad(y, (0, 0, 0, 0, -2, 2))
-    yield "roll", lambda m, y: y.roll(3, 1)
-    yield "roll back", lambda m, y: torch.roll(y, shifts=(-2, 1), dims=(1, 2))
-    yield "channel_shuffle", lambda m, y: F.channel_shuffle(y, 2)
-    yield "grouped", lambda m, y: F.conv2d(y, m.grouped, None, 1, 1, 1, 4)
-    yield "grouped by keyword", lambda m, y: F.conv2d(input=y, weight=m.grouped, groups=4, padding=1)
-    yield "transposed", lambda m, y: F.conv_transpose2d(y, m.grouped, padding=1, groups=4)
-    yield "layer_norm", lambda m, y: F.layer_norm(y.movedim(1, -1), (8,), m.vector).movedim(-1, 1)
-    yield "layer_norm by keyword", lambda m, y: F.layer_norm(input=y, normalized_shape=[8, y.shape[2], y.shape[3]])
-    yield "rms_norm", lambda m, y: F.rms_norm(y.movedim(1, -1), [8], m.vector).movedim(-1, 1)
-    yield "group_norm", lambda m, y: F.group_norm(y, 4, m.vector)
-    yield "group_norm by keyword", lambda m, y: F.group_norm(y, num_groups=4, bias=m.vector)
-    yield "group_norm of places", lambda m, y: F.group_norm(y, 2, m.vector)
-    yield "slice assigned", lambda m, y: _assigned(m, y)
-    yield "slice added to", lambda m, y: _added_to(m, y)
+def flip(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(parts)[::-1], 1)
 
 
 def _assigned(m, y):
@@ -107,7 +35,78 @@ def _added_to(m, y):
     return y
 
 
-FORWARDS = dict(forwards())
+FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "view": lambda m, y: y.view(y.shape[0], 2, 4, *y.shape[2:]).transpose(1, 2).reshape(y.shape),
+    "view literal": lambda m, y: y.view(y.shape[0], 2, 4, y.shape[2], -1).mean(4).view(-1, 8, y.shape[2], 1),
+    "view in a tuple": lambda m, y: y.view((y.size(0), 8, -1)).view(y.shape),
+    "view of the batch": lambda m, y: y.view(y.shape[0] * 8, 1, *y.shape[2:]).relu().view(-1, 8, *y.shape[2:]),
+    "view by math": lambda m, y: y.view(len(y), math.isqrt(y.shape[1] ** 2), -1).view(y.shape),
+    "scale by math": lambda m, y: y.view(len(y), 8, -1).view(y.shape) * math.sqrt(y.shape[1]),
+    "heads in the batch": lambda m, y: y.reshape(len(y) * 2, 4, -1).softmax(-1).reshape(y.shape),
+    "heads in the batch, second": lambda m, y: (
+        y.reshape(1, len(y) * 2, 4, -1).softmax(-1).reshape(len(y), 8, *y.shape[2:])
+    ),
+    "heads in the batch, expanded": lambda m, y: (y.reshape(len(y) * 2, 4, -1) * m.one.expand(len(y) * 2, 4, -1)).view(
+        y.shape
+    ),
+    "heads in the batch, repeated": lambda m, y: (
+        y.reshape(-1, 4, y.shape[2] * y.shape[3]) * m.one.repeat(2 * y.shape[0], 1, 1)
+    ).view(y.shape),
+    "reshape": lambda m, y: y.reshape(y.shape[0], 8, -1).softmax(-1).reshape(-1, 8, *y.shape[2:]),
+    "torch.reshape": lambda m, y: torch.reshape(y, (y.shape[0], 4, 2, -1)).flatten(1, 2).view(y.shape),
+    "reshape by keyword": lambda m, y: torch.reshape(input=y, shape=(-1, 8, y.shape[2] * y.shape[3])).view_as(y),
+    "expand": lambda m, y: y.mean((2, 3), keepdim=True).expand(-1, 8, *y.shape[2:]),
+    "expand new": lambda m, y: y.mean(0, keepdim=True).expand(y.shape[0], 8, y.shape[2], y.shape[3]),
+    "expand one": lambda m, y: y * y.mean(1, keepdim=True).expand(-1, 8, -1, -1),
+    "expand first": lambda m, y: y * m.one.expand(8, 1, 1),
+    "repeat": lambda m, y: y * y.mean(1, keepdim=True).repeat(1, 8, 1, 1),
+    "repeat by keyword": lambda m, y: y * y.mean(1, keepdim=True).repeat(repeats=[1, 8, 1, 1]),
+    "repeat interleaved": lambda m, y: y * y.mean(1, keepdim=True).repeat_interleave(8, 1),
+    "torch.repeat_interleave": lambda m, y: y * torch.repeat_interleave(y.mean(1, True), repeats=8, dim=-3),
+    "new_zeros": lambda m, y: y + y.new_zeros(1, 8, 1, 1),
+    "new_full": lambda m, y: y * y.new_full((8, 1, 1), 0.5),
+    "zeros": lambda m, y: y + torch.zeros(y.shape[0], 8, 1, 1, dtype=y.dtype),
+    "ones": lambda m, y: y * torch.ones((8, 1, 1), dtype=y.dtype),
+    "full by keyword": lambda m, y: y * torch.full(size=(8, 1, 1), fill_value=2.0, dtype=y.dtype),
+    "unflatten": lambda m, y: y.unflatten(1, (2, 4)).softmax(1).flatten(1, 2),
+    "torch.unflatten": lambda m, y: torch.unflatten(y, -3, (2, 4)).softmax(1).flatten(1, 2),
+    "unflatten by keyword": lambda m, y: y.unflatten(dim=1, sizes=(2, 4)).softmax(1).flatten(1, 2),
+    "chunk": lambda m, y: flip(y.chunk(2, 1)),
+    "uneven chunk": lambda m, y: flip(y.chunk(3, 1)),
+    "chunk by keyword": lambda m, y: flip(torch.chunk(input=y, chunks=2, dim=1)),
+    "chunk from behind": lambda m, y: flip(y.chunk(2, dim=-3)),
+    "split": lambda m, y: flip(y.split(3, 1)),
+    "split sizes": lambda m, y: flip(torch.split(y, [1, 5, 2], dim=1)),
+    "split_with_sizes": lambda m, y: flip(y.split_with_sizes([3, 5], dim=1)),
+    "tensor_split": lambda m, y: flip(torch.tensor_split(y, (3, 5), dim=1)),
+    "split, keyword first": lambda m, y: flip(torch.split(dim=1, split_size_or_sections=4, tensor=y)),
+    "slice": lambda m, y: torch.cat([y[:, 3:], y[:, :3]], 1),
+    "negative slice": lambda m, y: torch.cat([y[:, -3:], y[:, :-3]], 1),
+    "slice with dots": lambda m, y: torch.cat([y[..., 3:, :, :], y[:, :3, ...]], 1),
+    "slice with None": lambda m, y: torch.cat([y[None, :, 3:][0], y[:, None, :3][:, 0]], 1),
+    "open slice": lambda m, y: torch.cat([y[:, 5:100], y[:, :5]], 1),
+    "strided pixels": lambda m, y: F.interpolate(y[:, 2:, ::2, 1::2], scale_factor=2).repeat(1, 2, 1, 1)[:, 2:10],
+    "narrow": lambda m, y: torch.cat([y.narrow(1, 3, 5), torch.narrow(y, 1, 0, 3)], 1),
+    "narrow by keyword": lambda m, y: torch.cat([y.narrow(length=5, start=3, dim=1), y.narrow(1, 0, 3)], 1),
+    "pad": lambda m, y: F.pad(y, (0, 0, 0, 0, 2, 1))[:, 3:],
+    "pad by keyword": lambda m, y: torch.cat([F.pad(input=y[:, :4], pad=(0, 0, 0, 0, 1, 3), value=0.5)], 1),
+    "negative pad": lambda m, y: F.pad(y, (0, 0, 0, 0, -2, 2)),
+    "roll": lambda m, y: y.roll(3, 1),
+    "roll back": lambda m, y: torch.roll(y, shifts=(-2, 1), dims=(1, 2)),
+    "channel_shuffle": lambda m, y: F.channel_shuffle(y, 2),
+    "grouped": lambda m, y: F.conv2d(y, m.grouped, None, 1, 1, 1, 4),
+    "grouped by keyword": lambda m, y: F.conv2d(input=y, weight=m.grouped, groups=4, padding=1),
+    "transposed": lambda m, y: F.conv_transpose2d(y, m.grouped, padding=1, groups=4),
+    "layer_norm": lambda m, y: F.layer_norm(y.movedim(1, -1), (8,), m.vector).movedim(-1, 1),
+    "layer_norm by keyword": lambda m, y: F.layer_norm(input=y, normalized_shape=[8, y.shape[2], y.shape[3]]),
+    "rms_norm": lambda m, y: F.rms_norm(y.movedim(1, -1), [8], m.vector).movedim(-1, 1),
+    "group_norm": lambda m, y: F.group_norm(y, 4, m.vector),
+    "group_norm by keyword": lambda m, y: F.group_norm(y, num_groups=4, bias=m.vector),
+    "group_norm of places": lambda m, y: F.group_norm(y, 2, m.vector),
+    "slice assigned": _assigned,
+    "slice added to": _added_to,
+}
+"""The ways each family is written. A forward takes the network and `y` with 8 channels, and returns 8 channels."""
 
 
 def network(name: str) -> nn.Module:

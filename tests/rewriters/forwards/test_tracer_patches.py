@@ -1,4 +1,4 @@
-"""Torch is patched while forwards are followed, once for all of them, and is as before afterwards."""
+"""torch is patched while forwards are traced, and restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracing one module's own forward: control flow is guarded, sizes stay expressions, signatures stay."""
+"""Tracing a module's forward: control flow is guarded, sizes stay expressions, signatures stay."""
 
 from __future__ import annotations
 

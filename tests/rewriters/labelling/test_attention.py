@@ -1,4 +1,4 @@
-"""Attention in its forms: what dies is whole heads, and what stands beside them doesn't keep them."""
+"""Attention loses whole heads, and what is beside the heads doesn't keep them."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The channel map as a value: members, groups, graph, what is kept, and what kernels cost."""
+"""The channel map: members, groups, graph, kept channels, costs of kernels."""
 
 import copy
 import itertools

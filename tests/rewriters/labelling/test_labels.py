@@ -1,4 +1,4 @@
-"""Labels: connected components, and how layers of labels are kept small."""
+"""Labels: connected components, and layers of labels that stay small."""
 
 import itertools
 from math import prod

@@ -1,4 +1,4 @@
-"""Recording a forward: nothing is computed, nothing changes, and what cannot be recorded is named."""
+"""Capture computes nothing, changes nothing, and names what it can't record."""
 
 import copy
 

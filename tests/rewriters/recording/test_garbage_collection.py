@@ -1,4 +1,4 @@
-"""Prepare spares Python's collector of garbage what was there before, and leaves all as it was."""
+"""Prepare keeps the garbage collector off older objects, and restores its state."""
 
 from __future__ import annotations
 

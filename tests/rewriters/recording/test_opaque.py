@@ -1,4 +1,4 @@
-"""Modules whose forward can't be recorded stay as they are, and the rest of the model is slimmed."""
+"""Modules that can't be recorded stay as they are, and the rest of the model is slimmed."""
 
 import copy
 import random

@@ -1,4 +1,4 @@
-"""Leaves are those that pytree finds."""
+"""Leaves are those that torch's pytree finds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What forwards keep of earlier calls doesn't hide what it was computed from, and doesn't outlive it."""
+"""Tensors that a forward keeps from call to call hide no dependence, and are dropped after recording."""
 
 import copy
 import functools

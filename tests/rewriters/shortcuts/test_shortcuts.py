@@ -1,4 +1,4 @@
-"""Identity shortcuts are found by structure, replaced where they couple, and given back where they can be."""
+"""Identity shortcuts are found by structure, replaced where they couple, and restored where possible."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Branches that came to nothing are taken out, whatever the forward they are in is called with."""
+"""Dead branches are removed, whatever arguments their forward takes."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The slimming is carried out once before anything is trained: what refuses keeps its channels, nothing else does."""
+"""A dry run slims the model once before training: only calls that refuse it keep their channels."""
 
 from __future__ import annotations
 

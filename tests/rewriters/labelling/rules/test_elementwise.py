@@ -1,4 +1,4 @@
-"""What elementwise ops do to channels: those that meet live and die together."""
+"""Elementwise ops couple the channels that meet."""
 
 import operator
 

@@ -1,4 +1,4 @@
-"""What picking elements by tensors of indices does to channels: those that are not indexed survive."""
+"""Indexing by tensors: dimensions that are not indexed keep their labels."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What convolutions and matrix products do to channels: they are summed over, and new ones begin."""
+"""Convolutions and matrix products sum over channels and begin new ones."""
 
 import pytest
 import torch

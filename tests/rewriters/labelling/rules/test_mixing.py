@@ -1,4 +1,4 @@
-"""What reductions, softmax, pooling and norms do to channels."""
+"""Reductions, softmax, pooling and norms: the channels that they keep or pin."""
 
 import pytest
 import torch

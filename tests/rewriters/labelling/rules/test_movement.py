@@ -1,4 +1,4 @@
-"""What moving data does to channels: labels are moved as the data is."""
+"""Ops that move data move labels the same way."""
 
 import pytest
 import torch

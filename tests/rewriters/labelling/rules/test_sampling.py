@@ -1,4 +1,4 @@
-"""What sampling at computed positions does to channels: those of what is sampled go, positions keep their numbers."""
+"""Sampling at computed positions: channels of the sampled tensor can be removed, those of the positions stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What writing into tensors does to channels: what meets goes together, what is told by number stays."""
+"""Writing into tensors couples channels that meet, and pins channels that are known by number."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Forwards as they are written with einops: heads, patches, space to depth, pooling."""
+"""Forwards written with einops: heads, patches, space to depth, pooling."""
 
 from __future__ import annotations
 
