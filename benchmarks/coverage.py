@@ -7,10 +7,9 @@
     python -m benchmarks.coverage --method torch-pruning --out runs/peer.jsonl
 
 Each model is measured in a process of its own, with a limit on memory and on time, and gets one line of JSON. Models
-that are already in the output file are skipped. Weights and norms' statistics are random. Each process first runs a
-small model, so that imports and other one-time work are not charged to the measured model. Memory is as Linux reports
-it. The fields of a line are those of `benchmarks.coverage_model.Result`, or `peer` for the other method, with the cost
-of `prepare` beside it; `python -m benchmarks.coverage_table` writes docs/coverage.md from the lines of both methods.
+that are already in the output file are skipped. Weights and norms' statistics are random. The fields of a line are
+those of `benchmarks.coverage_model.Result`, or `peer` for the other method, with the cost of `prepare` beside it;
+`python -m benchmarks.coverage_table` writes docs/coverage.md from the lines of both methods.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from benchmarks.parts import append, lines
 from benchmarks.peer import torch_pruning
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["benchmarks.model_lists", "benchmarks.parts"])  # to import takes seconds
+PROCESSES.set_forkserver_preload(["benchmarks.model_lists", "benchmarks.parts"])  # imports take seconds
 
 PEER_SECONDS = 30
-"""Processor time that the peer may take for a model; some keep it for hours."""
+"""Limit on the peer's processor time for a model, in seconds; some models take it hours."""
 
 TURNS = 3
-"""How often the peer and `prepare` are timed in turn, where both can do a model."""
+"""How often the peer and `prepare` are timed in turn, if both can process a model."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ METHODS: dict[str, Callable[[Listed, Limits], dict[str, Any]]] = {
 
 
 def _measure_peer(one: Listed, out: Path) -> None:
-    """The peer's figures, and beside its seconds those that `prepare` takes in the same process: the least of turns."""
+    """The peer's figures, and the seconds of `prepare` in the same process: the least over all turns, for both."""
     model, example = small()
     torch_pruning(model, ((example,), {}))
     autogate.prepare(*small())

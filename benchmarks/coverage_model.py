@@ -1,7 +1,7 @@
-"""What is measured of one model, in a process of its own that `benchmarks.coverage` starts.
+"""Measurements of one model, in a process that `benchmarks.coverage` starts.
 
-The process sees a small model first: imports, and what else is done once, are charged to no model. Memory is read as
-Linux tells it.
+The process first runs a small model, so that imports and other one-time work are not charged to the measured model.
+Memory is as Linux reports it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ DEAD = 0.5
 """Share of the classes that die."""
 
 SEEDS = (0, 1, 2)
-"""FLOPs left are the mean of so many patterns; exactness is tried on the first."""
+"""Seeds of the patterns: FLOPs left are the mean over all, exactness is measured on the first."""
 
 FORKED = multiprocessing.get_context("fork")
 
 SINGLE, DOUBLE = 1e-5, 1e-10
-"""Differences of the outputs that float32 and float64 may have: float64 is tried where float32 has more."""
+"""Accepted differences of outputs in float32 and in float64. float64 is tried only if float32 exceeds its own."""
 
 
 @dataclass
@@ -100,7 +100,7 @@ def build(one: Listed, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, I
 
 
 def measure(one: Listed, prepare_only: bool = False) -> Iterator[Result]:
-    """The result as far as it is known, again after each step: the last one counts."""
+    """Yields the result as far as it is known, after each step; the last one counts."""
     result = Result(one.name, one.family, one.arguments, step="build")
     yield result
     autogate.prepare(*small())

@@ -57,5 +57,5 @@ def test_without_hooks_no_optimizer_moves_a_gate():
 
 def test_the_step_of_a_model_whose_gates_move_by_themselves_is_refused():
     model, _ = net(steps=10)
-    with pytest.raises(autogate.AutogateError, match="by themselves"):
+    with pytest.raises(autogate.AutogateError, match="already move"):
         autogate.step(model, lr=0.1)

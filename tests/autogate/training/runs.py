@@ -1,4 +1,4 @@
-"""A small training run, and watchers that note it or stop it."""
+"""A small training run, and callbacks that note it or stop it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Diary(Callback):
         self.moments: list[StepMetrics] = []
         self.ended = 0
 
-    def stepped(self, moment: StepMetrics) -> None:
-        self.moments.append(moment)
+    def stepped(self, metrics: StepMetrics) -> None:
+        self.moments.append(metrics)
 
     def evaluated(self, row: EpochRow) -> None:
         self.rows.append(row)

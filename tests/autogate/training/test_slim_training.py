@@ -21,8 +21,8 @@ def slim_early(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> RunF
     changes = everything(Images(str(pictures), workers=0))
     learning = dataclasses.replace(changes["learning"], epochs=4, amp=False)
     start(recipe(pictures, **{**changes, "learning": learning}), folder.path, callbacks=[diary])
-    (moment,), row = diary.moments, diary.rows[-1]
-    assert moment.step == 10 and (moment.flops, moment.live) == (row.flops, row.live)
+    (metrics,), row = diary.moments, diary.rows[-1]
+    assert metrics.step == 10 and (metrics.flops, metrics.live) == (row.flops, row.live)
     return folder
 
 
