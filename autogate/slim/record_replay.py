@@ -149,7 +149,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     Raises:
         AutogateError: it is another model, or its channels are coupled in another way.
     """
-    _check_tensors(model, slimming.tensors)
+    check_tensors(model, slimming.tensors)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
     options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
@@ -190,7 +190,8 @@ def _check_same(what: str, here: object, there: object) -> None:
         )
 
 
-def _check_tensors(model: nn.Module, wanted: Mapping[str, TensorSpec]) -> None:
+def check_tensors(model: nn.Module, wanted: Mapping[str, TensorSpec]) -> None:
+    """Raise unless a model's tensors have the names and shapes that a record has of them before the slimming."""
     different = first_difference(
         {name: spec.shape for name, spec in describe_tensors(model).items()},
         {name: spec.shape for name, spec in wanted.items()},
