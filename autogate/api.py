@@ -197,6 +197,7 @@ def step(model: nn.Module, *, lr: float) -> None:
     bank.step(lr)
 
 
+@locked
 def summary(model: nn.Module) -> Summary:
     """Summarise a prepared model: FLOPs, parameters and channels left, and what is pinned and why. Print the result.
 

@@ -91,6 +91,7 @@ def load(
     return model
 
 
+@locked
 def dense_model(path: str | os.PathLike[str], max_bytes: int | None = None) -> nn.Module:
     """Build the dense model that a file's slim model was made from, with random weights.
 
