@@ -1,4 +1,4 @@
-"""What holds around every verb: one model at a time, and the random number generators as they were.
+"""What holds around every verb: one model at a time, Ctrl-C where it is safe, random number generators as they were.
 
 Only one model is analysed or rewritten at a time, because PyTorch is patched meanwhile, for all threads. A verb draws
 random numbers (example inputs, weights of the dense model, layers to time), more of them if a cache is empty. The
@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from rewriters.interrupts import signals_held
 from rewriters.recording import random_numbers_kept
 
 P = ParamSpec("P")
@@ -24,7 +25,7 @@ _LOCK = threading.RLock()
 
 
 def locked(function: Callable[P, R]) -> Callable[P, R]:
-    """Make calls from several threads wait for each other, and restore all random number generators after a call.
+    """Make calls from several threads wait for each other; hold back Ctrl-C until it is safe; keep random numbers.
 
     Within `torch.inference_mode` they run as outside of it: parameters made in inference mode could not be trained.
     """
@@ -34,6 +35,7 @@ def locked(function: Callable[P, R]) -> Callable[P, R]:
         inferring = torch.is_inference_mode_enabled()
         with (
             _LOCK,
+            signals_held(),
             torch.inference_mode(False) if inferring else contextlib.nullcontext(),
             random_numbers_kept(_cuda_devices()),
         ):
