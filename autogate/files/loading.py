@@ -172,6 +172,9 @@ def _fill(
     for alias, name in header.aliases.items():
         if state[alias] is not state[name]:
             raise AutogateError(f"it shares its tensor with {name} in the file, but not in this model.", where=alias)
+    odd = next((name for name in header.buffers if name in state), None)
+    if odd is not None:
+        raise AutogateError("the file's header lists it among the buffers that are not in the state_dict.", where=odd)
     cast(model, header.buffers, undo_log)
     names = {id(tensor): name for name, tensor in reversed(state.items())}
     filled: dict[int, Tensor] = {}

@@ -150,6 +150,9 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
         AutogateError: it is another model, or its channels are coupled in another way.
     """
     check_tensors(model, slimming.tensors)
+    both = next((name for name in slimming.buffers if name in slimming.tensors), None)
+    if both is not None:
+        raise AutogateError("the record lists it twice, in the state_dict and outside of it.", where=both)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
     options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
