@@ -10,7 +10,7 @@ from torch import jit, nn
 from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
-from autogate.gating import BANK, GateBank, Progress, has_shards
+from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
@@ -197,6 +197,7 @@ def step(model: nn.Module, *, lr: float) -> None:
     bank.step(lr)
 
 
+@locked
 def summary(model: nn.Module) -> Summary:
     """Summarise a prepared model: FLOPs, parameters and channels left, and what is pinned and why. Print the result.
 
@@ -268,19 +269,14 @@ def finalize(
     origin: PrepareRecord = bank.origin
     given = None if example_inputs is None else as_call(example_inputs, model)
     inputs = origin.inputs_for(model) if given is None else fitted(given, model)
-    progress = bank.progress()
+    missed = _missed(bank)
+    if warn and missed:  # before anything is done: the caller may have turned warnings into errors
+        warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
     before = _parameters(model)
     done = slim_verified(model, bank, inputs)
     replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
     for one in optimizers:
         replace_parameters(one, replacements)
-    missed = _missed(progress, bank.schedule.tolerance)
-    if warn and missed:
-        warnings.warn(
-            f"finalized before the budget was met, after {progress.step} of {progress.steps} steps: {missed}",
-            BudgetNotMetWarning,
-            stacklevel=3,
-        )
     return model
 
 
@@ -288,14 +284,17 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _missed(progress: Progress, tolerance: float) -> str:
-    """The shares that miss their targets, in words; a settled run may end above them by `tolerance`."""
-    above = tolerance if progress.settled else 0.0
-    return " and ".join(
+def _missed(bank: GateBank) -> str:
+    """The shares that miss their targets, in words; a settled run may end above them by the schedule's tolerance."""
+    progress = bank.progress()
+    above = bank.schedule.tolerance if progress.settled else 0.0
+    missed = " and ".join(
         f"{share:.1%} of the {name} are left, the target is {progress.targets[name]:.1%}"
         for name, share in progress.shares.items()
         if share > progress.targets[name] + above
     )
+    when = f"finalized before the budget was met, after {progress.step} of {progress.steps} steps"
+    return f"{when}: {missed}" if missed else ""
 
 
 def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+LONGEST = 4000
+"""Characters of each part of a message; what is longer loses its middle."""
+
 
 class AutogateError(RuntimeError):
     """A model, an argument or a state that autogate cannot work with.
@@ -15,9 +18,14 @@ class AutogateError(RuntimeError):
     """
 
     def __init__(self, cause: str, *, where: str = "", remedy: str = ""):
-        self.cause, self.where, self.remedy = cause, where, remedy
-        message = f"{where}: {cause}" if where else cause
-        super().__init__(f"{message} {remedy}".rstrip())
+        self.cause, self.where, self.remedy = _shortened(cause), _shortened(where), _shortened(remedy)
+        message = f"{self.where}: {self.cause}" if where else self.cause
+        super().__init__(f"{message} {self.remedy}".rstrip())
+
+
+def _shortened(text: str) -> str:
+    """A text without its middle, if it is longer than anyone reads: the repr of a user's object, say."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 500]} [...] {text[-500:]}"
 
 
 class CaptureError(AutogateError):

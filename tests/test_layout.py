@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = {
     "rewriters": [
         "shortcuts", "slimming", "analysis", "cross_channel", "forwards", "labelling", "outputs", "recording",
-        "undo_log", "errors",
+        "undo_log", "interrupts", "errors",
     ],
     "autogate": [
         "cli", "reporting", "training", "demo", "api", "inspection", "files", "slim", "gating", "methods", "steering",

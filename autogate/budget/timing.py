@@ -23,6 +23,7 @@ from torch.utils.benchmark import Timer
 
 from autogate.inputs import Inputs
 from rewriters import fields_after, samples_in
+from rewriters.interrupts import let_signals_in
 
 Layer = nn.modules.conv._ConvNd | nn.Linear
 
@@ -145,6 +146,7 @@ class Timings:
 
     def layer(self, layer: Layer, widths: Sequence[int], whole_groups: bool, x: Tensor) -> float:
         """Seconds of a layer with a kernel of other widths, on an input like `x` with as many channels as it takes."""
+        let_signals_in()
         like = narrowed(layer, widths, whole_groups)
         channels, dim = (
             (like.in_features, x.ndim - 1)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from autogate.files.atomic_write import atomic_write
 from autogate.inputs import Inputs
+from autogate.lock import locked
 from autogate.slim import History, history_of, read_inputs
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
 from rewriters.outputs import full_precision
@@ -57,6 +58,7 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
     return tree_map_only(Tensor, like, inputs)
 
 
+@locked
 def to_torch_export(slim: nn.Module, path: Path, side: int | None = None) -> float:
     """Write a slim model in eval mode as a torch.export program, for batches of any size.
 
@@ -79,6 +81,7 @@ def to_torch_export(slim: nn.Module, path: Path, side: int | None = None) -> flo
         return _compare(slim, side, path, lambda args, kwargs: loaded(*args, **kwargs))
 
 
+@locked
 def to_onnx(slim: nn.Module, path: Path, side: int | None = None) -> float:
     """Write a slim model in eval mode as an ONNX file, for batches of any size.
 

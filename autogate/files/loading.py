@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from autogate.files.file_format import Header, read_file
+from autogate.files.memory_limit import check_dense_model, check_inputs, default_limit
 from autogate.files.timm_builds import build_with_timm
 from autogate.gating import BANK
 from autogate.inputs import Inputs, as_call
@@ -44,6 +45,7 @@ def load(
     *,
     example_inputs: Any = None,
     device: torch.device | str | None = None,
+    max_bytes: int | None = None,
 ) -> nn.Module:
     """Read the slim model from a file that `save` wrote.
 
@@ -57,58 +59,73 @@ def load(
             and returned. If None, timm builds it.
         example_inputs: inputs that the model can be run on, as for `prepare`. Needed only if the file says so.
         device: device of the loaded model. If None, the device of `model`, or the CPU if there is none.
+        max_bytes: how many bytes the dense model that timm builds may take, and so may the example inputs. A file that
+            asks for more is refused before memory is taken. If None, a hundred times the file's size, and at least
+            1 GiB.
 
     Raises:
-        AutogateError: the file is truncated, altered, or not one that `save` wrote; it needs `model` or
-            `example_inputs`; `model` is not the model that was slimmed; or its code or autogate's has changed too much
-            since. The message says which part is wrong. A model that you passed is left as it was.
+        AutogateError: the file is truncated, altered, or not one that `save` wrote; it needs `model`, `example_inputs`
+            or more memory than `max_bytes`; `model` is not the model that was slimmed; or its code or autogate's has
+            changed too much since. The message says which part is wrong. A model that you passed is left as it was.
         FileNotFoundError: there is no such file.
     """
     header, tensors = read_file(Path(path))
+    limit = default_limit(Path(path).stat().st_size) if max_bytes is None else max_bytes
     if model is None:
-        model = _built(header, path)
+        model = _built(header, path, limit)
     elif history_of(model) is not None or BANK in model._modules:
         raise AutogateError(
             "it is already prepared or slim.", where=type(model).__name__, remedy="Pass the dense model."
         )
     undo_log = UndoLog()
     try:
+        if example_inputs is None:
+            check_inputs(header, limit, model)
         _slim_again(model, header, example_inputs, undo_log)
         _fill(model, header, tensors, device, undo_log)
     except BaseException as error:
         undo_log.undo()
         if isinstance(error, Exception):
-            raise _not_carried_out(error, header, model, path) from error
+            raise _not_carried_out(error, header, type(model).__name__, path) from error
         raise
     return model
 
 
-def dense_model(path: str | os.PathLike[str]) -> nn.Module:
+@locked
+def dense_model(path: str | os.PathLike[str], max_bytes: int | None = None) -> nn.Module:
     """Build the dense model that a file's slim model was made from, with random weights.
+
+    Args:
+        path: path of the file.
+        max_bytes: how many bytes the model may take, as for `load`.
 
     Raises:
         AutogateError: the file can't be read (see `load`), or doesn't say how to build the model.
     """
     header, _ = read_file(Path(path))
-    return _built(header, path)
+    return _built(header, path, default_limit(Path(path).stat().st_size) if max_bytes is None else max_bytes)
 
 
-def _built(header: Header, path: str | os.PathLike[str]) -> nn.Module:
+def _built(header: Header, path: str | os.PathLike[str], limit: int) -> nn.Module:
     if header.build is None:
         raise AutogateError(
             f"it doesn't say how to build the dense {header.model}: {header.why_not}.",
             where=str(path),
             remedy="Pass the dense model: autogate.load(path, model=...).",
         )
+    try:
+        check_dense_model(header, limit)
+    except AutogateError as error:
+        raise _not_carried_out(error, header, header.model, path) from error
     return build_with_timm(header.build)
 
 
-def _not_carried_out(error: Exception, header: Header, model: nn.Module, path: str | os.PathLike[str]) -> AutogateError:
+def _not_carried_out(error: Exception, header: Header, model: str, path: str | os.PathLike[str]) -> AutogateError:
     written = ", ".join(f"{name} {version}" for name, version in header.versions.items())
     place = f"(file {path}, written with {written})"
     if isinstance(error, AutogateError):
         return AutogateError(f"{error.cause} {place}", where=error.where, remedy=error.remedy)
-    return AutogateError(f"it can't be slimmed as the file says: {error} {place}", where=type(model).__name__)
+    return AutogateError(f"it can't be slimmed as the file says: {error} {place}", where=model)
 
 
 def _slim_again(model: nn.Module, header: Header, example_inputs: Any, undo_log: UndoLog) -> None:
@@ -155,6 +172,9 @@ def _fill(
     for alias, name in header.aliases.items():
         if state[alias] is not state[name]:
             raise AutogateError(f"it shares its tensor with {name} in the file, but not in this model.", where=alias)
+    odd = next((name for name in header.buffers if name in state), None)
+    if odd is not None:
+        raise AutogateError("the file's header lists it among the buffers that are not in the state_dict.", where=odd)
     cast(model, header.buffers, undo_log)
     names = {id(tensor): name for name, tensor in reversed(state.items())}
     filled: dict[int, Tensor] = {}

@@ -16,6 +16,7 @@ from autogate.files.atomic_write import atomic_write
 from autogate.files.file_format import Header, checksum, metadata_of
 from autogate.files.timm_builds import find_timm_build
 from autogate.gating import BANK
+from autogate.lock import locked
 from autogate.slim import (
     History,
     describe_buffers,
@@ -31,6 +32,7 @@ from rewriters.forwards import RewrittenForward
 from rewriters.slimming import tensor_slots
 
 
+@locked
 def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[str, Any] | None = None) -> None:
     """Write a slim model to a safetensors file, from which `load` restores it to the last bit.
 

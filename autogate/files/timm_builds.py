@@ -40,21 +40,51 @@ def build_with_timm(how: TimmBuild) -> nn.Module:
     Raises:
         AutogateError: timm has no such model, or can't build it with these arguments.
     """
-    where = f"timm.create_model({how.name!r})"
+    _check_allowed(how)
+    try:
+        return _created(how)
+    except Exception as error:  # timm's entry points raise errors of all kinds
+        reason = str(error)[:1000]
+        raise AutogateError(f"timm can't build it with {dict(how.arguments)}: {reason}", where=_place(how)) from error
+
+
+def outline_with_timm(how: TimmBuild) -> nn.Module | None:
+    """Build the dense model on the meta device: its modules and shapes, without values and without memory for them.
+
+    Returns:
+        The model; None if its constructor can't run there, because it asks for a value. All of timm's can; a model that
+        you registered might not.
+
+    Raises:
+        AutogateError: timm has no such model, or arguments are not allowed.
+    """
+    _check_allowed(how)
+    try:
+        with torch.device("meta"):
+            return _created(how)
+    except Exception:  # then building it for real tells what is wrong, if anything is
+        return None
+
+
+def _place(how: TimmBuild) -> str:
+    return f"timm.create_model({how.name!r})"
+
+
+def _check_allowed(how: TimmBuild) -> None:
     if any(sign in how.name for sign in ":/\\") or not timm.is_model(how.name):
-        raise AutogateError(f"timm {timm.__version__} has no model with this name.", where=where)
+        raise AutogateError(f"timm {timm.__version__} has no model with this name.", where=_place(how))
     for name in how.arguments:
         if name.startswith(_WEIGHTS_FROM_ELSEWHERE):
             raise AutogateError(
                 f"the argument {name!r} is not allowed: it makes timm read weights or configurations from elsewhere.",
-                where=where,
+                where=_place(how),
             )
-    try:
-        with torch.random.fork_rng(devices=[]):  # a save in the middle of a run leaves its random numbers alone
-            arguments: dict[str, Any] = dict(how.arguments)
-            return timm.create_model(how.name, pretrained=False, **arguments)
-    except Exception as error:  # timm's entry points raise errors of all kinds
-        raise AutogateError(f"timm can't build it with {dict(how.arguments)}: {error}", where=where) from error
+
+
+def _created(how: TimmBuild) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # a save in the middle of a run leaves its random numbers alone
+        arguments: dict[str, Any] = dict(how.arguments)
+        return timm.create_model(how.name, pretrained=False, **arguments)
 
 
 def find_timm_build(

@@ -7,11 +7,11 @@ It can't express other layers that change their width, or forwards that change.
 
 from __future__ import annotations
 
-import torch
 from timm.models import adapt_model_from_string
 from torch import nn
 
 from autogate.files.timm_builds import build_with_timm, find_timm_build
+from autogate.lock import locked
 from autogate.slim import describe_tensors, first_difference, history_of
 from autogate.wrappers import unwrap
 from rewriters import AutogateError
@@ -20,6 +20,7 @@ from rewriters.forwards import RewrittenForward
 _BETWEEN = "***"
 
 
+@locked
 def to_timm_text(slim: nn.Module, dense: nn.Module | None = None) -> str:
     """Write the shapes of a slim model as the text that `timm.models.adapt_model_from_string(dense, text)` reads.
 
@@ -57,8 +58,7 @@ def to_timm_text(slim: nn.Module, dense: nn.Module | None = None) -> str:
             )
     text = _BETWEEN.join(f"{name}:{list(tensor.shape)}" for name, tensor in slim.state_dict().items())
     try:
-        with torch.random.fork_rng(devices=[]):
-            narrow = adapt_model_from_string(_dense(slim) if dense is None else dense, text)
+        narrow = adapt_model_from_string(_dense(slim) if dense is None else dense, text)
     except AutogateError:
         raise
     except Exception as error:  # such as a layer that lacks a tensor timm expects

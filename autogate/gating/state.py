@@ -141,11 +141,17 @@ class BankBuffers(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         layout = state_dict.get(f"{prefix}layout")
-        if layout is not None and round(float(layout)) != round(float(self.layout)):
-            error_msgs.append(
-                f"{prefix.rstrip('.')}: these gates belong to another model, or to this one prepared in another way "
-                "(other inputs, `ignore`, `shortcuts` or `embed`). Prepare it as for the checkpoint's run."
+        if layout is not None and not abs(float(layout) - float(self.layout)) < 0.5:  # infinite if cast to half
+            wrong = (
+                "these gates belong to another model, or to this one prepared in another way (other inputs, `ignore`, "
+                "`shortcuts` or `embed`). Prepare it as for the checkpoint's run."
             )
+            if layout.dtype != self.layout.dtype:
+                wrong = (
+                    f"the checkpoint's gates were cast to {layout.dtype}, which can't hold their state. Load the "
+                    "checkpoint as it was saved."
+                )
+            error_msgs.append(f"{prefix.rstrip('.')}: {wrong}")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -149,7 +149,10 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     Raises:
         AutogateError: it is another model, or its channels are coupled in another way.
     """
-    _check_tensors(model, slimming.tensors)
+    check_tensors(model, slimming.tensors)
+    both = next((name for name in slimming.buffers if name in slimming.tensors), None)
+    if both is not None:
+        raise AutogateError("the record lists it twice, in the state_dict and outside of it.", where=both)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
     options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
@@ -190,7 +193,8 @@ def _check_same(what: str, here: object, there: object) -> None:
         )
 
 
-def _check_tensors(model: nn.Module, wanted: Mapping[str, TensorSpec]) -> None:
+def check_tensors(model: nn.Module, wanted: Mapping[str, TensorSpec]) -> None:
+    """Raise unless a model's tensors have the names and shapes that a record has of them before the slimming."""
     different = first_difference(
         {name: spec.shape for name, spec in describe_tensors(model).items()},
         {name: spec.shape for name, spec in wanted.items()},

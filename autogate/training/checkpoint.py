@@ -1,4 +1,6 @@
-"""Checkpoints: everything that resuming a run needs, in torch's format, read without pickled code.
+"""Checkpoints: everything that resuming a run needs, in torch's format, with a checksum, read without pickled code.
+
+The checkpoint before the newest is kept beside it. It is taken, with a warning, if the newest is damaged.
 
 A checkpoint has no random number states. Before each batch all generators are seeded from the place in the run instead
 (see `autogate.training.learning.seed_at`).
@@ -6,20 +8,23 @@ A checkpoint has no random number states. Before each batch all generators are s
 
 from __future__ import annotations
 
-import pickle
+import os
+import shutil
+import tempfile
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from autogate.files import atomic_write
 from autogate.training.run_folder import RunInfo, from_json, to_json
+from autogate.training.tensor_files import read_tensors, write_tensors
 from rewriters import AutogateError
 
-FORMAT = 2
+FORMAT = 3
 _STATES = ("model", "optimizer", "scaler", "ema", "gates")
+_OPTIONAL = ("scaler", "ema", "gates")
 _ENTRIES = {"format", "run", "position", *_STATES}
 
 
@@ -65,53 +70,92 @@ class Checkpoint:
     gates: Mapping[str, Any] | None
 
 
-def write_tensors(value: Any, path: Path) -> None:
-    """Write tensors and plain values in torch's format, completely or not at all.
-
-    Raises:
-        AutogateError: the file could not be written.
-    """
-    with atomic_write(path) as temporary:
-        try:
-            torch.save(value, temporary)
-        except RuntimeError as error:  # what torch raises for a full disk
-            raise OSError(str(error).splitlines()[0]) from error
-
-
-def read_tensors(path: Path) -> Any:
-    """Read a file that `write_tensors` wrote. Other pickles are refused.
-
-    Raises:
-        AutogateError: the file is damaged, or not such a file.
-        FileNotFoundError: there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise AutogateError(
-            f"it is damaged, or not a checkpoint: {(str(error).strip().splitlines() or ['empty'])[0]}",
-            where=str(path),
-        ) from error
-
-
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint; see `write_tensors`."""
+    """Write a checkpoint, and keep the one that was there as the previous one.
+
+    Raises:
+        AutogateError: the file could not be written; the checkpoints that were there are as they were.
+    """
     found = {name: getattr(checkpoint, name) for name in _STATES}
     plain = {"format": FORMAT, "run": to_json(checkpoint.info), "position": asdict(checkpoint.position)}
-    write_tensors({**plain, **found}, path)
+    with atomic_write(path) as temporary:  # whole before the previous checkpoint goes
+        write_tensors({**plain, **found}, temporary)
+        if path.is_file():
+            _keep(path, previous_checkpoint(path))
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"previous-{path.name}")
+
+
+def _keep(path: Path, other: Path) -> None:
+    """Make `other` the same file as `path`, without a moment in which either is missing."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        second = Path(folder) / path.name
+        try:
+            os.link(path, second)
+        except OSError:  # some file systems have no hard links
+            shutil.copy2(path, second)
+        os.replace(second, other)
+
+
+def load_newest(path: Path) -> tuple[Checkpoint, Path]:
+    """Read the checkpoint at `path`; the previous one, with a warning, if the file is damaged or missing.
+
+    Returns:
+        The checkpoint, and the file that it is from.
+
+    Raises:
+        AutogateError: both are damaged; the error is the one of the newest.
+        FileNotFoundError: there is none.
+
+    Warns:
+        UserWarning: the previous checkpoint is used.
+    """
+    try:
+        return load_checkpoint(path), path
+    except (AutogateError, FileNotFoundError) as error:
+        previous = previous_checkpoint(path)
+        try:
+            found = load_checkpoint(previous)
+        except (AutogateError, FileNotFoundError):
+            raise error from None
+        warnings.warn(
+            f"{str(error).rstrip('.')}. The checkpoint before it is taken instead: {previous.name}, epoch "
+            f"{found.position.epoch}, step {found.position.step}.",
+            stacklevel=2,
+        )
+        return found, previous
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        AutogateError, FileNotFoundError: see `read_tensors`.
+        AutogateError, FileNotFoundError: see `read_tensors`; or it is not a checkpoint, or one of another version.
     """
     found = read_tensors(path)
     if not isinstance(found, dict) or set(found) != _ENTRIES or found["format"] != FORMAT:
         raise AutogateError("it is not a checkpoint that this version of autogate train wrote.", where=str(path))
+    if not isinstance(found["run"], str) or not _is_position(found["position"]):
+        raise AutogateError(
+            f"its {'position' if isinstance(found['run'], str) else 'run'} can't be read.", where=str(path)
+        )
+    for name in _STATES:
+        if not isinstance(found[name], dict) and not (name in _OPTIONAL and found[name] is None):
+            raise AutogateError(
+                f"its {name} is of type {type(found[name]).__name__}, not a state_dict.", where=str(path)
+            )
     info = from_json(RunInfo, found["run"], str(path))
     state = {name: found[name] for name in _STATES}
     return Checkpoint(info, Position(**found["position"]), **state)
+
+
+def _is_position(found: Any) -> bool:
+    """Whether these are the fields of a `Position`, with values that it can have."""
+    if not isinstance(found, dict) or found.keys() != {field.name for field in fields(Position)}:
+        return False
+    counts = all(type(found[name]) is int and found[name] >= 0 for name in ("epoch", "batch", "step"))
+    numbers = all(type(found[name]) in (int, float) for name in ("loss", "seconds"))
+    return counts and numbers and type(found["lr"]) in (int, float, type(None))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autogate.files import save
-from autogate.training.checkpoint import load_checkpoint
+from autogate.training.checkpoint import load_checkpoint, load_newest
 from autogate.training.finalize_run import finalize_run, finalize_run_again
 from autogate.training.network import build_network, with_gates
 from autogate.training.run_folder import Result, RunFolder
@@ -24,7 +24,8 @@ class FinalizedCheckpoint:
 def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpoint:
     """Remove the dead channels from a run's model as it is in the checkpoint, if they aren't removed yet, and save it.
 
-    If the run averages its weights, the average is used. The run can be resumed afterwards.
+    If the run averages its weights, the average is used. The run can be resumed afterwards. If the newest checkpoint of
+    a run's folder is damaged, the one before it is taken, with a warning. A file that is named is taken or refused.
 
     Args:
         path: path of a checkpoint or of a run's folder.
@@ -40,8 +41,9 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpo
     folder = RunFolder(path if path.is_dir() else path.parent)
     if path.is_dir():
         folder.info()  # raises if there is no run
-        path = folder.checkpoint_file
-    found = load_checkpoint(path)
+        found, path = load_newest(folder.checkpoint_file)
+    else:
+        found = load_checkpoint(path)
     info, recipe = found.info, found.info.recipe
     model = build_network(recipe.network, info.num_classes, weights=False)
     model = with_gates(model, recipe.budget, info.input_size, info.steps)

@@ -4,6 +4,7 @@ run.json            the recipe, and what it means for this model and this data (
 metrics.csv         one row per epoch (EpochRow)
 gates.jsonl         one line per epoch: histogram of the gates, widths of all layers (GateRow)
 last.pt             the checkpoint to resume from
+previous-last.pt    the one before it, in case that is damaged
 dense.pt            the teacher's weights, if the run distills
 slim.safetensors    the slim model, as autogate.save writes it
 result.json         the result for the slim model (Result)

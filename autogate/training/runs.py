@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autogate.training.callbacks import Callback
-from autogate.training.checkpoint import Position, load_checkpoint, read_tensors, write_tensors
+from autogate.training.checkpoint import Position, load_newest
 from autogate.training.data import find_data
 from autogate.training.distributed import World
 from autogate.training.learning import seed_at
@@ -15,6 +16,7 @@ from autogate.training.loop import Loop, Stop
 from autogate.training.network import build_network
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import Result, RunFolder
+from autogate.training.tensor_files import read_tensors, write_tensors
 from rewriters import AutogateError
 
 
@@ -64,8 +66,11 @@ def resume(
             of workers draws other random crops.
 
     Raises:
-        AutogateError: as for `start`; or there is no run or no checkpoint, or it doesn't fit the data or the number of
-            processes.
+        AutogateError: as for `start`; or there is no run or no checkpoint, or it is damaged and so is the one before
+            it, or it doesn't fit the data or the number of processes.
+
+    Warns:
+        UserWarning: the newest checkpoint is damaged; the run goes on from the one before it.
     """
     world, folder = world or World(), RunFolder(path)
     info = folder.info()
@@ -78,11 +83,13 @@ def resume(
             where=str(path),
             remedy="Resume with the same number of processes.",
         )
-    if not folder.checkpoint_file.is_file():
+    try:
+        found, file = load_newest(folder.checkpoint_file)
+    except FileNotFoundError as error:
         raise AutogateError(
             "the run has no checkpoint yet.", where=str(path), remedy="Delete the folder and start the run again."
-        )
-    found, recipe = load_checkpoint(folder.checkpoint_file), change(info.recipe)
+        ) from error
+    recipe = change(info.recipe)
     seed_at(recipe.seed)
     data = find_data(recipe.images)
     model = build_network(recipe.network, info.num_classes, weights=False).to(world.device)
@@ -102,4 +109,6 @@ def resume(
     if world.main:
         folder.rewind(found.position.epoch)
     world.wait()
+    if world.main and file != folder.checkpoint_file:  # else the damaged one would become the previous one
+        os.replace(file, folder.checkpoint_file)
     return loop.run(found.position, callbacks, stop)

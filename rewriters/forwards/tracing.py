@@ -27,6 +27,7 @@ from rewriters.errors import TraceError
 from rewriters.forwards.proxies import ValueProxy, ValueTracer
 from rewriters.forwards.rewritten_forward import guard, own_forward
 from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
+from rewriters.interrupts import let_signals_in
 from rewriters.labelling import Labelled, Labelling
 from rewriters.labelling.rules import Findings, OpCall, elementwise
 from rewriters.recording import (
@@ -327,6 +328,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     Raises:
         TraceError: torch.fx cannot trace the forward; the message says why.
     """
+    let_signals_in()
     tracer = _Tracer(captured, call, labelling, known)
     try:
         with attributes_preserved(module.modules()), random_numbers_kept(), followed(tracer):

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
+from rewriters.interrupts import let_signals_in
 from rewriters.recording.error_messages import explain, why_unrecordable
 from rewriters.recording.meta_kernels import fakify
 from rewriters.recording.opaque import (
@@ -133,6 +134,7 @@ def capture(
     """
     known, run = dict(opaque or {}), None
     while True:
+        let_signals_in()
         try:
             return _record(model, args, kwargs or {}, known)
         except _Unrecordable as failure:

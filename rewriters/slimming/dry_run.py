@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from rewriters.analysis import Analysis, pin_call, samples_in, trace_calls, trial_pattern
 from rewriters.errors import AutogateError, SurgeryError
+from rewriters.interrupts import let_signals_in
 from rewriters.recording import (
     MetaMode,
     Opaque,
@@ -76,6 +77,7 @@ def _refusal(
     model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[str, Exception] | None:
     """The path of the module that fails in the dry run, with its error; None if none does."""
+    let_signals_in()
     undo_log = UndoLog()
     modes = set_modes(model, False)
     try:

@@ -97,6 +97,14 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "branches": (lambda header: header["slimmings"][0].update(branches={"0": [True]}), "the set of removed branches"),
     "no slimming": (lambda header: header.update(slimmings=[]), "lists no slimming"),
     "alias": (lambda header: header["aliases"].update({"0.bias": "0.weight"}), "0.bias shares the tensor"),
+    "a parameter as a buffer": (
+        lambda header: header["buffers"].update({"3.weight": "int64"}),
+        "3.weight: the file's header lists it among the buffers",
+    ),
+    "a parameter as a buffer of the dense model": (
+        lambda header: header["slimmings"][0]["buffers"].update({"3.weight": "int64"}),
+        "3.weight: the record lists it twice",
+    ),
     "no tensor": (lambda header: header["tensors"].pop("0.weight"), "tensor 0.weight is only in its tensors"),
     "checksum": (
         lambda header: header["tensors"].update({"3.bias": ""}),

@@ -145,6 +145,14 @@ def test_compiled_forward_neither_breaks_nor_recompiles():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gates_that_were_cast_are_refused(dtype: torch.dtype):
+    model = autogate.prepare(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), torch.randn(2, 3, 8, 8))
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f"autogate: the checkpoint's gates were cast to {dtype}"):
+        model.load_state_dict(cast)
+
+
 def test_gates_of_another_layout_are_not_loaded():
     model, example = prepared(steps=40)
     torch.manual_seed(0)

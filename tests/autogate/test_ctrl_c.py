@@ -1,0 +1,14 @@
+"""Ctrl-C within a verb leaves the model as it was or the work done, and PyTorch as it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.interrupts import counts
+
+
+@pytest.mark.parametrize("verb", ["prepare", "finalize", "load"])
+def test_nothing_is_broken(verb: str):
+    found = counts(verb, 12)
+    assert found["as it was"] + found["done and whole"] == 12
+    assert found["as it was"] > 0
