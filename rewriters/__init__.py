@@ -15,7 +15,7 @@ from rewriters.labelling import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, St
 from rewriters.shortcuts import Shortcut, replace_shortcuts, restore
 from rewriters.slimming import Decisions, SlimPlan, apply, dry_run, fields_after, plan
 from rewriters.undo_log import UndoLog
-from rewriters.verify import relative_error, run_eval
+from rewriters.verify import Outputs, relative_error, run_eval
 
 __all__ = [
     "ALWAYS",
@@ -26,6 +26,7 @@ __all__ = [
     "Decisions",
     "Group",
     "Kernel",
+    "Outputs",
     "Pin",
     "Shortcut",
     "Side",

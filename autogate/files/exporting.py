@@ -15,7 +15,7 @@ from autogate.files.atomic_write import atomic_write
 from autogate.inputs import Inputs
 from autogate.slim import History, history_of, read_inputs
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
-from rewriters.recording import tensors_of
+from rewriters.recording import generators_kept, tensors_of
 from rewriters.verify import full_precision
 
 TOLERANCE = 1e-4
@@ -142,7 +142,7 @@ def _compare(slim: nn.Module, side: int | None, path: Path, run: Callable[[Any, 
     for batch in (2, 3):
         args, kwargs = inputs_of(slim, batch, side)
         wanted = run_eval(slim, args, kwargs)
-        with full_precision():
+        with full_precision(), generators_kept(slim, args, kwargs):  # both draw the same random numbers
             got = tensors_of(run(args, kwargs))
         worst = max(worst, relative_error(got, [leaf.cpu() for leaf in wanted] if _on_cpu(got) else wanted))
     if not worst <= TOLERANCE:

@@ -25,11 +25,10 @@ from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, s
 from autogate.wrappers import unwrap_accelerate
 from rewriters import (
     AutogateError,
+    Outputs,
     Shortcut,
     UndoLog,
     VerificationError,
-    relative_error,
-    run_eval,
 )
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -90,7 +89,7 @@ def _slim_compared(
     undo_log = UndoLog()
     try:
         unwrap_accelerate(model, undo_log)
-        wanted = run_eval(model, *inputs)
+        wanted = Outputs.of(model, *inputs)
         undo_log.remove(model._modules, BANK)
         undo_log.remove(model._forward_pre_hooks, bank.hook.id)
         done = _slim(model, bank, undo_log)
@@ -139,7 +138,7 @@ def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
 def verify(
     model: nn.Module,
     inputs: Inputs,
-    wanted: list[Tensor],
+    wanted: Outputs,
     what: str,
     tolerance: Mapping[torch.dtype, float] = TOLERANCE,
 ) -> None:
@@ -155,8 +154,8 @@ def verify(
     Raises:
         VerificationError: the outputs differ by more.
     """
-    error = relative_error(run_eval(model, *inputs), wanted)
-    allowed = max((tolerance.get(value.dtype, 0.0) for value in wanted), default=0.0)
+    allowed = max((tolerance.get(value.dtype, 0.0) for value in wanted.values), default=0.0)
+    error = wanted.error(model, *inputs, allowed)
     if not error <= allowed:
         raise VerificationError(
             f"the outputs of {what} differ by {error:.1e} of their size, more than {allowed:.0e}; "

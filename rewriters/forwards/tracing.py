@@ -35,9 +35,10 @@ from rewriters.recording import (
     all_tensors,
     attributes_preserved,
     constant,
+    generators_kept,
+    is_draw,
     leaves_of,
     only_restrides,
-    random_numbers_kept,
     reshapes_in_place,
     run_on_fakes,
     tensors_of,
@@ -197,6 +198,7 @@ class _Tracer(ValueTracer):
         with torch.no_grad(), self._captured.mode, log:
             value = run_call(node.op, node.target, node.args, node.kwargs, _value_of)
         node.meta["ops"] = [op for op, *_ in log.calls]
+        node.meta["draws"] = any(is_draw(op, args, kwargs) for op, args, kwargs, _ in log.calls)
         findings = self._labelling.findings.apart()
         same: dict[int, Tensor] = {}
         for call in log.calls:
@@ -329,7 +331,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     """
     tracer = _Tracer(captured, call, labelling, known)
     try:
-        with attributes_preserved(module.modules()), random_numbers_kept(), followed(tracer):
+        with attributes_preserved(module.modules()), generators_kept(module), followed(tracer):
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error
