@@ -203,7 +203,9 @@ class _Tracer(ValueTracer):
         same: dict[int, Tensor] = {}
         for call in log.calls:
             self._label(*call, findings, same)
-        node.meta["val"] = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
+        if same:  # pytree makes a tuple of a torch.Size
+            value = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
+        node.meta["val"] = value
         node.meta["statistics"] = findings.statistics
 
     def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings, same: dict[int, Tensor]) -> None:
