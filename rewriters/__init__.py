@@ -15,7 +15,7 @@ from rewriters.labelling import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, St
 from rewriters.shortcuts import Shortcut, replace_shortcuts, restore
 from rewriters.slimming import Decisions, SlimPlan, apply, dry_run, fields_after, plan
 from rewriters.undo_log import UndoLog
-from rewriters.verify import Outputs, relative_error, run_eval
+from rewriters.verify import Outputs, relative_error, rounding_errors, run_eval
 
 __all__ = [
     "ALWAYS",
@@ -43,6 +43,7 @@ __all__ = [
     "relative_error",
     "replace_shortcuts",
     "restore",
+    "rounding_errors",
     "run_eval",
     "samples_in",
     "write_live",

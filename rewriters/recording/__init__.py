@@ -12,6 +12,7 @@ from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubb
 from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors_at, tensors_of
 from rewriters.recording.random_draws import OneNumber, is_draw
 from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
+from rewriters.recording.rounding import OtherRounding
 from rewriters.recording.side_effects import (
     attributes_preserved,
     drop_caches,
@@ -27,6 +28,7 @@ __all__ = [
     "ModuleCall",
     "OneNumber",
     "Opaque",
+    "OtherRounding",
     "all_tensors",
     "args_of",
     "attributes_preserved",
