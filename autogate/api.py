@@ -32,7 +32,7 @@ from autogate.slim import (
 )
 from autogate.steering import DEFAULT_STEPS, Schedule
 from autogate.wrappers import is_wrapped, unwrap
-from rewriters import AutogateError, Shortcut, UndoLog, run_eval
+from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -311,7 +311,7 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
-    wanted = run_eval(model, *options.inputs)
+    wanted = Outputs.of(model, *options.inputs)
     replaced = add_shortcut_convolutions(model, options, undo_log)
     if not replaced:
         warnings.warn(

@@ -12,7 +12,7 @@ from rewriters.analysis import Analysis, analyse, samples_in
 from rewriters.cross_channel import write_live
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.labelling import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
-from rewriters.outputs import relative_error, run_eval
+from rewriters.outputs import Outputs, relative_error, rounding_errors, run_eval
 from rewriters.shortcuts import Shortcut, replace_shortcuts, restore
 from rewriters.slimming import Decisions, SlimPlan, apply, dry_run, fields_after, plan
 from rewriters.undo_log import UndoLog
@@ -26,6 +26,7 @@ __all__ = [
     "Decisions",
     "Group",
     "Kernel",
+    "Outputs",
     "Pin",
     "Shortcut",
     "Side",
@@ -42,6 +43,7 @@ __all__ = [
     "relative_error",
     "replace_shortcuts",
     "restore",
+    "rounding_errors",
     "run_eval",
     "samples_in",
     "write_live",

@@ -17,7 +17,7 @@ from autogate.lock import locked
 from autogate.slim import History, history_of, read_inputs
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
 from rewriters.outputs import full_precision
-from rewriters.recording import tensors_of
+from rewriters.recording import generators_kept, tensors_of
 
 TOLERANCE = 1e-4
 """Largest accepted relative difference between the outputs of the model and of the exported one."""
@@ -145,7 +145,7 @@ def _compare(slim: nn.Module, side: int | None, path: Path, run: Callable[[Any, 
     for batch in (2, 3):
         args, kwargs = inputs_of(slim, batch, side)
         wanted = run_eval(slim, args, kwargs)
-        with full_precision():
+        with full_precision(), generators_kept(slim, args, kwargs):  # both draw the same random numbers
             got = tensors_of(run(args, kwargs))
         worst = max(worst, relative_error(got, [leaf.cpu() for leaf in wanted] if _on_cpu(got) else wanted))
     if not worst <= TOLERANCE:

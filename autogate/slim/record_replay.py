@@ -53,7 +53,7 @@ from rewriters import (
     restore,
 )
 from rewriters.cross_channel import plain_statistics
-from rewriters.recording import frozen_heap
+from rewriters.recording import frozen_heap, generators_kept
 from rewriters.slimming import like, tensor_slots
 
 
@@ -86,7 +86,8 @@ def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_l
         return ()
     within = None if options.shortcuts == "conv" else options.shortcuts
     within = (within,) if isinstance(within, str) else within
-    return replace_shortcuts(model, *options.inputs, undo_log, within, options.ignored, options.embed)
+    with generators_kept(model):  # new layers are drawn
+        return replace_shortcuts(model, *options.inputs, undo_log, within, options.ignored, options.embed)
 
 
 def slim_and_record(

@@ -187,9 +187,20 @@ class LiveVariance(LiveStatistic):
         x = self.filled(input, dims)
         total = _count(x, dims)
         variance, mean = torch.var_mean(x, dims, correction=0, keepdim=keepdim)
-        variance = variance * (total / (total * self.share() - correction))
+        variance = _corrected(variance, total, total * self.share(), correction)
         spread = variance.sqrt() if self.name.startswith("std") else variance
         return (spread, mean) if self.name.endswith("mean") else spread
+
+
+def _corrected(variance: Tensor, total: int, left: float | Tensor, correction: float) -> Tensor:
+    """The variance of `left` of the `total` elements, from that of all, the others of which are at the mean.
+
+    With nothing left to divide by it is what torch gives: NaN for one element, else infinite.
+    """
+    if isinstance(left, Tensor):
+        # One element has no variance, not even by rounding
+        return variance * total * (left > 1.5) / (left - correction).clamp(min=0)
+    return variance * (0.0 if left < 1.5 else total) / max(left - correction, 0.0)
 
 
 def _variance_arguments(
@@ -198,7 +209,7 @@ def _variance_arguments(
     """Dimensions, correction and keepdim of a call of `torch.var` and similar functions."""
     if isinstance(dim, bool):  # var(unbiased)
         dim, unbiased = None, dim
-    dims = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = [dim] if isinstance(dim, int) else dim or range(input.ndim)
     return tuple(dims), float(unbiased) if correction is None else correction, keepdim
 
 

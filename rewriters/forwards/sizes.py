@@ -24,19 +24,21 @@ class Scaled:
     """A size that is an expression (batch times heads) and has to be another number for the sizes that are left.
 
     Attributes:
-        size: the expression.
-        value: the number that it has to be.
-        left: the number that the expression gives now.
+        size: the expression; it may give several sizes in a tuple.
+        value: the number that it has to be, or a tuple of these.
+        left: the number that the expression gives now, or a tuple of these.
     """
 
     size: fx.Node
-    value: int
-    left: int
+    value: Any
+    left: Any
 
 
-def scaled(size: int, value: int, left: int) -> int:
+def scaled(size: Any, value: Any, left: Any) -> Any:
     """The value of a `Scaled` size, from the value of its expression."""
-    return size * value // left
+    if isinstance(size, tuple):
+        return tuple(scaled(*one) for one in zip(size, value, left, strict=True))
+    return size * value // left if left else value
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,17 @@ class Resize:
             return given
         return Scaled(given, value, left) if isinstance(given, fx.Node) and isinstance(left, int) and left else value
 
-    def sizes(self, given: Any, offset: int = 0) -> list[Any]:
+    def are_sizes(self, given: Any) -> bool:
+        """Whether an argument is several sizes, written in a list or computed as a tuple (`x.shape[:-1] + (4, 8)`)."""
+        return isinstance(given, (tuple, list)) or isinstance(self.value(given), tuple)
+
+    def sizes(self, given: Any, offset: int = 0) -> Any:
         """Sizes as they are written; those that have to have another value now are replaced."""
+        if isinstance(given, fx.Node):
+            left = tuple(self.left(given))
+            slim = zip(left, self.slim[0][offset:], strict=False)
+            value = tuple(size if size == -1 else needed for size, needed in slim)
+            return given if value == left else Scaled(given, value, left)
         return [self.size(size, value) for size, value in zip(given, self.slim[0][offset:], strict=False)]
 
     def with_args(self, *args: Any, **kwargs: Any) -> Call:
@@ -94,7 +105,7 @@ def reshape(resize: Resize) -> Call:
     if not given:
         name = next(name for name in ("size", "shape") if name in resize.node.kwargs)
         return resize.with_args(**{name: resize.sizes(resize.node.kwargs[name])})
-    if isinstance(given[0], (tuple, list)):
+    if resize.are_sizes(given[0]):
         return resize.with_args(resize.x, resize.sizes(given[0]))
     return resize.with_args(resize.x, *resize.sizes(given))
 
@@ -125,7 +136,7 @@ def create(resize: Resize) -> Call:
     given = resize.node.args[len(owner) :]
     if not given:
         return resize.with_args(*owner, size=resize.sizes(resize.node.kwargs["size"]))
-    if isinstance(given[0], (tuple, list)):
+    if resize.are_sizes(given[0]):
         return resize.with_args(*owner, resize.sizes(given[0]), *given[1:])
     return resize.with_args(*owner, *resize.sizes(given))
 

@@ -261,10 +261,7 @@ def _autograd_functions_patched() -> Iterator[None]:
     def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         if _thread.following is None or not _hold_proxies(args):
             return plain.__get__(None, function)(*args)
-        if function is checkpoint.CheckpointFunction:
-            run, _, *given = args
-            return run(*given)
-        return _thread.following.tracer.create_proxy("call_function", Applied(function), args, {})
+        return _record_applied(_thread.following, function, args)
 
     def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
@@ -272,9 +269,43 @@ def _autograd_functions_patched() -> Iterator[None]:
     steps: dict[str, Any] = {name: nothing for name in _CHECKPOINTS_STEPS if hasattr(checkpoint, name)}
     with (
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
+        mock.patch.object(type(torch.autograd.Function), "__getattribute__", _attribute_of_function),
         mock.patch.multiple(checkpoint, **steps),
     ):
         yield
+
+
+def _record_applied(following: _Following, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
+    if function is checkpoint.CheckpointFunction:
+        run, _, *given = args
+        return run(*given)
+    return following.tracer.create_proxy("call_function", Applied(function), args, {})
+
+
+def _attribute_of_function(function: type[torch.autograd.Function], name: str) -> Any:
+    """An attribute of an `autograd.Function`: its `forward` as one that records.
+
+    An `apply` that was bound before the patch (`reverse = Reverse.apply`, in an attribute, a list, a partial) is C code
+    that can't be patched. It reads these two attributes of its class, then calls `forward` with a context.
+    """
+    value = type.__getattribute__(function, name)
+    if _thread.following is None or name not in ("forward", "setup_context"):
+        return value
+    if name == "setup_context":
+        return type.__getattribute__(torch.autograd.Function, name)  # as if it weren't overridden
+
+    def forward(context: Any, *args: Any) -> Any:
+        if _thread.following is not None and _hold_proxies(args):
+            return _record_applied(_thread.following, function, args)
+        with unfollowed():
+            setup = function.setup_context
+            if setup is torch.autograd.Function.setup_context:
+                return value(context, *args)
+            output = value(*args)
+            setup(context, args, output)
+            return output
+
+    return forward
 
 
 _CHECKPOINTS_STEPS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")

@@ -36,9 +36,10 @@ from rewriters.recording import (
     all_tensors,
     attributes_preserved,
     constant,
+    generators_kept,
+    is_draw,
     leaves_of,
     only_restrides,
-    random_numbers_kept,
     reshapes_in_place,
     run_on_fakes,
     tensors_of,
@@ -198,11 +199,14 @@ class _Tracer(ValueTracer):
         with torch.no_grad(), self._captured.mode, log:
             value = run_call(node.op, node.target, node.args, node.kwargs, _value_of)
         node.meta["ops"] = [op for op, *_ in log.calls]
+        node.meta["draws"] = any(is_draw(op, args, kwargs) for op, args, kwargs, _ in log.calls)
         findings = self._labelling.findings.apart()
         same: dict[int, Tensor] = {}
         for call in log.calls:
             self._label(*call, findings, same)
-        node.meta["val"] = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
+        if same:  # pytree makes a tuple of a torch.Size
+            value = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
+        node.meta["val"] = value
         node.meta["statistics"] = findings.statistics
 
     def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings, same: dict[int, Tensor]) -> None:
@@ -331,7 +335,7 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     let_signals_in()
     tracer = _Tracer(captured, call, labelling, known)
     try:
-        with attributes_preserved(module.modules()), random_numbers_kept(), followed(tracer):
+        with attributes_preserved(module.modules()), generators_kept(module), followed(tracer):
             graph = tracer.trace(module)
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error

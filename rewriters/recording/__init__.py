@@ -10,10 +10,13 @@ from rewriters.recording.garbage_collection import collect, frozen_heap
 from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
 from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubbed
 from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors_at, tensors_of
+from rewriters.recording.random_draws import OneNumber, is_draw
 from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
+from rewriters.recording.rounding import OtherRounding
 from rewriters.recording.side_effects import (
     attributes_preserved,
     drop_caches,
+    generators_kept,
     random_numbers_kept,
     set_modes,
     without_caches,
@@ -23,7 +26,9 @@ __all__ = [
     "Capture",
     "MetaMode",
     "ModuleCall",
+    "OneNumber",
     "Opaque",
+    "OtherRounding",
     "all_tensors",
     "args_of",
     "attributes_preserved",
@@ -32,7 +37,9 @@ __all__ = [
     "constant",
     "drop_caches",
     "frozen_heap",
+    "generators_kept",
     "in_every_place",
+    "is_draw",
     "is_getitem",
     "leaves_of",
     "named_tensors",

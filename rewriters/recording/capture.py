@@ -36,7 +36,7 @@ from rewriters.recording.opaque import (
     run_for_real,
 )
 from rewriters.recording.recorder import ModuleCall, Recorder, record_module_calls
-from rewriters.recording.side_effects import attributes_preserved, random_numbers_kept
+from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _record(
     try:
         with (
             attributes_preserved(names),
-            random_numbers_kept(),
+            generators_kept(model),
             _without_fast_paths(),
             torch.no_grad(),
             mode,

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map, tree_map_only
 
 from rewriters.recording.pytrees import leaves_of
-from rewriters.recording.side_effects import attributes_preserved, random_numbers_kept
+from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
 
 def opaque_call(reason: str, given: list[Tensor], own: list[Tensor]) -> tuple[Tensor, ...]:
@@ -153,10 +153,9 @@ def run_for_real(
     present = [*tensors.values(), *tensors_in(args, kwargs)]
     if any(tensor.is_meta for tensor in present):
         return None
-    devices = {tensor.device for tensor in present if tensor.is_cuda}
     noting = _Noting(names)
     try:
-        with attributes_preserved(names), random_numbers_kept(devices), torch.no_grad(), noting.calls():
+        with attributes_preserved(names), generators_kept(model, present), torch.no_grad(), noting.calls():
             functional_call(model, _buffers_copied(tensors), args, kwargs, tie_weights=False)
     except Exception as error:
         raise FailsForRealError(noting.failed_in(error)) from error

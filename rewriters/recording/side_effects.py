@@ -15,13 +15,14 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rewriters.recording.pytrees import tensors_of
 from rewriters.undo_log import UndoLog
 
 _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
@@ -131,6 +132,30 @@ def random_numbers_kept(devices: Collection[torch.device] = ()) -> Iterator[None
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+@contextlib.contextmanager
+def generators_kept(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], bool]]:
+    """Restore afterwards all random number generators that a model may draw from, those that its modules keep too.
+
+    Args:
+        model: the model.
+        inputs: what it runs on.
+
+    Yields:
+        A function that says whether numbers were drawn from one of PyTorch's generators since the beginning.
+    """
+    tensors = [*model.parameters(), *model.buffers(), *tensors_of(inputs)]
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Generator)]
+    own += [torch.default_generator, *(torch.cuda.default_generators[device.index] for device in devices)]
+    with random_numbers_kept(devices):
+        before = [(generator, generator.get_state()) for generator in own]
+        try:
+            yield lambda: any(not torch.equal(generator.get_state(), state) for generator, state in before)
+        finally:
+            for generator, state in before:
+                generator.set_state(state)
 
 
 def drop_caches(modules: Iterable[nn.Module], undo_log: UndoLog) -> None:

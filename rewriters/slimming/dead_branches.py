@@ -38,7 +38,7 @@ from rewriters.forwards import (
 from rewriters.labelling import ALWAYS, Labelled, keeps_classes
 from rewriters.labelling.rules import elementwise, find_rule
 from rewriters.outputs import run_eval
-from rewriters.recording import Capture, ModuleCall
+from rewriters.recording import Capture, ModuleCall, is_draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ def _outermost(paths: Set[str]) -> frozenset[str]:
 
 
 def _constant_nodes(analysis: Analysis, live: Tensor) -> set[fx.Node]:
-    """Recorded calls whose result doesn't depend on the model's inputs any more."""
+    """Recorded calls whose result depends neither on the model's inputs any more nor on random numbers."""
     starved = _starved_weights(analysis, live)
     constant: set[fx.Node] = set()
     varying: set[fx.Node] = set()
@@ -137,7 +137,7 @@ def _constant_nodes(analysis: Analysis, live: Tensor) -> set[fx.Node]:
         sources = set(node.all_input_nodes)
         if node.op == "call_function" and starved & analysis.labelling.kernels_of(node):
             constant.add(node)
-        elif node.op == "placeholder" or sources & varying:
+        elif node.op == "placeholder" or sources & varying or is_draw(node.target, node.args, node.kwargs):
             varying.add(node)
         elif node.op == "call_function" and sources & constant:
             constant.add(node)
@@ -216,7 +216,7 @@ def _frontier(graph: fx.Graph, constant_values: set[int]) -> list[fx.Node]:
     for node in graph.nodes:
         if node.op == "call_module" and id(node.meta["val"]) in constant_values:
             constant.add(node)
-        elif node.op in ("call_function", "call_method"):
+        elif node.op in ("call_function", "call_method") and not node.meta.get("draws"):
             sources = set(node.all_input_nodes)
             if sources and sources <= constant:
                 constant.add(node)

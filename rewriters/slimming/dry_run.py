@@ -24,10 +24,10 @@ from rewriters.recording import (
     attributes_preserved,
     capture,
     collect,
+    generators_kept,
     in_every_place,
     named_tensors,
     opaque_modules_stubbed,
-    random_numbers_kept,
     set_modes,
     tensors_of,
 )
@@ -111,7 +111,7 @@ def _output_shapes(
     meta_args, meta_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
     try:
         with (
-            attributes_preserved(model.modules()), random_numbers_kept(), torch.no_grad(),
+            attributes_preserved(model.modules()), generators_kept(model), torch.no_grad(),
             opaque_modules_stubbed(model, opaque), MetaMode(),
         ):  # fmt: skip
             return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewriters import run_eval
+from rewriters import relative_error, rounding_errors, run_eval
 from rewriters.outputs import full_precision
 
 
@@ -74,3 +74,20 @@ def test_what_follows_the_setting_for_all_operators_still_does():
         torch.backends.cuda.matmul.fp32_precision = "none"
         run_eval(model, (torch.ones(1),))
         assert by_operator()[2] == "none" and model.told[2] != "tf32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_output_that_is_rounding_alone_is_told_from_one_that_is_small(dtype):
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = x.exp()
+            return torch.cat([y, -y, y * 1e-8], 1).mean(), (torch.cat([y, -y / 3, -y / 3, -y / 3], 1)).mean()
+
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got, errors = run_eval(Sums(), (x,)), rounding_errors(Sums(), (x,))
+    assert 0 < errors[1] < 1e3 * torch.finfo(dtype).eps and abs(got[1]) <= errors[1]
+    wrong = [got[0], got[1] + 100 * errors[1]]
+    assert relative_error(wrong, got, errors) > 1
+    assert relative_error([got[0], -got[1]], got, errors) == 0
+    if dtype == torch.float64:
+        assert got[0] > errors[0] and relative_error([got[0] * 1.001, got[1]], got, errors) > 1e-4

@@ -28,6 +28,9 @@ from rewriters.labelling.labels import Labelled, varying
 from rewriters.labelling.rules.elementwise import meet
 from rewriters.labelling.rules.registry import KernelCall, OpCall, Result, rule, unknown
 
+NORMED = "weight norm along these channels divides zeros by their norm"
+"""Why the input channels of a kernel stay that is normed along them."""
+
 
 def _vector(call: OpCall, value: Labelled, dim: int) -> Tensor | None:
     """Labels along one dimension, shape (size,), merged along all others; None if it has no labels."""
@@ -52,16 +55,18 @@ def _consume(call: OpCall, data: Tensor | None, kernel: Labelled, dim: int) -> b
     """
     against = _vector(call, kernel, dim)
     source = None if kernel.source in call.findings.buffers else kernel.source
-    if data is not None and against is not None and source is not None:
+    sides = call.space.sides_holding(against, source) if against is not None and source is not None else []
+    normed = not call.findings.normed.isdisjoint(sides)
+    if data is not None and against is not None and source is not None and not normed:
         call.space.merge(data, against)
-        call.findings.gated.update(call.space.sides_holding(against, source))
+        call.findings.gated.update(sides)
         if kernel.derived:
             call.note_statistic(against, dim % kernel.ndim - kernel.ndim, "summed against a derived kernel")
         return True
     for labels in (data, against):
         if labels is not None:
             reason = "summed against channels that no layer owns" if source else "summed against a derived kernel"
-            call.pin(labels, reason)
+            call.pin(labels, NORMED if normed else reason)
     return False
 
 
@@ -137,10 +142,12 @@ def _grouped(
     width = (per_group, kernel.shape[1])[not transposed]
     fixed = kernel.source is None or (kernel.source in call.findings.buffers and groups < width)
     fixed |= kernel.derived and transposed
-    if channels is None or first is None or fixed:
+    summed = Side(str(kernel.source), 0 if transposed else 1)
+    normed = groups < width and summed in call.findings.normed
+    if channels is None or first is None or fixed or normed:
         for labels in (channels, first, second):
             if labels is not None:
-                call.pin(labels, "a grouped convolution over channels that no layer owns")
+                call.pin(labels, NORMED if normed else "a grouped convolution over channels that no layer owns")
         _note_conv(call, kernel, positions, mixes=False)
         return first if not transposed else None
     if groups >= width:

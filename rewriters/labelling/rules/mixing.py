@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewriters.labelling.channel_map import Side
 from rewriters.labelling.labels import Labelled, varying
 from rewriters.labelling.rules.elementwise import meet
 from rewriters.labelling.rules.registry import OpCall, Result, Zeroed, rule
@@ -39,6 +40,9 @@ def reduce(call: OpCall) -> Result:
         layers, _ = call.statistic(value, dims, "reduced over its channels")
     else:
         layers = call.mix(value, dims, "reduced over its channels")
+    if value.source is not None and call.op.overloadpacket in _NORMS:
+        sides = (call.space.side_of(layer.flatten()) for layer in layers)
+        call.findings.normed.update(side for side in sides if side is not None)
     kept = [dim for dim in range(value.ndim) if dim not in {d % value.ndim for d in dims}] if value.ndim else []
     outs = []
     for shape in call.shapes:
@@ -46,6 +50,9 @@ def reduce(call: OpCall) -> Result:
         own = tuple(layer.reshape([layer.shape[d] for d in kept]) for layer in layers) if flat else layers
         outs.append(Labelled(shape, own, value.source, derived=True))
     return outs if len(outs) > 1 else outs[0]
+
+
+_NORMS = (torch.ops.aten.linalg_vector_norm, torch.ops.aten.norm)
 
 
 def _dim(call: OpCall) -> Any:
@@ -225,10 +232,14 @@ def _standardised(call: OpCall) -> Result:
 def weight_norm(call: OpCall) -> Result:
     """v * g / norm(v), with the norm over all dimensions but one; columns of zeros add nothing to it.
 
+    Along that one dimension a gate would change nothing until it is zero, where the norm is zero too.
+
     Salimans and Kingma, "Weight Normalization", section 2.
     """
     v, g = call.args[:2]
     keep = call.arg(2, "dim", 0) % v.ndim
+    if v.source is not None:
+        call.findings.normed.add(Side(v.source, keep))
     for layer in v.layers:
         if varying(layer) != (keep,):
             call.findings.zeroed.append(Zeroed(layer.flatten(), call.module, str(call.op)))

@@ -102,6 +102,7 @@ class Findings:
         statistics: statistics taken across channels.
         live: whether statistics of activations may be taken over the live channels only.
         buffers: names of buffers; no gate can stand on a kernel among them.
+        normed: sides along which a kernel is divided by the norm of each of its columns; no gate can stand there.
         zeroed: channels on which a gate has to stand.
         deferred_merges: merges that are decided when all labels have met.
         scattered: to be pinned if the model has other classes at another input size.
@@ -116,17 +117,18 @@ class Findings:
     zeroed: list[Zeroed] = field(default_factory=list)
     deferred_merges: list[DeferredMerge] = field(default_factory=list)
     scattered: list[PinNote] = field(default_factory=list)
+    normed: set[Side] = field(default_factory=set)
 
     def copy(self) -> Findings:
         """A copy, to be continued separately."""
         return Findings(
             list(self.kernels), set(self.gated), list(self.grids), list(self.statistics), self.live, set(self.buffers),
-            list(self.zeroed), list(self.deferred_merges), list(self.scattered),
+            list(self.zeroed), list(self.deferred_merges), list(self.scattered), set(self.normed),
         )  # fmt: skip
 
     def apart(self) -> Findings:
         """Empty findings, for ops of the same model whose findings were noted before."""
-        return Findings(live=self.live, buffers=self.buffers, deferred_merges=self.deferred_merges)
+        return Findings(live=self.live, buffers=self.buffers, deferred_merges=self.deferred_merges, normed=self.normed)
 
 
 @dataclass(frozen=True)

@@ -111,3 +111,37 @@ def test_a_model_that_keeps_anchors_is_the_same_before_and_after_it_ran():
         slim = autogate.finalize(model, warn=False)
         assert slim.first.out_channels == 4
         assert (slim(larger) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+class RoundingAlone(nn.Module):
+    """Some of its outputs are zero but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.GroupNorm(1, 16)  # over live channels it rounds otherwise
+        self.first, self.second, self.third = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 6, 3), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = self.second(self.norm(self.first(x)).relu())
+        normed = nn.functional.instance_norm(y)
+        return [torch.cat([y, -y], 1).mean(), normed.mean((2, 3)), self.third(self.first(x))[:, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_that_are_rounding_alone_are_no_reason_to_refuse(dtype, monkeypatch):
+    def carry_out_wrongly(model, *args):
+        done = slim_and_record(model, *args)
+        with torch.no_grad():
+            model.third.weight.mul_(1.001)
+        return done
+
+    images = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model = autogate.prepare(RoundingAlone().to(dtype), images, flops=1.0)
+    with torch.no_grad():
+        autogate.gates(model).alpha[::3] = 0
+    slim_and_record = finalizing.slim_and_record
+    with monkeypatch.context() as patch, pytest.raises(autogate.VerificationError):
+        patch.setattr(finalizing, "slim_and_record", carry_out_wrongly)
+        autogate.finalize(model, warn=False)
+    assert autogate.finalize(model, warn=False).first.out_channels < 16

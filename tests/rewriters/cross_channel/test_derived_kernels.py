@@ -200,3 +200,43 @@ def test_a_kernel_mixed_with_another_keeps_its_channels():
     )
     assert is_pinned(channel_map, "stem.weight", 0)
     assert reasons(channel_map, "stem.weight", 0)
+
+
+def transposed(**options):
+    return nn.ConvTranspose2d(8, 6, 4, 2, **options)
+
+
+NORMED_ALONG_INPUTS = {
+    "transposed": lambda: parametrizations.weight_norm(transposed()),
+    "transposed, by position": lambda: parametrizations.weight_norm(transposed(groups=2)),
+    "convolution": lambda: parametrizations.weight_norm(conv(8, 6, 3), dim=1),
+    "by position": lambda: parametrizations.weight_norm(conv(8, 6, 3, groups=2), dim=1),
+    "1x1 convolution": lambda: parametrizations.weight_norm(conv(8, 6, 1), dim=1),
+}
+
+
+@pytest.mark.parametrize("layer", NORMED_ALONG_INPUTS.values(), ids=NORMED_ALONG_INPUTS)
+def test_a_kernel_normed_along_its_inputs_keeps_them(layer):
+    """Zeros in a column would be divided by their norm, and a gate before changes nothing."""
+    model = Net(lambda m, x: m.last(m.b(m.a(m.first(x)))), first=conv(3, 4), a=conv(4, 8), b=layer(), last=conv(6, 2))
+    slimmed = assert_exact(model.double().eval(), (image().double(),))
+    assert is_pinned(slimmed.analysis.channel_map, "a.weight", 0)
+    reason = "weight norm along these channels divides zeros by their norm"
+    assert any(reason in found for found in reasons(slimmed.analysis.channel_map, "a.weight", 0))
+    assert not is_pinned(slimmed.analysis.channel_map, "first.weight", 0)
+    assert all(value.isfinite().all() for value in slimmed.wanted)
+
+
+@pytest.mark.parametrize("layer", [transposed, lambda: conv(8, 6, 3)])
+def test_the_older_weight_norm_along_inputs_keeps_them(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        normed = nn.utils.weight_norm(layer(), dim=0 if layer is transposed else 1)
+    found = mapped(lambda m, x: m.last(m.b(m.a(x))), a=conv(3, 8), b=normed, last=conv(6, 2))
+    assert is_pinned(found, "a.weight", 0)
+
+
+def test_a_depthwise_transposed_kernel_with_weight_norm_loses_channels():
+    layer = parametrizations.weight_norm(nn.ConvTranspose2d(8, 8, 4, 2, groups=8))
+    model = Net(lambda m, x: m.last(m.b(m.a(x))), a=conv(3, 8), b=layer, last=conv(8, 2)).double().eval()
+    assert not is_pinned(assert_exact(model, (image().double(),)).analysis.channel_map, "a.weight", 0)

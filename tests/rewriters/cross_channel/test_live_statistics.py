@@ -139,3 +139,20 @@ def test_a_copy_has_its_live_channels_and_a_state_dict_has_not():
     assert twin.count == 5 and torch.equal(twin.live.bool(), LIVE)
     assert not module.state_dict()
     assert "8 of 8 channels" in repr(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("function", [torch.var, torch.std, torch.var_mean, torch.std_mean])
+def test_a_variance_without_degrees_of_freedom_is_what_torch_gives(function, compiling, monkeypatch):
+    """NaN for one channel, infinite if more is taken off than there is."""
+    x = images(-1)
+    module = FORMS[function](8, -1, x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for count in (1, 2, 3):
+        module.write(torch.arange(8) < count)
+        for correction in (0, 1, 2, 3, 5):
+            for dim in (-1, (1, 2), None):
+                found = function(x[..., :count], dim, correction=correction)
+                got = module(x, dim, correction=correction)
+                torch.testing.assert_close(got, found, equal_nan=True, rtol=1e-6, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -81,6 +82,83 @@ def test_backwards_of_their_own_stay(forward):
         model.zero_grad()
         model(*example).sum().backward()
         assert model.a.weight.grad.abs().sum() > 0  # rounding itself has a gradient of zero
+
+
+class Reversed(torch.autograd.Function):
+    """Passes on what it is given, and turns gradients round."""
+
+    @staticmethod
+    def forward(ctx, x, scale=1.0):
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient, None
+
+
+class ReversedApart(torch.autograd.Function):
+    @staticmethod
+    def forward(x, scale=1.0):
+        return x * scale, x.sign()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return -gradient, None
+
+
+reverse, reverse_apart = Reversed.apply, ReversedApart.apply
+KEPT = {"reverse": reverse, "all": [reverse]}
+
+
+def reversed_rows(y, scale):
+    return reverse(rows(y), scale)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, y: reverse(rows(y)),
+        lambda m, y: reverse_apart(rows(y), 1.0)[0],
+        lambda m, y: reverse_apart(rows(y))[0],
+        lambda m, y: functools.partial(Reversed.apply, rows(y))(1.0),
+        lambda m, y: KEPT["reverse"](rows(y)),
+        lambda m, y: KEPT["all"][0](rows(y)),
+        lambda m, y: m.kept(rows(y)),
+        lambda m, y: reversed_rows(y, 1.0),
+        lambda m, y: reverse(rows(y)) * len(reverse_apart(m.one)[0]),
+    ],
+    ids=["name", "set up apart", "default", "partial", "dict", "list", "attribute", "helper", "no proxy"],
+)
+def test_a_bound_apply_keeps_its_backward(forward):
+    example = (image().double(),)
+
+    def made():
+        model = between(forward)
+        model.kept, model.one = reverse, torch.ones(1, dtype=torch.double, requires_grad=True)
+        return model
+
+    slimmed = slim(made(), example, share=0.6, seed=1)
+    assert slimmed.plan.forwards and slimmed.error == 0
+    for model in (slimmed.model, copy.deepcopy(slimmed.model)):
+        for other in (example[0], torch.cat([example[0]] * 3)[:, :, :5]):
+            x = other.clone().requires_grad_()
+            model.train()(x).sum().backward()
+            convolved = model.b(model.a(x))
+            assert torch.allclose(x.grad, -torch.autograd.grad(convolved.sum(), x)[0])
+
+
+def test_functions_are_as_before_once_a_forward_was_traced():
+    before = dict(vars(type(Reversed)))
+    slim(between(lambda m, y: reverse(rows(y))), (image().double(),))
+    assert dict(vars(type(Reversed))) == before
+    x = torch.ones(2, requires_grad=True)
+    y, _ = reverse_apart(x, 3.0)
+    y.sum().backward()
+    assert torch.equal(x.grad, -torch.ones(2))
 
 
 def test_a_forward_with_a_backward_of_its_own_is_pickled():
