@@ -1,5 +1,6 @@
 """Trace a module's own forward and rewrite it for fewer channels. In: a module and its call. Out: a new `forward`."""
 
+from rewriters.forwards.copies import set_forward
 from rewriters.forwards.label_mask import LabelMask, labelled_dims
 from rewriters.forwards.moves import only_moves
 from rewriters.forwards.multi_head_attention import disable_fused_layers
@@ -30,6 +31,7 @@ __all__ = [
     "out_of_place",
     "patches_held",
     "placeholder_values",
+    "set_forward",
     "sweep",
     "trace_modes",
 ]
