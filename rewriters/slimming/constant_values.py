@@ -61,7 +61,7 @@ def _depends_on_sizes(node: fx.Node, labels: Mapping[fx.Node, Any]) -> bool:
     """Whether a call on equal positions may give another result if there are more or fewer of them."""
     op, args, value = getattr(node.target, "overloadpacket", None), args_of(node), node.meta["val"]
     if op is torch.ops.aten.convolution:
-        return any(width and size == 1 for width, size in zip(args[4], value.shape[2:], strict=False))
+        return any(args[4]) and 1 in value.shape[2:]
     if op in _TOTALS:
         before = labels[args[0]]
         return any(before.layer(dim) is None for dim in _totalled(node, before.ndim))
