@@ -13,8 +13,10 @@ from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors
 from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
 from rewriters.recording.side_effects import (
     attributes_preserved,
+    drawn_since,
     drop_caches,
     random_numbers_kept,
+    random_states,
     set_modes,
     without_caches,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "capture",
     "collect",
     "constant",
+    "drawn_since",
     "drop_caches",
     "frozen_heap",
     "in_every_place",
@@ -40,6 +43,7 @@ __all__ = [
     "opaque_call",
     "opaque_modules_stubbed",
     "random_numbers_kept",
+    "random_states",
     "reshapes_in_place",
     "run_on_fakes",
     "set_modes",
