@@ -17,6 +17,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -128,9 +129,9 @@ class _Tracer(ValueTracer):
         """What the forward gets for a parameter. Whether an optional argument was given is guarded."""
         kinds: dict[Any, str] = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
         stars = kinds.get(parameter.kind, "")
-        default = () if parameter.default is parameter.empty else (parameter.default,)
+        default = () if parameter.default is parameter.empty else (_plain(parameter.default),)
         node = self.create_node("placeholder", f"{stars}{parameter.name}", default, {})
-        node.meta["val"] = value
+        node.meta["val"] = _plain(value)
         proxy = self.proxy(node)
         if parameter.default is None and value is not None:
             absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
@@ -149,7 +150,11 @@ class _Tracer(ValueTracer):
             return type(value)(self._argument(proxy[index], f"{name}[{index}]") for index in range(len(value)))
         if type(value) is dict:
             return {key: self._argument(proxy[key], f"{name}[{key!r}]") for key in value}
-        return proxy if isinstance(value, Tensor) or type(value) in (int, float) else self.concrete(proxy)
+        if isinstance(value, Tensor) or type(value) in (int, float):
+            return proxy
+        if isinstance(value, _GUARDED):
+            self.guard(proxy, name)
+        return value
 
     def concrete(self, proxy: ValueProxy) -> Any:
         """The value of a proxy, with a guard in the graph that it is the same whenever the graph runs."""
@@ -161,7 +166,7 @@ class _Tracer(ValueTracer):
 
     def guard(self, proxy: ValueProxy, what: str) -> None:
         """Have the graph raise where this value is another than now."""
-        self.create_node("call_function", guard, (proxy.node, proxy.value, what), {}).meta["val"] = None
+        self.create_node("call_function", guard, (proxy.node, _plain(proxy.value), what), {}).meta["val"] = None
 
     def has_channels(self, tensor: Tensor, dim: int) -> bool:
         return self._labels_of(tensor).layer(dim) is not None
@@ -178,6 +183,8 @@ class _Tracer(ValueTracer):
             return a.node
         if type(a) is AskedMode:
             return bool(a)
+        if isinstance(a, np.generic):
+            return _plain(a)
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             return self._plain_tensor(a)
         arg = super().create_arg(a)
@@ -306,6 +313,11 @@ class _Tracer(ValueTracer):
         if child is None or path not in child.names:
             raise TraceError(f"traced, it calls {path}; recorded, it called {child.path if child else 'nothing'}")
         return child
+
+
+def _plain(value: Any) -> Any:
+    """A numpy number as a number of Python: generated code has no name for numpy."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _are_one(one: Any, other: Any) -> bool:

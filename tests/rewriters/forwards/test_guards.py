@@ -149,3 +149,37 @@ def test_channels_stay_where_random_numbers_are_drawn_past_torch(draw, always):
     assert channel_map.size == 0
     assert any("random numbers" in pin.reason for pin in channel_map.pins)
     assert mapped(halves, values(2, 3, 4, 4).float(), **layers).size == 16
+
+
+def test_a_flag_is_named():
+    def forward(m, x, negated):
+        first, second = m.a(x).chunk(2, 1)
+        return m.head((-first if negated else torch.tanh(first)) * m.b(second))
+
+    slim_model, _ = slim_and_gated(forward, values(2, 3, 4, 4), True)
+    with pytest.raises(ShapeGuardError, match=r"where args\[1\] was True, which now is False"):
+        slim_model(values(2, 3, 4, 4), False)
+
+
+class Defaults(Net):
+    def forward(self, x, factor=np.float64(2)):  # noqa: B008  # a number
+        return self.function(self, x) * factor
+
+
+@pytest.mark.parametrize("scaled", [
+    lambda y: y / np.sqrt(8), lambda y: y * np.float32(0.3), lambda y: y.reshape(y.shape[0], np.int64(1), *y.shape[1:]),
+    lambda y: -y if np.bool_(True) else y,
+])  # fmt: skip
+def test_numbers_of_numpy(scaled):
+    def forward(m, x):
+        first, second = m.a(x).chunk(2, 1)
+        return m.head(torch.tanh(first) * m.b(scaled(second).reshape(second.shape)))
+
+    model = Defaults(forward, a=conv(3, 16), b=conv(8, 8), head=conv(8, 4)).double().eval()
+    slimmed = slim(model, (values(2, 3, 4, 4),), share=0.6, seed=1)
+    assert "" in slimmed.plan.forwards and slimmed.error <= TOLERANCE
+    assert torch.equal(run_eval(copy.deepcopy(model), (values(2, 3, 4, 4),))[0], slimmed.got[0])
+    other = (values(1, 3, 6, 6), 3.0)
+    got = run_eval(model, other)
+    slimmed.undo_log.undo()
+    assert relative_error(got, run_eval(model, other)) <= TOLERANCE
