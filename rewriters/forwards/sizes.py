@@ -34,9 +34,9 @@ class Scaled:
     left: int
 
 
-def scaled(size: int, value: int, left: int) -> int:
-    """The value of a `Scaled` size, from the value of its expression."""
-    return size * value // left
+def scaled(size: Any, value: Any, left: Any) -> Any:
+    """What an expression would be before slimming, where `value` has become `left`: a `Scaled` size, a factor."""
+    return size * (value / left) if isinstance(value, float) else size * value // left
 
 
 @dataclass(frozen=True)

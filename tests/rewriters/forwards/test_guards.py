@@ -1,6 +1,7 @@
 """What a trace took from the example without asking is guarded: other inputs raise."""
 
 import copy
+import math
 import random
 
 import numpy as np
@@ -183,3 +184,31 @@ def test_numbers_of_numpy(scaled):
     got = run_eval(model, other)
     slimmed.undo_log.undo()
     assert relative_error(got, run_eval(model, other)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("factor", [
+    lambda y: y.shape[1] * y.shape[2] * y.shape[3], lambda y: y.numel(), lambda y: (y.shape[1] * y.size(2)) ** -0.5,
+    lambda y: math.sqrt(y.shape[0] * y.shape[1]), lambda y: y.size(1), lambda y: y.shape[1] / y.shape[2],
+])  # fmt: skip
+def test_only_the_channels_in_a_factor_are_a_constant(factor):
+    def forward(m, x):
+        first, second = m.a(x).chunk(2, 1)
+        return m.head(torch.tanh(first) * m.b(second) * 50 / factor(second))
+
+    slim_model, gated = slim_and_gated(forward, values(2, 3, 4, 4))
+    agree(slim_model, gated, values(2, 3, 4, 4))
+    agree(slim_model, gated, values(3, 3, 6, 5))
+
+
+def test_a_mask_of_bools_in_a_rewritten_attention():
+    def forward(m, x, padding):
+        y = m.embed(x)
+        return m.head(m.attention(y, y, y, key_padding_mask=padding, need_weights=False)[0])
+
+    layers = {"embed": nn.Linear(6, 16), "attention": nn.MultiheadAttention(16, 4, batch_first=True)}
+    model = Net(forward, **layers, head=nn.Linear(16, 3)).double().eval()
+    args = (values(2, 5, 6), torch.arange(5) > torch.tensor([[4], [2]]))
+    slimmed = slim(model, args, share=0.5, seed=1)
+    assert "attention" in slimmed.plan.forwards and slimmed.error <= TOLERANCE
+    with pytest.raises(ShapeGuardError):
+        model(args[0], args[1].double())
