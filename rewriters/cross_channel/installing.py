@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from rewriters.cross_channel.live_statistics import FORMS, FORMS_BY_POSITION, LiveStatistic
 from rewriters.errors import TraceError
-from rewriters.forwards import LiveForward, disable_fused_layers
+from rewriters.forwards import LiveForward, disable_fused_layers, set_forward
 from rewriters.labelling import ALWAYS, ChannelMap, Statistic
 from rewriters.labelling.rules import LabelledStatistic
 from rewriters.undo_log import UndoLog
@@ -125,7 +125,7 @@ def install_live_statistics(
             statistic, node = one.statistics[index], nodes[index]
             form = _forms(statistic)[node.target](len(statistic.labels), statistic.dim, _like(module, node))
             undo_log.set(module._modules, one.names[index], form.train(module.training))
-        undo_log.set_attribute(module, "forward", forward)
+        set_forward(module, forward, undo_log)
 
 
 def _like(module: nn.Module, node: fx.Node) -> Tensor:
@@ -162,10 +162,7 @@ def remove_live_statistics(model: nn.Module, undo_log: UndoLog) -> None:
     for module in list(model.modules()):
         forward = module.__dict__.get("forward")
         if isinstance(forward, LiveForward):
-            if forward.plain is None:
-                undo_log.remove(module.__dict__, "forward")
-            else:
-                undo_log.set_attribute(module, "forward", forward.plain)
+            set_forward(module, forward.plain, undo_log)
             for name in forward.names:
                 undo_log.remove(module._modules, name)
 

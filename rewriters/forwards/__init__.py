@@ -1,6 +1,8 @@
 """Trace a module's own forward and rewrite it for fewer channels. In: a module and its call. Out: a new `forward`."""
 
-from rewriters.forwards.label_mask import LabelMask
+from rewriters.forwards.copies import set_forward
+from rewriters.forwards.label_mask import LabelMask, labelled_dims
+from rewriters.forwards.moves import only_moves
 from rewriters.forwards.multi_head_attention import disable_fused_layers
 from rewriters.forwards.resizing import CannotResizeError, sweep
 from rewriters.forwards.rewritten_forward import (
@@ -24,9 +26,12 @@ __all__ = [
     "bind_arguments",
     "disable_fused_layers",
     "graphs_by_mode",
+    "labelled_dims",
+    "only_moves",
     "out_of_place",
     "patches_held",
     "placeholder_values",
+    "set_forward",
     "sweep",
     "trace_modes",
 ]

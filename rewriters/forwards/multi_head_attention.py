@@ -75,7 +75,7 @@ def _mask(attention: Tensor | None, padding: Tensor | None, query: Tensor, added
 
 
 def _to_add(mask: Tensor, like: Tensor) -> Tensor:
-    if mask.dtype is not torch.bool:
+    if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 

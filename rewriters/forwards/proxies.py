@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute
 
 from rewriters.errors import TraceError
+from rewriters.forwards.read_code import caller, compares_identity
 
 _len = len  # `builtins.len` is patched while a forward is traced
 
@@ -24,6 +25,16 @@ class ValueTracer(fx.Tracer):
     def concrete(self, proxy: ValueProxy) -> Any:
         """The value of a proxy, which control flow depends on from here on."""
         raise NotImplementedError
+
+    def has_channels(self, tensor: Tensor, dim: int) -> bool:
+        """Whether channels lie along a dimension of a tensor in the graph."""
+        raise NotImplementedError
+
+
+_PARTITIONS = {
+    "chunk", "split", "unbind", "tensor_split", torch.chunk, torch.split, torch.unbind, torch.tensor_split,
+}  # fmt: skip
+"""Calls that return as many parts as a dimension has room for."""
 
 
 class ValueProxy(fx.Proxy):
@@ -53,12 +64,36 @@ class ValueProxy(fx.Proxy):
             return Attribute(self, name)
         found: Any = self.tracer.create_proxy("call_function", getattr, (self, name), {})
         # `ndim` is a plain number: forwards look things up by it (einops in a dict), and slimming doesn't change it.
-        return self.tracer.concrete(found) if isinstance(self.value, Tensor) and name == "ndim" else found
+        plain = isinstance(self.value, Tensor) and name == "ndim"
+        return self.tracer.concrete(found) if plain or self._may_be_compared(found.value) else found
+
+    @staticmethod
+    def _may_be_compared(value: Any) -> bool:
+        """Whether a value has one object, and the code that reads it asks `is`, which a proxy can't answer."""
+        return isinstance(value, (torch.dtype, torch.layout, bool)) and compares_identity(caller())
 
     def length(self) -> Any:
-        """The result of `len`: an expression for a tensor's size, the number itself for anything else."""
-        of_tensor = isinstance(self.value, Tensor)
-        return self.tracer.create_proxy("call_function", _len, (self,), {}) if of_tensor else _len(self.value)
+        """The result of `len`: an expression for a tensor's size, the number itself for anything else.
+
+        If another input may have another number of parts, the number is guarded.
+        """
+        if not isinstance(self.value, Tensor) and not self._may_have_more_parts():
+            return _len(self.value)
+        found: Any = self.tracer.create_proxy("call_function", _len, (self,), {})
+        return found if isinstance(self.value, Tensor) else self.tracer.concrete(found)
+
+    def _may_have_more_parts(self) -> bool:
+        """Whether the number of entries depends on the input: a shape's, or parts not along channels."""
+        if isinstance(self.value, tuple) and all(type(entry) is int for entry in self.value):
+            return True
+        if self.node.target not in _PARTITIONS or self.node.op not in ("call_function", "call_method"):
+            return False
+        name = self.node.target if isinstance(self.node.target, str) else self.node.target.__name__
+        given = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in self.node.args]
+        place = 1 if name == "unbind" else 2
+        dim = self.node.kwargs.get("dim", given[place] if _len(given) > place else 0)
+        x = given[0] if given else None
+        return not isinstance(x, Tensor) or not isinstance(dim, int) or not self.tracer.has_channels(x, dim % x.ndim)
 
     def __iter__(self):
         return iter([self[index] for index in range(self.__len__())])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from rewriters.errors import SurgeryError
+from rewriters.forwards.factors import is_product_with_others
 from rewriters.forwards.label_mask import LabelMask, SlimShapes
 from rewriters.forwards.moves import commutes, only_moves, swap_tensors
 from rewriters.forwards.rewritten_forward import guard, in_positions
@@ -165,9 +166,18 @@ class Resizer:
         }
         if changed:
             copy = self._copies[node]
-            given = fx.node.map_arg((node.args, node.kwargs), lambda source: changed.get(source, self._copies[source]))
+            with self.graph.inserting_before(copy):
+                kept = {source: self._kept_factor(source) for source in changed}
+            given = fx.node.map_arg((node.args, node.kwargs), lambda source: kept.get(source, self._copies[source]))
             copy.args, copy.kwargs = given
             self.changed = True
+
+    def _kept_factor(self, number: fx.Node) -> Any:
+        """A number as it was before slimming; an expression if it depends on other sizes than channels."""
+        left, before = self._slim[number], number.meta["val"]
+        if not left or not is_product_with_others(number, self._slim):
+            return before
+        return self.graph.call_function(scaled, (self._copies[number], before, left))
 
     def _holds(self, node: fx.Node) -> bool:
         args: Any = fx.node.map_arg(node.args, self._slim.__getitem__)

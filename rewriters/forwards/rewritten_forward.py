@@ -33,14 +33,14 @@ class ShapeGuardError(RuntimeError):
 
 
 @has_side_effect
-def guard(value: Any, expected: Any) -> None:
-    """Raise unless `value` is the one that the control flow was traced with."""
+def guard(value: Any, expected: Any, what: str = "a value") -> None:
+    """Raise unless `value` is the one that the control flow was traced with; `what` says what it is, and where."""
     if (
         not torch.jit.is_tracing() and value != expected
     ):  # jit.trace turns sizes into tensors, and records one case anyway
         raise ShapeGuardError(
-            f"this forward was traced where a value was {expected!r}, which now is {value!r}: "
-            "give prepare example inputs of the shape that the model is run with"
+            f"this forward was traced where {what} was {expected!r}, which now is {value!r}: "
+            "give prepare example inputs of the kind and shape that the model is run with"
         )
 
 

@@ -35,9 +35,11 @@ class Scaled:
 
 
 def scaled(size: Any, value: Any, left: Any) -> Any:
-    """The value of a `Scaled` size, from the value of its expression."""
+    """What an expression would be before slimming, where `value` has become `left`: a `Scaled` size, a factor."""
     if isinstance(size, tuple):
         return tuple(scaled(*one) for one in zip(size, value, left, strict=True))
+    if isinstance(value, float):
+        return size * (value / left)
     return size * value // left if left else value
 
 

@@ -17,6 +17,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import TraceError
 from rewriters.forwards.proxies import ValueProxy, ValueTracer
+from rewriters.forwards.read_code import line_of_caller
 from rewriters.forwards.rewritten_forward import guard, own_forward
 from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
 from rewriters.interrupts import let_signals_in
@@ -36,14 +38,21 @@ from rewriters.recording import (
     all_tensors,
     attributes_preserved,
     constant,
+    drawn_since,
     generators_kept,
     is_draw,
     leaves_of,
     only_restrides,
+    random_states,
     reshapes_in_place,
     run_on_fakes,
     tensors_of,
 )
+
+_len = len  # `builtins.len` is patched while a forward is traced
+
+_GUARDED = (bool, int, float, str, type(None), torch.dtype, torch.layout, torch.device)
+"""Types of values that control flow depends on, and that can be compared."""
 
 _AHEAD = 4
 """How far ahead to search for the recorded call that is traced: the forward may not repeat all that it ran."""
@@ -119,29 +128,50 @@ class _Tracer(ValueTracer):
         return functools.partial(root_fn, **by_name), by_place
 
     def _placeholder(self, parameter: inspect.Parameter, value: Any) -> Any:
+        """What the forward gets for a parameter. Whether an optional argument was given is guarded."""
         kinds: dict[Any, str] = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
         stars = kinds.get(parameter.kind, "")
-        default = () if parameter.default is parameter.empty else (parameter.default,)
+        default = () if parameter.default is parameter.empty else (_plain(parameter.default),)
         node = self.create_node("placeholder", f"{stars}{parameter.name}", default, {})
-        node.meta["val"] = value
-        return self._argument(self.proxy(node))
+        node.meta["val"] = _plain(value)
+        proxy = self.proxy(node)
+        if parameter.default is None and value is not None:
+            absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
+            self.guard(absent, f"whether the argument {parameter.name} is None")
+        return self._argument(proxy, parameter.name)
 
-    def _argument(self, proxy: ValueProxy) -> Any:
-        """A proxy for a tensor or number, a container of proxies for a container, else the value itself."""
+    def _argument(self, proxy: ValueProxy, name: str) -> Any:
+        """A proxy for a tensor or number, a container of proxies for a container, else the value itself.
+
+        The forward may look at every entry of a container, so their number is guarded.
+        """
         value = proxy.value
+        if type(value) in (list, tuple, dict):
+            self.guard(self.create_proxy("call_function", _len, (proxy,), {}), f"the number of entries of {name}")
         if type(value) in (list, tuple):
-            return type(value)(self._argument(proxy[index]) for index in range(len(value)))
+            return type(value)(self._argument(proxy[index], f"{name}[{index}]") for index in range(len(value)))
         if type(value) is dict:
-            return {key: self._argument(proxy[key]) for key in value}
-        return proxy if isinstance(value, Tensor) or type(value) in (int, float) else self.concrete(proxy)
+            return {key: self._argument(proxy[key], f"{name}[{key!r}]") for key in value}
+        if isinstance(value, Tensor) or type(value) in (int, float):
+            return proxy
+        if isinstance(value, _GUARDED):
+            self.guard(proxy, name)
+        return value
 
     def concrete(self, proxy: ValueProxy) -> Any:
         """The value of a proxy, with a guard in the graph that it is the same whenever the graph runs."""
         if isinstance(proxy.value, Tensor):
             raise TraceError("its control flow depends on the values of a tensor")
-        if isinstance(proxy.value, (bool, int, float, str, type(None))):
-            self.create_node("call_function", guard, (proxy.node, proxy.value), {}).meta["val"] = None
+        if isinstance(proxy.value, _GUARDED):
+            self.guard(proxy, f"a value at {line_of_caller()}")
         return proxy.value
+
+    def guard(self, proxy: ValueProxy, what: str) -> None:
+        """Have the graph raise where this value is another than now."""
+        self.create_node("call_function", guard, (proxy.node, _plain(proxy.value), what), {}).meta["val"] = None
+
+    def has_channels(self, tensor: Tensor, dim: int) -> bool:
+        return self._labels_of(tensor).layer(dim) is not None
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
@@ -155,6 +185,8 @@ class _Tracer(ValueTracer):
             return a.node
         if type(a) is AskedMode:
             return bool(a)
+        if isinstance(a, np.generic):
+            return _plain(a)
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             return self._plain_tensor(a)
         arg = super().create_arg(a)
@@ -179,7 +211,8 @@ class _Tracer(ValueTracer):
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
         # A list or dict from a module becomes a real one, which the forward can change.
-        return self._argument(proxy) if kind == "call_module" and type(proxy.value) in (list, dict) else proxy
+        changeable = kind == "call_module" and type(proxy.value) in (list, dict)
+        return self._argument(proxy, str(target)) if changeable else proxy
 
     def _follow(self, node: fx.Node) -> None:
         """Note a new node's value, the ATen ops that it ran, and the labels of their results."""
@@ -287,6 +320,11 @@ class _Tracer(ValueTracer):
         return child
 
 
+def _plain(value: Any) -> Any:
+    """A numpy number as a number of Python: generated code has no name for numpy."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _are_one(one: Any, other: Any) -> bool:
     """Whether two arguments are the same labels, or have none, or are equal, or are containers of such arguments."""
     if isinstance(one, Labelled):
@@ -336,7 +374,10 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     tracer = _Tracer(captured, call, labelling, known)
     try:
         with attributes_preserved(module.modules()), generators_kept(module), followed(tracer):
+            before = random_states()
             graph = tracer.trace(module)
+            if drawn_since(before):
+                raise TraceError("it draws Python's or NumPy's random numbers, of which torch.fx would keep one draw")
     except TraceError as error:
         raise TraceError(error.cause, where=call.path) from error
     except Exception as error:  # user code can do anything with a proxy

@@ -15,9 +15,11 @@ from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides,
 from rewriters.recording.rounding import OtherRounding
 from rewriters.recording.side_effects import (
     attributes_preserved,
+    drawn_since,
     drop_caches,
     generators_kept,
     random_numbers_kept,
+    random_states,
     set_modes,
     without_caches,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "capture",
     "collect",
     "constant",
+    "drawn_since",
     "drop_caches",
     "frozen_heap",
     "generators_kept",
@@ -47,6 +50,7 @@ __all__ = [
     "opaque_call",
     "opaque_modules_stubbed",
     "random_numbers_kept",
+    "random_states",
     "reshapes_in_place",
     "run_on_fakes",
     "set_modes",

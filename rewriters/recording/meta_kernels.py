@@ -80,7 +80,9 @@ def _convolution(
     outputs, inputs, *kernel = weight.shape
     if channels != inputs * groups or outputs % groups or (bias is not None and tuple(bias.shape) != (outputs,)):
         return NotImplemented
-    along = zip(sizes, kernel, stride, padding, dilation, strict=True)
+    # A list of one number is meant for every dimension; padding="valid" comes as one.
+    each = ([*given] * (len(sizes) if len(given) == 1 else 1) for given in (stride, padding, dilation))
+    along = zip(sizes, kernel, *each, strict=True)
     lengths = [(size + 2 * pad - step * (taps - 1) - 1) // by + 1 for size, taps, by, pad, step in along]
     return _new(x, (samples, outputs, *lengths)) if min(lengths, default=0) > 0 else NotImplemented
 

@@ -125,7 +125,7 @@ def _entries(container: Any) -> Iterable[Any]:
 @contextlib.contextmanager
 def random_numbers_kept(devices: Collection[torch.device] = ()) -> Iterator[None]:
     """Restore random number generators afterwards: Python's, NumPy's, and PyTorch's on the CPU and on `devices`."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()
+    of_python, of_numpy = random_states()
     try:
         with torch.random.fork_rng(devices):
             yield
@@ -156,6 +156,22 @@ def generators_kept(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], boo
         finally:
             for generator, state in before:
                 generator.set_state(state)
+
+
+def drawn_since(before: tuple[Any, Any]) -> bool:
+    """Whether Python's or NumPy's random numbers have been drawn since `random_states` returned `before`."""
+    of_python, of_numpy = before
+    now_python, now_numpy = random_states()
+    return of_python != now_python or any(map(_differ, of_numpy, now_numpy))
+
+
+def random_states() -> tuple[Any, Any]:
+    """States of Python's and NumPy's random number generators."""
+    return random.getstate(), np.random.get_state()
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return not np.array_equal(one, other)
 
 
 def drop_caches(modules: Iterable[nn.Module], undo_log: UndoLog) -> None:

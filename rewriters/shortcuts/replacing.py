@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriters.errors import AutogateError, TraceError
-from rewriters.forwards import RewrittenForward, TracedForward, graphs_by_mode, out_of_place, trace_modes
+from rewriters.forwards import RewrittenForward, TracedForward, graphs_by_mode, out_of_place, set_forward, trace_modes
 from rewriters.labelling import Labelling
 from rewriters.labelling.rules import Findings
 from rewriters.recording import Capture, capture, set_modes
@@ -135,7 +135,7 @@ def _replace_in(
     before = module.__dict__.get("forward")
     for add, name in zip(adds, names, strict=True):
         undo_log.set(module._modules, name, _identity(add, module.training))
-    undo_log.set_attribute(module, "forward", RewrittenForward(module, graphs_by_mode(traced, lambda one: one.graph)))
+    set_forward(module, RewrittenForward(module, graphs_by_mode(traced, lambda one: one.graph)), undo_log)
     return [Shortcut(call.path, name, before) for name in names]
 
 

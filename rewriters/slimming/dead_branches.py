@@ -35,10 +35,11 @@ from rewriters.forwards import (
     sweep,
     trace_modes,
 )
-from rewriters.labelling import ALWAYS, Labelled, keeps_classes
+from rewriters.labelling import Labelled, keeps_classes
 from rewriters.labelling.rules import elementwise, find_rule
 from rewriters.outputs import run_eval
-from rewriters.recording import Capture, ModuleCall, is_draw
+from rewriters.recording import Capture, ModuleCall, tensors_of
+from rewriters.slimming.constant_values import Meeting, constant_nodes, meetings, one_position, uniform
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class Pruned:
         path: the module.
         graphs: its forward in train (True) and eval mode (False), rewritten for the channels that are left; it reads
             constants where the branches were.
-        constants: a value for each channel, shape (1, C, 1, ...), by buffer name.
+        constants: a value for each channel, of size 1 along every other dimension, by buffer name.
         removed: modules that nothing calls any more, by path from the model's root.
         uniform: for each value at which a dead branch meets the rest, whether a constant replaces it.
     """
@@ -71,13 +72,13 @@ def prune_branches(
     was found in every module (`Pruned.uniform`), nothing runs and constants are zero.
     """
     mask = analysis.label_mask(live)
-    constant = _constant_nodes(analysis, live)
+    constant, varying = constant_nodes(analysis, live)
     times = Counter(call.path for call in analysis.captures[0].calls())
     found = [
         pruned
         for call in _meeting_calls(analysis, constant, mask)
         if times[call.path] == 1 and (decided is None or call.path in decided)
-        for pruned in _prune(model, analysis, call, constant, live, args, kwargs, decided)
+        for pruned in _prune(model, analysis, call, (constant, varying), live, args, kwargs, decided)
     ]
     gone = frozenset[str]().union(*(pruned.removed for pruned in found))
     found = [replace(one, removed=_outermost(one.removed)) for one in found if not is_under(one.path, gone)]
@@ -128,29 +129,6 @@ def _outermost(paths: Set[str]) -> frozenset[str]:
     return frozenset(path for path in paths if not is_under(path, paths - {path}))
 
 
-def _constant_nodes(analysis: Analysis, live: Tensor) -> set[fx.Node]:
-    """Recorded calls whose result depends neither on the model's inputs any more nor on random numbers."""
-    starved = _starved_weights(analysis, live)
-    constant: set[fx.Node] = set()
-    varying: set[fx.Node] = set()
-    for node in analysis.captures[0].graph.nodes if starved else ():
-        sources = set(node.all_input_nodes)
-        if node.op == "call_function" and starved & analysis.labelling.kernels_of(node):
-            constant.add(node)
-        elif node.op == "placeholder" or sources & varying or is_draw(node.target, node.args, node.kwargs):
-            varying.add(node)
-        elif node.op == "call_function" and sources & constant:
-            constant.add(node)
-    return constant
-
-
-def _starved_weights(analysis: Analysis, live: Tensor) -> set[str]:
-    """Kernels without a live input channel."""
-    classes = analysis.channel_map.classes
-    sides = (kernel.input_side for kernel in analysis.channel_map.kernels if kernel.input_side in classes)
-    return {side.tensor for side in sides if not (classes[side] == ALWAYS).any() and not live[classes[side]].any()}
-
-
 def _meeting_calls(analysis: Analysis, constant: set[fx.Node], mask: LabelMask) -> list[ModuleCall]:
     """Module calls in whose own code a constant value, or a dead operand, meets the rest."""
     calls: dict[int, ModuleCall] = {}
@@ -169,7 +147,7 @@ def _is_dead(value: Any, mask: LabelMask) -> bool:
 
 
 def _prune(
-    model: nn.Module, analysis: Analysis, call: ModuleCall, constant: set[fx.Node], live: Tensor,
+    model: nn.Module, analysis: Analysis, call: ModuleCall, nodes: tuple[set[fx.Node], set[fx.Node]], live: Tensor,
     args: tuple[Any, ...], kwargs: Mapping[str, Any], decided: Mapping[str, tuple[bool, ...]] | None,
 ) -> Iterator[Pruned]:  # fmt: skip
     captured, labelling = analysis.captures[0], analysis.labelling.fork()
@@ -183,18 +161,19 @@ def _prune(
     if call.path in {one.path for one in analysis.sites}:
         return  # its traced forward takes statistics over all channels, so its values would be wrong
     mask = LabelMask(labelling.stays(live))
-    constant_values = {id(node.meta["val"]) for node in constant}
-    frontiers = [_frontier(one.graph, constant_values) for one in traced]
+    ids = [{id(leaf) for node in some for leaf in tensors_of(node.meta.get("val"))} for some in nodes]
+    met = [meetings(one.graph, *ids) for one in traced]
     values: list[Tensor | None] = []
-    if len({len(frontier) for frontier in frontiers}) == 1 and frontiers[0]:
+    if len({len(found) for found in met}) == 1 and met[0]:
+        labels = [traced[0].known[id(one.value.meta["val"])] for one in met[0]]
         if decided is None:
-            names = [node.name for node in frontiers[0]]
             with analysis.live_statistics(model, live):
-                probed = _probe(model, call.path, traced[0].graph, names, args, kwargs)
-            values = [_uniform(value) for value in probed]
+                probed = _probe(model, call.path, traced[0].graph, [one.value.name for one in met[0]], args, kwargs)
+            values = list(map(uniform, probed, labels))
         else:
-            values = [_zero(node) if constant else None for node, constant in _as_decided(frontiers[0], decided, call)]
-    forwards = [_with_constants(one, frontier, values) for one, frontier in zip(traced, frontiers, strict=True)]
+            chosen = _as_decided(met[0], decided, call)
+            values = [_zero(one, own) if put else None for (one, put), own in zip(chosen, labels, strict=True)]
+    forwards = [_with_constants(one, found, values) for one, found in zip(traced, met, strict=True)]
     try:
         graphs = graphs_by_mode(forwards, lambda one: one.resize(mask).graph)
     except CannotResizeError:  # an op fails on tensors without channels
@@ -208,28 +187,6 @@ def _prune(
             if node.op == "get_attr" and node.target in named
         }
         yield Pruned(call.path, graphs, constants, removed, tuple(value is not None for value in values))
-
-
-def _frontier(graph: fx.Graph, constant_values: set[int]) -> list[fx.Node]:
-    """Constant nodes that a node which isn't constant uses element by element, in the graph's order."""
-    constant: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "call_module" and id(node.meta["val"]) in constant_values:
-            constant.add(node)
-        elif node.op in ("call_function", "call_method") and not node.meta.get("draws"):
-            sources = set(node.all_input_nodes)
-            if sources and sources <= constant:
-                constant.add(node)
-    met = (node for node in graph.nodes if node in constant and isinstance(node.meta["val"], Tensor))
-    return [node for node in met if any(user not in constant and _broadcasts(user, node) for user in node.users)]
-
-
-def _broadcasts(user: fx.Node, constant: fx.Node) -> bool:
-    """Whether `user` gives the same result if the constant has size 1 along all but the channel dimension."""
-    ops, value = user.meta.get("ops") or (), user.meta.get("val")
-    others = [source.meta["val"] for source in user.all_input_nodes if source is not constant]
-    same = isinstance(value, Tensor) and any(isinstance(o, Tensor) and o.shape == value.shape for o in others)
-    return bool(ops) and all(find_rule(op) is elementwise.elementwise for op in ops) and same
 
 
 class _Values(fx.Interpreter):
@@ -266,72 +223,54 @@ def _probe(
     return [values.found[name] for name in names]
 
 
-def _one_position(value: Tensor) -> Tensor:
-    """The first sample's channels at its first position, shape (1, C, 1, ...)."""
-    for dim in range(value.ndim):
-        if dim != 1:
-            value = value.narrow(dim, 0, 1)
-    return value
-
-
-def _uniform(value: Tensor) -> Tensor | None:
-    """The value of each channel, shape (1, C, 1, ...), or None if it differs from position to position."""
-    if value.ndim < 2:
-        return None
-    first = _one_position(value)
-    return first.clone() if torch.equal(first.expand_as(value), value) else None
-
-
 def _as_decided(
-    frontier: list[fx.Node], decided: Mapping[str, tuple[bool, ...]], call: ModuleCall
+    met: list[Meeting], decided: Mapping[str, tuple[bool, ...]], call: ModuleCall
 ) -> Iterator[tuple[fx.Node, bool]]:
     """The values at which dead branches of a module meet the rest, each with its noted decision."""
     found = decided[call.path]
-    if len(found) != len(frontier):
+    if len(found) != len(met):
         raise SurgeryError(
-            f"dead branches meet the rest at {len(frontier)} values, but {len(found)} were noted.",
+            f"dead branches meet the rest at {len(met)} values, but {len(found)} were noted.",
             where=call.path,
         )
-    return zip(frontier, found, strict=True)
+    return zip((one.value for one in met), found, strict=True)
 
 
-def _zero(node: fx.Node) -> Tensor:
-    """Zeros in the shape of the constant that replaces a node's value, (1, C, 1, ...)."""
+def _zero(node: fx.Node, labels: Labelled) -> Tensor:
+    """Zeros in the shape of the constant that replaces a node's value."""
     value: Tensor = node.meta["val"]
-    return torch.zeros(_one_position(value).shape, dtype=value.dtype, device=value.device)
+    return torch.zeros(one_position(value, labels).shape, dtype=value.dtype, device=value.device)
 
 
 def _constant_name(index: int) -> str:
     return f"branch_constant_{index}"
 
 
-def _with_constants(traced: TracedForward, frontier: list[fx.Node], values: list[Tensor | None]) -> TracedForward:
+def _with_constants(traced: TracedForward, met: list[Meeting], values: list[Tensor | None]) -> TracedForward:
     """The forward with constants instead of the nodes that have a value, without nodes that aren't used any more."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(traced.graph, copies))
     known: ChainMap[int, Labelled] = ChainMap({}, traced.known)  # type: ignore[arg-type]  # only the first is written
     used = [node for node in graph.nodes if node.users]
-    for index, (node, value) in enumerate(zip(frontier, values, strict=False)):
+    for index, (one, value) in enumerate(zip(met, values, strict=False)):
         if value is not None:
-            _put_constant(copies[node], _constant_name(index), traced, known)
+            _put_constant(copies[one.value], [copies[user] for user in one.users], _constant_name(index), known)
     sweep(graph, used)
     return replace(traced, graph=graph, known=known)
 
 
-def _put_constant(node: fx.Node, name: str, traced: TracedForward, known: MutableMapping[int, Labelled]) -> None:
-    """Make the users of `node` that can read a constant instead of it, unless they are constant themselves."""
+def _put_constant(node: fx.Node, users: list[fx.Node], name: str, known: MutableMapping[int, Labelled]) -> None:
+    """Make these users of `node` read a constant instead."""
     full: Tensor = node.meta["val"]
     with node.graph.inserting_after(node):
         constant = node.graph.create_node("get_attr", name)
-    constant.meta["val"] = _one_position(full)
-    layers = tuple(layer for layer in traced.known[id(full)].layers if layer.shape[1] > 1)
-    known[id(constant.meta["val"])] = Labelled(tuple(constant.meta["val"].shape), layers)
-    for user in list(node.users):
-        if user is not constant and _broadcasts(user, node):
-            if user.args and user.args[0] is node:
-                user.target = out_of_place(user.target)
-            user.replace_input_with(node, constant)
+    constant.meta["val"] = one_position(full, known[id(full)])
+    known[id(constant.meta["val"])] = replace(known[id(full)], shape=tuple(constant.meta["val"].shape))
+    for user in users:
+        if user.args and user.args[0] is node:
+            user.target = out_of_place(user.target)
+        user.replace_input_with(node, constant)
 
 
 def _uncalled(call: ModuleCall, captured: Capture, graphs: Iterable[fx.Graph]) -> frozenset[str]:

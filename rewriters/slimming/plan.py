@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from rewriters.analysis import Analysis
 from rewriters.cross_channel import remove_live_statistics
 from rewriters.errors import SurgeryError
-from rewriters.forwards import InterpretedForward, LabelMask, RewrittenForward, disable_fused_layers
+from rewriters.forwards import InterpretedForward, LabelMask, RewrittenForward, disable_fused_layers, set_forward
 from rewriters.labelling import ChannelMap, Kernel, Side
 from rewriters.recording import drop_caches, without_caches
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
@@ -194,13 +194,9 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         kind = RewrittenForward if with_values else InterpretedForward
-        undo_log.set_attribute(module, "forward", kind(module, graphs))
+        set_forward(module, kind(module, graphs), undo_log)
     for path, forward in slim_plan.restored.items():
-        module = model.get_submodule(path)
-        if forward is None:
-            undo_log.remove(module.__dict__, "forward")
-        else:
-            undo_log.set_attribute(module, "forward", forward)
+        set_forward(model.get_submodule(path), forward, undo_log)
     for name, value in slim_plan.constants.items():
         path, _, own_name = name.rpartition(".")
         undo_log.set(model.get_submodule(path)._buffers, own_name, value)

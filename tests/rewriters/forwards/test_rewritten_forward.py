@@ -31,7 +31,7 @@ def test_a_rewritten_forward_runs_at_other_batch_sizes_and_resolutions():
 
 def test_other_control_flow_than_the_traced_one_raises():
     slim_model, _ = slim_and_gated(Split, image(size=4).double())
-    with pytest.raises(ShapeGuardError, match="was traced where a value was"):
+    with pytest.raises(ShapeGuardError, match=r"was traced where a value at .* was"):
         slim_model(image(size=12).double())
     with pytest.raises(ShapeGuardError):
         slim_model(image(size=4).double(), torch.ones(1).double())

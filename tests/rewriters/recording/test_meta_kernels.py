@@ -42,6 +42,8 @@ def convolutions() -> Iterator[tuple[Any, ...]]:
     images = (PLAIN, LAYOUTS["channels last"], PLAIN[0], LAYOUTS["half"])
     for x, weight, bias in itertools.product(images, (torch.zeros(8, 6, 1, 1), torch.zeros(8, 6, 3, 3)), (0, 8, 6)):
         yield x, weight, torch.zeros(bias) if bias else None, *plain, 1
+    yield PLAIN, torch.zeros(8, 6, 3, 3), None, [1, 1], [0], [1, 1], False, [0], 1  # padding="valid" comes so
+    yield PLAIN, torch.zeros(8, 6, 3, 3), None, [2], [1], [2], False, [0], 1
     yield PLAIN, torch.zeros(6, 1, 3, 2), None, [2, 1], [1, 2], [1, 2], False, [0, 0], 6
     yield PLAIN, torch.zeros(6, 2, 3, 3), None, *plain, 3
     yield PLAIN, torch.zeros(8, 2, 3, 3), None, *plain, 3  # 8 channels in 3 groups

@@ -1,0 +1,44 @@
+"""Numbers that tensors are computed with, made of channels and of other sizes: `x / (c * h * w)`.
+
+Slimming must not change them. The part that channels make becomes a constant; the other sizes stay expressions.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from rewriters.recording import tensors_of
+
+_PRODUCTS = {operator.mul, operator.truediv, operator.imul, operator.itruediv, operator.neg, math.sqrt, math.prod}
+
+
+def is_product_with_others(number: fx.Node, slim: Mapping[fx.Node, Any]) -> bool:
+    """Whether a number is a product of sizes, or a root or power of one, and not all of these are channels."""
+    others = False
+    open_ends = [number]
+    while open_ends:
+        node = open_ends.pop()
+        if node.target in _PRODUCTS or (node.target is operator.pow and not isinstance(node.args[1], fx.Node)):
+            open_ends.extend(node.all_input_nodes)
+        elif node.target == "numel":
+            others = True
+        elif _is_size(node):
+            others |= slim[node] == node.meta["val"]
+        else:
+            return False
+    return others
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a number is read from a tensor's shape."""
+    if node.target == "size":
+        return bool(tensors_of(node.args[0].meta["val"]))  # type: ignore[union-attr]  # its tensor
+    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
+        return False
+    shape = node.args[0]
+    return shape.target == "size" or (shape.target is getattr and "shape" in shape.args)

@@ -1,0 +1,47 @@
+"""What the code that a trace runs through says about itself: its lines, and whether it asks for identity.
+
+`is` can't be answered by a proxy: Python compares the objects themselves. So before a value is read from a proxy, the
+code that reads it is looked at.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import linecache
+import sys
+import types
+
+_PASSED = ("torch.fx", "rewriters.forwards.proxies", "rewriters.forwards.tracing", "rewriters.forwards.tracer_patches",
+           "rewriters.forwards.read_code")  # fmt: skip
+
+
+def caller() -> types.FrameType:
+    """The frame of the innermost code that is not part of the tracer."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_PASSED):
+        frame = frame.f_back
+    return frame
+
+
+def line_of_caller() -> str:
+    """The line that runs, as `module:line (its code)`."""
+    frame = caller()
+    name = frame.f_globals.get("__name__", frame.f_code.co_filename)
+    code = linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals).strip()
+    return f"{name}:{frame.f_lineno} ({code})" if code else f"{name}:{frame.f_lineno}"
+
+
+def compares_identity(frame: types.FrameType) -> bool:
+    """Whether a frame's code asks `is` of something else than None."""
+    return _compares_identity(frame.f_code)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compares_identity(code: types.CodeType) -> bool:
+    before = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IS_OP" and not (before and before.opname == "LOAD_CONST" and before.argval is None):
+            return True
+        before = instruction
+    return False
