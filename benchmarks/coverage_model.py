@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +26,7 @@ import rewriters
 from autogate.inputs import Inputs
 from benchmarks.model_lists import Listed
 from benchmarks.parts import kill, randomise_constants, randomise_norms, settle_norms, spread
+from rewriters import outputs
 from rewriters.recording.capture import capture
 
 DEAD = 0.5
@@ -210,11 +211,11 @@ def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
     """(relative difference of the outputs that finalize compares, their spread, seconds), whatever the difference."""
     found: list[tuple[float, float]] = []
 
-    def note(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    def note(got: list[torch.Tensor], wanted: list[torch.Tensor], rounding: Sequence[float] = ()) -> float:
         found.append((rewriters.relative_error(got, wanted), spread(wanted)))
         return 0.0
 
-    with mock.patch.object(autogate.slim.finalizing, "relative_error", note):
+    with mock.patch.object(outputs, "relative_error", note):
         start = time.process_time()
         autogate.finalize(model, inputs[0] or inputs[1], warn=False)
         ((difference, told),) = found

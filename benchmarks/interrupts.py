@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import builtins
 import collections
+import contextlib
 import copy
 import gc
 import os
@@ -20,7 +21,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,16 @@ def dense() -> nn.Module:
     return Network()
 
 
+@contextlib.contextmanager
+def _sigint_raises() -> Iterator[None]:
+    """Inside, SIGINT raises KeyboardInterrupt: a process that was started in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _has_history(model: nn.Module) -> bool:
     return history_of(model) is not None and "autogate" not in model._modules
 
@@ -122,7 +133,7 @@ def _has_history(model: nn.Module) -> bool:
 def counts(verb: str, draws: int, seed: int = 0) -> collections.Counter[str]:
     """What was found after interrupts at random moments of "prepare", "finalize" or "load"."""
     draw = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _sigint_raises():
         file = Path(folder) / "slim.safetensors"
         autogate.save(autogate.finalize(gated(), warn=False), file)
         model, call, is_done = {

@@ -30,12 +30,12 @@ def flat(text: str) -> str:
 
 
 def printed(block: str, names: dict[str, Any]) -> str:
-    """What a block prints, and warns of."""
+    """What a block warns of, and prints."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         exec(compile(block, "docs/troubleshooting.md", "exec"), names)
-    return out.getvalue() + "".join(f"{one.category.__name__}: {one.message}\n" for one in caught)
+    return "".join(f"{one.category.__name__}: {one.message}\n" for one in caught) + out.getvalue()
 
 
 @pytest.mark.parametrize(

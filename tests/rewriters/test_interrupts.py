@@ -16,9 +16,11 @@ from rewriters.interrupts import let_signals_in, signals_held
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     yield
     assert {number: signal.getsignal(number) for number in signal.valid_signals()} == before
+    signal.signal(signal.SIGINT, own)
     assert not interrupts._waiting
 
 
