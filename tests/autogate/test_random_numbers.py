@@ -18,6 +18,7 @@ from autogate.budget import timing
 from autogate.files import dense_model, to_onnx, to_torch_export
 from autogate.inspection import inspect_model
 from tests.autogate.files.slim_nets import example
+from tests.slow import slow_but
 
 
 def states() -> list[Any]:
@@ -82,7 +83,7 @@ def quick_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 1e-4)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", slow_but(VERBS.keys() - {"to_onnx"}, VERBS))
 def test_random_numbers_are_left_alone(verb: str, tmp_path: Path):
     given, call = VERBS[verb]
     for _ in range(2 if "latency" in verb else 1):  # the second time, all timings are cached

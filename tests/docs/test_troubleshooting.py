@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def test_a_section_shows_what_its_code_prints(section, tmp_path, monkeypatch):
     assert compared
 
 
+@cache
 def strings() -> str:
     """All strings in the packages' code, `#` for what is formatted into them."""
     found = []

@@ -14,21 +14,25 @@ def outcome():
     return demo.run(flops=0.5, dense_epochs=3, gated_epochs=8)
 
 
+@pytest.mark.slow
 def test_the_budget_is_met_within_a_point(outcome):
     assert abs(outcome.slim.flops / outcome.dense.flops - 0.5) <= 0.01
 
 
+@pytest.mark.slow
 def test_the_slim_network_tells_every_image_as_the_gated_one_did(outcome):
     assert outcome.differing == 0
     assert outcome.error <= 1e-5
     assert outcome.gated_accuracy == outcome.slim.accuracy
 
 
+@pytest.mark.slow
 def test_half_the_network_still_reads_digits(outcome):
     assert outcome.dense.accuracy >= 95
     assert outcome.slim.accuracy >= outcome.dense.accuracy - 2
 
 
+@pytest.mark.slow
 def test_the_slim_network_is_smaller_than_the_dense_one(outcome):
     assert outcome.slim.params < outcome.dense.params
     assert outcome.slim.params == sum(p.numel() for p in outcome.model.parameters())

@@ -183,6 +183,7 @@ def _train_with_checkpoints(folder: str, steps: int) -> None:
         os.replace(path.with_suffix(".new"), path)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_steps_goes_on_where_it_was(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()

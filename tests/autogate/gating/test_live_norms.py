@@ -179,6 +179,7 @@ def test_a_checkpoint_of_the_plain_model_loads():
     assert not unexpected and all(name.startswith("autogate.") for name in missing)
 
 
+@pytest.mark.slow
 def test_compiled_training_does_not_compile_anew_when_channels_die():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
