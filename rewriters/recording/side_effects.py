@@ -26,6 +26,7 @@ from rewriters.recording.pytrees import tensors_of
 from rewriters.undo_log import UndoLog
 
 _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
+_GENERATOR = type(torch.default_generator)  # isinstance asks a metaclass written in Python
 _SIMPLE = frozenset((bool, int, float, str, tuple, type(None)))
 _NO_STATE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
 _REGISTRIES = (
@@ -145,9 +146,11 @@ def generators_kept(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], boo
     Yields:
         A function that says whether numbers were drawn from one of PyTorch's generators since the beginning.
     """
-    tensors = [*model.parameters(), *model.buffers(), *tensors_of(inputs)]
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    own = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Generator)]
+    devices: set[torch.device] = set()
+    if torch.cuda.is_initialized():  # no tensor is on a GPU otherwise
+        tensors = [*model.parameters(), *model.buffers(), *tensors_of(inputs)]
+        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    own = [value for module in model.modules() for value in vars(module).values() if type(value) is _GENERATOR]
     own += [torch.default_generator, *(torch.cuda.default_generators[device.index] for device in devices)]
     with random_numbers_kept(devices):
         before = [(generator, generator.get_state()) for generator in own]
