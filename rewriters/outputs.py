@@ -67,7 +67,8 @@ class Outputs:
 
         Args:
             model: the changed model.
-            args, kwargs: what it ran on before.
+            args: positional arguments that it ran on before.
+            kwargs: keyword arguments that it ran on before.
             allowed: the largest error that passes; only if it is exceeded, draws of one number are compared.
             rounding: `rounding_errors` of the model before the change.
         """
@@ -157,7 +158,8 @@ def relative_error(got: list[Tensor], wanted: list[Tensor], rounding: Sequence[f
     """The largest max |got - wanted| / max |wanted| over the outputs; infinite if shapes differ.
 
     Args:
-        got, wanted: the outputs.
+        got: the outputs.
+        wanted: the outputs that they are compared with.
         rounding: `rounding_errors` of the model that gave `wanted`; outputs that are no larger aren't compared.
     """
     if [t.shape for t in got] != [t.shape for t in wanted]:
