@@ -6,6 +6,7 @@ other batch sizes and resolutions, or raises an error that says why it can't.
 
 from __future__ import annotations
 
+import abc
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,16 @@ from rewriters.forwards.read_code import caller, compares_identity
 _len = len  # `builtins.len` is patched while a forward is traced
 
 
-class ValueTracer(fx.Tracer):
+class ValueTracer(fx.Tracer, abc.ABC):
     """A tracer whose proxies know their values."""
 
+    @abc.abstractmethod
     def concrete(self, proxy: ValueProxy) -> Any:
         """The value of a proxy, which control flow depends on from here on."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def has_channels(self, tensor: Tensor, dim: int) -> bool:
         """Whether channels lie along a dimension of a tensor in the graph."""
-        raise NotImplementedError
 
 
 _PARTITIONS = {
