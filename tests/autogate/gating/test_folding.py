@@ -74,6 +74,17 @@ def test_dead_channels_contribute_nothing():
     assert torch.equal(net(images), before)
 
 
+def test_a_state_that_gates_depend_on_is_folded_too():
+    """Written with alpha as it was, as a checkpoint does: the gates follow, and no column is scaled."""
+    net, bank = gated_net()
+    net(batch(0)[0])
+    numbers = [kernel.detach().clone() for kernel in kernels_of(net)]
+    bank.epsilon.fill_(0.01)
+    net(batch(0)[0])
+    torch.testing.assert_close(bank.folded, torch.full((64,), 1 / 1.01))
+    assert all(torch.equal(kernel, before) for kernel, before in zip(kernels_of(net), numbers, strict=True))
+
+
 def test_folding_again_changes_nothing():
     net, bank = gated_net()
     bank.alpha.copy_(random_alpha(bank))
