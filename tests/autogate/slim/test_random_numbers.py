@@ -127,12 +127,19 @@ def test_shortcuts_of_a_model_that_draws():
     autogate.finalize(autogate.prepare(blocks, image(), flops=1.0, shortcuts="conv"), warn=False)
 
 
-def test_what_is_drawn_in_a_dead_branch_is_no_constant():
+DRAWS = {
+    "by size": lambda branch: torch.randn(len(branch), 4, 1, 1),
+    "like a constant": lambda branch: torch.randn_like(branch.mean((2, 3), keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
+def test_what_is_drawn_in_a_dead_branch_is_no_constant(draw):
     """With one sample the noise is the same at all positions, as a constant for each channel would be."""
 
     def forward(m, x):
         branch = m.second(m.first(x).relu())
-        return m.b(m.a(x) + (branch + torch.randn(len(x), 4, 1, 1)))
+        return m.b(m.a(x) + (branch + draw(branch)))
 
     torch.manual_seed(0)
     model = Net(forward, a=conv(3, 4), b=conv(4, 2), first=conv(3, 4), second=conv(4, 4)).eval()
