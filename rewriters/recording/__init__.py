@@ -21,6 +21,7 @@ from rewriters.recording.side_effects import (
     random_numbers_kept,
     random_states,
     set_modes,
+    set_train_mode,
     without_caches,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "reshapes_in_place",
     "run_on_fakes",
     "set_modes",
+    "set_train_mode",
     "tensors_at",
     "tensors_of",
     "without_caches",

@@ -178,7 +178,7 @@ def _prune(
         graphs = graphs_by_mode(forwards, lambda one: one.resize(mask).graph)
     except CannotResizeError:  # an op fails on tensors without channels
         return
-    removed = _uncalled(call, captured, graphs.values())
+    removed = _uncalled(call, analysis.captures, graphs.values())
     if removed:
         named = {_constant_name(index): value for index, value in enumerate(values) if value is not None}
         constants = {
@@ -273,12 +273,15 @@ def _put_constant(node: fx.Node, users: list[fx.Node], name: str, known: Mutable
         user.replace_input_with(node, constant)
 
 
-def _uncalled(call: ModuleCall, captured: Capture, graphs: Iterable[fx.Graph]) -> frozenset[str]:
+def _uncalled(call: ModuleCall, captures: Iterable[Capture], graphs: Iterable[fx.Graph]) -> frozenset[str]:
     """Modules called in `call` that neither the rewritten graphs call nor anything else (an opaque module, say)."""
     called = (node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
     still = {f"{call.path}.{target}".lstrip(".") for target in called}
     gone = {child.path for child in call.children} - still
-    inside = {id(inner) for child in call.children if child.path in gone for inner in child.walk()}
-    elsewhere = {other.path for other in captured.calls() if id(other) not in inside}
-    elsewhere = elsewhere.union(*(captured.opaque[path].inside for path in elsewhere & captured.opaque.keys()))
+    elsewhere: set[str] = set()
+    for captured in captures:
+        own = [child for other in captured.calls() if other.path == call.path for child in other.children]
+        inside = {id(inner) for child in own if child.path in gone for inner in child.walk()}
+        paths = {other.path for other in captured.calls() if id(other) not in inside}
+        elsewhere |= paths.union(*(captured.opaque[path].inside for path in paths & captured.opaque.keys()))
     return frozenset(path for path in gone if not any(is_under(other, {path}) for other in elsewhere))
