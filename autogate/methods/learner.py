@@ -32,13 +32,18 @@ class Learner:
         targets: what is to be left; all of them are met.
         schedule: when, and in what portions.
         groups: classes that lie on the same sides.
+
+    Attributes:
+        method, targets, schedule, groups: as given.
+        selection: chooses who dies.
     """
 
     def __init__(self, method: Method, targets: Targets, schedule: Schedule, groups: Sequence[Group]):
         self.method = method
         self.targets = targets
         self.schedule = schedule
-        self._selection = Selection(targets, schedule, groups)
+        self.groups = tuple(groups)
+        self.selection = Selection(targets, schedule, groups)
 
     def start(self) -> Gates:
         """The gates before the first step: all of them open."""
@@ -77,7 +82,7 @@ class Learner:
         candidates = proposal.candidates
         if candidates is None or not candidates.any():
             return Deaths(torch.zeros(0, dtype=torch.int64))
-        return self._selection.deaths(proposal.importance.cpu(), candidates.cpu(), live.cpu(), number)
+        return self.selection.deaths(proposal.importance.cpu(), candidates.cpu(), live.cpu(), number)
 
     def is_over(self, count: int, settled: bool) -> bool:
         """Whether gates no longer move after `count` steps.

@@ -195,8 +195,8 @@ def test_gates_stand_still_once_the_targets_are_met_and_epsilon_is_at_its_end(mo
 def test_targets_that_count_as_met_leave_every_live_gate_open():
     """The step that settles for a little above the target is under pressure: it opens what that had nearly closed."""
     _, bank = gated_net(0.5, steps=100)
-    chosen = bank.learner._selection.deaths
-    bank.learner._selection.deaths = lambda *args: replace(chosen(*args), settled=True)
+    chosen = bank.learner.selection.deaths
+    bank.learner.selection.deaths = lambda *args: replace(chosen(*args), settled=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         bank.alpha[1::2] = 2e-5
