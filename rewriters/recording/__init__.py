@@ -5,6 +5,7 @@ from rewriters.recording.capture import (
     capture,
     in_every_place,
     named_tensors,
+    without_fast_paths,
 )
 from rewriters.recording.garbage_collection import collect, frozen_heap
 from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
@@ -13,6 +14,7 @@ from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors
 from rewriters.recording.random_draws import OneNumber, is_draw
 from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
 from rewriters.recording.rounding import OtherRounding
+from rewriters.recording.running_modules import RunningModules
 from rewriters.recording.side_effects import (
     attributes_preserved,
     drawn_since,
@@ -32,6 +34,7 @@ __all__ = [
     "OneNumber",
     "Opaque",
     "OtherRounding",
+    "RunningModules",
     "all_tensors",
     "args_of",
     "attributes_preserved",
@@ -59,4 +62,5 @@ __all__ = [
     "tensors_at",
     "tensors_of",
     "without_caches",
+    "without_fast_paths",
 ]
