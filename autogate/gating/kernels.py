@@ -104,6 +104,10 @@ class GatedKernels:
             found.setdefault((id(gated.weight), side.dim), gated)
         return list(found.values())
 
+    def named(self, device: torch.device) -> dict[str, nn.Parameter]:
+        """The gated kernels by name; of a kernel with several names the first."""
+        return {self._sides[side.place].tensor: side.weight for side in self.sides(device)}
+
     def _locate(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
         """The kernel of each gated side, by the dictionary of its module and its name there.
 
