@@ -10,11 +10,13 @@ from autogate.budget import Resource, SideCounts
 from autogate.files import load, save, to_timm_text
 from autogate.gating import GateBank
 from autogate.inspection import Summary
+from autogate.methods import GDP
 from autogate.slim import recalibrate
 from autogate.version import __version__
 from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
 __all__ = [
+    "GDP",
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
