@@ -30,7 +30,7 @@ from autogate.gating.kernels import GatedKernels
 from autogate.gating.progress import Progress
 from autogate.gating.state import BankBuffers
 from autogate.gating.stepping import Stepping
-from autogate.methods import Learner
+from autogate.methods import KernelSums, Learner
 from autogate.steering import Schedule
 from rewriters import ChannelMap, Side
 
@@ -238,6 +238,23 @@ class GateBank(BankBuffers):
             AutogateError: the alpha of a live class is not finite; nothing is folded then.
         """
         self._folding.fold(self.state(), stepped)
+
+    @torch.no_grad()
+    def close(self, classes: Tensor, settled: bool = False) -> None:
+        """Close gates now: these classes die, and their columns become exactly zero.
+
+        Args:
+            classes: their indices, int64.
+            settled: whether the model is now as close to its targets as its classes allow.
+        """
+        self.alpha.index_fill_(0, classes.to(self.alpha.device), 0.0)
+        if settled:
+            self.settled.fill_(1.0)
+        self.fold()
+
+    def kernel_sums(self) -> KernelSums:
+        """Sums over the columns of each class, on all its gated kernels, and over their gradients."""
+        return self._stepping.sums(self.state())
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         recorded = torch.compiler.is_compiling() or hooks.is_capturing()
