@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
-from autogate.gating import BANK, GateBank, check_preparable, gated_within
+from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
 from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
@@ -276,7 +276,7 @@ def finalize(
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)
-    optimizers = as_optimizers([*_listed(optimizer), *bank.optimizers()], model)
+    optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     bank.fold()
     origin: PrepareRecord = bank.origin
     given = None if example_inputs is None else as_call(example_inputs, model)
@@ -303,7 +303,7 @@ def finalize_as(model: M, slimming: Slimming, *, optimizer: Optimizer | Iterable
         AutogateError: the channels of the model are coupled in another way. The model is left as it was.
     """
     model, bank = unwrap(model), gates(model)
-    optimizers = as_optimizers([*_listed(optimizer), *bank.optimizers()], model)
+    optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     before = _parameters(model)
     _take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
     return model

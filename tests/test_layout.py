@@ -21,7 +21,8 @@ ORDER = {
     ],
     "autogate": [
         "cli", "reporting", "training", "integrations", "demo", "closing", "api", "inspection", "files", "slim",
-        "criteria", "gating", "methods", "steering", "budget", "naming", "inputs", "wrappers", "lock", "digits", "version",
+        "criteria", "gating", "methods", "steering", "budget", "naming", "inputs", "wrappers", "lock", "digits",
+        "version",
     ],
 }  # fmt: skip
 """Folders and single files of each package. Each may import from those behind it."""

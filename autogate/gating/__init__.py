@@ -1,6 +1,7 @@
 """The gates of a model: stored in its kernels, moved after each optimizer step."""
 
 from autogate.gating.bank import BANK, GateBank
+from autogate.gating.hooks import optimizers_of
 from autogate.gating.preparable import check_preparable, gated_within
 from autogate.gating.progress import Progress
 from autogate.gating.sharding import has_shards
@@ -12,4 +13,5 @@ __all__ = [
     "check_preparable",
     "gated_within",
     "has_shards",
+    "optimizers_of",
 ]

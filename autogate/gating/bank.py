@@ -197,29 +197,14 @@ class GateBank(BankBuffers):
 
     def parameters_of_model(self) -> list[nn.Parameter]:
         """All parameters of the model."""
-        model = self._kernels.model()
-        return [] if model is None else list(model.parameters())
-
-    def optimizers(self) -> list[Optimizer]:
-        """The optimizers that train the model, as far as their steps were seen."""
-        return hooks.optimizers_of(self)
+        return self._kernels.parameters()
 
     def about_to_step(self, optimizer: Optimizer) -> None:
         """Called before each step of an optimizer that trains some of the model: warns in the first steps."""
-        if self._first_steps.over:
-            return
-        self._first_steps.starts(self.schedule.steps, self._has_stepped)
-        self._first_steps.steps(optimizer, self._kernels.named(self.alpha.device), self._added_weights())
-
-    @property
-    def _has_stepped(self) -> bool:
-        return self._stepping.counters(self.state()).steps > 0
-
-    def _added_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and kernels of the layers that prepare has added, those that learn."""
-        model = self._kernels.model()
-        named = [] if model is None else [(name, model.get_parameter(name)) for name in sorted(self.added)]
-        return [(name, weight) for name, weight in named if weight.requires_grad]
+        if not self._first_steps.over:
+            self._first_steps.starts(self.schedule.steps, self._stepping.counters(self.state()).steps)
+            named = self._kernels.named(self.alpha.device)
+            self._first_steps.steps(optimizer, named, self._kernels.learning(self.added))
 
     @torch.no_grad()
     def fold(self, stepped: bool = False) -> None:
@@ -299,7 +284,7 @@ class GateBank(BankBuffers):
             lr: the kernels' learning rate; alpha's follows it (see `GDP.alpha_rate`).
         """
         if not self.follows:
-            self._first_steps.starts(self.schedule.steps, self._has_stepped)
+            self._first_steps.starts(self.schedule.steps, self._stepping.counters(self.state()).steps)
         self._stepping.step(self.state(), lr)
         self.fold(stepped=True)
         self._first_steps.stepped(self.kernels())

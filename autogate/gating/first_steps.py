@@ -69,22 +69,22 @@ class FirstSteps:
         """Whether nothing is watched any more, so that later steps cost nothing."""
         return self._told_of_optimizers and self._told_of_start and (self._seen_gradient or self._blind == BLIND_STEPS)
 
-    def starts(self, steps: int, resumed: bool) -> None:
+    def starts(self, steps: int, taken: int) -> None:
         """Called before each step: whether the run is long enough, and the model worth it.
 
         Args:
             steps: of the whole run.
-            resumed: steps have been taken before.
+            taken: steps that were taken before, by a run that is resumed.
         """
         if self._told_of_start:
             return
         self._told_of_start = True
-        if not resumed and self.untrained:
+        if not taken and self.untrained:
             _warn(
                 "the model looks untrained: all its norms are as they were initialised, and in such a model nothing "
                 "tells useful channels from useless ones yet. Train it, or load its weights, before autogate.prepare."
             )
-        if not resumed and steps < FEW_STEPS:
+        if not taken and steps < FEW_STEPS:
             _warn(
                 f"the run has {steps} steps, too few to learn which channels matter. `steps` of autogate.prepare "
                 "counts optimizer steps, not epochs: epochs * batches per epoch."
