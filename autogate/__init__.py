@@ -7,6 +7,7 @@ slim = autogate.finalize(model)                            # plain layers, half 
 
 from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
 from autogate.budget import Resource, SideCounts
+from autogate.closing import close
 from autogate.files import load, save, to_timm_text
 from autogate.gating import GateBank
 from autogate.inspection import Summary
@@ -27,6 +28,7 @@ __all__ = [
     "SurgeryError",
     "VerificationError",
     "__version__",
+    "close",
     "finalize",
     "gates",
     "load",
