@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from autogate.version import __version__
 
 if TYPE_CHECKING:
-    from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
+    from autogate.api import BudgetNotMetWarning, CollapseWarning, finalize, gates, prepare, step, summary
     from autogate.budget import Resource, SideCounts
     from autogate.closing import close
     from autogate.files import load, save, to_timm_text
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
 _EXPORTS = {
-    "autogate.api": ("BudgetNotMetWarning", "finalize", "gates", "prepare", "step", "summary"),
+    "autogate.api": ("BudgetNotMetWarning", "CollapseWarning", "finalize", "gates", "prepare", "step", "summary"),
     "autogate.budget": ("Resource", "SideCounts"),
     "autogate.closing": ("close",),
     "autogate.files": ("load", "save", "to_timm_text"),
@@ -60,6 +60,7 @@ __all__ = [
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
+    "CollapseWarning",
     "GateBank",
     "Resource",
     "SideCounts",
