@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from autogate.files import load, save, to_timm_text
     from autogate.gating import GateBank
     from autogate.inspection import Summary
-    from autogate.methods import GDP
+    from autogate.methods import GDP, ClippedLasso
     from autogate.slim import recalibrate
     from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
@@ -32,7 +32,7 @@ _EXPORTS = {
     "autogate.files": ("load", "save", "to_timm_text"),
     "autogate.gating": ("GateBank",),
     "autogate.inspection": ("Summary",),
-    "autogate.methods": ("GDP",),
+    "autogate.methods": ("GDP", "ClippedLasso"),
     "autogate.slim": ("recalibrate",),
     "rewriters": ("AutogateError", "CaptureError", "SurgeryError", "VerificationError"),
 }
@@ -60,6 +60,7 @@ __all__ = [
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
+    "ClippedLasso",
     "CollapseWarning",
     "GateBank",
     "Resource",

@@ -125,7 +125,7 @@ def prepare(
         raise AutogateError(
             f"method is {method!r}, which is no method.", where="prepare", remedy="Give a value such as autogate.GDP()."
         )
-    shares = Shares(flops, params, activations, latency, resources or {})
+    shares = _shares(method, flops, params, activations, latency, resources)
     bounds = read_limits(model, limits or {})
     kept = [tensor for limit in bounds if limit.least == 1 for tensor in limit.tensors]
     ignored = dict.fromkeys([*named_by(model, ignore), *kept], "the caller asked for it")
@@ -157,6 +157,22 @@ def prepare(
         raise
     model.add_module(BANK, bank)
     return model
+
+
+def _shares(
+    method: Method, flops: float | None, params: float | None, activations: float | None, latency: float | None,
+    resources: Mapping[ResourceMaker, float] | None,
+) -> Shares:  # fmt: skip
+    """The budget; with a fixed lambda there is none, and prices are those of FLOPs."""
+    if method.lam is None:
+        return Shares(flops, params, activations, latency, resources or {})
+    if any(share is not None for share in (flops, params, activations, latency)) or resources:
+        raise AutogateError(
+            f"{method!r} has a fixed lambda, which reaches no budget.",
+            where="prepare",
+            remedy="Give no share, or leave out `lam`: lambda is then steered to the budget.",
+        )
+    return Shares(flops=1.0)
 
 
 def gates(model: nn.Module) -> GateBank:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autogate.gating.columns import along, column_products, scale_columns, segment_sum
 from autogate.gating.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
-from rewriters import ALWAYS, AutogateError, ChannelMap
+from rewriters import ALWAYS, AutogateError, ChannelMap, Side
 
 
 class GatedSide(NamedTuple):
@@ -41,17 +41,26 @@ class HeldBack:
     part: Tensor
 
 
+def parameter_sides(model: nn.Module, channel_map: ChannelMap) -> list[Side]:
+    """The sides of a model's parameters that have classes."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [side for side in channel_map.classes if side.tensor in names]
+
+
 class GatedKernels:
     """The gated kernels of a model.
 
     Args:
         model: the model; it is not kept alive.
         channel_map: its classes of channels.
+        scales_all: every parameter that has a class counts as a kernel, along each side with one, not only the kernels
+            that sum over channels, along the sides that they read.
     """
 
-    def __init__(self, model: nn.Module, channel_map: ChannelMap):
+    def __init__(self, model: nn.Module, channel_map: ChannelMap, scales_all: bool = False):
         self._size = channel_map.size
-        self._sides = tuple(side for side in channel_map.gated if side in channel_map.classes)
+        sides = parameter_sides(model, channel_map) if scales_all else channel_map.gated
+        self._sides = tuple(side for side in sides if side in channel_map.classes)
         classes = [channel_map.classes[side].cpu() for side in self._sides]
         self._lengths = tuple(len(labels) for labels in classes)
         self._begins = tuple(accumulate(self._lengths, initial=0))
@@ -211,20 +220,23 @@ class GatedKernels:
             kernels[side.place] = kernel if kernel.shape == weight.shape else part_like(kernel, side.weight)
         return kernels
 
-    def products(self, sides: list[GatedSide], kernels: dict[int, Tensor], kind: torch.dtype) -> Tensor:
+    def products(
+        self, sides: list[GatedSide], kernels: dict[int, Tensor], kind: torch.dtype, squares: bool = False
+    ) -> Tensor:  # fmt: skip
         """<gradient, kernel> over the columns of each class, shape (classes + 1,); pinned columns come last.
 
         Args:
             sides: the gated sides.
             kernels: by place, the kernels that the gradients were taken at.
             kind: dtype to add in.
+            squares: <kernel, kernel> instead.
         """
         # Kernels of one layout are summed together: one all-reduce a step, in which every process takes part.
         by_layout: dict[Any, dict[int, Tensor]] = {}
         for side in sides:
             sums = by_layout.setdefault(layout(side.weight), {})
-            if (grad := side.weight.grad) is not None:
-                counted = column_products(local(grad), kernels[side.place], side.dim)
+            if (other := side.weight if squares else side.weight.grad) is not None:
+                counted = column_products(local(other), kernels[side.place], side.dim)
                 sums[side.place] = self._laid_out(counted.to(self._labels.device, kind), side)
         whole = torch.zeros(self._size + 1, dtype=kind, device=self._labels.device)
         for where, sums in by_layout.items():
