@@ -6,7 +6,7 @@ only, and once more on inputs twice as large where the size of its input may dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_map_only
 from rewriters.errors import AutogateError
 from rewriters.outputs import run_eval
 from rewriters.recording import Capture, capture, set_modes, tensors_of
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Example inputs by position and by name."""
 
 
 def samples_in(args: Any, kwargs: Any) -> int:
@@ -38,6 +41,15 @@ def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
     finally:
         set_modes(model, before)
     return captures
+
+
+def capture_others(model: nn.Module, others: Sequence[Inputs]) -> list[Capture]:
+    """Captures of the model in eval mode for more example inputs."""
+    before = set_modes(model, False)
+    try:
+        return [capture(model, args, kwargs) for args, kwargs in others]
+    finally:
+        set_modes(model, before)
 
 
 def capture_larger(

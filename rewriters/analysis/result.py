@@ -26,10 +26,12 @@ class Analysis:
     """All that is known of a model's channels.
 
     Attributes:
-        captures: the captured forward in eval mode, and in train mode too if some layers run in that mode only.
+        captures: the captured forward in eval mode, for each of the example inputs, and in train mode too if some
+            layers run in that mode only.
         labelling: labels of every tensor in them.
         traced: the traced forwards of modules that may hold a size.
         sites: modules whose own forward takes statistics across channels.
+        examples: how many example inputs there are.
         channel_map: the partition of the channels.
     """
 
@@ -37,7 +39,13 @@ class Analysis:
     labelling: Labelling
     traced: list[TracedForward] = field(default_factory=list)
     sites: list[StatisticSite] = field(default_factory=list)
+    examples: int = 1
     channel_map: ChannelMap = field(init=False)
+
+    @property
+    def in_eval_mode(self) -> list[Capture]:
+        """The captures in eval mode, one for each of the example inputs."""
+        return self.captures[: self.examples]
 
     @property
     def opaque(self) -> frozenset[str]:

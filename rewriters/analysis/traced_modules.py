@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.size_holders import knows_its_sizes, may_hold_size, sizes_to_read, takes_sizes
 from rewriters.analysis.trial_rewrites import pin_unresizable
 from rewriters.cross_channel import StatisticSite, find_statistics, plain_statistics
 from rewriters.errors import TraceError
-from rewriters.forwards import TracedForward, graphs_by_mode, patches_held, trace_modes
+from rewriters.forwards import TracedForward, patches_held, told_apart, trace_modes
 from rewriters.labelling import ALWAYS, Labelled, Labelling, merge_grids
 from rewriters.labelling.rules import LabelledStatistic
 from rewriters.recording import Capture, ModuleCall, all_tensors, leaves_of, tensors_at, without_caches
+
+_UNLIKE = "its calls take different paths, which its arguments don't tell apart"
 
 
 def trace_statistics(
@@ -58,20 +60,27 @@ def _site(
     model: nn.Module, calls: list[tuple[Capture, ModuleCall]], statistics: Mapping[int, list[LabelledStatistic]],
     labelling: Labelling, known: Mapping[int, Labelled], traces: dict[int, list[TracedForward]],
 ) -> StatisticSite:  # fmt: skip
-    """The statistics of a module, whose calls must be equal and are coupled. Raises `TraceError` if they differ."""
+    """The statistics of a module; those of calls that take the same way through its forward are coupled.
+
+    Raises:
+        TraceError: a statistic has no form over live channels, or the arguments don't tell the ways apart.
+    """
     module, path = model.get_submodule(calls[0][1].path), calls[0][1].path
-    found: list[StatisticSite] = []
+    ways: dict[str, list[tuple[StatisticSite, Mapping[bool, fx.Graph], int]]] = {}
     for captured, call in calls:
         traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known)
-        found.append(
-            find_statistics(module, path, graphs_by_mode(traced, lambda one: one.graph), len(statistics[id(call)]))
-        )
-    for other in found[1:]:
-        if any(str(other.graphs[training]) != str(found[0].graphs[training]) for training in (False, True)):
-            raise TraceError("its calls take different paths, which would need different code", where=path)
-        for mine, theirs in zip(found[0].statistics, other.statistics, strict=True):
-            labelling.space.merge(mine.labels, theirs.labels)
-    return found[0]
+        graphs, count = {mode: one.graph for one in traced for mode in one.modes}, len(statistics[id(call)])
+        found = find_statistics(module, path, [graphs], [count])
+        ways.setdefault("".join(one.code for one in traced), []).append((found, graphs, count))
+    for (first, *_), *others in ways.values():
+        for other, *_ in others:
+            for mine, theirs in zip(first.statistics, other.statistics, strict=True):
+                labelling.space.merge(mine.labels, theirs.labels)
+    _, every, counts = zip(*(same[0] for same in ways.values()), strict=True)
+    site = find_statistics(module, path, every, counts)
+    if not all(map(told_apart, site.graphs.values())):
+        raise TraceError(_UNLIKE, where=path)
+    return site
 
 
 def trace_size_holders(
@@ -81,6 +90,7 @@ def trace_size_holders(
 
     Forwards that were traced for their statistics are included, for a norm may be written in ops that hold no size.
     """
+    done = dict(traces)
     for captured in analysis.captures:
         for call in captured.calls():
             module = model.get_submodule(call.path)
@@ -95,22 +105,43 @@ def trace_size_holders(
             try:
                 traced = traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known)
                 analysis.traced.extend(traced)
+                done[id(call)] = traced
             except TraceError as error:
+                done[id(call)] = []
                 for node in holders:
                     analysis.labelling.pin_values(tensors_at(node), known, call.path, str(node.target), error.cause)
+    _trace_other_calls(model, analysis, known, done)
+
+
+def _trace_other_calls(
+    model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], done: Mapping[int, list[TracedForward]]
+) -> None:
+    """Trace the calls without a size of modules whose other calls hold one: the rewritten forward runs for all."""
+    paths = {traced.path for traced in analysis.traced}
+    for captured in analysis.captures:
+        for call in captured.calls():
+            if call.path in paths and id(call) not in done:
+                module = model.get_submodule(call.path)
+                try:
+                    analysis.traced += trace_modes(module, call, captured, analysis.labelling, known)
+                except TraceError as error:
+                    _pin_calls(analysis, [one for one in analysis.traced if one.path == call.path], error.cause)
 
 
 def merge_repeated_calls(analysis: Analysis) -> None:
-    """Couple the channels in all calls of a module that is called several times, so that one rewritten forward will do.
+    """Couple the channels in those calls of a module that take the same way through its forward: one code serves them.
 
-    If its calls take different paths through its forward, no rewriting serves them all, and the channels are pinned.
+    Calls that take other ways are cases of their own. If their arguments don't tell them apart, channels are pinned.
     """
-    first: dict[tuple[str, bool], TracedForward] = {}
+    ways: dict[tuple[str, bool], dict[str, TracedForward]] = {}
     for traced, mode in ((one, mode) for one in analysis.traced for mode in one.modes):
-        other = first.setdefault((traced.path, mode), traced)
+        own = ways.setdefault((traced.path, mode), {})
+        other = own.setdefault(traced.code, traced)
         if other is not traced:
-            alike = str(other.graph) == str(traced.graph)
-            _merge_calls(analysis.labelling, other, traced) if alike else _pin_calls(analysis, other, traced)
+            _merge_calls(analysis.labelling, other, traced)
+    for cases in ways.values():
+        if len(cases) > 1 and not told_apart([one.graph for one in cases.values()]):
+            _pin_calls(analysis, [*cases.values()], _UNLIKE)
 
 
 def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForward) -> None:
@@ -120,8 +151,7 @@ def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForwa
                 labelling.merge_values(first.known.get(id(a)), second.known.get(id(b)), first.path)
 
 
-def _pin_calls(analysis: Analysis, *calls: TracedForward) -> None:
-    reason = "its calls take different paths, which would need different code"
+def _pin_calls(analysis: Analysis, calls: Iterable[TracedForward], reason: str) -> None:
     for traced in calls:
         analysis.labelling.pin_values(all_tensors(traced.graph), traced.known, traced.path, "forward", reason)
 
