@@ -7,8 +7,10 @@ slim = autogate.finalize(model)                            # plain layers, half 
 
 from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
 from autogate.budget import Resource, SideCounts
+from autogate.closing import close
 from autogate.files import load, save, to_timm_text
 from autogate.gating import GateBank
+from autogate.inputs import Examples
 from autogate.inspection import Summary
 from autogate.methods import GDP
 from autogate.slim import recalibrate
@@ -20,6 +22,7 @@ __all__ = [
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
+    "Examples",
     "GateBank",
     "Resource",
     "SideCounts",
@@ -27,6 +30,7 @@ __all__ = [
     "SurgeryError",
     "VerificationError",
     "__version__",
+    "close",
     "finalize",
     "gates",
     "load",

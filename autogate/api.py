@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from torch import jit, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
-from autogate.gating import BANK, GateBank, has_shards
-from autogate.inputs import as_call, dtype_of_parameters, fitted
+from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
+from autogate.inputs import as_calls, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
 from autogate.methods import GDP, Learner, Method
@@ -19,6 +19,7 @@ from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
+    Slimming,
     add_shortcut_convolutions,
     analyse_with_dry_run,
     as_optimizers,
@@ -27,10 +28,12 @@ from autogate.slim import (
     kept_by_side,
     parameter_replacements,
     replace_parameters,
+    slim_unverified,
     slim_verified,
+    tell_of_steps_with,
     verify,
 )
-from autogate.wrappers import is_wrapped, unwrap
+from autogate.wrappers import unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,8 +77,9 @@ def prepare(
         model: any module; the same object is returned. Prepare it before you compile it or wrap it for distributed
             training.
         example_inputs: inputs that the model can be run on: a tensor, a tuple of positional arguments or a dict of
-            keyword arguments. A timm model needs none. Give a batch of two or more samples, so that the batch
-            dimension can't be mistaken for another dimension of size 1.
+            keyword arguments, or several of these (`Examples`) if the forward takes other ways for other inputs. A timm
+            model needs none. Give a batch of two or more samples, so that the batch dimension can't be mistaken for
+            another dimension of size 1.
         flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to keep, in (0, 1];
             0.5 if no budget is given. If several budgets are given, all of them are met.
         params: share of the model's parameters to keep.
@@ -105,7 +109,7 @@ def prepare(
         AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
-    _check_model(model)
+    check_preparable(model)
     method = GDP() if method is None else method
     if not isinstance(method, Method):
         raise AutogateError(
@@ -113,8 +117,9 @@ def prepare(
         )
     shares = Shares(flops, params, activations, latency, resources or {})
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
+    inputs, *others = as_calls(example_inputs, model)
     options = AnalysisOptions(
-        as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
+        inputs, ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed, tuple(others)
     )
     undo_log = UndoLog()
     try:
@@ -162,7 +167,7 @@ def gates(model: nn.Module) -> GateBank:
     model = unwrap(model)
     bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
     if not isinstance(bank, GateBank):
-        within = _gated_within(model)
+        within = gated_within(model)
         raise AutogateError(
             "it has no gates: it was not prepared, or is already finalized.",
             where=type(model).__name__,
@@ -237,7 +242,8 @@ def finalize(
     after, and the outputs are compared. If finalize raises, the model is as it was, with its gates.
 
     Once the targets are met (`gates(model).progress().settled`), no more channels die, and the rest of the training
-    costs less in the slim model. Pass the optimizer, and it continues with the slim model:
+    costs less in the slim model. The optimizers that have trained the model continue with the slim model. Name those
+    that have not stepped yet, as after loading a checkpoint:
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -254,9 +260,10 @@ def finalize(
     Args:
         model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
         example_inputs: inputs to compare the outputs on; those given to `prepare` if None.
-        optimizer: the optimizer that trains the model, or several. In it, the slim parameters replace the model's, in
-            the same groups, and momentum and moments are sliced like their parameters. Call finalize between two
-            steps.
+        optimizer: an optimizer that trains the model, or several. In it, and in those that were seen to step with the
+            model's parameters since `prepare`, the slim parameters replace the model's, in the same groups, and
+            momentum and moments are sliced like their parameters. Call finalize between two steps. With `hooks=False`
+            nothing is seen of optimizers: name them all.
         warn: whether to warn if the budget is not met.
 
     Raises:
@@ -271,20 +278,53 @@ def finalize(
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)
-    optimizers = () if optimizer is None else as_optimizers(optimizer, model)
+    optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     bank.fold()
     origin: PrepareRecord = bank.origin
-    given = None if example_inputs is None else as_call(example_inputs, model)
-    inputs = origin.inputs_for(model) if given is None else fitted(given, model)
+    given = None if example_inputs is None else as_calls(example_inputs, model)
+    calls = origin.calls_for(model) if given is None else tuple(fitted(call, model) for call in given)
     missed = _missed(bank)
     if warn and missed:  # before anything is done: the caller may have turned warnings into errors
         warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
     before = _parameters(model)
-    done = slim_verified(model, bank, inputs)
+    done = slim_verified(model, bank, calls)
+    _take_along(optimizers, before, model, done)
+    return model
+
+
+@locked
+def finalize_as(model: M, slimming: Slimming, *, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> M:
+    """Finalize a model as an earlier one was, so that a checkpoint of the slim model can be loaded into it.
+
+    Args:
+        model: prepared like the model that was slimmed; its weights and gates don't matter.
+        slimming: the record of the earlier model (`autogate.slim.history_of(slim).slimmings[-1]`).
+        optimizer: as for `finalize`.
+
+    Raises:
+        AutogateError: the channels of the model are coupled in another way. The model is left as it was.
+    """
+    model, bank = unwrap(model), gates(model)
+    optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
+    before = _parameters(model)
+    _take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
+    return model
+
+
+def _take_along(
+    optimizers: Iterable[Optimizer], before: Mapping[str, nn.Parameter], model: nn.Module, done: Slimming
+) -> None:
+    """Let optimizers continue with the slim model; others that still have its old parameters are told so."""
     replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
     for one in optimizers:
         replace_parameters(one, replacements)
-    return model
+    tell_of_steps_with([parameter for parameter in before.values() if id(parameter) in replacements])
+
+
+def _listed(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -318,6 +358,12 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
+    if options.others:
+        raise AutogateError(
+            f"shortcuts={shortcuts!r} is for one set of example inputs, and {1 + len(options.others)} are given.",
+            where=type(model).__name__,
+            remedy="Pass one of them, or leave shortcuts shared.",
+        )
     wanted = Outputs.of(model, *options.inputs)
     replaced = add_shortcut_convolutions(model, options, undo_log)
     if not replaced:
@@ -329,31 +375,3 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
         return ()
     verify(model, options.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
-
-
-def _check_model(model: Any) -> None:
-    where = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise AutogateError("it is not a torch.nn.Module.", where=where, remedy="Pass the model itself.")
-    if BANK in model._modules:
-        raise AutogateError("it is already prepared.", where=where, remedy="Train it, or finalize it first.")
-    if hasattr(model, BANK):
-        raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename the attribute.")
-    if has_shards(model):
-        raise AutogateError(
-            "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
-        )
-    if isinstance(model, jit.ScriptModule):
-        raise AutogateError(
-            "torch.jit has compiled it.", where=where, remedy="Prepare and finalize the model first, then script it."
-        )
-    if is_wrapped(model):
-        raise AutogateError(
-            "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
-        )
-
-
-def _gated_within(model: Any) -> str | None:
-    """Path of a prepared submodule, for instance a LightningModule's network; None if there is none."""
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)

@@ -61,13 +61,15 @@ class Learner:
         Raises:
             AutogateError: a target is out of reach, even with the fewest classes that connect inputs to outputs.
         """
-        for target in targets.out_of_reach():
-            raise AutogateError(
-                f"{target.share:.3f} of the {target.resource.name} can't be reached: {target.resource.least:.3f} are "
-                f"left when every channel that can be removed is removed. {channel_map.why_pinned()}",
-                remedy="Ask for a larger share.",
-            )
-        return cls(method, targets, with_needed(groups_of(channel_map, round_to), channel_map, targets), steps)
+        return cls(method, targets, _within_reach(groups_of(channel_map, round_to), channel_map, targets), steps)
+
+    def towards(self, targets: Targets, channel_map: ChannelMap) -> Learner:
+        """A learner like this one for other targets of the same map.
+
+        Raises:
+            AutogateError: a target is out of reach.
+        """
+        return Learner(self.method, targets, _within_reach(self.groups, channel_map, targets), self.schedule.steps)
 
     def start(self) -> Gates:
         """The gates before the first step: all of them open."""
@@ -114,3 +116,14 @@ class Learner:
         The run is over, or the targets are met (`settled`) and the method is at rest.
         """
         return count >= self.schedule.steps or (settled and self.method.is_at_rest(count, self.schedule))
+
+
+def _within_reach(groups: Sequence[Group], channel_map: ChannelMap, targets: Targets) -> list[Group]:
+    """The groups, with those marked that the targets need alive; raises if a target is out of reach."""
+    for target in targets.out_of_reach():
+        raise AutogateError(
+            f"{target.share:.3f} of the {target.resource.name} can't be reached: {target.resource.least:.3f} are "
+            f"left when every channel that can be removed is removed. {channel_map.why_pinned()}",
+            remedy="Ask for a larger share.",
+        )
+    return with_needed(groups, channel_map, targets)

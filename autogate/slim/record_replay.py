@@ -14,7 +14,7 @@ what differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from autogate.slim.history import (
     rewritten,
     write_inputs,
 )
+from autogate.slim.state_hints import add_state_hint
 from rewriters import (
     ALWAYS,
     Analysis,
@@ -65,19 +66,22 @@ class AnalysisOptions(NamedTuple):
         ignored: names of the tensors whose channels stay, with the reason.
         shortcuts: "shared", "conv" or paths of modules.
         embed: whether channels that cross-channel statistics are taken over can be removed.
+        others: more example inputs.
     """
 
     inputs: Inputs
     ignored: Mapping[str, str]
     shortcuts: str | tuple[str, ...] = "shared"
     embed: bool = True
+    others: tuple[Inputs, ...] = ()
 
 
 @frozen_heap()
 def analyse_with_dry_run(model: nn.Module, options: AnalysisOptions) -> Analysis:
     """Analyse the model's channels, and pin whatever the dry run shows can't be slimmed."""
     args, kwargs = options.inputs
-    return dry_run(model, analyse(model, args, kwargs, options.ignored, options.embed), args, kwargs)
+    analysis = analyse(model, args, kwargs, options.ignored, options.embed, options.others)
+    return dry_run(model, analysis, args, kwargs, options.others)
 
 
 def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
@@ -121,6 +125,7 @@ def slim_and_record(
         tensors=before,
         buffers=buffers,
         inputs=write_inputs(options.inputs),
+        others=tuple(map(write_inputs, options.others)),
         ignored=tuple(options.ignored),
         shortcuts=options.shortcuts,
         embed=options.embed,
@@ -135,16 +140,17 @@ def slim_and_record(
     shapes = {name: spec.shape for name, spec in describe_tensors(model).items()}
     history = History((*earlier.slimmings, done), earlier.dense_modules, describe_modules(model), shapes)
     undo_log.set_attribute(model, ATTRIBUTE, history)
+    add_state_hint(model, undo_log)
     return done
 
 
-def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoLog) -> None:
+def replay(model: nn.Module, slimming: Slimming, calls: Sequence[Inputs], undo_log: UndoLog) -> None:
     """Slim `model` as a record says.
 
     Args:
         model: a model like the one that was slimmed, apart from its weights.
         slimming: the record.
-        inputs: example inputs on the model's device.
+        calls: example inputs on the model's device, all those that `prepare` got.
         undo_log: takes all changes, also if this raises.
 
     Raises:
@@ -156,10 +162,22 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
         raise AutogateError("the record lists it twice, in the state_dict and outside of it.", where=both)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
-    options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
+    options = AnalysisOptions(calls[0], ignored, slimming.shortcuts, slimming.embed, tuple(calls[1:]))
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
     _check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_with_dry_run(model, options)
+    slim_as_recorded(model, analysis, slimming, options, shortcuts, undo_log)
+
+
+def slim_as_recorded(
+    model: nn.Module, analysis: Analysis, slimming: Slimming, options: AnalysisOptions,
+    shortcuts: tuple[Shortcut, ...], undo_log: UndoLog,
+) -> Slimming:  # fmt: skip
+    """As `slim_and_record`, with the live classes and the decisions of a record: the weights don't matter.
+
+    Raises:
+        AutogateError: the channels of the model are coupled in another way than those of the recorded one.
+    """
     live = _live(analysis.channel_map, slimming)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
@@ -170,6 +188,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     _check_same("the set of removed branches", done.branches, slimming.branches)
     _check_same("the set of shortcut convolutions that became selections", done.selections, slimming.selections)
     _check_same("the set of removed modules", done.removed, slimming.removed)
+    return done
 
 
 def _live(channel_map: ChannelMap, slimming: Slimming) -> Tensor:

@@ -204,14 +204,28 @@ class Selection:
             live: classes that are live before the step, bool, shape (classes,).
             step: number of this step; the first is 1.
         """
-        wanted = self.schedule.wanted(step) + ROUNDING
+        waited = (step / self.schedule.reach_steps - 1) / (self.schedule.course.patience - 1)
+        return self.choose(importance, candidates, live, self.schedule.wanted(step), waited)
+
+    def choose(
+        self, importance: Tensor, candidates: Tensor, live: Tensor, wanted: float, waited: float = 1.0
+    ) -> Deaths:  # fmt: skip
+        """The candidates that die so that just the wanted distance from the targets is left.
+
+        Args:
+            importance, candidates, live: as for `deaths`.
+            wanted: a distance, see `Targets`.
+            waited: part of its patience that a run has waited for candidates that fit. From 1 on, it settles for a
+                share within the tolerance above the target, or else for the bundle that overshoots least.
+        """
+        wanted += ROUNDING
         queue = self._bundled(self._in_order(importance, candidates, live), live)
         if self._distance_without(live, queue.order) > wanted:
             return Deaths(queue.order)
         enough = self._shortest_prefix(live, queue, wanted)
         if self._distance_without(live, queue.first(enough)) >= -self._tolerance:
             return Deaths(queue.first(enough))
-        return self._land(live, queue, enough - 1, wanted, step)
+        return self._land(live, queue, enough - 1, wanted, waited)
 
     def _in_order(self, importance: Tensor, candidates: Tensor, live: Tensor) -> Tensor:
         """The candidates from the smallest alpha to the largest; of equal ones the dearest first."""
@@ -257,7 +271,7 @@ class Selection:
                 low = middle + 1
         return low
 
-    def _land(self, live: Tensor, queue: _Queue, certain: int, wanted: float, step: int) -> Deaths:
+    def _land(self, live: Tensor, queue: _Queue, certain: int, wanted: float, waited: float) -> Deaths:
         """Choose the last bundles before the targets: skip those that would overshoot, take cheaper ones.
 
         If no candidate fits, later steps bring others. But the pressure that brings them is on all classes and should
@@ -272,7 +286,7 @@ class Selection:
             after = self._after_each(live, queue, distance)[rest]
             fitting = torch.nonzero(after >= -self._tolerance).flatten()
             if len(fitting) == 0:
-                return self._settle_for(chosen, queue, rest, after, distance, step)
+                return self._settle_for(chosen, queue, rest, after, distance, waited)
             bundle = queue.bundle(rest.pop(int(fitting[0])))
             chosen.append(bundle)
             live = live.index_fill(0, bundle, False)
@@ -284,9 +298,8 @@ class Selection:
         return distance - queue.sums(distance - self.targets.distance_without_each(live))
 
     def _settle_for(
-        self, chosen: list[Tensor], queue: _Queue, rest: list[int], after: Tensor, distance: float, step: int
+        self, chosen: list[Tensor], queue: _Queue, rest: list[int], after: Tensor, distance: float, waited: float
     ) -> Deaths:
-        waited = (step / self.schedule.reach_steps - 1) / (self.schedule.course.patience - 1)
         close = distance <= self._tolerance * min(1.0, waited)
         if not close and waited >= 1 and rest:
             chosen = [*chosen, queue.bundle(rest[int(torch.argmax(after))])]

@@ -84,9 +84,7 @@ def test_a_module_that_is_called_in_two_ways_is_slim(build, seed):
 def test_a_call_of_another_kind_is_refused_with_all_reasons():
     model = Recurrent().double().eval()
     slim(model, (image().double(),), share=0.6, seed=2)
-    with pytest.raises(
-        ShapeGuardError, match="cell: the call is none of those .*'tensor', None.*; .*'tensor', 'tensor'"
-    ):
+    with pytest.raises(ShapeGuardError, match=r"cell: the call is none of .*'tensor', None.*; .*'tensor', 'tensor'"):
         model.cell(image().double(), [1])
 
 
