@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from rewriters.analysis.capture_modes import Inputs, capture_larger, capture_modes, capture_others, samples_in
+from rewriters.analysis.capture_modes import Inputs, capture_larger, capture_modes, samples_in
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.traced_modules import merge_repeated_calls, trace_size_holders, trace_statistics
 from rewriters.analysis.trial_rewrites import pin_unresizable
@@ -51,16 +51,15 @@ def _analyse(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, ignore: Mapping[str, str] | None,
     embed: bool, others: Sequence[Inputs],
 ) -> Analysis:  # fmt: skip
-    first = capture_modes(model, args, kwargs)
-    more = capture_others(model, others)
-    captures = [first[0], *more, *first[1:]]
+    first, *more = (capture_modes(model, *inputs) for inputs in ((args, kwargs), *others))
+    captures = [captured for one in (first, *more) for captured in one]
     labelling = _labelled(model, captures, ignore, embed)
     if labelling.findings.scattered:
         larger = capture_larger(model, args, kwargs, first)
         alone = _labelled(model, first, ignore, embed) if more else labelling
         if larger and not same_classes(alone, _labelled(model, larger, ignore, embed)):
             labelling.space.notes += labelling.findings.scattered
-    analysis = Analysis(captures, labelling, examples=1 + len(more))
+    analysis = Analysis([first, *more], labelling)
     known = labelling.by_tensor()
     with patches_held():
         looking = trace_statistics(model, analysis, known)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.size_holders import knows_its_sizes, may_hold_size, sizes_to_read, takes_sizes
 from rewriters.analysis.trial_rewrites import pin_unresizable
-from rewriters.cross_channel import StatisticSite, find_statistics, plain_statistics
+from rewriters.cross_channel import StatisticSite, find_statistics, plain_statistics, take_alike
 from rewriters.errors import TraceError
 from rewriters.forwards import TracedForward, patches_held, told_apart, trace_modes
 from rewriters.labelling import ALWAYS, Labelled, Labelling, merge_grids
@@ -42,10 +43,11 @@ def trace_statistics(
         for call in captured.calls():
             if call.path in calls_of:
                 calls_of[call.path].append((captured, call))
+    modes = _own_modes(analysis.recorded)
     traces: dict[int, list[TracedForward]] = {}
     for path, calls in sorted(calls_of.items()):
         try:
-            analysis.sites.append(_site(model, calls, statistics, labelling, known, traces))
+            analysis.sites.append(_site(model, calls, statistics, labelling, known, traces, modes))
         except TraceError as error:
             for statistic in (statistic for _, call in calls for statistic in statistics[id(call)]):
                 labelling.space.pin(statistic.labels, path, statistic.op, f"{statistic.reason}; {error.cause}")
@@ -56,9 +58,21 @@ def statistics_in(labelling: Labelling, call: ModuleCall) -> list[LabelledStatis
     return [statistic for node in call.nodes for statistic in labelling.statistics.get(node, ())]
 
 
+def _own_modes(recorded: Iterable[Sequence[Capture]]) -> dict[int, bool]:
+    """The mode to trace a call in, by the call's id, where the module was recorded in eval and in train mode."""
+    found: dict[int, bool] = {}
+    for captures in recorded:
+        paths = [{call.path for call in captured.calls()} for captured in captures]
+        both = set.intersection(*paths) if len(paths) > 1 else set[str]()
+        modes = zip((False, True), captures, strict=False)
+        found |= {id(call): mode for mode, captured in modes for call in captured.calls() if call.path in both}
+    return found
+
+
 def _site(
     model: nn.Module, calls: list[tuple[Capture, ModuleCall]], statistics: Mapping[int, list[LabelledStatistic]],
     labelling: Labelling, known: Mapping[int, Labelled], traces: dict[int, list[TracedForward]],
+    modes: Mapping[int, bool],
 ) -> StatisticSite:  # fmt: skip
     """The statistics of a module; those of calls that take the same way through its forward are coupled.
 
@@ -66,21 +80,41 @@ def _site(
         TraceError: a statistic has no form over live channels, or the arguments don't tell the ways apart.
     """
     module, path = model.get_submodule(calls[0][1].path), calls[0][1].path
-    ways: dict[str, list[tuple[StatisticSite, Mapping[bool, fx.Graph], int]]] = {}
+    ways: dict[tuple[Any, ...], StatisticSite] = {}
     for captured, call in calls:
-        traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known)
-        graphs, count = {mode: one.graph for one in traced for mode in one.modes}, len(statistics[id(call)])
-        found = find_statistics(module, path, [graphs], [count])
-        ways.setdefault("".join(one.code for one in traced), []).append((found, graphs, count))
-    for (first, *_), *others in ways.values():
-        for other, *_ in others:
-            for mine, theirs in zip(first.statistics, other.statistics, strict=True):
-                labelling.space.merge(mine.labels, theirs.labels)
-    _, every, counts = zip(*(same[0] for same in ways.values()), strict=True)
-    site = find_statistics(module, path, every, counts)
+        traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known, modes.get(id(call)))
+        graphs = {mode: one.graph for one in traced for mode in one.modes}
+        found = find_statistics(module, path, [graphs], [len(statistics[id(call)])])
+        _couple(labelling, ways.setdefault(tuple((one.modes, one.code) for one in traced), found), found)
+    every = _in_both_modes([*ways.values()], labelling)
+    site = find_statistics(module, path, every, [_count(way) for way in every])
     if not all(map(told_apart, site.graphs.values())):
         raise TraceError(_UNLIKE, where=path)
     return site
+
+
+def _couple(labelling: Labelling, first: StatisticSite, second: StatisticSite) -> None:
+    for mine, theirs in zip(first.statistics, second.statistics, strict=True):
+        labelling.space.merge(mine.labels, theirs.labels)
+
+
+def _count(way: Mapping[bool, fx.Graph]) -> int:
+    return sum(len(node.meta.get("statistics", ())) for node in next(iter(way.values())).nodes)
+
+
+def _in_both_modes(ways: list[StatisticSite], labelling: Labelling) -> list[Mapping[bool, fx.Graph]]:
+    """The traces of each way. One of eval mode and one of train mode that take alike statistics are one way."""
+    joined: list[Mapping[bool, fx.Graph]] = []
+    while ways:
+        first, *ways = ways
+        own: Mapping[bool, fx.Graph] = first.ways[0]
+        other = next((one for one in ways if not own.keys() & one.ways[0].keys() and take_alike(first, one)), None)
+        if other is not None:
+            ways.remove(other)
+            _couple(labelling, first, other)
+            own = {**own, **other.ways[0]}
+        joined.append(own)
+    return joined
 
 
 def trace_size_holders(
@@ -88,44 +122,51 @@ def trace_size_holders(
 ) -> None:
     """Trace the modules in which a call that may hold a size meets channels that can be removed.
 
-    Forwards that were traced for their statistics are included, for a norm may be written in ops that hold no size.
+    Forwards that were traced for their statistics are included, for a norm may be written in ops that hold no size. So
+    are all other calls of such a module: the rewritten forward runs for them too.
     """
-    done = dict(traces)
-    for captured in analysis.captures:
-        for call in captured.calls():
-            module = model.get_submodule(call.path)
-            by_position = any(statistic.by_position for statistic in statistics_in(analysis.labelling, call))
-            if knows_its_sizes(module) and not by_position:
-                continue
-            holders = [node for node in call.nodes if takes_sizes(node, module)]
-            readable = sizes_to_read(analysis.labelling, call, known) if holders else set()
-            holders = [node for node in holders if may_hold_size(analysis.labelling, node, readable)]
-            if not holders and id(call) not in traces:
-                continue
-            try:
-                traced = traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known)
-                analysis.traced.extend(traced)
-                done[id(call)] = traced
-            except TraceError as error:
-                done[id(call)] = []
-                for node in holders:
-                    analysis.labelling.pin_values(tensors_at(node), known, call.path, str(node.target), error.cause)
-    _trace_other_calls(model, analysis, known, done)
+    modes = _own_modes(analysis.recorded)
+    every = [
+        (captured, call)
+        for captured in analysis.captures
+        for call in captured.calls()
+        if _may_change(model.get_submodule(call.path), call, analysis.labelling)
+    ]
+    holders = {id(call): _holders(model.get_submodule(call.path), call, analysis.labelling, known) for _, call in every}
+    rewritten = {call.path for _, call in every if holders[id(call)] or id(call) in traces}
+    refused: dict[str, TraceError] = {}
+    for captured, call in every:
+        if call.path not in rewritten:
+            continue
+        module, mode = model.get_submodule(call.path), modes.get(id(call))
+        try:
+            traced = traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known, mode)
+            analysis.traced.extend(traced)
+        except TraceError as error:
+            refused[call.path] = error
+    analysis.traced = [traced for traced in analysis.traced if traced.path not in refused]
+    for _, call in every:
+        if call.path in refused:
+            _pin_holders(analysis.labelling, call, holders[id(call)], known, refused[call.path])
 
 
-def _trace_other_calls(
-    model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], done: Mapping[int, list[TracedForward]]
+def _pin_holders(
+    labelling: Labelling, call: ModuleCall, holders: list[fx.Node], known: Mapping[int, Labelled], error: TraceError
 ) -> None:
-    """Trace the calls without a size of modules whose other calls hold one: the rewritten forward runs for all."""
-    paths = {traced.path for traced in analysis.traced}
-    for captured in analysis.captures:
-        for call in captured.calls():
-            if call.path in paths and id(call) not in done:
-                module = model.get_submodule(call.path)
-                try:
-                    analysis.traced += trace_modes(module, call, captured, analysis.labelling, known)
-                except TraceError as error:
-                    _pin_calls(analysis, [one for one in analysis.traced if one.path == call.path], error.cause)
+    for node in holders:
+        labelling.pin_values(tensors_at(node), known, call.path, str(node.target), error.cause)
+
+
+def _may_change(module: nn.Module, call: ModuleCall, labelling: Labelling) -> bool:
+    """Whether slimming may change what a module's own forward has to do, besides the fields that it reads."""
+    return not knows_its_sizes(module) or any(statistic.by_position for statistic in statistics_in(labelling, call))
+
+
+def _holders(module: nn.Module, call: ModuleCall, labelling: Labelling, known: Mapping[int, Labelled]) -> list[fx.Node]:
+    """The calls in a module's own forward that may hold a size."""
+    holders = [node for node in call.nodes if takes_sizes(node, module)]
+    readable = sizes_to_read(labelling, call, known) if holders else set()
+    return [node for node in holders if may_hold_size(labelling, node, readable)]
 
 
 def merge_repeated_calls(analysis: Analysis) -> None:
@@ -135,13 +176,14 @@ def merge_repeated_calls(analysis: Analysis) -> None:
     """
     ways: dict[tuple[str, bool], dict[str, TracedForward]] = {}
     for traced, mode in ((one, mode) for one in analysis.traced for mode in one.modes):
-        own = ways.setdefault((traced.path, mode), {})
-        other = own.setdefault(traced.code, traced)
+        other = ways.setdefault((traced.path, mode), {}).setdefault(traced.code, traced)
         if other is not traced:
             _merge_calls(analysis.labelling, other, traced)
     for cases in ways.values():
-        if len(cases) > 1 and not told_apart([one.graph for one in cases.values()]):
-            _pin_calls(analysis, [*cases.values()], _UNLIKE)
+        if not told_apart([one.graph for one in cases.values()]):
+            for traced in cases.values():
+                tensors = all_tensors(traced.graph)
+                analysis.labelling.pin_values(tensors, traced.known, traced.path, "forward", _UNLIKE)
 
 
 def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForward) -> None:
@@ -149,11 +191,6 @@ def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForwa
         for a, b in zip(leaves_of(one.meta.get("val")), leaves_of(other.meta.get("val")), strict=True):
             if isinstance(a, Tensor) and isinstance(b, Tensor):
                 labelling.merge_values(first.known.get(id(a)), second.known.get(id(b)), first.path)
-
-
-def _pin_calls(analysis: Analysis, calls: Iterable[TracedForward], reason: str) -> None:
-    for traced in calls:
-        analysis.labelling.pin_values(all_tensors(traced.graph), traced.known, traced.path, "forward", reason)
 
 
 def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
@@ -168,10 +205,12 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
         return False
     known, found = analysis.labelling.by_tensor(), list[TracedForward]()
     calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
+    modes = _own_modes(analysis.recorded)
     try:
         with plain_statistics(model), without_caches(model), patches_held():
             for captured, call in calls:
-                found += trace_modes(model.get_submodule(path), call, captured, analysis.labelling, known)
+                module, mode = model.get_submodule(path), modes.get(id(call))
+                found += trace_modes(module, call, captured, analysis.labelling, known, mode)
     except TraceError:
         return False
     analysis.traced += found

@@ -7,6 +7,7 @@ from rewriters.cross_channel.installing import (
     install_live_statistics,
     plain_statistics,
     remove_live_statistics,
+    take_alike,
     write_live,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "install_live_statistics",
     "plain_statistics",
     "remove_live_statistics",
+    "take_alike",
     "write_live",
 ]

@@ -94,6 +94,15 @@ def _statistics_of(path: str, graphs: Mapping[bool, fx.Graph], recorded: int) ->
     return first
 
 
+def take_alike(site: StatisticSite, other: StatisticSite) -> bool:
+    """Whether two calls take their statistics by the same functions along the same dimensions."""
+    return _alike(site.statistics, other.statistics) and _taken_by(site) == _taken_by(other)
+
+
+def _taken_by(site: StatisticSite) -> list[Any]:
+    return [node.target for way in site.ways for node in _with_statistics(next(iter(way.values())))]
+
+
 def _forms(statistic: LabelledStatistic) -> Mapping[Any, Callable[[int, int, Tensor], LiveStatistic]]:
     return FORMS_BY_POSITION if statistic.by_position else FORMS
 
