@@ -186,8 +186,7 @@ class GateBank(BankBuffers):
 
     def kernels(self) -> list[nn.Parameter]:
         """The gated kernels, each once."""
-        sides = self._kernels.sides(self.alpha.device)
-        return list({id(side.weight): side.weight for side in sides}.values())
+        return list(self._kernels.all(self.alpha.device))
 
     def added_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Names and kernels of the layers that prepare has added, those that learn."""

@@ -36,10 +36,12 @@ def has_shards(model: nn.Module) -> bool:
     return any(managed) or any(map(is_sharded, model.parameters()))
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """The part of the tensor in this process, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def layout(tensor: Tensor) -> Any:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from autogate.gating.folding import Folding
-from autogate.gating.kernels import GatedKernels, GatedSide, HeldBack
+from autogate.gating.kernels import GatedKernels, HeldBack
 from autogate.gating.sharding import local
+from autogate.gating.sides import GatedSide
 from autogate.gating.state import BankState, Counters, version_of
 from autogate.methods import Learner, Standing
 
