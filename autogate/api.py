@@ -6,19 +6,20 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from torch import jit, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
-from autogate.gating import BANK, GateBank, has_shards
+from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
 from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
-from autogate.methods import GDP
+from autogate.methods import GDP, Learner, Method
 from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
+    Slimming,
     add_shortcut_convolutions,
     analyse_with_dry_run,
     as_optimizers,
@@ -27,11 +28,12 @@ from autogate.slim import (
     kept_by_side,
     parameter_replacements,
     replace_parameters,
+    slim_unverified,
     slim_verified,
+    tell_of_steps_with,
     verify,
 )
-from autogate.steering import DEFAULT_STEPS, Schedule
-from autogate.wrappers import is_wrapped, unwrap
+from autogate.wrappers import unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,6 +59,7 @@ def prepare(
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
     embed: bool = True,
+    method: Method | None = None,
 ) -> M:
     """Add gates to `model`. While you train it, they learn which channels it can do without.
 
@@ -84,7 +87,7 @@ def prepare(
             widths. This takes a while the first time; the timings are kept on disk (see `autogate.budget.timing`).
         resources: shares of resources of your own, keyed by their class (see `autogate.Resource`).
         steps: number of optimizer steps in the training that follows. The budget is reached within these steps, and
-            the remaining ones are plain training. `autogate.steering.schedule.DEFAULT_STEPS` (10,000) if None.
+            the remaining ones are plain training. 10,000 if None.
         round_to: a layer that loses channels ends with a multiple of this number, which fast GPU kernels prefer.
         ignore: paths of modules, or names of parameters, whose channels all stay.
         shortcuts: "shared": the channels that an identity shortcut's residual add couples (those of a whole stage)
@@ -98,14 +101,20 @@ def prepare(
         embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
             transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
             the live channels. If False, these channels stay.
+        method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
+            `autogate.GDP()` if None.
 
     Raises:
         AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
-    _check_model(model)
+    check_preparable(model)
+    method = GDP() if method is None else method
+    if not isinstance(method, Method):
+        raise AutogateError(
+            f"method is {method!r}, which is no method.", where="prepare", remedy="Give a value such as autogate.GDP()."
+        )
     shares = Shares(flops, params, activations, latency, resources or {})
-    schedule = Schedule(steps=DEFAULT_STEPS if steps is None else steps, round_to=round_to)
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
     options = AnalysisOptions(
         as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
@@ -125,7 +134,8 @@ def prepare(
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         analysis.place_statistics(model, undo_log)
         origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
-        bank = GateBank(model, analysis.channel_map, targets, schedule, GDP(), origin, added, hooks)
+        learner = Learner.of(analysis.channel_map, targets, method, steps=steps, round_to=round_to)
+        bank = GateBank(model, analysis.channel_map, learner, origin, added, hooks)
     except BaseException:
         undo_log.undo()
         raise
@@ -155,7 +165,7 @@ def gates(model: nn.Module) -> GateBank:
     model = unwrap(model)
     bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
     if not isinstance(bank, GateBank):
-        within = _gated_within(model)
+        within = gated_within(model)
         raise AutogateError(
             "it has no gates: it was not prepared, or is already finalized.",
             where=type(model).__name__,
@@ -230,7 +240,8 @@ def finalize(
     after, and the outputs are compared. If finalize raises, the model is as it was, with its gates.
 
     Once the targets are met (`gates(model).progress().settled`), no more channels die, and the rest of the training
-    costs less in the slim model. Pass the optimizer, and it continues with the slim model:
+    costs less in the slim model. The optimizers that have trained the model continue with the slim model. Name those
+    that have not stepped yet, as after loading a checkpoint:
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -247,9 +258,10 @@ def finalize(
     Args:
         model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
         example_inputs: inputs to compare the outputs on; those given to `prepare` if None.
-        optimizer: the optimizer that trains the model, or several. In it, the slim parameters replace the model's, in
-            the same groups, and momentum and moments are sliced like their parameters. Call finalize between two
-            steps.
+        optimizer: an optimizer that trains the model, or several. In it, and in those that were seen to step with the
+            model's parameters since `prepare`, the slim parameters replace the model's, in the same groups, and
+            momentum and moments are sliced like their parameters. Call finalize between two steps. With `hooks=False`
+            nothing is seen of optimizers: name them all.
         warn: whether to warn if the budget is not met.
 
     Raises:
@@ -264,7 +276,7 @@ def finalize(
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)
-    optimizers = () if optimizer is None else as_optimizers(optimizer, model)
+    optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     bank.fold()
     origin: PrepareRecord = bank.origin
     given = None if example_inputs is None else as_call(example_inputs, model)
@@ -274,10 +286,43 @@ def finalize(
         warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
     before = _parameters(model)
     done = slim_verified(model, bank, inputs)
+    _take_along(optimizers, before, model, done)
+    return model
+
+
+@locked
+def finalize_as(model: M, slimming: Slimming, *, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> M:
+    """Finalize a model as an earlier one was, so that a checkpoint of the slim model can be loaded into it.
+
+    Args:
+        model: prepared like the model that was slimmed; its weights and gates don't matter.
+        slimming: the record of the earlier model (`autogate.slim.history_of(slim).slimmings[-1]`).
+        optimizer: as for `finalize`.
+
+    Raises:
+        AutogateError: the channels of the model are coupled in another way. The model is left as it was.
+    """
+    model, bank = unwrap(model), gates(model)
+    optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
+    before = _parameters(model)
+    _take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
+    return model
+
+
+def _take_along(
+    optimizers: Iterable[Optimizer], before: Mapping[str, nn.Parameter], model: nn.Module, done: Slimming
+) -> None:
+    """Let optimizers continue with the slim model; others that still have its old parameters are told so."""
     replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
     for one in optimizers:
         replace_parameters(one, replacements)
-    return model
+    tell_of_steps_with([parameter for parameter in before.values() if id(parameter) in replacements])
+
+
+def _listed(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -287,7 +332,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _missed(bank: GateBank) -> str:
     """The shares that miss their targets, in words; a settled run may end above them by the schedule's tolerance."""
     progress = bank.progress()
-    above = bank.schedule.tolerance if progress.settled else 0.0
+    above = bank.schedule.course.tolerance if progress.settled else 0.0
     missed = " and ".join(
         f"{share:.1%} of the {name} are left, the target is {progress.targets[name]:.1%}"
         for name, share in progress.shares.items()
@@ -322,31 +367,3 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
         return ()
     verify(model, options.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
-
-
-def _check_model(model: Any) -> None:
-    where = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise AutogateError("it is not a torch.nn.Module.", where=where, remedy="Pass the model itself.")
-    if BANK in model._modules:
-        raise AutogateError("it is already prepared.", where=where, remedy="Train it, or finalize it first.")
-    if hasattr(model, BANK):
-        raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename the attribute.")
-    if has_shards(model):
-        raise AutogateError(
-            "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
-        )
-    if isinstance(model, jit.ScriptModule):
-        raise AutogateError(
-            "torch.jit has compiled it.", where=where, remedy="Prepare and finalize the model first, then script it."
-        )
-    if is_wrapped(model):
-        raise AutogateError(
-            "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
-        )
-
-
-def _gated_within(model: Any) -> str | None:
-    """Path of a prepared submodule, for instance a LightningModule's network; None if there is none."""
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)

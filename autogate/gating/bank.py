@@ -20,31 +20,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autogate.budget import Targets
 from autogate.gating import hooks
+from autogate.gating.first_steps import FirstSteps, looks_untrained
 from autogate.gating.folding import Folding
 from autogate.gating.kernels import GatedKernels
 from autogate.gating.progress import Progress
 from autogate.gating.state import BankBuffers
 from autogate.gating.stepping import Stepping
-from autogate.methods import Learner, Method
-from autogate.steering import Schedule, groups_of, with_needed
-from rewriters import AutogateError, ChannelMap, Side
+from autogate.methods import KernelSums, Learner
+from autogate.steering import Schedule
+from rewriters import ChannelMap, Side
 
 BANK = "autogate"
 """Name of the submodule that holds the gates while they train."""
-
-
-def _learner(channel_map: ChannelMap, targets: Targets, schedule: Schedule, method: Method) -> Learner:
-    for target in targets.out_of_reach():
-        raise AutogateError(
-            f"{target.share:.3f} of the {target.resource.name} can't be reached: {target.resource.least:.3f} are left "
-            f"when every channel that can be removed is removed. {channel_map.why_pinned()}",
-            remedy="Ask for a larger share.",
-        )
-    groups = with_needed(groups_of(channel_map, schedule.round_to), channel_map, targets)
-    return Learner(method, targets, schedule, groups)
 
 
 class GateBank(BankBuffers):
@@ -64,9 +55,7 @@ class GateBank(BankBuffers):
     Args:
         model: the model that `channel_map` describes.
         channel_map: its classes of channels.
-        targets: what is to be left.
-        schedule: the length of the run and its portions.
-        method: what decides which classes die.
+        learner: the mathematics of a step: the targets, the method, the length of the run.
         origin: what the caller needs again at the end; stored as it is.
         added: weights of layers that were not in the user's model.
         follows: the bank follows optimizer steps by itself. If False, `step` must be called after each, and the bank
@@ -74,8 +63,7 @@ class GateBank(BankBuffers):
             kernels.
 
     Attributes:
-        targets, schedule: as given.
-        learner: the mathematics of a step.
+        learner: as given.
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
         folded: float32, shape (classes,): the gates that the kernels hold now.
         dead: float32, shape (classes,): above 0 for dead classes (no bool, so that averages of it mean something).
@@ -89,34 +77,42 @@ class GateBank(BankBuffers):
         epsilon, sensitivity: the state of the method, here of GDP (see `autogate.methods.GDP`).
 
     Raises:
-        AutogateError: a target is out of reach, even with the fewest classes that connect inputs to outputs; or a gated
-            kernel is not a parameter of the model.
+        AutogateError: a gated kernel is not a parameter of the model.
     """
 
     origin: Any
 
     def __init__(
-        self, model: nn.Module, channel_map: ChannelMap, targets: Targets, schedule: Schedule,
-        method: Method, origin: Any = None, added: Collection[str] = (), follows: bool = True,
+        self, model: nn.Module, channel_map: ChannelMap, learner: Learner, origin: Any = None,
+        added: Collection[str] = (), follows: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.follows = follows
         self.channel_map = channel_map
         self.added = frozenset(added)
-        self.targets = targets
-        self.schedule = schedule
+        self.learner = learner
         self.origin = origin
-        self.learner = _learner(channel_map, targets, schedule, method)
         self.register(self.learner.start(), self.learner.method, channel_map.checksum())
         self._kernels = GatedKernels(model, channel_map)
         self._folding = Folding(self._kernels, channel_map, self.learner.method, self.state(), keeps=not follows)
         self._stepping = Stepping(self._kernels, self._folding, self.learner)
+        self._first_steps = FirstSteps(looks_untrained(model))
         self.to(next(iter(self.kernels()), self.alpha).device)
         self.hook = model.register_forward_pre_hook(self._before_forward)
         if follows:
             hooks.register(self)
         else:
             self._kernels.keep(self._kernels.sides(self.alpha.device))
+
+    @property
+    def targets(self) -> Targets:
+        """What is to be left."""
+        return self.learner.targets
+
+    @property
+    def schedule(self) -> Schedule:
+        """The course of the run."""
+        return self.learner.schedule
 
     def _forget(self) -> None:
         """Drop all that was worked out from buffers and kernels."""
@@ -126,9 +122,11 @@ class GateBank(BankBuffers):
 
     def _loaded(self) -> None:
         self._folding.write_live(self.dead)
+        self._first_steps.untrained = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._first_steps = FirstSteps(self._first_steps.untrained)
         if self.follows:
             hooks.register(self)
 
@@ -142,13 +140,21 @@ class GateBank(BankBuffers):
         """Whether gates no longer move: the run is over, or the targets are met and live gates are open."""
         return self._stepping.is_over(self.state())
 
+    @property
+    def live(self) -> Tensor:
+        """The classes that live, bool, shape (classes,). Those whose alpha is zero don't, folded or not."""
+        return self.gates() != 0
+
     def gates(self) -> Tensor:
         """The gates g(alpha), float32, shape (classes,); zero for dead classes."""
         state = self.state()
-        return torch.where(state.live, self.learner.method.gate(state.alpha, state.method), 0.0)
+        return torch.where(state.live, self.learner.method.factor(state.alpha, state.method), 0.0)
 
     def shares(self) -> dict[str, float]:
-        """The share that is left of each resource in the budget, all dead classes removed, by its name."""
+        """The share that is left of each resource in the budget, by its name, all dead classes removed.
+
+        Alphas that were set to zero by hand count before they are folded.
+        """
         return self.targets.shares(self.live.cpu())
 
     def where(self, label: int) -> list[tuple[Side, int]]:
@@ -160,19 +166,19 @@ class GateBank(BankBuffers):
         return self.channel_map.describe(labels)
 
     def progress(self) -> Progress:
-        """Where the run is, as plain numbers."""
-        state = self.state()
+        """Where the run is, as plain numbers. Alphas that were set to zero by hand count before they are folded."""
+        state, live = self.state(), self.live.cpu()
         counters = self._stepping.counters(state)
         return Progress(
-            shares=self.shares(),
+            shares=self.targets.shares(live),
             targets=self.targets.wanted(),
             step=counters.steps,
             steps=self.schedule.steps,
             balance=float(self.balance),
             method_state={name: float(value) for name, value in state.method.items() if value.ndim == 0},
             classes=self.channel_map.size,
-            dead=int((~self.live).sum()),
-            settled=counters.settled or self._stepping.standing(state).distance <= 0,
+            dead=int((~live).sum()),
+            settled=counters.settled or self.targets.distance(live) <= 0,
         )
 
     def __repr__(self) -> str:
@@ -188,11 +194,16 @@ class GateBank(BankBuffers):
         """The gated kernels, each once."""
         return list(self._kernels.all(self.alpha.device))
 
-    def added_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and kernels of the layers that prepare has added, those that learn."""
-        model = self._kernels.model()
-        named = [] if model is None else [(name, model.get_parameter(name)) for name in sorted(self.added)]
-        return [(name, weight) for name, weight in named if weight.requires_grad]
+    def parameters_of_model(self) -> list[nn.Parameter]:
+        """All parameters of the model."""
+        return self._kernels.parameters()
+
+    def about_to_step(self, optimizer: Optimizer) -> None:
+        """Called before each step of an optimizer that trains some of the model: warns in the first steps."""
+        if not self._first_steps.over:
+            self._first_steps.starts(self.schedule.steps, self._stepping.counters(self.state()).steps)
+            named = self._kernels.named(self.alpha.device)
+            self._first_steps.steps(optimizer, named, self._kernels.learning(self.added))
 
     @torch.no_grad()
     def fold(self, stepped: bool = False) -> None:
@@ -211,6 +222,23 @@ class GateBank(BankBuffers):
             AutogateError: the alpha of a live class is not finite; nothing is folded then.
         """
         self._folding.fold(self.state(), stepped)
+
+    @torch.no_grad()
+    def close(self, classes: Tensor, settled: bool = False) -> None:
+        """Close gates now: these classes die, and their columns become exactly zero.
+
+        Args:
+            classes: their indices, int64.
+            settled: whether the model is now as close to its targets as its classes allow.
+        """
+        self.alpha.index_fill_(0, classes.to(self.alpha.device), 0.0)
+        if settled:
+            self.settled.fill_(1.0)
+        self.fold()
+
+    def kernel_sums(self) -> KernelSums:
+        """Sums over the columns of each class, on all its gated kernels, and over their gradients."""
+        return self._stepping.sums(self.state())
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         recorded = torch.compiler.is_compiling() or hooks.is_capturing()
@@ -254,5 +282,8 @@ class GateBank(BankBuffers):
         Args:
             lr: the kernels' learning rate; alpha's follows it (see `GDP.alpha_rate`).
         """
+        if not self.follows:
+            self._first_steps.starts(self.schedule.steps, self._stepping.counters(self.state()).steps)
         self._stepping.step(self.state(), lr)
         self.fold(stepped=True)
+        self._first_steps.stepped(self.kernels())

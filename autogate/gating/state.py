@@ -48,7 +48,7 @@ class BankState(NamedTuple):
 
     @property
     def live(self) -> Tensor:
-        """The classes that live, bool, shape (classes,)."""
+        """The classes that no folding has found dead, bool, shape (classes,)."""
         return self.dead == 0
 
     def counters(self) -> Counters:
@@ -113,7 +113,7 @@ class BankBuffers(nn.Module):
         self.register_buffer("alpha", start.alpha)
         for name, value in start.state.items():
             self.register_buffer(name, value)
-        self.register_buffer("folded", method.gate(start.alpha, start.state))
+        self.register_buffer("folded", method.factor(start.alpha, start.state))
         self.register_buffer("dead", torch.zeros_like(start.alpha))
         for name in ("step_count", "balance", "integral", "settled", "peak"):
             self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))
@@ -127,11 +127,6 @@ class BankBuffers(nn.Module):
             self.alpha, self.folded, self.dead, self.step_count, self.balance, self.integral, self.settled, self.peak,
             method,
         )  # fmt: skip
-
-    @property
-    def live(self) -> Tensor:
-        """The classes that live, bool, shape (classes,)."""
-        return self.dead == 0
 
     def _forget(self) -> None:
         """Called when buffers were exchanged."""
@@ -159,6 +154,11 @@ class BankBuffers(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if layout is None:  # in PyTorch's list of keys: whether these are an error is the caller's choice (`strict`)
+            missing_keys.append(
+                "this model has gates, and the state has none. Load a dense state before autogate.prepare, a slim "
+                "model with autogate.load"
+            )
         self._loaded()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BankBuffers:

@@ -1,6 +1,13 @@
 """From dead classes to the slim model: slimmed, verified, and recorded in a `History`."""
 
-from autogate.slim.finalizing import PrepareRecord, check_finite, check_not_sharded, slim_verified, verify
+from autogate.slim.finalizing import (
+    PrepareRecord,
+    check_finite,
+    check_not_sharded,
+    slim_unverified,
+    slim_verified,
+    verify,
+)
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
@@ -12,6 +19,8 @@ from autogate.slim.history import (
     history_of,
     kept_by_side,
     read_inputs,
+    slimming_from_json,
+    slimming_to_json,
 )
 from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
 from autogate.slim.recalibration import recalibrate
@@ -24,6 +33,7 @@ from autogate.slim.record_replay import (
     first_difference,
     replay,
 )
+from autogate.slim.stale_optimizers import tell_of_steps_with
 
 __all__ = [
     "ATTRIBUTE",
@@ -50,6 +60,10 @@ __all__ = [
     "recalibrate",
     "replace_parameters",
     "replay",
+    "slim_unverified",
     "slim_verified",
+    "slimming_from_json",
+    "slimming_to_json",
+    "tell_of_steps_with",
     "verify",
 ]

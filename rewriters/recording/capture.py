@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
@@ -26,11 +27,13 @@ from rewriters.errors import AutogateError, CaptureError
 from rewriters.interrupts import let_signals_in
 from rewriters.recording.error_messages import explain, why_unrecordable
 from rewriters.recording.meta_kernels import fakify
+from rewriters.recording.mode_reads import mode_reads
 from rewriters.recording.opaque import (
     FailsForRealError,
     Opaque,
     RealCall,
     RecordedOutputs,
+    TensorSpec,
     innermost_opaque,
     opaque_modules,
     run_for_real,
@@ -87,7 +90,7 @@ def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping
 
 
 @contextlib.contextmanager
-def _without_fast_paths() -> Iterator[None]:
+def without_fast_paths() -> Iterator[None]:
     """Inside, attention runs as its parts, not as one fused kernel that hides them."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -123,7 +126,7 @@ def capture(
 
     Args:
         model: any module.
-        args: example inputs by position.
+        args: example inputs by position, with fake tensors for those without values.
         kwargs: example inputs by name.
         opaque: the modules that are opaque in an earlier recording. Nothing runs for real then, and no others are
             added.
@@ -156,7 +159,7 @@ def _run_for_real(
     """
     real = named_tensors(model)
     try:
-        with _without_fast_paths():
+        with without_fast_paths():
             return run_for_real(model, in_every_place(model, real, real), args, kwargs, _names(model))
     except FailsForRealError as failed:
         error = failed.__cause__
@@ -173,6 +176,12 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
+def _as_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    if isinstance(tensor, FakeTensor):  # of another recording
+        return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device).fake(mode)
+    return mode.from_tensor(tensor)
+
+
 def _record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
 ) -> Capture:
@@ -181,7 +190,7 @@ def _record(
     real = named_tensors(model)
     fakes = {name: fakify(mode, tensor) for name, tensor in real.items()}
     recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()})
-    fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+    fake_args, fake_kwargs = tree_map_only(Tensor, partial(_as_input, mode), (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
     for name, fake in fakes.items():
         recorder.own(recorder.graph.create_node("get_attr", name), fake)
@@ -191,9 +200,10 @@ def _record(
         with (
             attributes_preserved(names),
             generators_kept(model),
-            _without_fast_paths(),
+            without_fast_paths(),
             torch.no_grad(),
             mode,
+            mode_reads(recorder.note_mode_read),
             record_module_calls(recorder, names, opaque, replies),
             recorder,
         ):
