@@ -5,7 +5,7 @@ train(model)                                               # your own training l
 slim = autogate.finalize(model)                            # plain layers, half the FLOPs, same outputs
 """
 
-from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
+from autogate.api import BudgetNotMetWarning, CollapseWarning, finalize, gates, prepare, step, summary
 from autogate.budget import Resource, SideCounts
 from autogate.closing import close
 from autogate.files import load, save, to_timm_text
@@ -21,6 +21,7 @@ __all__ = [
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
+    "CollapseWarning",
     "GateBank",
     "Resource",
     "SideCounts",

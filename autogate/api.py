@@ -28,6 +28,7 @@ from autogate.slim import (
     kept_by_side,
     parameter_replacements,
     replace_parameters,
+    signs_of_collapse,
     slim_unverified,
     slim_verified,
     tell_of_steps_with,
@@ -41,6 +42,10 @@ M = TypeVar("M", bound=nn.Module)
 
 class BudgetNotMetWarning(UserWarning):
     """The model was finalized before its gates had met the budget."""
+
+
+class CollapseWarning(UserWarning):
+    """A layer of the model is left with one channel or none, or its outputs don't depend on its inputs any more."""
 
 
 @locked
@@ -262,7 +267,8 @@ def finalize(
             model's parameters since `prepare`, the slim parameters replace the model's, in the same groups, and
             momentum and moments are sliced like their parameters. Call finalize between two steps. With `hooks=False`
             nothing is seen of optimizers: name them all.
-        warn: whether to warn if the budget is not met.
+        warn: whether to warn if the budget is not met, if a layer is left with one channel or none, and if the outputs
+            don't depend on the inputs any more.
 
     Raises:
         AutogateError: the model has no gates; a weight or gate is not finite; a layer was changed since `prepare`; the
@@ -284,6 +290,9 @@ def finalize(
     missed = _missed(bank)
     if warn and missed:  # before anything is done: the caller may have turned warnings into errors
         warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
+    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), inputs)):
+        remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
+        warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
     before = _parameters(model)
     done = slim_verified(model, bank, inputs)
     _take_along(optimizers, before, model, done)

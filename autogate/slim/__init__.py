@@ -1,5 +1,6 @@
 """From dead classes to the slim model: slimmed, verified, and recorded in a `History`."""
 
+from autogate.slim.collapse import signs_of_collapse
 from autogate.slim.finalizing import (
     PrepareRecord,
     check_finite,
@@ -60,6 +61,7 @@ __all__ = [
     "recalibrate",
     "replace_parameters",
     "replay",
+    "signs_of_collapse",
     "slim_unverified",
     "slim_verified",
     "slimming_from_json",
