@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from itertools import accumulate
 from operator import is_
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autogate.gating.columns import along, column_products, scale_columns, segment_sum
+from autogate.gating.columns import column_products, scale_columns, segment_sum
 from autogate.gating.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
 from autogate.gating.sides import GatedSide, Stack, forms, stacked
 from rewriters import ALWAYS, AutogateError, ChannelMap
@@ -37,17 +36,6 @@ class _Stacked(NamedTuple):
     of: list[GatedSide]
     forms: list[tuple[Any, ...]]
     stacks: list[Stack]
-
-
-@dataclass(frozen=True)
-class HeldBack:
-    """Columns as they were before an optimizer's step, and the part of the step that takes effect."""
-
-    weight: nn.Parameter
-    dim: int
-    index: Tensor
-    before: Tensor
-    part: Tensor
 
 
 class GatedKernels:
@@ -276,34 +264,3 @@ class GatedKernels:
         for where, flat in by_layout.items():
             whole = whole + total(segment_sum(flat, self._labels, len(whole)), where)
         return whole
-
-    def hold_back(
-        self, chosen: Tensor, part: Tensor, sides: list[GatedSide], kernels: dict[int, Tensor]
-    ) -> tuple[HeldBack, ...]:
-        """Note the columns of the chosen classes, so that `release` lets only a part of their change take effect.
-
-        Args:
-            chosen: bool, shape (classes,).
-            part: in [0, 1], shape (classes,).
-            sides: the gated sides.
-            kernels: by place, the kernels as they were before.
-        """
-        if not chosen.any():
-            return ()
-        part = self.spread(part, 1.0)
-        held = []
-        for side, index in self.columns(chosen, sides):
-            before = kernels[side.place]
-            through = self.on_side(part, side)[index.to(part.device)].to(before)
-            index = index.to(before.device)
-            held.append(HeldBack(side.weight, side.dim, index, before.index_select(side.dim, index), through))
-        return tuple(held)
-
-    @staticmethod
-    def release(held: tuple[HeldBack, ...]) -> None:
-        """Let only a part of the change of the held columns take effect."""
-        for columns in held:
-            weight = local(columns.weight)
-            after = weight.index_select(columns.dim, columns.index)
-            part = along(columns.part, columns.dim, weight.ndim)
-            weight.index_copy_(columns.dim, columns.index, torch.lerp(columns.before, after, part))
