@@ -5,6 +5,7 @@ train(model)                                               # your own training l
 slim = autogate.finalize(model)                            # plain layers, half the FLOPs, same outputs
 """
 
+from autogate import subnets
 from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
 from autogate.budget import Resource, SideCounts
 from autogate.files import load, save, to_timm_text
@@ -32,6 +33,7 @@ __all__ = [
     "recalibrate",
     "save",
     "step",
+    "subnets",
     "summary",
     "to_timm_text",
 ]

@@ -31,6 +31,7 @@ from autogate.slim import (
     verify,
 )
 from autogate.steering import DEFAULT_STEPS, Schedule
+from autogate.switching import check_one_width
 from autogate.wrappers import is_wrapped, unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
@@ -104,6 +105,7 @@ def prepare(
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
     _check_model(model)
+    check_one_width(model)
     shares = Shares(flops, params, activations, latency, resources or {})
     schedule = Schedule(steps=DEFAULT_STEPS if steps is None else steps, round_to=round_to)
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
@@ -261,6 +263,7 @@ def finalize(
             `autogate.slim.finalizing.TOLERANCE`), and not by float32's rounding
             alone: they differ in float64 too.
     """
+    check_one_width(unwrap(model))
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)

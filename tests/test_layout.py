@@ -20,8 +20,8 @@ ORDER = {
         "undo_log", "interrupts", "errors",
     ],
     "autogate": [
-        "cli", "reporting", "training", "demo", "api", "inspection", "files", "slim", "gating", "methods", "steering",
-        "budget", "naming", "inputs", "wrappers", "lock", "digits", "version",
+        "cli", "reporting", "training", "demo", "subnets", "api", "inspection", "files", "switching", "slim", "gating",
+        "methods", "steering", "budget", "naming", "inputs", "wrappers", "lock", "digits", "version",
     ],
 }  # fmt: skip
 """Folders and single files of each package. Each may import from those behind it."""

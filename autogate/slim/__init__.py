@@ -4,6 +4,7 @@ from autogate.slim.finalizing import PrepareRecord, check_finite, check_not_shar
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
+    KeptIndices,
     Slimming,
     describe_buffers,
     describe_modules,
@@ -11,6 +12,7 @@ from autogate.slim.history import (
     dtype_of,
     history_of,
     kept_by_side,
+    kept_indices,
     read_inputs,
 )
 from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
@@ -22,13 +24,16 @@ from autogate.slim.record_replay import (
     cast,
     check_tensors,
     first_difference,
+    live_classes,
     replay,
+    slim_and_record,
 )
 
 __all__ = [
     "ATTRIBUTE",
     "AnalysisOptions",
     "History",
+    "KeptIndices",
     "PrepareRecord",
     "Slimming",
     "add_shortcut_convolutions",
@@ -45,11 +50,14 @@ __all__ = [
     "first_difference",
     "history_of",
     "kept_by_side",
+    "kept_indices",
+    "live_classes",
     "parameter_replacements",
     "read_inputs",
     "recalibrate",
     "replace_parameters",
     "replay",
+    "slim_and_record",
     "slim_verified",
     "verify",
 ]
