@@ -8,14 +8,17 @@ slim = autogate.finalize(model)                            # plain layers, half 
 from autogate import subnets
 from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
 from autogate.budget import Resource, SideCounts
+from autogate.closing import close
 from autogate.files import load, save, to_timm_text
 from autogate.gating import GateBank
 from autogate.inspection import Summary
+from autogate.methods import GDP
 from autogate.slim import recalibrate
 from autogate.version import __version__
 from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
 __all__ = [
+    "GDP",
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
@@ -26,6 +29,7 @@ __all__ = [
     "SurgeryError",
     "VerificationError",
     "__version__",
+    "close",
     "finalize",
     "gates",
     "load",

@@ -14,7 +14,7 @@ from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
-from autogate.methods import GDP
+from autogate.methods import GDP, Learner, Method
 from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
@@ -30,7 +30,6 @@ from autogate.slim import (
     slim_verified,
     verify,
 )
-from autogate.steering import DEFAULT_STEPS, Schedule
 from autogate.switching import check_one_width
 from autogate.wrappers import is_wrapped, unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
@@ -58,6 +57,7 @@ def prepare(
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
     embed: bool = True,
+    method: Method | None = None,
 ) -> M:
     """Add gates to `model`. While you train it, they learn which channels it can do without.
 
@@ -85,7 +85,7 @@ def prepare(
             widths. This takes a while the first time; the timings are kept on disk (see `autogate.budget.timing`).
         resources: shares of resources of your own, keyed by their class (see `autogate.Resource`).
         steps: number of optimizer steps in the training that follows. The budget is reached within these steps, and
-            the remaining ones are plain training. `autogate.steering.schedule.DEFAULT_STEPS` (10,000) if None.
+            the remaining ones are plain training. 10,000 if None.
         round_to: a layer that loses channels ends with a multiple of this number, which fast GPU kernels prefer.
         ignore: paths of modules, or names of parameters, whose channels all stay.
         shortcuts: "shared": the channels that an identity shortcut's residual add couples (those of a whole stage)
@@ -99,6 +99,8 @@ def prepare(
         embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
             transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
             the live channels. If False, these channels stay.
+        method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
+            `autogate.GDP()` if None.
 
     Raises:
         AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
@@ -106,8 +108,12 @@ def prepare(
     """
     _check_model(model)
     check_one_width(model)
+    method = GDP() if method is None else method
+    if not isinstance(method, Method):
+        raise AutogateError(
+            f"method is {method!r}, which is no method.", where="prepare", remedy="Give a value such as autogate.GDP()."
+        )
     shares = Shares(flops, params, activations, latency, resources or {})
-    schedule = Schedule(steps=DEFAULT_STEPS if steps is None else steps, round_to=round_to)
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
     options = AnalysisOptions(
         as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
@@ -127,7 +133,8 @@ def prepare(
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         analysis.place_statistics(model, undo_log)
         origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
-        bank = GateBank(model, analysis.channel_map, targets, schedule, GDP(), origin, added, hooks)
+        learner = Learner.of(analysis.channel_map, targets, method, steps=steps, round_to=round_to)
+        bank = GateBank(model, analysis.channel_map, learner, origin, added, hooks)
     except BaseException:
         undo_log.undo()
         raise
@@ -290,7 +297,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _missed(bank: GateBank) -> str:
     """The shares that miss their targets, in words; a settled run may end above them by the schedule's tolerance."""
     progress = bank.progress()
-    above = bank.schedule.tolerance if progress.settled else 0.0
+    above = bank.schedule.course.tolerance if progress.settled else 0.0
     missed = " and ".join(
         f"{share:.1%} of the {name} are left, the target is {progress.targets[name]:.1%}"
         for name, share in progress.shares.items()

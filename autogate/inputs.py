@@ -43,6 +43,24 @@ def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
     )
 
 
+def on_device_of(model: nn.Module, value: Any) -> Any:
+    """The value with all tensors in it moved to the device of the model's parameters."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return tree_map_only(Tensor, lambda x: x.to(device), value)
+
+
+def run_on(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch as loaders yield them, on the model's device.
+
+    Args:
+        model: the model.
+        batch: a tensor, a mapping of keyword arguments, or a tuple or list whose first item is one of these (images
+            and labels).
+    """
+    inputs = on_device_of(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
 def dtype_of_parameters(model: nn.Module) -> torch.dtype | None:
     """The dtype of a model's first floating-point parameter; None if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

@@ -25,7 +25,6 @@ import autogate
 from autogate import digits
 from autogate.gating.bank import GateBank
 from autogate.methods import GDP, Learner
-from autogate.steering.schedule import Schedule
 from autogate.steering.selection import groups_of
 
 ARCHITECTURES = {
@@ -95,19 +94,19 @@ def simulated(name: str, target: float, strength: float, steps: int) -> dict:
     """Train alpha alone, with a loss that holds each gate open with a different strength, and noise of that size."""
     bank = autogate.gates(prepared(name, target, steps))
     generator = torch.Generator().manual_seed(0)
-    learner = Learner(GDP(), bank.targets, Schedule(steps), groups_of(bank.channel_map, 1))
+    learner = Learner(GDP(), bank.targets, groups_of(bank.channel_map, 1), steps)
     gates = learner.start()
     strengths = strength * torch.exp(torch.randn(len(gates.alpha), generator=generator))
     standing, met_at = learner.standing(gates.live), 0
     for step in range(steps):
         noise = torch.randn(len(strengths), generator=generator)
-        gradient = strengths * (learner.method.gate(gates.alpha, gates.state) - 1 + noise) * gates.live
+        gradient = strengths * (learner.method.factor(gates.alpha, gates.state) - 1 + noise) * gates.live
         live = gates.live
         gates = learner.step(gates, gradient, 0.05 * (1 + math.cos(math.pi * step / steps)), standing)
         if not torch.equal(live, gates.live):
             standing = learner.standing(gates.live)
         met_at = met_at or (gates.count if gates.pressure.settled or standing.distance <= 0 else 0)
-    return measures(bank, gates.live, learner.method.gate(gates.alpha, gates.state), met_at)
+    return measures(bank, gates.live, learner.method.factor(gates.alpha, gates.state), met_at)
 
 
 def runs(kind: str, names: Iterable[str]) -> Iterator[tuple]:

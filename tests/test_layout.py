@@ -20,7 +20,8 @@ ORDER = {
         "undo_log", "interrupts", "errors",
     ],
     "autogate": [
-        "cli", "reporting", "training", "demo", "subnets", "api", "inspection", "files", "switching", "slim", "gating",
+        "cli", "reporting", "training", "demo", "subnets", "closing", "api", "inspection", "files", "switching",
+        "slim", "criteria", "gating",
         "methods", "steering", "budget", "naming", "inputs", "wrappers", "lock", "digits", "version",
     ],
 }  # fmt: skip

@@ -7,7 +7,7 @@ several, the one furthest behind counts. Prices are averaged, weighted by the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -53,6 +53,15 @@ class Shares:
             if not 0 < share <= 1:
                 raise AutogateError(f"{name} is {share!r}; a share must be in (0, 1].", where="budget")
 
+    @classmethod
+    def given(
+        cls, flops: float | None, params: float | None, activations: float | None, latency: float | None,
+        resources: Mapping[ResourceMaker, float],
+    ) -> Shares | None:  # fmt: skip
+        """The shares that were asked for; None if there are none."""
+        asked = (flops, params, activations, latency)
+        return cls(*asked, resources) if resources or any(share is not None for share in asked) else None
+
     def _named(self) -> list[tuple[str, float]]:
         asked = (("flops", self.flops), ("params", self.params), ("activations", self.activations),
                  ("latency", self.latency))  # fmt: skip
@@ -60,8 +69,9 @@ class Shares:
         return named if named or self.resources else [("flops", 0.5)]
 
     def targets(
-        self, model: nn.Module, channel_map: ChannelMap, inputs: Inputs, added: Collection[str] = ()
-    ) -> Targets:
+        self, model: nn.Module, channel_map: ChannelMap, inputs: Inputs, added: Collection[str] = (),
+        known: Iterable[Resource] = (),
+    ) -> Targets:  # fmt: skip
         """Build the resources that have a share, for a model.
 
         Args:
@@ -69,12 +79,14 @@ class Shares:
             channel_map: its classes of channels.
             inputs: inputs to measure the latency on.
             added: weights of layers that were not in the user's model; shares are relative to the model without them.
+            known: resources of this map that were built before: a latency among them is not measured again.
         """
+        measured = [resource for resource in known if isinstance(resource, Latency)]
         makers: dict[str, Callable[[], Resource]] = {
             "flops": lambda: Flops(channel_map, model, added),
             "params": lambda: Params(channel_map, model, added),
             "activations": lambda: Activations(channel_map, model, added),
-            "latency": lambda: Latency.measure(channel_map, model, inputs, added),
+            "latency": lambda: measured[0] if measured else Latency.measure(channel_map, model, inputs, added),
         }
         own = [Target(maker(channel_map, model), share) for maker, share in self.resources.items()]
         return Targets([*(Target(makers[name](), share) for name, share in self._named()), *own])

@@ -28,23 +28,12 @@ from autogate.gating.kernels import GatedKernels
 from autogate.gating.progress import Progress
 from autogate.gating.state import BankBuffers
 from autogate.gating.stepping import Stepping
-from autogate.methods import Learner, Method
-from autogate.steering import Schedule, groups_of, with_needed
-from rewriters import AutogateError, ChannelMap, Side
+from autogate.methods import KernelSums, Learner
+from autogate.steering import Schedule
+from rewriters import ChannelMap, Side
 
 BANK = "autogate"
 """Name of the submodule that holds the gates while they train."""
-
-
-def _learner(channel_map: ChannelMap, targets: Targets, schedule: Schedule, method: Method) -> Learner:
-    for target in targets.out_of_reach():
-        raise AutogateError(
-            f"{target.share:.3f} of the {target.resource.name} can't be reached: {target.resource.least:.3f} are left "
-            f"when every channel that can be removed is removed. {channel_map.why_pinned()}",
-            remedy="Ask for a larger share.",
-        )
-    groups = with_needed(groups_of(channel_map, schedule.round_to), channel_map, targets)
-    return Learner(method, targets, schedule, groups)
 
 
 class GateBank(BankBuffers):
@@ -64,9 +53,7 @@ class GateBank(BankBuffers):
     Args:
         model: the model that `channel_map` describes.
         channel_map: its classes of channels.
-        targets: what is to be left.
-        schedule: the length of the run and its portions.
-        method: what decides which classes die.
+        learner: the mathematics of a step: the targets, the method, the length of the run.
         origin: what the caller needs again at the end; stored as it is.
         added: weights of layers that were not in the user's model.
         follows: the bank follows optimizer steps by itself. If False, `step` must be called after each, and the bank
@@ -74,8 +61,7 @@ class GateBank(BankBuffers):
             kernels.
 
     Attributes:
-        targets, schedule: as given.
-        learner: the mathematics of a step.
+        learner: as given.
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
         folded: float32, shape (classes,): the gates that the kernels hold now.
         dead: float32, shape (classes,): above 0 for dead classes (no bool, so that averages of it mean something).
@@ -89,24 +75,21 @@ class GateBank(BankBuffers):
         epsilon, sensitivity: the state of the method, here of GDP (see `autogate.methods.GDP`).
 
     Raises:
-        AutogateError: a target is out of reach, even with the fewest classes that connect inputs to outputs; or a gated
-            kernel is not a parameter of the model.
+        AutogateError: a gated kernel is not a parameter of the model.
     """
 
     origin: Any
 
     def __init__(
-        self, model: nn.Module, channel_map: ChannelMap, targets: Targets, schedule: Schedule,
-        method: Method, origin: Any = None, added: Collection[str] = (), follows: bool = True,
+        self, model: nn.Module, channel_map: ChannelMap, learner: Learner, origin: Any = None,
+        added: Collection[str] = (), follows: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.follows = follows
         self.channel_map = channel_map
         self.added = frozenset(added)
-        self.targets = targets
-        self.schedule = schedule
+        self.learner = learner
         self.origin = origin
-        self.learner = _learner(channel_map, targets, schedule, method)
         self.register(self.learner.start(), self.learner.method, channel_map.checksum())
         self._kernels = GatedKernels(model, channel_map)
         self._folding = Folding(self._kernels, channel_map, self.learner.method, self.state(), keeps=not follows)
@@ -117,6 +100,16 @@ class GateBank(BankBuffers):
             hooks.register(self)
         else:
             self._kernels.keep(self._kernels.sides(self.alpha.device))
+
+    @property
+    def targets(self) -> Targets:
+        """What is to be left."""
+        return self.learner.targets
+
+    @property
+    def schedule(self) -> Schedule:
+        """The course of the run."""
+        return self.learner.schedule
 
     def _forget(self) -> None:
         """Drop all that was worked out from buffers and kernels."""
@@ -145,7 +138,7 @@ class GateBank(BankBuffers):
     def gates(self) -> Tensor:
         """The gates g(alpha), float32, shape (classes,); zero for dead classes."""
         state = self.state()
-        return torch.where(state.live, self.learner.method.gate(state.alpha, state.method), 0.0)
+        return torch.where(state.live, self.learner.method.factor(state.alpha, state.method), 0.0)
 
     def shares(self) -> dict[str, float]:
         """The share that is left of each resource in the budget, all dead classes removed, by its name."""
@@ -212,6 +205,23 @@ class GateBank(BankBuffers):
             AutogateError: the alpha of a live class is not finite; nothing is folded then.
         """
         self._folding.fold(self.state(), stepped)
+
+    @torch.no_grad()
+    def close(self, classes: Tensor, settled: bool = False) -> None:
+        """Close gates now: these classes die, and their columns become exactly zero.
+
+        Args:
+            classes: their indices, int64.
+            settled: whether the model is now as close to its targets as its classes allow.
+        """
+        self.alpha.index_fill_(0, classes.to(self.alpha.device), 0.0)
+        if settled:
+            self.settled.fill_(1.0)
+        self.fold()
+
+    def kernel_sums(self) -> KernelSums:
+        """Sums over the columns of each class, on all its gated kernels, and over their gradients."""
+        return self._stepping.sums(self.state())
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         recorded = torch.compiler.is_compiling() or hooks.is_capturing()

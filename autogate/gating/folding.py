@@ -84,7 +84,7 @@ class Folding:
         """Take in how gates have changed since the last time: note deaths, scale columns."""
         alpha, folded = state.alpha, state.folded
         meant = stepped or self._left_as(state)
-        gate = self._method.gate(alpha, state.method)
+        gate = self._method.factor(alpha, state.method)
         live = state.live & (gate != 0)
         ratio = gate / folded
         ratio = torch.where(live & ((ratio - 1).abs() > _tolerance(gated)), ratio, 1.0)

@@ -16,7 +16,7 @@ from autogate.gating.folding import Folding
 from autogate.gating.kernels import GatedKernels, GatedSide, HeldBack
 from autogate.gating.sharding import local
 from autogate.gating.state import BankState, Counters, version_of
-from autogate.methods import Learner, Standing
+from autogate.methods import KernelSums, Learner, Standing
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,21 @@ class Stepping:
     ) -> Tensor:
         """The method's reading, of gradients that were taken at these kernels."""
         sums = _Sums(self._kernels, sides, at, state.alpha.dtype, scale)
-        return self.learner.method.read(sums, state.folded, state.live)
+        return self._reading(state, sums)
 
     def _read_now(self, state: BankState) -> Tensor:
         """The method's reading, of gradients that were taken at the kernels as they are."""
+        return self._reading(state, self.sums(state))
+
+    def _reading(self, state: BankState, sums: KernelSums) -> Tensor:
+        return self.learner.method.read(sums, state.folded, state.live)
+
+    def sums(self, state: BankState) -> KernelSums:
+        """Sums over the columns of the kernels as they are, and over their gradients."""
         sides = self._sides(state)
-        return self._read(state, sides, {side.place: local(side.weight) for side in sides})
+        return _Sums(
+            self._kernels, sides, {side.place: local(side.weight) for side in sides}, state.alpha.dtype, scale=None
+        )
 
     def _sides(self, state: BankState) -> list[GatedSide]:
         return self._kernels.sides(state.alpha.device)

@@ -1,32 +1,44 @@
 """GDP: gates that polarize, moved by the loss's gradient and pushed to zero by a price on channels.
 
-Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiable Polarization" (ICCV 2021), section
-3.4: equations 8 and 9, algorithm 1 with N = 1. What differs from the paper, and why, is in docs/architecture.md.
+Guo et al., "GDP", section 3.4: equations 8 and 9, algorithm 1 with N = 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from autogate.methods.gate_function import epsilon_at, gate_slope, gate_value
-from autogate.methods.method import Gates, KernelSums, Proposal, Step
+from autogate.methods.method import Gates, KernelSums, Method, Proposal, Step
 from autogate.methods.proximal import shrinkage, soft_threshold
 from autogate.methods.sensitivity import observed, price_per_sensitivity
-from autogate.steering import Schedule
+from autogate.steering import Range, Schedule
 
 
-@dataclass(frozen=True)
-class GDP:
-    """The method of the paper, with prices weighed by sensitivity.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GDP(Method):
+    """Gates with differentiable polarization, with prices weighed by sensitivity: the default method.
+
+    Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiable Polarization" (ICCV 2021). What
+    differs from the paper, and why, is in docs/architecture.md.
+
+        >>> import timm, torch, autogate
+        >>> model = timm.create_model("test_resnet", num_classes=10)
+        >>> model = autogate.prepare(model, torch.randn(2, 3, 32, 32), method=autogate.GDP(reach=0.2))
+        >>> autogate.gates(model).learner.method
+        GDP(reach=0.2)
 
     Its state is `epsilon`, the gates' smoothing constant (0-dim float64), and `sensitivity`, how much the loss depends
     on each gate (float64, shape (classes,); see `sensitivity.py`).
 
     Attributes:
+        reach, least_steps, short, keep, tolerance, patience, gain, integral_gain, deadline, escalation: how the run
+            goes to its targets, see `autogate.steering.Course`. Epsilon reaches its end with the targets.
+        bound: the longest way that a gradient or a price moves alpha in one step; in a short run four times the steady
+            pace from 1 to 0, if that is larger.
         alpha_rate: alpha's learning rate when the kernels' is at its peak; it follows theirs.
         open_alpha: no gradient takes alpha nearer to zero than this, and without pressure no live alpha is nearer. With
             epsilon at its end such a gate is 0.95 open. So a gate ends open or exactly closed.
@@ -40,6 +52,7 @@ class GDP:
         nearly_closed: below this gate a kernel column follows the optimizer only in part (see `let_through`).
     """
 
+    bound: float = 0.02
     alpha_rate: float = 1e-4
     open_alpha: float = 1e-3
     least_alpha: float = 1e-5
@@ -48,6 +61,17 @@ class GDP:
     decay: float = 0.99
     damping: float = 0.05
     nearly_closed: float = 0.5
+
+    def _ranges(self) -> Iterator[Range]:
+        yield from super()._ranges()
+        yield "bound", self.bound > 0, "positive"
+        yield "alpha_rate", self.alpha_rate >= 0, "0 or more"
+        yield "least_alpha", 0 < self.least_alpha <= self.open_alpha, "positive, and at most open_alpha"
+        yield "epsilon_start", self.epsilon_start > 0, "positive"
+        yield "epsilon_end", 0 < self.epsilon_end <= self.epsilon_start, "positive, and at most epsilon_start"
+        yield "decay", 0 <= self.decay < 1, "in [0, 1)"
+        yield "damping", self.damping > 0, "positive"
+        yield "nearly_closed", 0 <= self.nearly_closed <= 1, "in [0, 1]"
 
     @property
     def gate_state(self) -> tuple[str, ...]:
@@ -59,7 +83,7 @@ class GDP:
             "sensitivity": torch.zeros(size, dtype=torch.float64),
         }
 
-    def gate(self, alpha: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    def factor(self, alpha: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         """g(alpha), equation 2."""
         return gate_value(alpha, state["epsilon"])
 
@@ -80,11 +104,12 @@ class GDP:
         """A gradient step, then the proximal step; classes that it takes to zero are the candidates."""
         sensitivity = observed(gates.state["sensitivity"], reading, self.decay)
         rate = self.alpha_rate * step.lr / step.peak if step.peak else 0.0
-        alpha = self.descend(gates, reading, rate, step.schedule.step_bound)
+        bound = self.step_bound(step.schedule)
+        alpha = self.descend(gates, reading, rate, bound)
         importance, candidates = alpha.abs(), None
         if step.movement > 0:
             price = price_per_sensitivity(step.price, sensitivity, gates.live, self.damping)
-            shrunk = soft_threshold(alpha, shrinkage(price, step.movement, step.schedule.step_bound))
+            shrunk = soft_threshold(alpha, shrinkage(price, step.movement, bound))
             candidates = gates.live & (shrunk == 0)
             alpha = torch.where(candidates, alpha, shrunk)
         epsilon = epsilon_at(step.number, step.schedule.reach_steps, self.epsilon_start, self.epsilon_end)
@@ -95,6 +120,10 @@ class GDP:
             state={"epsilon": torch.full_like(gates.state["epsilon"], epsilon), "sensitivity": sensitivity},
             balance=step.movement / rate if rate else 0.0,
         )
+
+    def step_bound(self, schedule: Schedule) -> float:
+        """The longest way that alpha goes in one step."""
+        return max(self.bound, 4 / schedule.reach_steps)
 
     def descend(self, gates: Gates, gradient: Tensor, rate: float, bound: float) -> Tensor:
         """Alpha after its bounded gradient step, equation 8. It does not reach zero.

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from autogate.budget import Targets
 from autogate.methods.method import Gates, Method, Proposal, Step
-from autogate.steering import Deaths, Group, Schedule, Selection, steer
+from autogate.steering import Deaths, Group, Schedule, Selection, groups_of, steer, with_needed
+from rewriters import AutogateError, ChannelMap
 
 
 class Standing(NamedTuple):
@@ -30,15 +31,45 @@ class Learner:
     Args:
         method: how gates move.
         targets: what is to be left; all of them are met.
-        schedule: when, and in what portions.
         groups: classes that lie on the same sides.
+        steps: optimizer steps of the run; the schedule's default if None.
+
+    Attributes:
+        method, targets, groups: as given.
+        schedule: the course of the run.
+        selection: decides which candidates die.
     """
 
-    def __init__(self, method: Method, targets: Targets, schedule: Schedule, groups: Sequence[Group]):
+    def __init__(self, method: Method, targets: Targets, groups: Sequence[Group], steps: int | None = None):
         self.method = method
         self.targets = targets
-        self.schedule = schedule
-        self._selection = Selection(targets, schedule, groups)
+        self.groups = tuple(groups)
+        self.schedule = Schedule(course=method) if steps is None else Schedule(steps, method)
+        self.selection = Selection(targets, self.schedule, groups)
+
+    @classmethod
+    def of(
+        cls, channel_map: ChannelMap, targets: Targets, method: Method, *, steps: int | None = None, round_to: int = 1
+    ) -> Learner:  # fmt: skip
+        """The learner for a model.
+
+        Args:
+            channel_map: the model's classes of channels.
+            targets, method, steps: as above.
+            round_to: a layer that loses channels keeps a multiple of this number.
+
+        Raises:
+            AutogateError: a target is out of reach, even with the fewest classes that connect inputs to outputs.
+        """
+        return cls(method, targets, _within_reach(groups_of(channel_map, round_to), channel_map, targets), steps)
+
+    def towards(self, targets: Targets, channel_map: ChannelMap) -> Learner:
+        """A learner like this one for other targets of the same map.
+
+        Raises:
+            AutogateError: a target is out of reach.
+        """
+        return Learner(self.method, targets, _within_reach(self.groups, channel_map, targets), self.schedule.steps)
 
     def start(self) -> Gates:
         """The gates before the first step: all of them open."""
@@ -77,7 +108,7 @@ class Learner:
         candidates = proposal.candidates
         if candidates is None or not candidates.any():
             return Deaths(torch.zeros(0, dtype=torch.int64))
-        return self._selection.deaths(proposal.importance.cpu(), candidates.cpu(), live.cpu(), number)
+        return self.selection.deaths(proposal.importance.cpu(), candidates.cpu(), live.cpu(), number)
 
     def is_over(self, count: int, settled: bool) -> bool:
         """Whether gates no longer move after `count` steps.
@@ -85,3 +116,14 @@ class Learner:
         The run is over, or the targets are met (`settled`) and the method is at rest.
         """
         return count >= self.schedule.steps or (settled and self.method.is_at_rest(count, self.schedule))
+
+
+def _within_reach(groups: Sequence[Group], channel_map: ChannelMap, targets: Targets) -> list[Group]:
+    """The groups, with those marked that the targets need alive; raises if a target is out of reach."""
+    for target in targets.out_of_reach():
+        raise AutogateError(
+            f"{target.share:.3f} of the {target.resource.name} can't be reached: {target.resource.least:.3f} are "
+            f"left when every channel that can be removed is removed. {channel_map.why_pinned()}",
+            remedy="Ask for a larger share.",
+        )
+    return with_needed(groups, channel_map, targets)

@@ -1,25 +1,28 @@
 """What a method decides: the interface between a way of learning and all that any way of learning needs.
 
-A method is a small frozen value, `GDP()`. It decides four things: what it reads from the kernels, the factor that a
-gate puts on its kernel columns, how gates move in a step, and which classes may die in it. It knows no model, no
+A method is a small frozen value, `GDP()`, that prints as the call that made it. It decides four things: what it reads
+from the kernels, the factor that a gate puts on its kernel columns, how gates move in a step, and which classes may die
+in it. It knows no model, no
 kernel and no budget. The learner (`learner.py`) steers it to the budget; the gate bank (`autogate.gating`) stores its
 state, takes its readings and folds its gates into the kernels.
 
     reading = method.read(sums, gate, live)             # before the optimizer moves the kernels
     proposal = method.propose(gates, reading, step)     # where gates go, and which may die
     alpha = method.hold_open(proposal.alpha, pressed)   # those that survive
-    gate = method.gate(alpha, state)                    # the factor on each class's columns
+    gate = method.factor(alpha, state)                  # what each class's columns are multiplied by
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from autogate.steering import Pressure, Schedule
+from autogate.steering import Course, Pressure, Schedule
 
 
 @dataclass(frozen=True)
@@ -95,23 +98,28 @@ class KernelSums(Protocol):
         """
 
 
-class Method(Protocol):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Method(Course, ABC):
     """A way of learning which channels a model can do without.
 
-    A method holds settings alone. What changes from step to step is in tensors, which the gate bank stores as buffers:
-    checkpoints, copies and device moves include them.
+    A method holds settings alone: its own fields, and those of `Course`. What changes from step to step is in tensors,
+    which the gate bank stores as buffers: checkpoints, copies and device moves include them.
     """
 
     @property
     def gate_state(self) -> tuple[str, ...]:
-        """Names of the state tensors that `gate` depends on."""
+        """Names of the state tensors that `factor` depends on."""
+        return ()
 
+    @abstractmethod
     def start(self, size: int) -> dict[str, Tensor]:
         """The method's own tensors before the first step, by name. They must be of floating-point type."""
 
-    def gate(self, alpha: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """The factor on the columns of each class: zero where alpha is zero, shape (classes,)."""
+    @abstractmethod
+    def factor(self, alpha: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The gates: the factor on the columns of each class, zero where alpha is zero, shape (classes,)."""
 
+    @abstractmethod
     def read(self, sums: KernelSums, gate: Tensor, live: Tensor) -> Tensor:
         """What the method reads before the optimizer moves the kernels, shape (classes,), zero for dead classes.
 
@@ -123,7 +131,9 @@ class Method(Protocol):
 
     def let_through(self, gate: Tensor) -> Tensor:
         """The part of the optimizer's change to a column that takes effect, in [0, 1], shape (classes,)."""
+        return torch.ones_like(gate)
 
+    @abstractmethod
     def propose(self, gates: Gates, reading: Tensor, step: Step) -> Proposal:
         """Where gates go in this step, and which classes may die in it."""
 
@@ -134,6 +144,8 @@ class Method(Protocol):
             alpha: shape (classes,).
             pressed: whether prices go on pushing gates towards zero.
         """
+        return alpha
 
     def is_at_rest(self, step: int, schedule: Schedule) -> bool:
         """Whether gates no longer move after so many steps, if the targets are met."""
+        return True

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
+from autogate.inputs import run_on
 from rewriters import AutogateError
 
 with warnings.catch_warnings():
@@ -75,10 +75,7 @@ class _Caller(nn.Module):
         self.model = model
 
     def forward(self, batch: Any) -> Any:
-        inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-        reference = next(self.model.parameters())
-        inputs = tree_map_only(Tensor, lambda x: x.to(reference.device), inputs)
-        return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        return run_on(self.model, batch)
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:

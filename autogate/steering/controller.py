@@ -5,7 +5,8 @@ shares to be left, and lambda follows from the distance between the model and th
 
 The controller does not steer lambda itself. It steers the movement eta * lambda * mean price: how far one step takes
 the alpha of a class of mean price towards zero. Alpha starts at 1, so the natural scale of the movement is one over the
-number of steps that alpha has to get to 0. One set of constants therefore serves any learning rate and run length.
+number of steps that alpha has to get to 0. One set of constants (see `Course`) therefore serves any learning rate and
+run length.
 """
 
 from __future__ import annotations
@@ -14,19 +15,6 @@ import math
 from dataclasses import dataclass, replace
 
 from autogate.steering.schedule import Schedule
-
-GAIN = 10.0
-"""Movement per unit of error. An error of one tenth takes alpha to zero in `reach` steps."""
-
-INTEGRAL_GAIN = 20.0
-"""Movement per unit of error that has lasted for `reach` steps."""
-
-DEADLINE = 0.9
-"""The target is met within this part of the steps."""
-
-ESCALATION = 16.0
-"""Between the end of patience and the deadline the movement also grows by a factor of e^16. Gradients pull hardest near
-zero and can resist a steady lambda; they can't resist this."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,8 @@ def steer(schedule: Schedule, pressure: Pressure, distance: float, step: int) ->
     if error <= 0:
         return replace(pressure, movement=0.0)
     tick = 1 / schedule.reach_steps
-    integral = pressure.integral + INTEGRAL_GAIN * error * tick
+    course = schedule.course
+    integral = pressure.integral + course.integral_gain * error * tick
     if step > schedule.patience_steps:
-        integral *= math.exp(ESCALATION / max(1.0, DEADLINE * schedule.steps - schedule.patience_steps))
-    return Pressure((GAIN * error + integral) * tick, integral)
+        integral *= math.exp(course.escalation / max(1.0, course.deadline * schedule.steps - schedule.patience_steps))
+    return Pressure((course.gain * error + integral) * tick, integral)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autogate.budget import ROUNDING, Targets
 from autogate.steering.critical_groups import critical_groups
-from autogate.steering.schedule import PATIENCE, Schedule
+from autogate.steering.schedule import Schedule
 from rewriters import ALWAYS, AutogateError, ChannelMap
 
 WIDTH_RESOLUTION = 0.005
@@ -28,8 +28,7 @@ class Group:
 
     Attributes:
         classes: their indices.
-        pace: so many of them die together, so that the widths of all layers stay multiples of the schedule's
-            `round_to`.
+        pace: so many of them die together, so that the widths of all layers stay multiples of `round_to`.
         needed: every path from inputs to outputs leads through it (see `critical_groups`): it doesn't die as a whole.
     """
 
@@ -42,7 +41,12 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
     """The groups of a map, each with the pace that keeps widths multiples of `round_to`.
 
     If a class holds several channels of a layer (those of an attention head), fewer classes make a multiple.
+
+    Raises:
+        AutogateError: `round_to` is not a whole number from 1 up.
     """
+    if not (round_to >= 1 and round_to == int(round_to)):
+        raise AutogateError(f"round_to is {round_to!r}; it must be a whole number from 1 up.", where="prepare")
     if round_to == 1:
         return [Group(group.classes) for group in channel_map.groups()]
     counts = {
@@ -98,15 +102,15 @@ def part_alike(narrowing: Narrowing, targets: Targets) -> float | None:
 def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -> Tensor:
     """How many classes of each group learning leaves alive, int64, shape (groups,).
 
-    `schedule.keep` times what is left when all groups are narrowed uniformly until the targets are met; at least one
-    class, in whole bundles. If the targets can't be met with every group alive: one bundle of the groups that are
+    The course's `keep` times what is left when all groups are narrowed uniformly until the targets are met; at least
+    one class, in whole bundles. If the targets can't be met with every group alive: one bundle of the groups that are
     needed, none of the others.
     """
     narrowing = Narrowing(groups)
     alike = part_alike(narrowing, targets)
     if alike is None:
         return narrowing.counts(0.0) * torch.tensor([group.needed for group in groups])
-    return narrowing.counts(schedule.keep * alike)
+    return narrowing.counts(schedule.course.keep * alike)
 
 
 def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targets) -> list[Group]:
@@ -183,7 +187,7 @@ class Selection:
     def __init__(self, targets: Targets, schedule: Schedule, groups: Sequence[Group]):
         self.targets = targets
         self.schedule = schedule
-        self._tolerance = targets.tolerance(schedule.tolerance)
+        self._tolerance = targets.tolerance(schedule.course.tolerance)
         self._group = torch.zeros(targets.size, dtype=torch.int64)
         for index, group in enumerate(groups):
             self._group[list(group.classes)] = index
@@ -200,14 +204,28 @@ class Selection:
             live: classes that are live before the step, bool, shape (classes,).
             step: number of this step; the first is 1.
         """
-        wanted = self.schedule.wanted(step) + ROUNDING
+        waited = (step / self.schedule.reach_steps - 1) / (self.schedule.course.patience - 1)
+        return self.choose(importance, candidates, live, self.schedule.wanted(step), waited)
+
+    def choose(
+        self, importance: Tensor, candidates: Tensor, live: Tensor, wanted: float, waited: float = 1.0
+    ) -> Deaths:  # fmt: skip
+        """The candidates that die so that just the wanted distance from the targets is left.
+
+        Args:
+            importance, candidates, live: as for `deaths`.
+            wanted: a distance, see `Targets`.
+            waited: part of its patience that a run has waited for candidates that fit. From 1 on, it settles for a
+                share within the tolerance above the target, or else for the bundle that overshoots least.
+        """
+        wanted += ROUNDING
         queue = self._bundled(self._in_order(importance, candidates, live), live)
         if self._distance_without(live, queue.order) > wanted:
             return Deaths(queue.order)
         enough = self._shortest_prefix(live, queue, wanted)
         if self._distance_without(live, queue.first(enough)) >= -self._tolerance:
             return Deaths(queue.first(enough))
-        return self._land(live, queue, enough - 1, wanted, step)
+        return self._land(live, queue, enough - 1, wanted, waited)
 
     def _in_order(self, importance: Tensor, candidates: Tensor, live: Tensor) -> Tensor:
         """The candidates from the smallest alpha to the largest; of equal ones the dearest first."""
@@ -253,7 +271,7 @@ class Selection:
                 low = middle + 1
         return low
 
-    def _land(self, live: Tensor, queue: _Queue, certain: int, wanted: float, step: int) -> Deaths:
+    def _land(self, live: Tensor, queue: _Queue, certain: int, wanted: float, waited: float) -> Deaths:
         """Choose the last bundles before the targets: skip those that would overshoot, take cheaper ones.
 
         If no candidate fits, later steps bring others. But the pressure that brings them is on all classes and should
@@ -268,7 +286,7 @@ class Selection:
             after = self._after_each(live, queue, distance)[rest]
             fitting = torch.nonzero(after >= -self._tolerance).flatten()
             if len(fitting) == 0:
-                return self._settle_for(chosen, queue, rest, after, distance, step)
+                return self._settle_for(chosen, queue, rest, after, distance, waited)
             bundle = queue.bundle(rest.pop(int(fitting[0])))
             chosen.append(bundle)
             live = live.index_fill(0, bundle, False)
@@ -280,9 +298,8 @@ class Selection:
         return distance - queue.sums(distance - self.targets.distance_without_each(live))
 
     def _settle_for(
-        self, chosen: list[Tensor], queue: _Queue, rest: list[int], after: Tensor, distance: float, step: int
+        self, chosen: list[Tensor], queue: _Queue, rest: list[int], after: Tensor, distance: float, waited: float
     ) -> Deaths:
-        waited = (step / self.schedule.reach_steps - 1) / (PATIENCE - 1)
         close = distance <= self._tolerance * min(1.0, waited)
         if not close and waited >= 1 and rest:
             chosen = [*chosen, queue.bundle(rest[int(torch.argmax(after))])]

@@ -9,7 +9,7 @@ trained network (one per seed) and train for the same number of epochs. Each run
 exists is skipped, so an interrupted benchmark can be continued.
 
 To choose settings use `--held-out`: a fifth of the training images is never trained on, and accuracy is measured on it.
-`--set damping=0.3` sets a field of `autogate.methods.GDP` for the run, `--schedule keep=0.5` a field of the schedule.
+`--set damping=0.3 keep=0.5` sets fields of `autogate.GDP` for the run.
 
 Torch-Pruning's methods need `pip install torch-pruning`.
 """
@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.cases import Case, Options, run_case
+from benchmarks.accuracy.cases import Case, Options, gdp, run_case
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.models import MODELS
 from benchmarks.accuracy.recipe import Recipe
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> None:
     out = args.out / ("held_out" if args.held_out else "test")
     out.mkdir(parents=True, exist_ok=True)
     options = Options(
-        args.data, out, Recipe(args.epochs, args.peak, compiled=args.compiled), args.held_out, tuple(args.set),
-        tuple(args.schedule), args.threads,
+        args.data, out, Recipe(args.epochs, args.peak, compiled=args.compiled), args.held_out, gdp(args.set),
+        args.threads,
     )  # fmt: skip
     starts = [Case(model, seed) for seed, model in itertools.product(args.seeds, args.models)]
     wanted = [
@@ -76,7 +76,6 @@ def main() -> None:
     running.add_argument("--compiled", action="store_true", help="use torch.compile")
     running.add_argument("--held-out", action="store_true", help="measure accuracy on a fifth of the training images")
     running.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
-    running.add_argument("--schedule", nargs="*", default=[], metavar="FIELD=VALUE")
     running.add_argument("--threads", type=int, help="CPU threads")
     running.add_argument("--jobs", type=int, default=1, help="number of parallel runs, each in its own process")
     running.set_defaults(command=run)

@@ -6,15 +6,13 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import autogate.api
 from autogate.methods import GDP
-from autogate.steering.schedule import Schedule
 from benchmarks.accuracy.data import Data, held_out, load, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.recipe import Recipe, accuracy, fit, loss, predict
@@ -30,7 +28,7 @@ class Options:
         out: folder of the results, either on held-out images or on test images.
         recipe: how networks are trained.
         held_out: whether accuracy is measured on held-out training images.
-        set, schedule: fields of `GDP` and of `Schedule` that differ from the defaults, see `with_fields`.
+        method: the method of the runs with gates.
         threads: CPU threads; PyTorch's default if None.
     """
 
@@ -38,8 +36,7 @@ class Options:
     out: Path
     recipe: Recipe
     held_out: bool
-    set: tuple[str, ...]
-    schedule: tuple[str, ...]
+    method: GDP
     threads: int | None
 
 
@@ -61,10 +58,6 @@ class Case:
 @lru_cache
 def set_up(options: Options) -> tuple[Data, Data]:
     """Set this process up for running cases, once. Returns the images to train on and those to measure accuracy on."""
-    if options.set:
-        autogate.api.GDP = with_fields(GDP, options.set)
-    if options.schedule:
-        autogate.api.Schedule = with_fields(Schedule, options.schedule)
     if options.threads:
         torch.set_num_threads(options.threads)
     train = load(options.data, "train")
@@ -77,20 +70,20 @@ def run_case(options: Options, case: Case) -> str:
     """Run a case that has no result yet. Returns the result as a line of text."""
     train, test = set_up(options)
     dense = dense_model(case.model, case.seed, train, test, options.recipe, options.out)
-    changed = [*options.set, *options.schedule]
+    changed = [f"{name}={value}" for name, value in options.method.settings().items()]
     parts = case.parts(changed)
     if case.method is None:
         return f"{' '.join(parts)}: {dense.accuracy:.2f} %"
     result = once(
         options.out / f"{'_'.join(parts)}.json",
-        lambda: {"model": case.model, "set": changed} | slim_run(dense.model, case, train, test, options.recipe),
+        lambda: {"model": case.model, "set": changed} | slim_run(dense.model, case, train, test, options),
     )
     return f"{' '.join(parts)}: {result['accuracy']:.2f} %, {result['flops_left']:.4f} of the FLOPs"
 
 
-def slim_run(dense: torch.nn.Module, case: Case, train: Data, test: Data, recipe: Recipe) -> dict:
+def slim_run(dense: torch.nn.Module, case: Case, train: Data, test: Data, options: Options) -> dict:
     """Apply one method to one trained network: its accuracy, and the shares of FLOPs and parameters left."""
-    model = copy.deepcopy(dense)
+    model, recipe = copy.deepcopy(dense), options.recipe
     example = normalise(train.images[:2])
     whole, params = count_flops(model, example), sum(parameter.numel() for parameter in model.parameters())
 
@@ -102,7 +95,7 @@ def slim_run(dense: torch.nn.Module, case: Case, train: Data, test: Data, recipe
 
     torch.manual_seed(1000 + case.seed)
     steps = recipe.steps(train, recipe.epochs)
-    task = Task(case.flops, recipe.epochs, steps, recipe.weight_decay, example, training)
+    task = Task(case.flops, recipe.epochs, steps, recipe.weight_decay, example, training, options.method)
     slim = METHODS[case.method](model, task)
     return {
         "method": case.method,
@@ -116,11 +109,10 @@ def slim_run(dense: torch.nn.Module, case: Case, train: Data, test: Data, recipe
     }
 
 
-def with_fields(kind: type, assignments: Sequence[str]) -> partial:
-    """The class of a frozen value with other defaults for these fields: `damping=0.3`."""
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+def gdp(assignments: Sequence[str]) -> GDP:
+    """GDP with other values for these fields: `damping=0.3`."""
+    types = {field.name: field.type for field in dataclasses.fields(GDP)}
     given = dict(assignment.split("=") for assignment in assignments)
-    if not given.keys() <= fields.keys():
-        raise SystemExit(f"{kind.__name__} has {', '.join(fields)}.")
-    values = {name: int(value) if fields[name] == "int" else float(value) for name, value in given.items()}
-    return partial(kind, **values)
+    if not given.keys() <= types.keys():
+        raise SystemExit(f"GDP has {', '.join(types)}.")
+    return GDP(**{name: int(value) if types[name] == "int" else float(value) for name, value in given.items()})

@@ -10,7 +10,7 @@ fine-tuning. The scripts have a schedule for each; here one schedule covers both
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import autogate
+from autogate.methods import GDP
 from benchmarks.accuracy.data import layout
 
 
@@ -42,6 +43,7 @@ class Task:
         weight_decay: weight decay of the recipe.
         example: images (N, 3, 32, 32), normalised.
         fit: trains for a number of epochs.
+        method: the method of a run with gates.
     """
 
     flops: float
@@ -50,6 +52,7 @@ class Task:
     weight_decay: float
     example: Tensor
     fit: Fit
+    method: GDP = field(default_factory=GDP)
 
 
 Method = Callable[[nn.Module, Task], nn.Module]
@@ -70,7 +73,7 @@ def dense(model: nn.Module, task: Task) -> nn.Module:
 
 def autogate_gates(model: nn.Module, task: Task, **settings: Any) -> nn.Module:
     """`autogate.prepare` with its defaults, training, `autogate.finalize` once the targets are met, more training."""
-    model = autogate.prepare(model, task.example, flops=task.flops, steps=task.steps, **settings)
+    model = autogate.prepare(model, task.example, flops=task.flops, steps=task.steps, method=task.method, **settings)
     gated = True
 
     def slim(optimizer: Optimizer | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rewriters.forwards import CannotResizeError, LabelMask, TracedForward
 from rewriters.labelling import ALWAYS, Labelling, distinct, empty_ends, picked
@@ -88,7 +88,7 @@ def _refusal(traced: TracedForward, mask: LabelMask) -> CannotResizeError | None
 
 
 def _likeness(traced: TracedForward, class_of: np.ndarray) -> tuple[str, str, bytes]:
-    """A key that is equal for forwards of the same code, on tensors with the same shapes and the same coupling."""
+    """A key that is equal for forwards of the same code and numbers, on tensors with equal shapes and coupling."""
     in_order = np.full(class_of.max(initial=ALWAYS) + 2, -1)  # classes renumbered in the order in which they come
     in_order[ALWAYS] = 0
     coupled, shapes, count = hashlib.blake2b(), [], 1
@@ -106,7 +106,9 @@ def _likeness(traced: TracedForward, class_of: np.ndarray) -> tuple[str, str, by
             in_order[new] = np.arange(count, count + len(new))
             count += len(new)
             coupled.update(in_order[classes])
-    return str(traced.graph), repr(shapes), coupled.digest()
+    read = [node.meta["val"] for node in traced.graph.find_nodes(op="get_attr")]
+    numbers = [value for value in read if not isinstance(value, (Tensor, nn.Module))]
+    return str(traced.graph), repr((shapes, numbers)), coupled.digest()
 
 
 def _pin_refused(labelling: Labelling, traced: TracedForward, error: CannotResizeError, class_of: np.ndarray) -> None:

@@ -119,7 +119,7 @@ def install_live_statistics(
         module = model.get_submodule(one.path)
         made = {graph: _with_children(graph, one, removable) for graph in one.graphs.values()}
         graphs = {training: made[graph] for training, graph in one.graphs.items()}
-        forward = LiveForward(module, graphs, tuple(one.names[index] for index in removable))
+        forward = LiveForward(module, graphs, one.path, tuple(one.names[index] for index in removable))
         nodes = _with_statistics(one.graphs[False])
         for index in removable:
             statistic, node = one.statistics[index], nodes[index]

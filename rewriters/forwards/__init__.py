@@ -6,9 +6,11 @@ from rewriters.forwards.moves import only_moves
 from rewriters.forwards.multi_head_attention import disable_fused_layers
 from rewriters.forwards.resizing import CannotResizeError, sweep
 from rewriters.forwards.rewritten_forward import (
+    GUARDS,
     InterpretedForward,
     LiveForward,
     RewrittenForward,
+    ShapeGuardError,
     bind_arguments,
     out_of_place,
     placeholder_values,
@@ -17,11 +19,13 @@ from rewriters.forwards.traced_forward import TracedForward, graphs_by_mode, tra
 from rewriters.forwards.tracer_patches import patches_held
 
 __all__ = [
+    "GUARDS",
     "CannotResizeError",
     "InterpretedForward",
     "LabelMask",
     "LiveForward",
     "RewrittenForward",
+    "ShapeGuardError",
     "TracedForward",
     "bind_arguments",
     "disable_fused_layers",

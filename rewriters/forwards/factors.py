@@ -29,6 +29,8 @@ def is_product_with_others(number: fx.Node, slim: Mapping[fx.Node, Any]) -> bool
             others = True
         elif _is_size(node):
             others |= slim[node] == node.meta["val"]
+        elif node.op == "get_attr":
+            pass  # a number that is an attribute stays what it is
         else:
             return False
     return others

@@ -128,8 +128,30 @@ class ValueProxy(fx.Proxy):
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))
 
+    def __mul__(self, other: Any) -> Any:
+        return self._times(other, (self, other))
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._times(other, (other, self))
+
+    def _times(self, other: Any, operands: tuple[Any, Any]) -> Any:
+        if type(other) in (list, tuple):
+            return other * self.__index__()
+        return self.tracer.create_proxy("call_function", operator.mul, operands, {})
+
+    def __hash__(self) -> int:
+        return hash(self.tracer.concrete(self)) if self._is_attribute else id(self)
+
     def __format__(self, spec: str) -> str:
-        return format(self.value, spec)
+        return format(self.tracer.concrete(self) if self._is_attribute else self.value, spec)
+
+    def __str__(self) -> str:
+        return str(self.tracer.concrete(self)) if self._is_attribute else repr(self)
+
+    @property
+    def _is_attribute(self) -> bool:
+        """Whether it is a number that is a module's attribute, as which the forward may look things up."""
+        return self.node.op == "get_attr" and not isinstance(self.value, Tensor)
 
 
 def _parts(key: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -13,7 +13,7 @@ import sys
 import types
 
 _PASSED = ("torch.fx", "rewriters.forwards.proxies", "rewriters.forwards.tracing", "rewriters.forwards.tracer_patches",
-           "rewriters.forwards.read_code")  # fmt: skip
+           "rewriters.forwards.read_code", "rewriters.forwards.attribute_reads")  # fmt: skip
 
 
 def caller() -> types.FrameType:
@@ -35,6 +35,11 @@ def line_of_caller() -> str:
 def compares_identity(frame: types.FrameType) -> bool:
     """Whether a frame's code asks `is` of something else than None."""
     return _compares_identity(frame.f_code)
+
+
+def asks_types(frame: types.FrameType) -> bool:
+    """Whether a frame's code asks for the `type` of something."""
+    return "type" in frame.f_code.co_names
 
 
 @functools.lru_cache(maxsize=4096)

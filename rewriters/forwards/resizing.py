@@ -18,7 +18,7 @@ from rewriters.errors import SurgeryError
 from rewriters.forwards.factors import is_product_with_others
 from rewriters.forwards.label_mask import LabelMask, SlimShapes
 from rewriters.forwards.moves import commutes, only_moves, swap_tensors
-from rewriters.forwards.rewritten_forward import guard, in_positions
+from rewriters.forwards.rewritten_forward import GUARDS, in_positions
 from rewriters.forwards.sizes import FAMILIES, Resize, Scaled, scaled
 from rewriters.forwards.tracer_patches import AUTOCAST
 from rewriters.forwards.tracing import run_call
@@ -27,6 +27,9 @@ from rewriters.labelling.rules import LabelledStatistic, elementwise, find_rule
 from rewriters.recording import MetaMode, args_of, leaves_of, tensors_of
 
 _CONCATENATIONS = {torch.cat, torch.concat}
+
+
+_CHECKS = (*GUARDS, torch._assert)
 
 
 _GROUPED = {F.group_norm}
@@ -101,7 +104,7 @@ class Resizer:
         elif node.target in AUTOCAST:
             self._slim[node] = None
             self._copy(node)
-        elif node.target is guard or node.target is torch._assert:
+        elif node.target in _CHECKS:
             if self._holds(node):
                 self._copy(node)
             else:

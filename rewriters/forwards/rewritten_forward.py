@@ -29,7 +29,13 @@ from rewriters.forwards.multi_head_attention import multi_head_attention
 
 
 class ShapeGuardError(RuntimeError):
-    """A rewritten forward ran with arguments for which its control flow is another than when it was traced."""
+    """A rewritten forward ran with arguments or attributes for which its control flow differs from the traced one.
+
+    Attributes:
+        where: path of the module, once the error has left its forward.
+    """
+
+    where: str
 
 
 @has_side_effect
@@ -38,10 +44,22 @@ def guard(value: Any, expected: Any, what: str = "a value") -> None:
     if (
         not torch.jit.is_tracing() and value != expected
     ):  # jit.trace turns sizes into tensors, and records one case anyway
-        raise ShapeGuardError(
-            f"this forward was traced where {what} was {expected!r}, which now is {value!r}: "
-            "give prepare example inputs of the kind and shape that the model is run with"
-        )
+        remedy = "give prepare example inputs of the kind and shape that the model is run with"
+        raise ShapeGuardError(_differs(value, expected, what, remedy))
+
+
+@has_side_effect
+def guard_attribute(value: Any, expected: Any, what: str) -> None:
+    """As `guard`, for what only depends on attributes of modules."""
+    if value != expected:
+        raise ShapeGuardError(_differs(value, expected, what, "set it before prepare, and leave it as it was then"))
+
+
+GUARDS = (guard, guard_attribute)
+
+
+def _differs(value: Any, expected: Any, what: str, remedy: str) -> str:
+    return f"this forward was traced where {what} was {expected!r}, which now is {value!r}: {remedy}"
 
 
 def in_positions(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
@@ -114,11 +132,12 @@ class RewrittenForward:
     Args:
         owner: the module.
         graphs: the rewritten graph for each value of `owner.training`.
+        path: where the module is in its model, for errors.
     """
 
-    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph]):
+    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], path: str = ""):
         codes = {graph: graph.python_code("self") for graph in graphs.values()}  # both modes may have the same
-        self.owner = owner
+        self.owner, self.path = owner, path
         self.sources = {training: codes[graph].src for training, graph in graphs.items()}
         self.globals = {training: dict(codes[graph].globals) for training, graph in graphs.items()}
         self._compile()
@@ -136,7 +155,13 @@ class RewrittenForward:
         return scope.pop("forward")  # it keeps the scope as its globals
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._functions[self.owner.training](self.owner, *args, **kwargs)
+        try:
+            return self._functions[self.owner.training](self.owner, *args, **kwargs)
+        except ShapeGuardError as error:
+            if not hasattr(error, "where"):  # the innermost forward is where it was raised
+                error.where = self.path
+                error.args = (f"{self.path or type(self.owner).__name__}: {error}",)
+            raise
 
     @property
     def __code__(self) -> types.CodeType:
@@ -172,10 +197,10 @@ class InterpretedForward:
     captured graph takes 5 MB.
 
     Args:
-        owner, graphs: as for a `RewrittenForward`.
+        owner, graphs, path: as for a `RewrittenForward`.
     """
 
-    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph]):
+    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], path: str = ""):
         self.owner, self.graphs = owner, graphs
         self.__signature__ = inspect.signature(types.MethodType(own_forward(owner), owner))
 
@@ -192,12 +217,12 @@ class LiveForward(RewrittenForward):
     """A forward that takes its statistics over the live channels, while gates train.
 
     Args:
-        owner, graphs: as for a `RewrittenForward`.
+        owner, graphs, path: as for a `RewrittenForward`.
         names: the owner's children that take these statistics (see `rewriters.cross_channel.live_statistics`).
     """
 
-    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], names: tuple[str, ...]):
-        super().__init__(owner, graphs)
+    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], path: str, names: tuple[str, ...]):
+        super().__init__(owner, graphs, path)
         self.names = names
         self.plain = owner.__dict__.get("forward")
         """The forward that shadowed the class's own before, or None."""

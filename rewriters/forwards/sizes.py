@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from rewriters.forwards.attribute_reads import follows_input
+
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -81,7 +83,8 @@ class Resize:
         left = self.left(given)
         if left in (value, -1):
             return given
-        return Scaled(given, value, left) if isinstance(given, fx.Node) and isinstance(left, int) and left else value
+        scales = isinstance(given, fx.Node) and isinstance(left, int) and left and follows_input(given)
+        return Scaled(given, value, left) if scales else value
 
     def are_sizes(self, given: Any) -> bool:
         """Whether an argument is several sizes, written in a list or computed as a tuple (`x.shape[:-1] + (4, 8)`)."""
@@ -120,7 +123,7 @@ def repeat(resize: Resize) -> Call:
         times, dim = (resize.argument(i, name) for i, name in ((1, "repeats"), (2, "dim")))
         if dim is None:  # the flattened tensor
             return resize.with_args()
-        behind = len(resize.full[0]) - dim % len(resize.full[0])
+        behind = len(resize.full[0]) - resize.value(dim) % len(resize.full[0])
         return resize.node.target, (resize.x, resize.size(times, left[behind]) if behind in left else times, dim), {}
     given = resize.argument(1, "repeats")
     times = list(given) if isinstance(given, (tuple, list)) else list(resize.node.args[1:])
@@ -217,8 +220,8 @@ def roll(resize: Resize) -> Call:
     shifts, dims = (resize.argument(i, name) for i, name in ((1, "shifts"), (2, "dims")))
     if dims is None:  # the flattened tensor: how many come round depends on every size
         return resize.with_args()
-    shifts, dims = ([item] if isinstance(item, int) else list(item) for item in (shifts, dims))
-    for place, (shift, dim) in enumerate(zip(resize.value(shifts), dims, strict=True)):
+    shifts, dims = (list(item) if isinstance(item, (tuple, list)) else [item] for item in (shifts, dims))
+    for place, (shift, dim) in enumerate(zip(resize.value(shifts), resize.value(dims), strict=True)):
         kept = resize.kept(resize.value(resize.x), dim)
         if not kept.all():
             shifts[place] = int(kept[len(kept) - shift % len(kept) :].sum())

@@ -58,6 +58,7 @@ def trace_modes(
     """Trace a module's forward: in both modes if it asks for its mode, else once. Raises `TraceError`."""
 
     def traced(modes: tuple[bool, ...], training: Any) -> TracedForward:
+        set_modes(module, modes[-1] and len(modes) == 1)  # its children too, whose mode it may ask for
         module.training = training
         graph, labels = trace(module, call, captured, labelling, known)
         return TracedForward(call.path, modes, graph, labels, stands_in(module))

@@ -26,6 +26,7 @@ from torch.fx import _symbolic_trace
 from torch.utils import checkpoint
 
 from rewriters.errors import TraceError
+from rewriters.forwards.attribute_reads import AttributeReads
 from rewriters.forwards.proxies import ValueProxy
 from rewriters.forwards.rewritten_forward import Applied
 from rewriters.recording import leaves_of
@@ -50,9 +51,10 @@ MATH = tuple(_builtins(math).values())
 
 @dataclass(frozen=True)
 class _Following:
-    """The tracer that runs, and the proxies of the parameters that were read."""
+    """The tracer that runs, the attributes that were read, and the proxies of the parameters that were read."""
 
     tracer: fx.Tracer
+    attributes: AttributeReads
     parameters: dict[str, fx.Proxy] = field(default_factory=dict)
 
 
@@ -105,9 +107,9 @@ def _follow_by(to: _Following | None) -> None:
 
 
 @contextlib.contextmanager
-def followed(tracer: fx.Tracer) -> Iterator[None]:
-    """Inside, `tracer` records what a forward does."""
-    with patches_held() as patches, _set_following(_Following(tracer)):
+def followed(tracer: fx.Tracer, attributes: AttributeReads) -> Iterator[None]:
+    """Inside, `tracer` records what a forward does, and `attributes` which attributes it reads."""
+    with patches_held() as patches, _set_following(_Following(tracer, attributes)):
         patches.put()
         yield
 
@@ -184,8 +186,9 @@ def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 @contextlib.contextmanager
 def _modules_patched() -> Iterator[None]:
-    """Record calls and parameters of modules, which torch.fx itself would patch again for every trace."""
+    """Record calls, parameters and attributes of modules; torch.fx itself would patch them again for every trace."""
     plain_call, plain_getattr = nn.Module.__call__, nn.Module.__getattr__
+    plain_read, plain_write = nn.Module.__getattribute__, nn.Module.__setattr__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if _thread.following is None:
@@ -196,9 +199,18 @@ def _modules_patched() -> Iterator[None]:
         value, following = plain_getattr(module, name), _thread.following
         return value if following is None else following.tracer.getattr(name, value, following.parameters)
 
+    def read(module: nn.Module, name: str) -> Any:
+        value, following = plain_read(module, name), _thread.following
+        return value if following is None else following.attributes.read(module, name, value)
+
+    def write(module: nn.Module, name: str, value: Any) -> None:
+        if _thread.following is not None:
+            _thread.following.attributes.write(module, name)
+        plain_write(module, name, value)
+
     for patch in (call, get):
         setattr(patch, _PATCHED, True)
-    with mock.patch.multiple(nn.Module, __call__=call, __getattr__=get):
+    with mock.patch.multiple(nn.Module, __call__=call, __getattr__=get, __getattribute__=read, __setattr__=write):
         yield
 
 

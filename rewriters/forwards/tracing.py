@@ -3,9 +3,6 @@
 Unlike in torch.fx.symbolic_trace, every proxy knows the value that it stands for (a fake tensor, a size). So control
 flow on shapes, types and lengths can be traced. What was decided that way is written into the graph as a guard, and
 sizes stay expressions: the traced forward runs at other batch sizes and resolutions, or raises if it can't.
-
-A traced call that ran at the same place when the model was captured, on the same labels, reuses the labels and tensors
-from then. Rules run only for other calls, those of train mode, say.
 """
 
 from __future__ import annotations
@@ -25,13 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import TraceError
+from rewriters.forwards.attribute_reads import AttributeReads, follows_input
 from rewriters.forwards.proxies import ValueProxy, ValueTracer
 from rewriters.forwards.read_code import line_of_caller
-from rewriters.forwards.rewritten_forward import guard, own_forward
+from rewriters.forwards.rewritten_forward import guard, guard_attribute, own_forward
+from rewriters.forwards.traced_labels import TracedLabels
 from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
 from rewriters.interrupts import let_signals_in
 from rewriters.labelling import Labelled, Labelling
-from rewriters.labelling.rules import Findings, OpCall, elementwise
 from rewriters.recording import (
     Capture,
     ModuleCall,
@@ -41,7 +39,6 @@ from rewriters.recording import (
     drawn_since,
     generators_kept,
     is_draw,
-    leaves_of,
     only_restrides,
     random_states,
     reshapes_in_place,
@@ -53,9 +50,6 @@ _len = len  # `builtins.len` is patched while a forward is traced
 
 _GUARDED = (bool, int, float, str, type(None), torch.dtype, torch.layout, torch.device)
 """Types of values that control flow depends on, and that can be compared."""
-
-_AHEAD = 4
-"""How far ahead to search for the recorded call that is traced: the forward may not repeat all that it ran."""
 
 
 class AskedMode:
@@ -95,16 +89,27 @@ class _OpLog(TorchDispatchMode):
 
 
 class _Tracer(ValueTracer):
+    """Traces a module's forward.
+
+    Args:
+        root: the module.
+        call: its recorded call, in `captured`.
+        captured: the captured model.
+        labelling, known: labels of the captured model, and of its tensors by id.
+        followed: whether numbers that are attributes of modules stay expressions (`AttributeReads`).
+    """
+
     proxy_buffer_attributes = True
 
-    def __init__(self, captured: Capture, call: ModuleCall, labelling: Labelling, known: Mapping[int, Labelled]):
+    def __init__(
+        self, root: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
+        known: Mapping[int, Labelled], followed: bool,
+    ):  # fmt: skip
         super().__init__(autowrap_modules=(), autowrap_functions=MATH)  # type: ignore[arg-type]  # fx says: one module
+        self.attributes = AttributeReads(root, self._read_attribute, self.guard, followed)
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
-        self._alive: list[Any] = []  # ids of tensors are keys
-        self._recorded = call.nodes[::-1]  # what ran in it, last first
-        # Its own come first: copying all for each trace would take memory.
-        self.known: ChainMap[int, Labelled] = ChainMap({}, known)  # type: ignore[arg-type]  # only the first is written
+        self.labels = TracedLabels(call, labelling, known)
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         # fx takes the forward from the class; the instance may have one that was rewritten before.
@@ -168,10 +173,16 @@ class _Tracer(ValueTracer):
 
     def guard(self, proxy: ValueProxy, what: str) -> None:
         """Have the graph raise where this value is another than now."""
-        self.create_node("call_function", guard, (proxy.node, _plain(proxy.value), what), {}).meta["val"] = None
+        target = guard if follows_input(proxy.node) else guard_attribute
+        self.create_node("call_function", target, (proxy.node, _plain(proxy.value), what), {}).meta["val"] = None
+
+    def _read_attribute(self, name: str, value: Any) -> ValueProxy:
+        node = self.create_node("get_attr", name, (), {})
+        node.meta.update(val=value, ops=[], statistics=[])
+        return self.proxy(node)
 
     def has_channels(self, tensor: Tensor, dim: int) -> bool:
-        return self._labels_of(tensor).layer(dim) is not None
+        return self.labels.of(tensor).layer(dim) is not None
 
     def proxy(self, node: fx.Node) -> ValueProxy:
         return ValueProxy(node, self)
@@ -226,7 +237,7 @@ class _Tracer(ValueTracer):
             child = self._next_child(str(node.target))
             node.meta["val"] = child.output
             given = fx.node.map_arg((node.args, node.kwargs), _value_of)
-            self.link(given, (child.args, child.kwargs))
+            self.labels.link(given, (child.args, child.kwargs))
             return
         log = _OpLog(self._captured.mode)
         with torch.no_grad(), self._captured.mode, log:
@@ -236,73 +247,11 @@ class _Tracer(ValueTracer):
         findings = self._labelling.findings.apart()
         same: dict[int, Tensor] = {}
         for call in log.calls:
-            self._label(*call, findings, same)
+            self.labels.add(*call, findings, same)
         if same:  # pytree makes a tuple of a torch.Size
             value = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
         node.meta["val"] = value
         node.meta["statistics"] = findings.statistics
-
-    def _label(self, op: Any, args: Any, kwargs: Any, out: Any, findings: Findings, same: dict[int, Tensor]) -> None:
-        """Label the results of a call.
-
-        Args:
-            op: the ATen op.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-            out: its results.
-            findings: what the op's rule notes goes here.
-            same: receives the recorded tensors that equal the results, by the results' ids.
-        """
-        given = fx.node.map_aggregate((args, kwargs), lambda leaf: self._labels_of(same.get(id(leaf), leaf)))
-        recorded = self._recorded_as(op, given)
-        if recorded is None:
-            labels = self._labelling.apply(op, *given, out, self._call.path, findings)
-        else:
-            labels = self._labelling.values[recorded]
-            findings.statistics += self._labelling.statistics.get(recorded, ())
-            pairs = zip(tensors_of(out), tensors_of(recorded.meta["val"]), strict=True)
-            same.update({id(tensor): other for tensor, other in pairs if _are_alike(tensor, other)})
-        found = [label for label in (labels if isinstance(labels, list) else [labels]) if label is not None]
-        for traced, label in zip(tensors_of(out), found, strict=True):
-            tensor = same.get(id(traced), traced)
-            self._alive.append(tensor)
-            if self.known.get(id(tensor)) is not label:  # a recorded tensor may have been written to since
-                self.known[id(tensor)] = label
-
-    def _recorded_as(self, op: Any, given: Any) -> fx.Node | None:
-        """The next recorded call, if it was this one on the same labels: its findings hold here too."""
-        for place in range(len(self._recorded))[: -_AHEAD - 1 : -1]:
-            node = self._recorded[place]
-            if node.target is op and self._ran_on(node, given):
-                del self._recorded[place:]
-                return node
-        return None
-
-    def _ran_on(self, recorded: fx.Node, given: Any) -> bool:
-        return _are_one(given, fx.node.map_arg((recorded.args, recorded.kwargs), self._labelling.values.__getitem__))
-
-    def _labels_of(self, value: Any) -> Any:
-        """The labels of a tensor; anything else as it is."""
-        if not isinstance(value, Tensor):
-            return value
-        return self.known.get(id(value)) or Labelled.unknown(value)
-
-    def link(self, traced: Any, captured: Any) -> None:
-        """Merge the labels of what was traced with those of what was captured at the same place.
-
-        They differ only where an op made labels of its own (padding, zeros to concatenate): the rest of the model is
-        coupled with those of the captured op, not with those of the traced op.
-        """
-        ours, theirs = leaves_of(traced), leaves_of(captured)
-        if len(ours) != len(theirs):
-            return  # train mode returns another number of tensors
-        for a, b in zip(ours, theirs, strict=True):
-            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a is not b:
-                labelling = self._labelling
-                pair = [self._labels_of(a), self._labels_of(b)]
-                shapes = [tuple(a.shape)]
-                call = OpCall("forward", (), {}, shapes, self._call.path, labelling.space, labelling.findings)
-                elementwise.meet(call, pair)
 
     def _attribute(self, name: str) -> Tensor:
         """The fake tensor for a parameter or buffer of the module."""
@@ -325,23 +274,6 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _are_one(one: Any, other: Any) -> bool:
-    """Whether two arguments are the same labels, or have none, or are equal, or are containers of such arguments."""
-    if isinstance(one, Labelled):
-        return one is other or (not one.layers and one == other)
-    if isinstance(one, (tuple, list)):
-        return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_are_one, one, other))
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(_are_one(one[k], other[k]) for k in one)
-    return one == other
-
-
-def _are_alike(tensor: Tensor, other: Tensor) -> bool:
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) == (
-        other.shape, other.stride(), other.dtype, other.device
-    )  # fmt: skip
-
-
 def run_call(op: str, target: Any, args: Any, kwargs: Any, value_of: Callable[[fx.Node], Any]) -> Any:
     """Run a call_function or call_method, with `value_of(node)` for each node among its arguments."""
     args, kwargs = fx.node.map_arg((args, kwargs), value_of)
@@ -359,6 +291,20 @@ def _drop_unused_reads(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _traced(tracer: _Tracer, module: nn.Module, path: str) -> fx.Graph:
+    try:
+        with attributes_preserved(module.modules()), generators_kept(module), followed(tracer, tracer.attributes):
+            before = random_states()
+            graph = tracer.trace(module)
+            if drawn_since(before):
+                raise TraceError("it draws Python's or NumPy's random numbers, of which torch.fx would keep one draw")
+    except TraceError as error:
+        raise TraceError(error.cause, where=path) from error
+    except Exception as error:  # user code can do anything with a proxy
+        raise TraceError(f"torch.fx cannot trace it ({error})", where=path) from error
+    return graph
+
+
 def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
           known: Mapping[int, Labelled]) -> tuple[fx.Graph, Mapping[int, Labelled]]:  # fmt: skip
     """Trace `module`'s forward as it ran in `call`.
@@ -371,20 +317,17 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
         TraceError: torch.fx cannot trace the forward; the message says why.
     """
     let_signals_in()
-    tracer = _Tracer(captured, call, labelling, known)
+    tracer = _Tracer(module, call, captured, labelling, known, followed=True)
     try:
-        with attributes_preserved(module.modules()), generators_kept(module), followed(tracer):
-            before = random_states()
-            graph = tracer.trace(module)
-            if drawn_since(before):
-                raise TraceError("it draws Python's or NumPy's random numbers, of which torch.fx would keep one draw")
-    except TraceError as error:
-        raise TraceError(error.cause, where=call.path) from error
-    except Exception as error:  # user code can do anything with a proxy
-        raise TraceError(f"torch.fx cannot trace it ({error})", where=call.path) from error
+        graph = _traced(tracer, module, call.path)
+    except TraceError:
+        if not tracer.attributes.followed:
+            raise
+        tracer = _Tracer(module, call, captured, labelling, known, followed=False)
+        graph = _traced(tracer, module, call.path)
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
-    tracer.link(fx.node.map_arg(returned, _value_of), call.output)
+    tracer.labels.link(fx.node.map_arg(returned, _value_of), call.output)
     _drop_unused_reads(graph)
     in_graph = set(map(id, all_tensors(graph)))  # these stay alive
-    found, recorded = tracer.known.maps
+    found, recorded = tracer.labels.known.maps
     return graph, ChainMap({key: labels for key, labels in found.items() if key in in_graph}, recorded)

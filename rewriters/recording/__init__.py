@@ -5,6 +5,7 @@ from rewriters.recording.capture import (
     capture,
     in_every_place,
     named_tensors,
+    without_fast_paths,
 )
 from rewriters.recording.garbage_collection import collect, frozen_heap
 from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
@@ -57,4 +58,5 @@ __all__ = [
     "tensors_at",
     "tensors_of",
     "without_caches",
+    "without_fast_paths",
 ]

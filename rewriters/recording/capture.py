@@ -87,7 +87,7 @@ def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping
 
 
 @contextlib.contextmanager
-def _without_fast_paths() -> Iterator[None]:
+def without_fast_paths() -> Iterator[None]:
     """Inside, attention runs as its parts, not as one fused kernel that hides them."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -156,7 +156,7 @@ def _run_for_real(
     """
     real = named_tensors(model)
     try:
-        with _without_fast_paths():
+        with without_fast_paths():
             return run_for_real(model, in_every_place(model, real, real), args, kwargs, _names(model))
     except FailsForRealError as failed:
         error = failed.__cause__
@@ -191,7 +191,7 @@ def _record(
         with (
             attributes_preserved(names),
             generators_kept(model),
-            _without_fast_paths(),
+            without_fast_paths(),
             torch.no_grad(),
             mode,
             record_module_calls(recorder, names, opaque, replies),

@@ -135,7 +135,8 @@ def _replace_in(
     before = module.__dict__.get("forward")
     for add, name in zip(adds, names, strict=True):
         undo_log.set(module._modules, name, _identity(add, module.training))
-    set_forward(module, RewrittenForward(module, graphs_by_mode(traced, lambda one: one.graph)), undo_log)
+    graphs = graphs_by_mode(traced, lambda one: one.graph)
+    set_forward(module, RewrittenForward(module, graphs, call.path), undo_log)
     return [Shortcut(call.path, name, before) for name in names]
 
 

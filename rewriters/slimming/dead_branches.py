@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
 from rewriters.forwards import (
+    GUARDS,
     CannotResizeError,
     LabelMask,
     TracedForward,
@@ -125,6 +126,11 @@ def is_under(path: str, paths: Set[str]) -> bool:
     return any(f"{path}.".startswith(f"{other}.") for other in paths)
 
 
+def _holds_any(path: str, names: Set[str]) -> bool:
+    """Whether an attribute with one of these names is in a module."""
+    return any(is_under(name, {path}) for name in names)
+
+
 def _outermost(paths: Set[str]) -> frozenset[str]:
     return frozenset(path for path in paths if not is_under(path, paths - {path}))
 
@@ -175,7 +181,7 @@ def _prune(
             values = [_zero(one, own) if put else None for (one, put), own in zip(chosen, labels, strict=True)]
     forwards = [_with_constants(one, found, values) for one, found in zip(traced, met, strict=True)]
     try:
-        graphs = graphs_by_mode(forwards, lambda one: one.resize(mask).graph)
+        graphs = graphs_by_mode(forwards, lambda one: _without_guards(one.resize(mask).graph, call))
     except CannotResizeError:  # an op fails on tensors without channels
         return
     removed = _uncalled(call, captured, graphs.values())
@@ -273,11 +279,25 @@ def _put_constant(node: fx.Node, users: list[fx.Node], name: str, known: Mutable
         user.replace_input_with(node, constant)
 
 
+def _without_guards(graph: fx.Graph, call: ModuleCall) -> fx.Graph:
+    """The graph without the guards of attributes of modules that it doesn't call any more."""
+    called = {node.target for node in graph.find_nodes(op="call_module")}
+    under = f"{call.path}." if call.path else ""
+    gone = {child.path.removeprefix(under) for child in call.children} - called
+    for node in (node for target in GUARDS for node in graph.find_nodes(op="call_function", target=target)):
+        read = node.args[0]
+        if isinstance(read, fx.Node) and read.op == "get_attr" and is_under(str(read.target), gone):
+            graph.erase_node(node)
+            sweep(graph, [read])
+    return graph
+
+
 def _uncalled(call: ModuleCall, captured: Capture, graphs: Iterable[fx.Graph]) -> frozenset[str]:
     """Modules called in `call` that neither the rewritten graphs call nor anything else (an opaque module, say)."""
-    called = (node.target for graph in graphs for node in graph.nodes if node.op == "call_module")
-    still = {f"{call.path}.{target}".lstrip(".") for target in called}
-    gone = {child.path for child in call.children} - still
+    nodes = [node for graph in graphs for node in graph.nodes]
+    still = {f"{call.path}.{node.target}".lstrip(".") for node in nodes if node.op == "call_module"}
+    read = {f"{call.path}.{node.target}".lstrip(".") for node in nodes if node.op == "get_attr"}
+    gone = {path for path in {child.path for child in call.children} - still if not _holds_any(path, read)}
     inside = {id(inner) for child in call.children if child.path in gone for inner in child.walk()}
     elsewhere = {other.path for other in captured.calls() if id(other) not in inside}
     elsewhere = elsewhere.union(*(captured.opaque[path].inside for path in elsewhere & captured.opaque.keys()))

@@ -199,7 +199,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
         kind = RewrittenForward if with_values else InterpretedForward
-        set_forward(module, kind(module, graphs), undo_log)
+        set_forward(module, kind(module, graphs, path), undo_log)
     for path, forward in slim_plan.restored.items():
         set_forward(model.get_submodule(path), forward, undo_log)
     for name, value in slim_plan.constants.items():

@@ -9,7 +9,8 @@ from autogate.budget.products import Flops
 from autogate.budget.targets import Target, Targets
 from autogate.gating.bank import GateBank
 from autogate.methods.gdp import GDP
-from autogate.steering.schedule import Schedule
+from autogate.methods.learner import Learner
+from autogate.methods.method import Method
 from rewriters.labelling.channel_map import ChannelMap, Kernel, Side
 
 WIDTHS = (16, 24, 24)
@@ -72,15 +73,23 @@ def flops_target(channel_map: ChannelMap, share: float) -> Targets:
     return Targets([Target(Flops(channel_map), share)])
 
 
+def bank_of(
+    net: nn.Module, channel_map: ChannelMap, flops: float = 0.5, method: Method | None = None, **options: int
+) -> GateBank:  # fmt: skip
+    """A bank for a net, towards a share of its FLOPs."""
+    targets = flops_target(channel_map, flops)
+    return GateBank(net, channel_map, Learner.of(channel_map, targets, method or GDP(), **options))
+
+
 def gated_net(
-    flops: float = 0.5, steps: int = 100, seed: int = 0, residual: bool = False, **settings: float
+    flops: float = 0.5, steps: int = 100, seed: int = 0, residual: bool = False, round_to: int = 1, **settings: float
 ) -> tuple[ConvNet, GateBank]:
     """A ConvNet with its bank."""
     torch.manual_seed(seed)
     net = ConvNet(residual=residual)
     channel_map = conv_net_map(residual=residual)
-    schedule = Schedule(steps, **settings)  # type: ignore[arg-type]
-    net.autogate = GateBank(net, channel_map, flops_target(channel_map, flops), schedule, GDP())
+    method = GDP(**settings)  # type: ignore[arg-type]
+    net.autogate = bank_of(net, channel_map, flops, method, steps=steps, round_to=round_to)
     return net, net.autogate
 
 

@@ -370,6 +370,7 @@ def test_after_a_failed_forward_it_can_be_switched(net):
 def test_misuse_is_refused_by_name(net):
     switchable, _, example = net
     model, _ = small_net()
+    other = closed(model, example, 0.5, 0, shortcuts="conv")
     for call, message in (
         (lambda: subnets.switch(model, 0), "no subnets.*fuse"),
         (lambda: subnets.switch(switchable, "fulll"), "called 'fulll'.*full"),
@@ -380,7 +381,7 @@ def test_misuse_is_refused_by_name(net):
         (lambda: subnets.fuse(switchable, subnets.of(closed(model, example, 0.5, 0))), "has subnets already"),
         (lambda: subnets.of(), "0 models"),
         (lambda: subnets.of(model), "no gates"),
-        (lambda: subnets.of(closed(model, example, 0.5, 0), closed(model, example, 0.5, 0, shortcuts="conv")), "other arguments"),
+        (lambda: subnets.of(closed(model, example, 0.5, 0), other), "other arguments"),
         (lambda: subnets.find(model, example, flops=(), train=print), "no share"),
         (lambda: subnets.fuse(model, subnets.of(closed(model, example, 0.5, 0)), norms="shared"), "norms is 'shared'"),
     ):  # fmt: skip

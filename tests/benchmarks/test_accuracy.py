@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from autogate.methods.gdp import GDP
-from autogate.steering.schedule import Schedule
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.cases import with_fields
+from benchmarks.accuracy.cases import gdp
 from benchmarks.accuracy.data import Data, held_out, normalise
 from benchmarks.accuracy.methods import METHODS, Task, count_flops
 from benchmarks.accuracy.models import MODELS, ResNet
@@ -104,10 +103,9 @@ def test_methods_are_compared_from_one_and_the_same_network(tmp_path):
 
 
 def test_other_settings_can_be_tried():
-    assert with_fields(Schedule, ["keep=0.25", "round_to=8"])(steps=7) == Schedule(steps=7, keep=0.25, round_to=8)
-    assert with_fields(GDP, ["damping=0.3"])() == GDP(damping=0.3)
+    assert gdp(["keep=0.25", "damping=0.3", "least_steps=7"]) == GDP(keep=0.25, damping=0.3, least_steps=7)
     with pytest.raises(SystemExit, match="keep"):
-        with_fields(Schedule, ["width=3"])
+        gdp(["width=3"])
 
 
 def test_the_loss_is_the_mean_over_all_images():

@@ -17,6 +17,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from autogate.criteria import CRITERIA
+from rewriters import AutogateError
 from rewriters.labelling.rules import RULES
 
 ROOT = Path(__file__).parents[2]
@@ -107,17 +109,24 @@ def test_the_code_of_a_section_runs(place, codes, alone):
 
 
 @pytest.fixture
-def rules():
-    """Rules that are registered meanwhile are forgotten afterwards."""
-    before = dict(RULES)
-    yield RULES
-    RULES.clear()
-    RULES.update(before)
+def registered():
+    """Rules and criteria that are registered meanwhile are forgotten afterwards."""
+    before = [(known, dict(known)) for known in (RULES, CRITERIA)]
+    yield
+    for known, then in before:
+        known.clear()
+        known.update(then)
 
 
-def test_the_new_op_of_the_contributors_page_is_added_as_it_says(rules):
+def contributed(title: str) -> list[str]:
+    """The code of a section of the contributors' page."""
+    _, *rest = re.split(r"^## (.*)\n", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    return blocks(dict(zip(rest[::2], rest[1::2], strict=True))[title])
+
+
+def test_the_new_op_of_the_contributors_page_is_added_as_it_says(registered):
     """The rule stands on the page with its tests, so these are run as tests, and fail without it."""
-    rule, *tests = blocks((ROOT / "CONTRIBUTING.md").read_text())
+    rule, *tests = contributed("A new op")
     names: dict[str, Any] = {"__name__": "page"}
     exec(compile("\n".join(tests), "CONTRIBUTING.md, tests", "exec"), names)
     checks = [check for name, check in names.items() if name.startswith("test_")]
@@ -125,9 +134,19 @@ def test_the_new_op_of_the_contributors_page_is_added_as_it_says(rules):
     with pytest.raises(AssertionError):
         checks[0]()  # no rule describes the op yet
     exec(compile(rule, "CONTRIBUTING.md, rule", "exec"), {"__name__": "page"})
-    assert torch.ops.aten.bucketize.Tensor in rules
+    assert torch.ops.aten.bucketize.Tensor in RULES
     for check in checks:
         check()
+
+
+def test_the_new_criterion_of_the_contributors_page_is_added_as_it_says(registered):
+    own, test = contributed("A new criterion")
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(test, "CONTRIBUTING.md, test", "exec"), names)
+    with pytest.raises(AutogateError, match="no criterion 'range'"):
+        names["test_the_narrowest_range_closes"]()
+    exec(compile(own, "CONTRIBUTING.md, criterion", "exec"), {"__name__": "page"})
+    names["test_the_narrowest_range_closes"]()
 
 
 def test_the_picture_of_labels_is_that_of_the_analysis():

@@ -15,7 +15,6 @@ import autogate
 from autogate.budget.targets import Shares, Targets
 from autogate.inputs import as_call
 from autogate.methods import GDP, Gates, Learner
-from autogate.steering.schedule import Schedule
 from autogate.steering.selection import groups_of
 from rewriters import ChannelMap, Side, analyse
 from tests.slow import slow_but
@@ -52,7 +51,7 @@ def simulate(learner: Learner, steps: int, strength: float, seed: int = 0) -> tu
     standing = learner.standing(gates.live)
     for step in range(steps):
         noise = torch.randn(len(strengths), generator=generator)
-        gradient = strengths * (learner.method.gate(gates.alpha, gates.state) - 1 + noise) * gates.live
+        gradient = strengths * (learner.method.factor(gates.alpha, gates.state) - 1 + noise) * gates.live
         rate = 0.05 * (1 + math.cos(math.pi * step / steps))
         live, gates = gates.live, learner.step(gates, gradient, rate, standing)
         if not torch.equal(live, gates.live):
@@ -72,7 +71,7 @@ def simulated(name: str, asked: dict[str, float], steps: int, strength: float) -
     """The targets of a model, and what `simulate` makes of them."""
     model, inputs, channel_map = analysed(name)
     targets = Shares(**asked).targets(model, channel_map, inputs)
-    return targets, *simulate(Learner(GDP(), targets, Schedule(steps), groups_of(channel_map, 1)), steps, strength)
+    return targets, *simulate(Learner(GDP(), targets, groups_of(channel_map, 1), steps), steps, strength)
 
 
 @pytest.mark.parametrize("name", slow_but(("resnet18", "mobilenetv2_035", "regnety_002"), MODELS))
@@ -82,7 +81,7 @@ def test_the_target_is_met_within_a_point_and_no_layer_starves(name):
         assert abs(targets.shares(end.live)["FLOPs"] - target) <= 0.01, target
         assert torch.equal(middle.live, end.live)  # met early: half of the steps are plain training
         assert least_width(analysed(name)[-1], end.live) >= 0.02
-        assert GDP().gate(end.alpha[end.live], end.state).min() > 0.5
+        assert GDP().factor(end.alpha[end.live], end.state).min() > 0.5
 
 
 @pytest.mark.parametrize("target", [0.5, pytest.param(0.15, marks=pytest.mark.slow)])
@@ -123,7 +122,7 @@ def test_widths_end_on_multiples_and_the_target_is_met(name):
     targets = Shares(flops=0.5).targets(model, channel_map, inputs)
     groups = groups_of(channel_map, 8)
     for steps in (300, 600):
-        middle, end = simulate(Learner(GDP(), targets, Schedule(steps, round_to=8), groups), steps, 10.0)
+        middle, end = simulate(Learner(GDP(), targets, groups, steps), steps, 10.0)
         assert abs(targets.shares(end.live)["FLOPs"] - 0.5) <= 0.01
         for gates in (middle, end):
             for side in channel_map.classes:

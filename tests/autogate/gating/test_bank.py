@@ -11,18 +11,15 @@ import torch
 from torch import nn
 
 from autogate.budget.products import Flops
-from autogate.gating.bank import GateBank
 from autogate.methods.gate_function import gate_slope, gate_value
-from autogate.methods.gdp import GDP
-from autogate.steering.schedule import Schedule
 from rewriters.errors import AutogateError
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from tests.autogate.gated_nets import (
     ConvNet,
     backward,
+    bank_of,
     batch,
     conv_net_map,
-    flops_target,
     gated_net,
     kernels_of,
     random_alpha,
@@ -38,7 +35,7 @@ def test_building_a_bank_changes_no_number():
     before, numbers = net(images), {name: value.clone() for name, value in net.state_dict().items()}
     net.eval()
     channel_map = conv_net_map()
-    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule(), GDP())
+    net.autogate = bank_of(net, channel_map, 0.5)
     net.train()
     torch.testing.assert_close(net(images), before, rtol=0, atol=0)
     for name, value in net.named_parameters():
@@ -207,7 +204,7 @@ def test_a_sequential_model_runs_through_its_bank():
     sizes = {Side(f"{i}.weight", dim): n for i, shape in enumerate([(8, 4), (2, 8)]) for dim, n in enumerate(shape)}
     kernels = (Kernel("0", "0.weight", 1.0, 1), Kernel("1", "1.weight", 1.0, 1))
     channel_map = ChannelMap(8, classes, sizes, kernels, (Side("1.weight", 1),), ())
-    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule(), GDP())
+    net.autogate = bank_of(net, channel_map, 0.5)
     assert torch.equal(net(x), before)
 
 
@@ -292,7 +289,7 @@ def test_an_unreachable_target_is_refused():
     least = Flops(pinned).least
     assert least > 0.3
     with pytest.raises(AutogateError, match="can't be reached"):
-        GateBank(ConvNet(), pinned, flops_target(pinned, least - 0.01), Schedule(), GDP())
+        bank_of(ConvNet(), pinned, least - 0.01)
 
 
 def test_a_kernel_that_is_no_parameter_is_refused_and_leaves_the_model_alone():
@@ -300,7 +297,7 @@ def test_a_kernel_that_is_no_parameter_is_refused_and_leaves_the_model_alone():
     del net.conv2.weight
     channel_map = conv_net_map()
     with pytest.raises(AutogateError, match=r"conv2\.weight"):
-        GateBank(net, channel_map, flops_target(channel_map, 0.5), Schedule(), GDP())
+        bank_of(net, channel_map, 0.5)
     assert not net._forward_pre_hooks
 
 
@@ -308,7 +305,7 @@ def test_a_map_without_classes_makes_an_idle_bank():
     net = nn.Linear(2, 2)
     sizes = {Side("weight", 0): 2, Side("weight", 1): 2}
     channel_map = ChannelMap(0, {}, sizes, (Kernel("", "weight", 1.0, 1),), (), ())
-    net.autogate = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule(), GDP())
+    net.autogate = bank_of(net, channel_map, 1.0)
     net(torch.ones(1, 2)).sum().backward()
     net.autogate.step(0.1)
     assert net.autogate.progress().shares == {"FLOPs": 1.0}

@@ -6,15 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from autogate.gating.bank import GateBank
 from autogate.methods.gate_function import gate_value
-from autogate.methods.gdp import GDP
-from autogate.steering.schedule import Schedule
 from rewriters.errors import AutogateError
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Kernel, Side
 from tests.autogate.gated_nets import (
+    bank_of,
     batch,
-    flops_target,
     gated_net,
     kernels_of,
     random_alpha,
@@ -118,7 +115,7 @@ def test_a_shared_kernel_is_folded_and_counted_once():
     kernels = (Kernel("first", "first.weight", 1.0, 1), Kernel("second", "second.weight", 1.0, 1))
     sizes = {Side(kernel.weight, dim): 4 for kernel in kernels for dim in (0, 1)}
     channel_map = ChannelMap(4, {side: torch.arange(4) for side in gated}, sizes, kernels, gated, ())
-    bank = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule(), GDP())
+    bank = bank_of(net, channel_map, 1.0)
     before = net.first.weight.detach().clone()
     bank.alpha.fill_(0.3)
     bank.fold()
@@ -136,7 +133,7 @@ def test_a_class_may_lie_on_a_side_many_times_and_beside_pinned_ones():
     sizes = {side: 6, Side("0.weight", 0): 2}
     classes = {side: torch.tensor([0, 0, ALWAYS, 1, 1, 1])}
     channel_map = ChannelMap(2, classes, sizes, (Kernel("0", "0.weight", 1.0, 1),), (side,), ())
-    bank = GateBank(net, channel_map, flops_target(channel_map, 1.0), Schedule(), GDP())
+    bank = bank_of(net, channel_map, 1.0)
     before = net[0].weight.detach().clone()
     bank.alpha[0] = 0
     bank.fold()

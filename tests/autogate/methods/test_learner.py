@@ -10,6 +10,7 @@ from autogate.methods.gate_function import gate_slope
 from autogate.methods.gdp import GDP
 from autogate.methods.method import Step
 from autogate.methods.sensitivity import observed
+from autogate.steering.schedule import Schedule
 from tests.autogate.gated_nets import backward, batch, gated_net
 
 
@@ -60,7 +61,7 @@ def test_a_gradient_brings_alpha_no_nearer_to_zero_than_an_open_gate_needs():
     bank.alpha[::2] *= -1
     for _step in range(10):
         gates = replace(bank.learner.start(), alpha=bank.alpha)
-        bank.alpha.copy_(GDP().descend(gates, torch.full((64,), 1e6), 1.0, bank.schedule.step_bound))
+        bank.alpha.copy_(GDP().descend(gates, torch.full((64,), 1e6), 1.0, GDP().step_bound(bank.schedule)))
     assert torch.equal(bank.alpha.abs(), start.clamp(max=1e-3)) and (bank.alpha[::2] < 0).all()
 
 
@@ -195,8 +196,8 @@ def test_gates_stand_still_once_the_targets_are_met_and_epsilon_is_at_its_end(mo
 def test_targets_that_count_as_met_leave_every_live_gate_open():
     """The step that settles for a little above the target is under pressure: it opens what that had nearly closed."""
     _, bank = gated_net(0.5, steps=100)
-    chosen = bank.learner._selection.deaths
-    bank.learner._selection.deaths = lambda *args: replace(chosen(*args), settled=True)
+    chosen = bank.learner.selection.deaths
+    bank.learner.selection.deaths = lambda *args: replace(chosen(*args), settled=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         bank.alpha[1::2] = 2e-5
@@ -205,3 +206,8 @@ def test_targets_that_count_as_met_leave_every_live_gate_open():
         bank.measure()
         bank.step(0.1)
     assert bank.alpha[bank.live].min() >= GDP().open_alpha
+
+
+def test_short_runs_may_take_longer_steps():
+    assert GDP().step_bound(Schedule(10_000)) == 0.02
+    assert GDP().step_bound(Schedule(100)) > 4 / 36

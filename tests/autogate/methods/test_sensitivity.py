@@ -14,7 +14,6 @@ from autogate.methods.learner import Learner
 from autogate.methods.method import Gates
 from autogate.methods.proximal import soft_threshold
 from autogate.methods.sensitivity import observed, price_per_sensitivity
-from autogate.steering.schedule import Schedule
 from autogate.steering.selection import Group
 
 STEPS = 400
@@ -29,7 +28,7 @@ def learner(sizes: list[int], prices: list[float], share: float) -> Learner:
     counts = SideCounts(start, [0.0] * len(sizes), ends)
     resource = Products(counts, [Term(price, end) for end, price in enumerate(prices)])
     targets = Targets([Target(resource, share)])
-    return Learner(GDP(), targets, Schedule(STEPS, keep=0.0), [Group(tuple(end)) for end in ends])
+    return Learner(GDP(keep=0.0), targets, [Group(tuple(end)) for end in ends], STEPS)
 
 
 def run(of: Learner, strengths: Tensor, scale: float = 1.0) -> Gates:
@@ -73,7 +72,7 @@ def test_gates_that_are_still_needed_stay_open_on_the_way():
     generator, gates, closing = torch.Generator().manual_seed(0), of.start(), 0
     for _step in range(STEPS):
         gates = of.step(gates, strengths * torch.randn(40, generator=generator) * gates.live, 0.1)
-        closing = max(closing, int((gates.live & (of.method.gate(gates.alpha, gates.state) < 0.5))[-10:].sum()))
+        closing = max(closing, int((gates.live & (of.method.factor(gates.alpha, gates.state) < 0.5))[-10:].sum()))
     assert closing == 0
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import autogate
 from autogate.gating.bank import GateBank
-from tests.autogate.gated_nets import gated_net
+from tests.autogate.gated_nets import ConvNet, gated_net
 
 
 class Numbers(NamedTuple):
@@ -52,6 +53,13 @@ STORED = {
 """By the share of FLOPs, whether the net is residual, whether widths are rounded: the sums after so many steps."""
 
 
+PREPARED = {
+    torch.optim.SGD: Numbers(10.527767, 42.98542, 21, 5e-08, 3.0235097, 0, 0, 0.3, 2008.4945),
+    torch.optim.AdamW: Numbers(10.025679, 42.986005, 21, 5e-08, 1.6981209, 0, 0, 0.01, 2151.8426),
+}
+"""By optimizer, the sums after 30 of 60 steps of a net that `prepare` has prepared with its defaults."""
+
+
 def sums(bank: GateBank) -> Numbers:
     names = Numbers._fields[:-1]
     kernels = sum(kernel.detach().double().abs().sum() for kernel in bank.kernels())
@@ -80,3 +88,17 @@ def test_numbers_are_as_before(flops, residual, rounded):
         if step + 1 in STORED[flops, residual, rounded]:
             found, wanted = sums(bank), STORED[flops, residual, rounded][step + 1]
             assert found == pytest.approx(wanted, rel=1e-6), step + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(torch.optim.SGD, {"lr": 0.3, "momentum": 0.5}), (torch.optim.AdamW, {"lr": 0.01})]
+)
+@pytest.mark.parametrize("method", [{}, {"method": autogate.GDP()}], ids=["default", "GDP()"])
+def test_numbers_of_a_prepared_model_are_as_before(kind, settings, method):
+    net = autogate.prepare(ConvNet(), torch.randn(2, 3, 6, 6), steps=60, **method).double()
+    optimizer = kind(net.parameters(), **settings)
+    for _step in range(30):
+        optimizer.zero_grad()
+        quadratic(net).backward()
+        optimizer.step()
+    assert sums(autogate.gates(net)) == pytest.approx(PREPARED[kind], rel=1e-6)

@@ -6,6 +6,7 @@ import torch
 from autogate.budget.products import Flops, Products, Term
 from autogate.budget.resource import SideCounts
 from autogate.budget.targets import Target, Targets
+from autogate.steering.course import Course
 from autogate.steering.schedule import Schedule
 from autogate.steering.selection import Group, Selection, groups_of, keep_counts
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Side
@@ -28,7 +29,7 @@ def one_group(size: int, pace: int = 1) -> list[Group]:
 
 
 def selection_of(prices: list[float], share: float, groups: list[Group] | None = None, **settings) -> Selection:
-    schedule = Schedule(**{"steps": 100, "keep": 0, **settings})
+    schedule = Schedule(100, Course(**{"keep": 0, **settings}))
     return Selection(target(prices, share), schedule, groups or one_group(len(prices)))
 
 
@@ -90,7 +91,7 @@ def test_groups_keep_a_part_of_the_width_that_all_would_have_alike():
     groups = [Group(tuple(range(20))), Group(tuple(range(20, 30)), pace=4)]
 
     def kept(share: float, keep: float) -> list[int]:
-        return keep_counts(groups, target([1.0] * 30, share), Schedule(keep=keep)).tolist()
+        return keep_counts(groups, target([1.0] * 30, share), Schedule(course=Course(keep=keep))).tolist()
 
     # Narrowed alike to 0.4 there are 8 of 20 and a bundle of 4; any wider would take a second bundle.
     assert kept(0.5, 1.0) == [8, 4] and kept(0.5, 0.5) == [4, 4]

@@ -1,0 +1,119 @@
+"""`close`: gates of a prepared model go to the budget at once, by a criterion instead of by training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, get_args
+
+from torch import Tensor, nn
+
+from autogate.api import gates
+from autogate.budget import ResourceMaker, Shares
+from autogate.criteria import CRITERIA, Allocation, Batches, By, choose, scores_of
+from autogate.gating import GateBank, has_shards
+from autogate.lock import locked
+from autogate.methods import Learner
+from autogate.slim import PrepareRecord
+from autogate.wrappers import unwrap
+from rewriters import AutogateError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@locked
+def close(
+    model: M,
+    by: By = "l1",
+    *,
+    batches: Iterable[Any] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    allocation: Allocation = "global",
+    over_price: bool | None = None,
+    flops: float | None = None,
+    params: float | None = None,
+    activations: float | None = None,
+    latency: float | None = None,
+    resources: Mapping[ResourceMaker, float] | None = None,
+) -> M:
+    """Close gates of a prepared model at once, until its budget is met: those whose classes score lowest.
+
+    A class's score counts all coupled kernels together. As in training, layers keep their least width and end with
+    multiples of `round_to`. Fine-tune the slim model afterwards: a network that was not trained to lose these channels
+    loses accuracy with them.
+
+        >>> import timm, autogate
+        >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10), flops=0.6)
+        >>> model = autogate.close(model, by="l1")
+        >>> round(autogate.gates(model).shares()["FLOPs"], 2)
+        0.6
+        >>> slim = autogate.finalize(model)
+
+    It can be called several times with falling budgets, with training in between, and before or in the middle of
+    training with gates. The model keeps its mode, gradients and buffers: criteria that run it run a copy.
+
+    In a distributed run, call it on every process; scores are averaged over them.
+
+    Args:
+        model: the model that `prepare` returned, or a compiled or distributed wrapper around it; the same object is
+            returned.
+        by: "l1", "l2", "lamp", "bn_scale" or "fpgm", which read weights alone; "activation", which needs `batches`;
+            "taylor" or "fisher", which need `batches` and `loss`; "random"; or a function that gets the gate bank and
+            returns one score a class, shape (classes,). Classes with an infinite score stay.
+        batches: what loaders yield: tensors, mappings of keyword arguments, or tuples or lists whose first item is one
+            of these (images and labels). All of them are used.
+        loss: called as `loss(outputs, labels)`; the attribute `loss` of the model's outputs if None.
+        allocation: "global" compares all classes of the model, so that layers end with widths of their own. "uniform"
+            compares those of one group, so that all layers keep the same part.
+        over_price: whether "global" compares scores divided by what a class costs of the budget's resources. None:
+            only those of "taylor" and "fisher", which estimate what closing costs the loss. The scores of the others
+            are relative to the layer, and dividing them would close one layer after the other.
+        flops, params, activations, latency, resources: another budget than the one given to `prepare`, see there.
+
+    Raises:
+        AutogateError: the model has no gates, or is sharded; the criterion is unknown, lacks batches or a loss, or its
+            scores are not one number a class; or the budget is out of reach. The model is left as it was.
+    """
+    network, bank = unwrap(model), gates(model)
+    if allocation not in get_args(Allocation):
+        raise AutogateError(
+            f"allocation is {allocation!r}.", where="close", remedy=f"It is {' or '.join(get_args(Allocation))}."
+        )
+    if has_shards(network):
+        raise AutogateError(
+            "its parameters are sharded.", where=type(network).__name__, remedy="Close gates before fully_shard."
+        )
+    bank.fold()
+    learner = _learner(network, bank, Shares.given(flops, params, activations, latency, resources or {}))
+    scores = scores_of(network, bank, by, None if batches is None else Batches(batches, loss))
+    live = bank.live.cpu()
+    if over_price is None:
+        over_price = isinstance(by, str) and CRITERIA[by].needs == "loss"
+    deaths = choose(learner.selection, learner.groups, scores, live, allocation, over_price)
+    _check_reached(learner, live.index_fill(0, deaths.classes, False), deaths.settled)
+    bank.close(deaths.classes, deaths.settled and learner is bank.learner)
+    return model
+
+
+def _learner(network: nn.Module, bank: GateBank, shares: Shares | None) -> Learner:
+    """Knows targets, groups and least widths: the bank's own, or one for other shares."""
+    if shares is None:
+        return bank.learner
+    origin: PrepareRecord = bank.origin
+    known = [target.resource for target in bank.targets.targets]
+    targets = shares.targets(network, bank.channel_map, origin.inputs_for(network), bank.added, known=known)
+    return bank.learner.towards(targets, bank.channel_map)
+
+
+def _check_reached(learner: Learner, live: Tensor, settled: bool) -> None:
+    targets = learner.targets
+    if settled or targets.distance(live) <= 0:
+        return
+    wanted = targets.wanted()
+    missed = [
+        f"{share:.3f} of the {name} are left for {wanted[name]:.3f}" for name, share in targets.shares(live).items()
+    ]
+    raise AutogateError(
+        f"the budget is out of reach: {' and '.join(missed)} once all classes with a finite score are closed.",
+        where="close",
+        remedy="Ask for a larger share, or give finite scores to more classes.",
+    )

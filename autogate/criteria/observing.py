@@ -1,0 +1,98 @@
+"""Look at what kernels with gates are called with, while a model runs.
+
+Every convolution and matrix product passes a dispatch mode. It knows a kernel by its memory, so layers, functional
+calls and attention modules are seen alike. A kernel that is computed in the forward (weight standardisation, say) is
+not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rewriters import ChannelMap, Side
+
+Tell = Callable[[Side, Tensor, Tensor], None]
+"""Called with a gated side, the indices along it that a call reads, and what it reads: shape (rows, indices)."""
+
+
+class _Known(NamedTuple):
+    side: Side
+    weight: nn.Parameter
+
+
+class _Call(NamedTuple):
+    """A call that sums over channels: its kernel operand, the dimension summed over, and the inputs by rows."""
+
+    kernel: Tensor
+    dim: int
+    rows: Callable[[int], Tensor]
+
+
+class Observer(TorchDispatchMode):
+    """While active, tells what the gated kernels of a model are called with.
+
+    Args:
+        model: the model.
+        channel_map: its gated sides.
+        tell: called for each call of a gated kernel.
+    """
+
+    def __init__(self, model: nn.Module, channel_map: ChannelMap, tell: Tell):
+        super().__init__()
+        self._tell = tell
+        self._known: dict[int, list[_Known]] = {}
+        for side in channel_map.gated:
+            weight = model.get_parameter(side.tensor)
+            self._known.setdefault(weight.untyped_storage().data_ptr(), []).append(_Known(side, weight))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = _CALLS.get(func)
+        for call in read(args) if read is not None else ():
+            for known in self._known.get(call.kernel.untyped_storage().data_ptr(), ()):
+                if call.kernel.stride(call.dim) == known.weight.stride(known.side.dim):
+                    with torch.utils._python_dispatch._disable_current_modes():
+                        index = _indices(known, call)
+                        self._tell(known.side, index, call.rows(len(index)))
+        return func(*args, **(kwargs or {}))
+
+
+def _indices(known: _Known, call: _Call) -> Tensor:
+    """The indices along the gated side that a kernel operand, perhaps a part of the parameter, has."""
+    weight, stride = known.weight, known.weight.stride(known.side.dim)
+    begin = (call.kernel.storage_offset() - weight.storage_offset()) // stride % weight.shape[known.side.dim]
+    return torch.arange(begin, begin + call.kernel.shape[call.dim], device=weight.device)
+
+
+def _convolution(args: tuple[Any, ...]) -> list[_Call]:
+    x, kernel, transposed = args[0], args[1], args[6]
+
+    def rows(length: int) -> Tensor:  # a grouped kernel's input side is as long as one group
+        return x.reshape(len(x), -1, length, *x.shape[2:]).movedim(2, -1).reshape(-1, length)
+
+    return [_Call(kernel, 0 if transposed else 1, rows)]
+
+
+def _product(left: Tensor, right: Tensor) -> list[_Call]:
+    """Either operand may be the kernel; one that is batched must be the same for all of the batch."""
+    calls = []
+    if right.ndim == 2 or right.shape[0] == 1 or right.stride(0) == 0:
+        calls.append(_Call(right, right.ndim - 2, lambda length: left.reshape(-1, length)))
+    if left.ndim == 2 or left.shape[0] == 1 or left.stride(0) == 0:
+        calls.append(_Call(left, left.ndim - 1, lambda length: right.mT.reshape(-1, length)))
+    return calls
+
+
+_aten = torch.ops.aten
+_CALLS: Mapping[Any, Callable[[tuple[Any, ...]], list[_Call]]] = {
+    _aten.convolution.default: _convolution,
+    _aten.mm.default: lambda args: _product(args[0], args[1]),
+    _aten.bmm.default: lambda args: _product(args[0], args[1]),
+    _aten.addmm.default: lambda args: _product(args[1], args[2]),
+    _aten.baddbmm.default: lambda args: _product(args[1], args[2]),
+    _aten.linear.default: lambda args: [_Call(args[1], 1, lambda length: args[0].reshape(-1, length))],
+}
