@@ -6,7 +6,7 @@ slim = autogate.finalize(model)                            # plain layers, half 
 """
 
 from autogate import subnets
-from autogate.api import BudgetNotMetWarning, finalize, gates, prepare, step, summary
+from autogate.api import BudgetNotMetWarning, CollapseWarning, finalize, gates, prepare, step, summary
 from autogate.budget import Resource, SideCounts
 from autogate.closing import close
 from autogate.files import load, save, to_timm_text
@@ -22,6 +22,7 @@ __all__ = [
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
+    "CollapseWarning",
     "GateBank",
     "Resource",
     "SideCounts",

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from torch import jit, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
-from autogate.gating import BANK, GateBank, has_shards
+from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
 from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
@@ -19,6 +19,7 @@ from autogate.naming import did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
+    Slimming,
     add_shortcut_convolutions,
     analyse_with_dry_run,
     as_optimizers,
@@ -27,11 +28,14 @@ from autogate.slim import (
     kept_by_side,
     parameter_replacements,
     replace_parameters,
+    signs_of_collapse,
+    slim_unverified,
     slim_verified,
+    tell_of_steps_with,
     verify,
 )
 from autogate.switching import check_one_width
-from autogate.wrappers import is_wrapped, unwrap
+from autogate.wrappers import unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,6 +43,10 @@ M = TypeVar("M", bound=nn.Module)
 
 class BudgetNotMetWarning(UserWarning):
     """The model was finalized before its gates had met the budget."""
+
+
+class CollapseWarning(UserWarning):
+    """A layer of the model is left with one channel or none, or its outputs don't depend on its inputs any more."""
 
 
 @locked
@@ -106,7 +114,7 @@ def prepare(
         AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
-    _check_model(model)
+    check_preparable(model)
     check_one_width(model)
     method = GDP() if method is None else method
     if not isinstance(method, Method):
@@ -164,7 +172,7 @@ def gates(model: nn.Module) -> GateBank:
     model = unwrap(model)
     bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
     if not isinstance(bank, GateBank):
-        within = _gated_within(model)
+        within = gated_within(model)
         raise AutogateError(
             "it has no gates: it was not prepared, or is already finalized.",
             where=type(model).__name__,
@@ -239,7 +247,8 @@ def finalize(
     after, and the outputs are compared. If finalize raises, the model is as it was, with its gates.
 
     Once the targets are met (`gates(model).progress().settled`), no more channels die, and the rest of the training
-    costs less in the slim model. Pass the optimizer, and it continues with the slim model:
+    costs less in the slim model. The optimizers that have trained the model continue with the slim model. Name those
+    that have not stepped yet, as after loading a checkpoint:
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -256,10 +265,12 @@ def finalize(
     Args:
         model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
         example_inputs: inputs to compare the outputs on; those given to `prepare` if None.
-        optimizer: the optimizer that trains the model, or several. In it, the slim parameters replace the model's, in
-            the same groups, and momentum and moments are sliced like their parameters. Call finalize between two
-            steps.
-        warn: whether to warn if the budget is not met.
+        optimizer: an optimizer that trains the model, or several. In it, and in those that were seen to step with the
+            model's parameters since `prepare`, the slim parameters replace the model's, in the same groups, and
+            momentum and moments are sliced like their parameters. Call finalize between two steps. With `hooks=False`
+            nothing is seen of optimizers: name them all.
+        warn: whether to warn if the budget is not met, if a layer is left with one channel or none, and if the outputs
+            don't depend on the inputs any more.
 
     Raises:
         AutogateError: the model has no gates; a weight or gate is not finite; a layer was changed since `prepare`; the
@@ -274,7 +285,7 @@ def finalize(
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)
-    optimizers = () if optimizer is None else as_optimizers(optimizer, model)
+    optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     bank.fold()
     origin: PrepareRecord = bank.origin
     given = None if example_inputs is None else as_call(example_inputs, model)
@@ -282,12 +293,48 @@ def finalize(
     missed = _missed(bank)
     if warn and missed:  # before anything is done: the caller may have turned warnings into errors
         warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
+    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), inputs)):
+        remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
+        warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
     before = _parameters(model)
     done = slim_verified(model, bank, inputs)
+    _take_along(optimizers, before, model, done)
+    return model
+
+
+@locked
+def finalize_as(model: M, slimming: Slimming, *, optimizer: Optimizer | Iterable[Optimizer] | None = None) -> M:
+    """Finalize a model as an earlier one was, so that a checkpoint of the slim model can be loaded into it.
+
+    Args:
+        model: prepared like the model that was slimmed; its weights and gates don't matter.
+        slimming: the record of the earlier model (`autogate.slim.history_of(slim).slimmings[-1]`).
+        optimizer: as for `finalize`.
+
+    Raises:
+        AutogateError: the channels of the model are coupled in another way. The model is left as it was.
+    """
+    model, bank = unwrap(model), gates(model)
+    optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
+    before = _parameters(model)
+    _take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
+    return model
+
+
+def _take_along(
+    optimizers: Iterable[Optimizer], before: Mapping[str, nn.Parameter], model: nn.Module, done: Slimming
+) -> None:
+    """Let optimizers continue with the slim model; others that still have its old parameters are told so."""
     replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
     for one in optimizers:
         replace_parameters(one, replacements)
-    return model
+    tell_of_steps_with([parameter for parameter in before.values() if id(parameter) in replacements])
+
+
+def _listed(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -332,31 +379,3 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
         return ()
     verify(model, options.inputs, wanted, "the model with convolutions on its shortcuts")
     return replaced
-
-
-def _check_model(model: Any) -> None:
-    where = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise AutogateError("it is not a torch.nn.Module.", where=where, remedy="Pass the model itself.")
-    if BANK in model._modules:
-        raise AutogateError("it is already prepared.", where=where, remedy="Train it, or finalize it first.")
-    if hasattr(model, BANK):
-        raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename the attribute.")
-    if has_shards(model):
-        raise AutogateError(
-            "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
-        )
-    if isinstance(model, jit.ScriptModule):
-        raise AutogateError(
-            "torch.jit has compiled it.", where=where, remedy="Prepare and finalize the model first, then script it."
-        )
-    if is_wrapped(model):
-        raise AutogateError(
-            "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
-        )
-
-
-def _gated_within(model: Any) -> str | None:
-    """Path of a prepared submodule, for instance a LightningModule's network; None if there is none."""
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)

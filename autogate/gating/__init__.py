@@ -1,6 +1,8 @@
 """The gates of a model: stored in its kernels, moved after each optimizer step."""
 
 from autogate.gating.bank import BANK, GateBank
+from autogate.gating.hooks import optimizers_of
+from autogate.gating.preparable import check_preparable, gated_within
 from autogate.gating.progress import Progress
 from autogate.gating.sharding import has_shards
 
@@ -8,5 +10,8 @@ __all__ = [
     "BANK",
     "GateBank",
     "Progress",
+    "check_preparable",
+    "gated_within",
     "has_shards",
+    "optimizers_of",
 ]

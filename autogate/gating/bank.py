@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autogate.budget import Targets
 from autogate.gating import hooks
+from autogate.gating.first_steps import FirstSteps, looks_untrained
 from autogate.gating.folding import Folding
 from autogate.gating.kernels import GatedKernels
 from autogate.gating.progress import Progress
@@ -94,6 +96,7 @@ class GateBank(BankBuffers):
         self._kernels = GatedKernels(model, channel_map)
         self._folding = Folding(self._kernels, channel_map, self.learner.method, self.state(), keeps=not follows)
         self._stepping = Stepping(self._kernels, self._folding, self.learner)
+        self._first_steps = FirstSteps(looks_untrained(model))
         self.to(next(iter(self.kernels()), self.alpha).device)
         self.hook = model.register_forward_pre_hook(self._before_forward)
         if follows:
@@ -119,9 +122,11 @@ class GateBank(BankBuffers):
 
     def _loaded(self) -> None:
         self._folding.write_live(self.dead)
+        self._first_steps.untrained = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._first_steps = FirstSteps(self._first_steps.untrained)
         if self.follows:
             hooks.register(self)
 
@@ -135,13 +140,21 @@ class GateBank(BankBuffers):
         """Whether gates no longer move: the run is over, or the targets are met and live gates are open."""
         return self._stepping.is_over(self.state())
 
+    @property
+    def live(self) -> Tensor:
+        """The classes that live, bool, shape (classes,). Those whose alpha is zero don't, folded or not."""
+        return self.gates() != 0
+
     def gates(self) -> Tensor:
         """The gates g(alpha), float32, shape (classes,); zero for dead classes."""
         state = self.state()
         return torch.where(state.live, self.learner.method.factor(state.alpha, state.method), 0.0)
 
     def shares(self) -> dict[str, float]:
-        """The share that is left of each resource in the budget, all dead classes removed, by its name."""
+        """The share that is left of each resource in the budget, by its name, all dead classes removed.
+
+        Alphas that were set to zero by hand count before they are folded.
+        """
         return self.targets.shares(self.live.cpu())
 
     def where(self, label: int) -> list[tuple[Side, int]]:
@@ -153,19 +166,19 @@ class GateBank(BankBuffers):
         return self.channel_map.describe(labels)
 
     def progress(self) -> Progress:
-        """Where the run is, as plain numbers."""
-        state = self.state()
+        """Where the run is, as plain numbers. Alphas that were set to zero by hand count before they are folded."""
+        state, live = self.state(), self.live.cpu()
         counters = self._stepping.counters(state)
         return Progress(
-            shares=self.shares(),
+            shares=self.targets.shares(live),
             targets=self.targets.wanted(),
             step=counters.steps,
             steps=self.schedule.steps,
             balance=float(self.balance),
             method_state={name: float(value) for name, value in state.method.items() if value.ndim == 0},
             classes=self.channel_map.size,
-            dead=int((~self.live).sum()),
-            settled=counters.settled or self._stepping.standing(state).distance <= 0,
+            dead=int((~live).sum()),
+            settled=counters.settled or self.targets.distance(live) <= 0,
         )
 
     def __repr__(self) -> str:
@@ -182,11 +195,16 @@ class GateBank(BankBuffers):
         sides = self._kernels.sides(self.alpha.device)
         return list({id(side.weight): side.weight for side in sides}.values())
 
-    def added_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and kernels of the layers that prepare has added, those that learn."""
-        model = self._kernels.model()
-        named = [] if model is None else [(name, model.get_parameter(name)) for name in sorted(self.added)]
-        return [(name, weight) for name, weight in named if weight.requires_grad]
+    def parameters_of_model(self) -> list[nn.Parameter]:
+        """All parameters of the model."""
+        return self._kernels.parameters()
+
+    def about_to_step(self, optimizer: Optimizer) -> None:
+        """Called before each step of an optimizer that trains some of the model: warns in the first steps."""
+        if not self._first_steps.over:
+            self._first_steps.starts(self.schedule.steps, self._stepping.counters(self.state()).steps)
+            named = self._kernels.named(self.alpha.device)
+            self._first_steps.steps(optimizer, named, self._kernels.learning(self.added))
 
     @torch.no_grad()
     def fold(self, stepped: bool = False) -> None:
@@ -265,5 +283,8 @@ class GateBank(BankBuffers):
         Args:
             lr: the kernels' learning rate; alpha's follows it (see `GDP.alpha_rate`).
         """
+        if not self.follows:
+            self._first_steps.starts(self.schedule.steps, self._stepping.counters(self.state()).steps)
         self._stepping.step(self.state(), lr)
         self.fold(stepped=True)
+        self._first_steps.stepped(self.kernels())

@@ -12,9 +12,8 @@ the leader doesn't, the other one leads.
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,15 +31,14 @@ from rewriters import AutogateError
 class Follower(Protocol):
     """What moves with optimizer steps: a gate bank."""
 
-    @property
-    def added(self) -> Collection[str]:
-        """Names of parameters that an optimizer built too early doesn't have."""
-
     def kernels(self) -> list[nn.Parameter]:
         """The parameters by which the follower knows its optimizer."""
 
-    def added_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Those of them that learn, with their names."""
+    def parameters_of_model(self) -> list[nn.Parameter]:
+        """All parameters of its model."""
+
+    def about_to_step(self, optimizer: Optimizer) -> None:
+        """Called before each step of an optimizer that trains some of the model, before anything else."""
 
     def measure(self, *, scale: Tensor | float | None = None, later: bool = False) -> None:
         """Called before the optimizer moves the kernels."""
@@ -66,27 +64,18 @@ class _Turn:
         self._count = 0
         self._since: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.stepping: weakref.ref[Optimizer] | None = None
-        self._held: set[int] = set()
-        self._asked = False
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """All that have stepped and train some of the model."""
+        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
-    def note(self, optimizer: Optimizer, bank: Follower) -> None:
-        """Warn of layers that prepare has added and no optimizer trains.
-
-        This is known once every optimizer has had its turn: at the second step of one of them.
-        """
-        if self._asked:
-            return
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if held <= self._held:
-            self._asked = True
-            missing = [name for name, weight in bank.added_weights() if id(weight) not in self._held]
-            if missing:
-                warnings.warn(
-                    f"no optimizer trains {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: prepare has "
-                    "added these layers on shortcuts. Build the optimizer after autogate.prepare.",
-                    stacklevel=5,
-                )
-        self._held |= held
+    def trains(self, optimizer: Optimizer, bank: Follower, count: int) -> bool:
+        """Whether an optimizer that has `count` gated kernels trains some of the bank's model."""
+        if optimizer in self.optimizers or optimizer in self._others:
+            return optimizer in self.optimizers
+        own = set() if count else set(map(id, bank.parameters_of_model()))
+        trains = count > 0 or any(id(weight) in own for group in optimizer.param_groups for weight in group["params"])
+        (self.optimizers if trains else self._others).add(optimizer)
+        return trains
 
     def leads(self, optimizer: Optimizer, count: int) -> bool:
         """Whether gates move with this step of an optimizer that has `count` gated kernels."""
@@ -125,6 +114,21 @@ def register(bank: Follower) -> None:
 def unregister(bank: Follower) -> None:
     """Let `bank` follow no optimizer any more."""
     _turns.pop(bank, None)
+
+
+def optimizers_of(bank: Follower) -> list[Optimizer]:
+    """The optimizers that have stepped since the bank was made, still live and train some of its model."""
+    turn, own = _turns.get(bank), set(map(id, bank.parameters_of_model()))
+    return [
+        optimizer for optimizer in ([] if turn is None else turn.optimizers)
+        if any(id(weight) in own for group in optimizer.param_groups for weight in group["params"])
+    ]  # fmt: skip
+
+
+def gated_elsewhere(model: nn.Module) -> str | None:
+    """Name of a parameter of `model` that a bank follows; None if there is none."""
+    gated = {id(kernel) for bank in list(_turns) for kernel in bank.kernels()}
+    return next((name for name, parameter in model.named_parameters() if id(parameter) in gated), None)
 
 
 def is_capturing() -> bool:
@@ -170,8 +174,8 @@ def _before_step(
                 remedy="Capture forward and backward alone, or call prepare(..., hooks=False), and autogate.step after "
                 "each replay.",
             )
-        if hold.count and bank.added:
-            turn.note(optimizer, bank)
+        if not within and turn.trains(optimizer, bank, hold.count):
+            bank.about_to_step(optimizer)
         if hold.count and (within or turn.leads(optimizer, hold.count)):
             turn.stepping = weakref.ref(optimizer)
             closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -8,7 +8,7 @@ to classes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -103,6 +103,21 @@ class GatedKernels:
                 gated = self._at_rest(gated)
             found.setdefault((id(gated.weight), side.dim), gated)
         return list(found.values())
+
+    def named(self, device: torch.device) -> dict[str, nn.Parameter]:
+        """The gated kernels by name; of a kernel with several names the first."""
+        return {self._sides[side.place].tensor: side.weight for side in self.sides(device)}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of the model, gated or not."""
+        model = self._model()
+        return [] if model is None else list(model.parameters())
+
+    def learning(self, names: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+        """Those of the model's parameters with these names that learn."""
+        model = self._model()
+        named = [] if model is None else [(name, model.get_parameter(name)) for name in sorted(names)]
+        return [(name, weight) for name, weight in named if weight.requires_grad]
 
     def _locate(self, model: nn.Module) -> list[tuple[dict[str, Any], str]]:
         """The kernel of each gated side, by the dictionary of its module and its name there.

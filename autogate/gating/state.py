@@ -48,7 +48,7 @@ class BankState(NamedTuple):
 
     @property
     def live(self) -> Tensor:
-        """The classes that live, bool, shape (classes,)."""
+        """The classes that no folding has found dead, bool, shape (classes,)."""
         return self.dead == 0
 
     def counters(self) -> Counters:
@@ -125,11 +125,6 @@ class BankBuffers(nn.Module):
             method,
         )  # fmt: skip
 
-    @property
-    def live(self) -> Tensor:
-        """The classes that live, bool, shape (classes,)."""
-        return self.dead == 0
-
     def _forget(self) -> None:
         """Called when buffers were exchanged."""
 
@@ -156,6 +151,11 @@ class BankBuffers(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if layout is None:  # in PyTorch's list of keys: whether these are an error is the caller's choice (`strict`)
+            missing_keys.append(
+                "this model has gates, and the state has none. Load a dense state before autogate.prepare, a slim "
+                "model with autogate.load"
+            )
         self._loaded()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BankBuffers:

@@ -67,7 +67,7 @@ class Summary:
 
 def summarise(model: nn.Module, bank: GateBank) -> Summary:
     """Summarise `model` under the current state of `bank`'s gates, including alphas set by hand."""
-    channel_map, live = bank.channel_map, (bank.live & (bank.alpha != 0)).cpu()
+    channel_map, live = bank.channel_map, bank.live.cpu()
     layers = tuple(_layer(channel_map, live, kernel) for kernel in channel_map.kernels)
     added = {kernel.module for kernel in channel_map.kernels if kernel.weight in bank.added}
     shortcuts = tuple(layer for layer in layers if layer.module in added)

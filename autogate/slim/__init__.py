@@ -1,6 +1,14 @@
 """From dead classes to the slim model: slimmed, verified, and recorded in a `History`."""
 
-from autogate.slim.finalizing import PrepareRecord, check_finite, check_not_sharded, slim_verified, verify
+from autogate.slim.collapse import signs_of_collapse
+from autogate.slim.finalizing import (
+    PrepareRecord,
+    check_finite,
+    check_not_sharded,
+    slim_unverified,
+    slim_verified,
+    verify,
+)
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
@@ -14,6 +22,8 @@ from autogate.slim.history import (
     kept_by_side,
     kept_indices,
     read_inputs,
+    slimming_from_json,
+    slimming_to_json,
 )
 from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
 from autogate.slim.recalibration import recalibrate
@@ -28,6 +38,7 @@ from autogate.slim.record_replay import (
     replay,
     slim_and_record,
 )
+from autogate.slim.stale_optimizers import tell_of_steps_with
 
 __all__ = [
     "ATTRIBUTE",
@@ -57,7 +68,12 @@ __all__ = [
     "recalibrate",
     "replace_parameters",
     "replay",
+    "signs_of_collapse",
     "slim_and_record",
+    "slim_unverified",
     "slim_verified",
+    "slimming_from_json",
+    "slimming_to_json",
+    "tell_of_steps_with",
     "verify",
 ]

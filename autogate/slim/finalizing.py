@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
 from autogate.slim.history import Slimming
-from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, slim_and_record
+from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, slim_and_record, slim_as_recorded
 from autogate.wrappers import unwrap_accelerate
 from rewriters import (
     AutogateError,
@@ -84,6 +84,34 @@ def slim_verified(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
     return done
 
 
+def slim_unverified(model: nn.Module, bank: GateBank, slimming: Slimming) -> Slimming:
+    """Slim a prepared model as an earlier one was, and detach its gate bank. Its weights and gates don't matter.
+
+    Args:
+        model: a model that was prepared like the one that the record is of.
+        bank: its gate bank.
+        slimming: the record.
+
+    Raises:
+        AutogateError: the channels of the model are coupled in another way. The model is left as it was.
+    """
+    undo_log = UndoLog()
+    try:
+        unwrap_accelerate(model, undo_log)
+        _remove_gates(model, bank, undo_log)
+        done = _slim(model, bank, undo_log, slimming)
+    except BaseException:
+        undo_log.undo()
+        raise
+    bank.detach()
+    return done
+
+
+def _remove_gates(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> None:
+    undo_log.remove(model._modules, BANK)
+    undo_log.remove(model._forward_pre_hooks, bank.hook.id)
+
+
 def _slim_compared(
     model: nn.Module, bank: GateBank, inputs: Inputs, tolerance: Mapping[torch.dtype, float]
 ) -> Slimming:
@@ -106,8 +134,7 @@ def _slim_once(
     try:
         unwrap_accelerate(model, undo_log)
         wanted = Outputs.of(model, *inputs)
-        undo_log.remove(model._modules, BANK)
-        undo_log.remove(model._forward_pre_hooks, bank.hook.id)
+        _remove_gates(model, bank, undo_log)
         done = _slim(model, bank, undo_log)
         verify(model, inputs, wanted, "the slim model", tolerance, rounding)
     except BaseException:
@@ -137,7 +164,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
 
 
-def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
+def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimming | None = None) -> Slimming:
     origin: PrepareRecord = bank.origin
     options = origin.options._replace(inputs=origin.inputs_for(model))
     analysis = analyse_with_dry_run(model, options)
@@ -148,6 +175,8 @@ def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> Slimming:
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model again.",
         )
+    if recorded is not None:
+        return slim_as_recorded(model, analysis, recorded, options, origin.shortcuts, undo_log)
     return slim_and_record(model, analysis, bank.live, options, origin.shortcuts, undo_log)
 
 

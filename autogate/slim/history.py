@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from autogate.inputs import Inputs
@@ -93,6 +93,23 @@ class History:
     dense_modules: Mapping[str, str]
     modules: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+
+
+def slimming_to_json(slimming: Slimming) -> str:
+    """A record as text, for a checkpoint."""
+    return TypeAdapter(Slimming).dump_json(slimming).decode()
+
+
+def slimming_from_json(text: str) -> Slimming:
+    """The record that `slimming_to_json` wrote.
+
+    Raises:
+        AutogateError: the text is no such record.
+    """
+    try:
+        return TypeAdapter(Slimming).validate_json(text)
+    except ValidationError as error:
+        raise AutogateError(f"the record of the slimming can't be read: {error.errors()[0]['msg']}.") from error
 
 
 def history_of(model: nn.Module) -> History | None:

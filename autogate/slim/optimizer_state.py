@@ -33,13 +33,13 @@ class Replacement:
     kept: Mapping[int, Tensor]
 
 
-def as_optimizers(given: Any, model: nn.Module) -> tuple[Optimizer, ...]:
-    """Check one optimizer or several, and take them out of wrappers such as Lightning's.
+def as_optimizers(given: Iterable[Any], model: nn.Module) -> tuple[Optimizer, ...]:
+    """Check optimizers, and take them out of wrappers such as Lightning's; each is returned once.
 
     Raises:
         AutogateError: one is not an optimizer, or trains no parameter of the model.
     """
-    found = tuple(map(_unwrapped, given if isinstance(given, Iterable) else [given]))
+    found = tuple({id(one): one for one in map(_unwrapped, given)}.values())
     own = {id(parameter) for parameter in model.parameters()}
     for optimizer in found:
         if not isinstance(optimizer, Optimizer):

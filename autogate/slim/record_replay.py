@@ -38,6 +38,7 @@ from autogate.slim.history import (
     rewritten,
     write_inputs,
 )
+from autogate.slim.state_hints import add_state_hint
 from rewriters import (
     ALWAYS,
     Analysis,
@@ -136,6 +137,7 @@ def slim_and_record(
     shapes = {name: spec.shape for name, spec in describe_tensors(model).items()}
     history = History((*earlier.slimmings, done), earlier.dense_modules, describe_modules(model), shapes)
     undo_log.set_attribute(model, ATTRIBUTE, history)
+    add_state_hint(model, undo_log)
     return done
 
 
@@ -161,6 +163,18 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
     _check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_with_dry_run(model, options)
+    slim_as_recorded(model, analysis, slimming, options, shortcuts, undo_log)
+
+
+def slim_as_recorded(
+    model: nn.Module, analysis: Analysis, slimming: Slimming, options: AnalysisOptions,
+    shortcuts: tuple[Shortcut, ...], undo_log: UndoLog,
+) -> Slimming:  # fmt: skip
+    """As `slim_and_record`, with the live classes and the decisions of a record: the weights don't matter.
+
+    Raises:
+        AutogateError: the channels of the model are coupled in another way than those of the recorded one.
+    """
     live = live_classes(analysis.channel_map, slimming.kept)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
@@ -171,6 +185,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     _check_same("the set of removed branches", done.branches, slimming.branches)
     _check_same("the set of shortcut convolutions that became selections", done.selections, slimming.selections)
     _check_same("the set of removed modules", done.removed, slimming.removed)
+    return done
 
 
 def live_classes(channel_map: ChannelMap, recorded: Collection[KeptIndices]) -> Tensor:

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from autogate.files import atomic_write
+from autogate.slim import Slimming
 from autogate.training.run_folder import RunInfo, from_json, to_json
 from autogate.training.tensor_files import read_tensors, write_tensors
 from rewriters import AutogateError
 
-FORMAT = 3
+FORMAT = 4
 _STATES = ("model", "optimizer", "scaler", "ema", "gates")
 _OPTIONAL = ("scaler", "ema", "gates")
-_ENTRIES = {"format", "run", "position", *_STATES}
+_ENTRIES = {"format", "run", "position", "slimmings", *_STATES}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Checkpoint:
         model, optimizer: their state_dicts; the model's includes the gates, until it is finalized.
         scaler, ema: state_dicts of the gradient scaler and of the averaged model; None if there is none.
         gates: state_dict of the gate bank just before the model was finalized; None until then.
+        slimmings: how the model and then the averaged one were slimmed; empty until then.
     """
 
     info: RunInfo
@@ -68,6 +70,7 @@ class Checkpoint:
     scaler: Mapping[str, Any] | None
     ema: Mapping[str, Any] | None
     gates: Mapping[str, Any] | None
+    slimmings: tuple[Slimming, ...] = ()
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
@@ -77,7 +80,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         AutogateError: the file could not be written; the checkpoints that were there are as they were.
     """
     found = {name: getattr(checkpoint, name) for name in _STATES}
-    plain = {"format": FORMAT, "run": to_json(checkpoint.info), "position": asdict(checkpoint.position)}
+    plain: dict[str, Any] = {"format": FORMAT, "run": to_json(checkpoint.info), "position": asdict(checkpoint.position)}
+    plain["slimmings"] = [to_json(one) for one in checkpoint.slimmings]
     with atomic_write(path) as temporary:  # whole before the previous checkpoint goes
         write_tensors({**plain, **found}, temporary)
         if path.is_file():
@@ -142,6 +146,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise AutogateError(
             f"its {'position' if isinstance(found['run'], str) else 'run'} can't be read.", where=str(path)
         )
+    if not isinstance(found["slimmings"], list) or not all(isinstance(text, str) for text in found["slimmings"]):
+        raise AutogateError("its slimmings can't be read.", where=str(path))
     for name in _STATES:
         if not isinstance(found[name], dict) and not (name in _OPTIONAL and found[name] is None):
             raise AutogateError(
@@ -149,7 +155,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             )
     info = from_json(RunInfo, found["run"], str(path))
     state = {name: found[name] for name in _STATES}
-    return Checkpoint(info, Position(**found["position"]), **state)
+    if (found["gates"] is None) != (not found["slimmings"]):
+        raise AutogateError("it has gates without a record of the slimming, or the reverse.", where=str(path))
+    slimmings = tuple(from_json(Slimming, text, str(path)) for text in found["slimmings"])
+    return Checkpoint(info, Position(**found["position"]), **state, slimmings=slimmings)
 
 
 def _is_position(found: Any) -> bool:

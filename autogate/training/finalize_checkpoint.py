@@ -47,8 +47,9 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpo
     info, recipe = found.info, found.info.recipe
     model = build_network(recipe.network, info.num_classes, weights=False)
     model = with_gates(model, recipe.budget, info.input_size, info.steps)
+    used = 0 if found.ema is None else -1
     try:
-        taken = None if found.gates is None else finalize_run_again(model, found.gates)
+        taken = None if found.gates is None else finalize_run_again(model, found.gates, found.slimmings[used:])
         model.load_state_dict(found.model if found.ema is None else found.ema)
     except RuntimeError as error:
         raise AutogateError(f"its weights don't fit its model: {error}", where=str(path)) from error

@@ -1,20 +1,22 @@
 """Finalize a run's model: between two epochs once the targets are met, or else at the end.
 
 What the run folder says about the gates is from then on a `Snapshot` of that moment. A checkpoint keeps the bank's
-state of that moment too. To resume, the dense model is built and prepared, gets that state and is finalized: this gives
-the slim model and the optimizer that the rest of the checkpoint fits.
+state of that moment and the record of the slimming. To resume, the dense model is built and prepared, gets that state
+and is slimmed as recorded: this gives the slim model and the optimizer that the rest of the checkpoint fits. The record
+is needed because some decisions look at the weights, which the model has only once the checkpoint is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autogate.api import finalize, gates, summary
+from autogate.api import finalize, finalize_as, gates, summary
+from autogate.slim import Slimming, history_of
 from autogate.training.run_folder import BINS, EpochRow, GateRow, Result, RunInfo
 
 
@@ -72,11 +74,13 @@ class FinalGates:
 
     Attributes:
         snapshot: the gates just before. They no longer change.
-        bank_state: the bank's state_dict just before. With it, a resumed run removes the same channels.
+        bank_state: the bank's state_dict just before.
+        slimmings: how the model was slimmed, and the average of its weights if there is one.
     """
 
     snapshot: Snapshot
     bank_state: Mapping[str, Tensor]
+    slimmings: tuple[Slimming, ...]
 
 
 def finalize_run(
@@ -93,18 +97,28 @@ def finalize_run(
     Raises:
         AutogateError: see `autogate.finalize`.
     """
-    found = FinalGates(Snapshot.of(model), {name: value.clone() for name, value in gates(model).state_dict().items()})
+    snapshot = Snapshot.of(model)
+    state = {name: value.clone() for name, value in gates(model).state_dict().items()}
     finalize(model, optimizer=optimizer, warn=warn)
     if average is not None:
         finalize(average, warn=False)
-    return found
+    done = (history_of(one) for one in (model, average) if one is not None)
+    return FinalGates(snapshot, state, tuple(history.slimmings[-1] for history in done if history is not None))
 
 
 def finalize_run_again(
-    model: nn.Module, state: Mapping[str, Tensor], average: nn.Module | None = None, optimizer: Optimizer | None = None
-) -> FinalGates:
-    """Like `finalize_run`, for a model prepared again to resume from a checkpoint. Its gates are in `state`."""
-    for one in (model, average):
-        if one is not None:
-            gates(one).load_state_dict(state)
-    return finalize_run(model, average, optimizer)
+    model: nn.Module, state: Mapping[str, Tensor], slimmings: Sequence[Slimming], average: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+) -> FinalGates:  # fmt: skip
+    """Like `finalize_run`, for a model prepared again to resume from a checkpoint.
+
+    Args:
+        model, average, optimizer: as for `finalize_run`.
+        state, slimmings: as in `FinalGates`.
+    """
+    gates(model).load_state_dict(state)
+    snapshot = Snapshot.of(model)
+    finalize_as(model, slimmings[0], optimizer=optimizer)
+    if average is not None:
+        finalize_as(average, slimmings[-1])
+    return FinalGates(snapshot, state, tuple(slimmings))

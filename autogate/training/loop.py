@@ -93,7 +93,9 @@ class Loop:
         """Load the state of a checkpoint."""
         try:
             if found.gates is not None:
-                self.final_gates = finalize_run_again(self.model, found.gates, self._average, self.stepper.optimizer)
+                self.final_gates = finalize_run_again(
+                    self.model, found.gates, found.slimmings, self._average, self.stepper.optimizer
+                )
             self.model.load_state_dict(found.model)
             self.stepper.optimizer.load_state_dict(dict(found.optimizer))
             if found.scaler is not None:
@@ -221,10 +223,11 @@ class Loop:
         stepper = self.stepper
         scaler = stepper.scaler.state_dict() if stepper.scaler.is_enabled() else None
         ema = self._average.state_dict() if self._average is not None else None
-        bank_state = self.final_gates.bank_state if self.final_gates is not None else None
+        final = self.final_gates
         checkpoint = Checkpoint(
-            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema, bank_state
-        )
+            self.info, position, self.model.state_dict(), stepper.optimizer.state_dict(), scaler, ema,
+            None if final is None else final.bank_state, () if final is None else final.slimmings,
+        )  # fmt: skip
         save_checkpoint(checkpoint, self.folder.checkpoint_file)
 
     def _evaluate(self, position: Position, stop: Stop) -> EpochRow:

@@ -1,7 +1,8 @@
 """Record a model in every mode, and at every size, that the analysis needs.
 
-A model is recorded in eval mode. It is recorded in train mode too where some layers (auxiliary heads) run in that mode
-only, and once more on inputs twice as large where the size of its input may decide which channels are coupled.
+A model is recorded in eval mode. It is recorded in train mode too where that is another forward: some layers
+(auxiliary heads) run in that mode only, or code asks whether it trains. And it is recorded once more on inputs twice as
+large where the size of its input may decide which channels are coupled.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch.utils._pytree import tree_map_only
 
+from rewriters.analysis.same_forward import same_forward
 from rewriters.errors import AutogateError
 from rewriters.outputs import run_eval
-from rewriters.recording import Capture, capture, set_modes, tensors_of
+from rewriters.recording import Capture, ModuleCall, Opaque, capture, set_modes, set_train_mode, tensors_of
+
+_COMPARED = (bool, int, float, str, type(None))
 
 
 def samples_in(args: Any, kwargs: Any) -> int:
@@ -32,12 +36,54 @@ def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
         if captures[0].exchanged:
             run_eval(model, args, kwargs)  # now the buffers are those for these inputs
             captures = [capture(model, args, kwargs)]
-        if _has_unseen_parameters(model, captures[0]):
-            set_modes(model, True)
-            captures.append(capture(model, args, kwargs))
+        unseen = _has_unseen_parameters(model, captures[0])
+        if unseen or _differs_in_train_mode(model, captures[0]):
+            set_train_mode(model)
+            captures += (
+                [capture(model, args, kwargs)] if unseen else _try_capture(model, args, kwargs, captures[0].opaque)
+            )
     finally:
         set_modes(model, before)
     return captures
+
+
+def _try_capture(model: nn.Module, args: Any, kwargs: Any, opaque: Mapping[str, Opaque]) -> list[Capture]:
+    """The forward in the mode that the model is in; empty if it can't be recorded.
+
+    In train mode a forward may want inputs that the example has none of (targets), or ask for the values of random
+    numbers (whether to leave out a layer).
+    """
+    try:
+        with mock.patch.object(fake_tensor.log, "disabled", True):  # failing is no error here, so it isn't logged
+            return [capture(model, args, kwargs, opaque)]
+    except AutogateError:
+        return []
+
+
+def _differs_in_train_mode(model: nn.Module, captured: Capture) -> bool:
+    """Whether code that asks for its mode does something else in train mode than in eval mode.
+
+    Only the modules that ask are recorded in train mode, those of one kind once.
+    """
+    kinds = {_kind(model.get_submodule(call.path), call): call for call in captured.calls() if call.asks_mode}
+    for call in kinds.values():
+        module = model.get_submodule(call.path)
+        before = set_train_mode(module)
+        try:
+            found = _try_capture(module, call.args, call.kwargs, {})
+        finally:
+            set_modes(module, before)
+        if not found or not same_forward(captured, call, found[0]):
+            return True
+    return False
+
+
+def _kind(module: nn.Module, call: ModuleCall) -> tuple[Any, ...]:
+    """Equal for modules of the same class, with equal attributes and layers, that are called alike."""
+    plain = {name: value for name, value in vars(module).items() if not isinstance(value, dict)}
+    known = tuple((name, value if isinstance(value, _COMPARED) else id(value)) for name, value in plain.items())
+    given = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_of((call.args, call.kwargs)))
+    return type(module), repr(module), known, given
 
 
 def capture_larger(
@@ -50,7 +96,7 @@ def capture_larger(
         larger = []
         with mock.patch.object(fake_tensor.log, "disabled", True):  # failing is no error here, so it isn't logged
             for captured in captures:
-                set_modes(model, captured is not captures[0])
+                set_modes(model, False) if captured is captures[0] else set_train_mode(model)
                 larger.append(capture(model, args, kwargs, captured.opaque))
         return larger
     except AutogateError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,25 @@ def find_statistics(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph
     return StatisticSite(path, graphs, tuple(first), tuple(free))
 
 
+def one_site(sites: Sequence[StatisticSite]) -> StatisticSite:
+    """The site of all calls of a module, from those of each.
+
+    Raises:
+        TraceError: calls in the same mode take different paths, or take other statistics in train mode.
+    """
+    first, graphs = sites[0], dict(sites[0].graphs)
+    for other in sites[1:]:
+        alike = _alike(first.statistics, other.statistics) and _taken_by(first) == _taken_by(other)
+        if not alike or any(str(graphs.setdefault(mode, graph)) != str(graph) for mode, graph in other.graphs.items()):
+            raise TraceError("its calls take different paths, which would need different code", where=first.path)
+    return replace(first, graphs=graphs)
+
+
+def _taken_by(site: StatisticSite) -> list[Any]:
+    """The functions that take the statistics, which are the same in each of its graphs."""
+    return [node.target for node in _with_statistics(next(iter(site.graphs.values())))]
+
+
 def _forms(statistic: LabelledStatistic) -> Mapping[Any, Callable[[int, int, Tensor], LiveStatistic]]:
     return FORMS_BY_POSITION if statistic.by_position else FORMS
 
@@ -120,7 +139,7 @@ def install_live_statistics(
         made = {graph: _with_children(graph, one, removable) for graph in one.graphs.values()}
         graphs = {training: made[graph] for training, graph in one.graphs.items()}
         forward = LiveForward(module, graphs, one.path, tuple(one.names[index] for index in removable))
-        nodes = _with_statistics(one.graphs[False])
+        nodes = _with_statistics(next(iter(one.graphs.values())))
         for index in removable:
             statistic, node = one.statistics[index], nodes[index]
             form = _forms(statistic)[node.target](len(statistic.labels), statistic.dim, _like(module, node))

@@ -53,9 +53,19 @@ def graphs_by_mode(traced: Iterable[TracedForward], graph: Callable[[TracedForwa
 
 
 def trace_modes(
-    module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled]
-) -> list[TracedForward]:
-    """Trace a module's forward: in both modes if it asks for its mode, else once. Raises `TraceError`."""
+    module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling, known: Mapping[int, Labelled],
+    only: bool | None = None,
+) -> list[TracedForward]:  # fmt: skip
+    """Trace a module's forward: in both modes if it asks for its mode, else once. Raises `TraceError`.
+
+    Args:
+        module: the module.
+        call: a recorded call of it.
+        captured: the recording that the call is in.
+        labelling: labels of all that was recorded.
+        known: labels of the tensors in it, by id.
+        only: the mode to trace in, if the call was recorded in that mode and another one in the other.
+    """
 
     def traced(modes: tuple[bool, ...], training: Any) -> TracedForward:
         set_modes(module, modes[-1] and len(modes) == 1)  # its children too, whose mode it may ask for
@@ -66,6 +76,8 @@ def trace_modes(
     before = set_modes(module, False)
     mode = AskedMode()
     try:
+        if only is not None:
+            return [traced((only,), only)]
         with contextlib.suppress(TraceError):  # it may need its mode to be a real bool
             first = traced((False, True), mode)
             return [first] if not mode.asked else [replace(first, modes=(False,)), traced((True,), True)]

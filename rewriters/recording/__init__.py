@@ -14,6 +14,7 @@ from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors
 from rewriters.recording.random_draws import OneNumber, is_draw
 from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
 from rewriters.recording.rounding import OtherRounding
+from rewriters.recording.running_modules import RunningModules
 from rewriters.recording.side_effects import (
     attributes_preserved,
     drawn_since,
@@ -22,6 +23,7 @@ from rewriters.recording.side_effects import (
     random_numbers_kept,
     random_states,
     set_modes,
+    set_train_mode,
     without_caches,
 )
 
@@ -32,6 +34,7 @@ __all__ = [
     "OneNumber",
     "Opaque",
     "OtherRounding",
+    "RunningModules",
     "all_tensors",
     "args_of",
     "attributes_preserved",
@@ -55,6 +58,7 @@ __all__ = [
     "reshapes_in_place",
     "run_on_fakes",
     "set_modes",
+    "set_train_mode",
     "tensors_at",
     "tensors_of",
     "without_caches",

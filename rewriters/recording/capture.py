@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
@@ -26,11 +27,13 @@ from rewriters.errors import AutogateError, CaptureError
 from rewriters.interrupts import let_signals_in
 from rewriters.recording.error_messages import explain, why_unrecordable
 from rewriters.recording.meta_kernels import fakify
+from rewriters.recording.mode_reads import mode_reads
 from rewriters.recording.opaque import (
     FailsForRealError,
     Opaque,
     RealCall,
     RecordedOutputs,
+    TensorSpec,
     innermost_opaque,
     opaque_modules,
     run_for_real,
@@ -123,7 +126,7 @@ def capture(
 
     Args:
         model: any module.
-        args: example inputs by position.
+        args: example inputs by position, with fake tensors for those without values.
         kwargs: example inputs by name.
         opaque: the modules that are opaque in an earlier recording. Nothing runs for real then, and no others are
             added.
@@ -173,6 +176,12 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
+def _as_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    if isinstance(tensor, FakeTensor):  # of another recording
+        return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device).fake(mode)
+    return mode.from_tensor(tensor)
+
+
 def _record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
 ) -> Capture:
@@ -181,7 +190,7 @@ def _record(
     real = named_tensors(model)
     fakes = {name: fakify(mode, tensor) for name, tensor in real.items()}
     recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()})
-    fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
+    fake_args, fake_kwargs = tree_map_only(Tensor, partial(_as_input, mode), (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
     for name, fake in fakes.items():
         recorder.own(recorder.graph.create_node("get_attr", name), fake)
@@ -194,6 +203,7 @@ def _record(
             without_fast_paths(),
             torch.no_grad(),
             mode,
+            mode_reads(recorder.note_mode_read),
             record_module_calls(recorder, names, opaque, replies),
             recorder,
         ):

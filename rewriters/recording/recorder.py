@@ -33,7 +33,8 @@ from rewriters.recording.pytrees import tensors_of
 class ModuleCall:
     """One call of one module: its arguments, its output, and the module calls and ATen nodes inside it.
 
-    `names` are all names of the module in the model; the first is `path`.
+    `names` are all names of the module in the model; the first is `path`. `asks_mode` says whether code that isn't
+    torch's asked in it whether a module trains.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class ModuleCall:
     output: Any = None
     children: list[ModuleCall] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
+    asks_mode: bool = False
 
     @property
     def path(self) -> str:
@@ -84,6 +86,11 @@ class Recorder(TorchDispatchMode):
             self.failed = []  # the error before was caught
         self._error = error
         self.failed += [self.call] if self.call is not None else []
+
+    def note_mode_read(self) -> None:
+        """Note that the running call's code asks for its mode."""
+        if self.call is not None:
+            self.call.asks_mode = True
 
     def add_input(self, name: str, value: Tensor) -> fx.Node:
         node = self.graph.placeholder(name)

@@ -215,3 +215,16 @@ def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[
         if mode is not wanted:  # writing is slower than reading
             module.training = wanted
     return before
+
+
+KNOWN_IN_TRAIN_MODE = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
+"""Layers that do nothing to channels in train mode that they don't do in eval mode, but draw and count."""
+
+
+def set_train_mode(model: nn.Module) -> dict[nn.Module, bool]:
+    """Set every module to train mode except torch's own dropouts and batch norms; returns the modes before.
+
+    So that two train forwards can be compared: a dropout draws other numbers for a tensor of another shape, and a batch
+    norm over a few equal samples magnifies rounding.
+    """
+    return set_modes(model, {module: not isinstance(module, KNOWN_IN_TRAIN_MODE) for module in model.modules()})

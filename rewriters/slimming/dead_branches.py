@@ -184,7 +184,7 @@ def _prune(
         graphs = graphs_by_mode(forwards, lambda one: _without_guards(one.resize(mask).graph, call))
     except CannotResizeError:  # an op fails on tensors without channels
         return
-    removed = _uncalled(call, captured, graphs.values())
+    removed = _uncalled(call, analysis.captures, graphs.values())
     if removed:
         named = {_constant_name(index): value for index, value in enumerate(values) if value is not None}
         constants = {
@@ -292,13 +292,16 @@ def _without_guards(graph: fx.Graph, call: ModuleCall) -> fx.Graph:
     return graph
 
 
-def _uncalled(call: ModuleCall, captured: Capture, graphs: Iterable[fx.Graph]) -> frozenset[str]:
+def _uncalled(call: ModuleCall, captures: Iterable[Capture], graphs: Iterable[fx.Graph]) -> frozenset[str]:
     """Modules called in `call` that neither the rewritten graphs call nor anything else (an opaque module, say)."""
     nodes = [node for graph in graphs for node in graph.nodes]
     still = {f"{call.path}.{node.target}".lstrip(".") for node in nodes if node.op == "call_module"}
     read = {f"{call.path}.{node.target}".lstrip(".") for node in nodes if node.op == "get_attr"}
     gone = {path for path in {child.path for child in call.children} - still if not _holds_any(path, read)}
-    inside = {id(inner) for child in call.children if child.path in gone for inner in child.walk()}
-    elsewhere = {other.path for other in captured.calls() if id(other) not in inside}
-    elsewhere = elsewhere.union(*(captured.opaque[path].inside for path in elsewhere & captured.opaque.keys()))
+    elsewhere: set[str] = set()
+    for captured in captures:
+        own = [child for other in captured.calls() if other.path == call.path for child in other.children]
+        inside = {id(inner) for child in own if child.path in gone for inner in child.walk()}
+        paths = {other.path for other in captured.calls() if id(other) not in inside}
+        elsewhere |= paths.union(*(captured.opaque[path].inside for path in paths & captured.opaque.keys()))
     return frozenset(path for path in gone if not any(is_under(other, {path}) for other in elsewhere))

@@ -186,3 +186,17 @@ def test_a_target_that_leaves_a_constant_network_is_refused():
         autogate.prepare(model, example, flops=0.1, round_to=16)
     assert not hasattr(model, "autogate")
     autogate.prepare(model, example, flops=0.1)
+
+
+def test_around_a_prepared_model():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), autogate.prepare(net(), example()))
+    message = refused(model, example())
+    assert "its '1' is already prepared" in message and "finalize" in message
+
+
+def test_inside_of_a_prepared_model():
+    model = autogate.prepare(net(), example())
+    with pytest.raises(AutogateError, match=r"its 0\.conv1\.weight has gates already"):
+        autogate.prepare(model.layer1, torch.randn(2, 32, 8, 8))
+    assert not hasattr(model.layer1, "autogate")
+    autogate.prepare(copy.deepcopy(model.layer1), torch.randn(2, 32, 8, 8))

@@ -205,3 +205,14 @@ def test_a_run_killed_at_random_steps_goes_on_where_it_was(tmp_path):
     assert first["autogate.dead"].any()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
+
+
+def test_alphas_set_by_hand_count_before_they_are_folded():
+    model = autogate.prepare(timm.create_model("test_resnet", num_classes=10), torch.randn(2, 3, 32, 32), flops=0.5)
+    bank = autogate.gates(model)
+    with torch.no_grad():
+        bank.alpha[::2] = 0
+    before = bank.shares(), bank.progress(), repr(bank), autogate.summary(model).flops
+    assert before[0]["FLOPs"] < 1 and before[1].dead == len(bank.alpha[::2])
+    bank.fold()
+    assert before == (bank.shares(), bank.progress(), repr(bank), autogate.summary(model).flops)

@@ -83,3 +83,16 @@ def test_a_run_goes_on_where_it_was_slim(slim_early: RunFolder, tmp_path: Path):
     slim = load_file(slim_early.slim_file)
     assert all(torch.equal(slim[name], value) for name, value in load_file(folder.slim_file).items())
     assert folder.gates_file.read_text() == slim_early.gates_file.read_text()
+
+
+def test_it_goes_on_with_convolutions_on_shortcuts(pictures: Path, tmp_path: Path):
+    """Whether one is kept depends on its weights, which a model that is built again doesn't have yet."""
+    asks = recipe(pictures, budget=Budget(flops=0.7, shortcuts="conv"), learning=Learning(epochs=4, model_ema=True))
+    folder, stop = RunFolder(tmp_path / "run"), InEpoch(4)
+    assert start(asks, folder.path, callbacks=[stop], stop=stop) is None
+    found = load_checkpoint(folder.checkpoint_file)
+    assert found.gates is not None and any("shortcut_conv.weight" in name for name in found.model)
+    finalize_checkpoint(folder.path, tmp_path / "now.safetensors")
+    now = load_file(tmp_path / "now.safetensors")
+    assert all(torch.equal(now[name], value) for name, value in found.ema.items())
+    assert resume(folder.path) is not None

@@ -73,5 +73,6 @@ class Modes(nn.Module):
     def forward(self, x):
         first, second = self.a(x).split([3, 5], 1)
         if self.training:
-            return self.c(torch.cat([first, second], 1)), second.mean((2, 3))
+            returned = self.c(torch.cat([second, first], 1).roll(3, 1))
+            return returned, returned.mean((2, 3))
         return self.c(torch.cat([first, second], 1))

@@ -1,0 +1,56 @@
+"""What `prepare` refuses before it looks at a model's forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import jit, nn
+
+from autogate.gating import hooks
+from autogate.gating.bank import BANK, GateBank
+from autogate.gating.sharding import has_shards
+from autogate.wrappers import is_wrapped
+from rewriters import AutogateError
+
+
+def check_preparable(model: Any) -> None:
+    """Raise if `prepare` can't take this object: no module, prepared already, wrapped, sharded or scripted."""
+    where = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise AutogateError("it is not a torch.nn.Module.", where=where, remedy="Pass the model itself.")
+    if BANK in model._modules:
+        raise AutogateError("it is already prepared.", where=where, remedy="Train it, or finalize it first.")
+    within = gated_within(model)
+    if within:
+        raise AutogateError(
+            f"its {within!r} is already prepared.",
+            where=where,
+            remedy="Train that, or call autogate.finalize on it before you prepare what is around it.",
+        )
+    shared = hooks.gated_elsewhere(model)
+    if shared:
+        raise AutogateError(
+            f"its {shared} has gates already: another module that holds it is prepared.",
+            where=where,
+            remedy="Prepare the whole model once. Use copy.deepcopy for a model with weights of its own.",
+        )
+    if hasattr(model, BANK):
+        raise AutogateError(f"it has an attribute called {BANK!r}.", where=where, remedy="Rename the attribute.")
+    if has_shards(model):
+        raise AutogateError(
+            "its parameters are sharded.", where=where, remedy="Prepare the model first, then call fully_shard."
+        )
+    if isinstance(model, jit.ScriptModule):
+        raise AutogateError(
+            "torch.jit has compiled it.", where=where, remedy="Prepare and finalize the model first, then script it."
+        )
+    if is_wrapped(model):
+        raise AutogateError(
+            "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
+        )
+
+
+def gated_within(model: Any) -> str | None:
+    """Path of a prepared submodule, for instance a LightningModule's network; None if there is none."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)

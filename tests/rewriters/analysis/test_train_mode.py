@@ -1,0 +1,111 @@
+"""What a forward does in train mode alone counts as much as what it does in eval mode."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rewriters.analysis import analyse
+from rewriters.analysis.capture_modes import capture_modes
+from tests.rewriters.exactness import place_statistics, random_live, slim, zero_kernels
+from tests.rewriters.helpers import Net, conv, image, is_pinned, reasons
+
+
+def channel_dropout_by_hand(y):
+    return y * (torch.rand(y.shape[0], y.shape[1], 1, 1, dtype=y.dtype) < 0.5)
+
+
+ONLY_WHEN_TRAINING = {
+    "softmax": lambda y: y.softmax(1),
+    "mean": lambda y: y - y.mean(1, keepdim=True),
+    "slice": lambda y: F.pad(y[:, 2:], (0, 0, 0, 0, 2, 0)),
+    "swap": lambda y: torch.cat([y[:, 4:], y[:, :4]], 1),
+    "chunk": lambda y: torch.cat(y.chunk(2, 1)[::-1], 1),
+    "channel dropout": channel_dropout_by_hand,
+}
+
+
+def network(change):
+    def forward(m, x):
+        y = m.a(x)
+        return m.b((change(y) if m.training else y).relu())
+
+    torch.manual_seed(0)
+    return Net(forward, a=conv(3, 8), b=conv(8, 4)).double()
+
+
+@pytest.mark.parametrize("name", ONLY_WHEN_TRAINING)
+def test_the_slim_network_trains_what_the_gated_one_trains(name):
+    gated, x = network(ONLY_WHEN_TRAINING[name]), image().double()
+    slimmed = slim(copy.deepcopy(gated), (x,), share=0.5, seed=1)
+    channel_map = slimmed.analysis.channel_map
+    live = random_live(channel_map.size, 0.5, 1)
+    zero_kernels(gated, channel_map, live)
+    place_statistics(gated, slimmed.analysis, live)
+    outputs = []
+    for model in (gated, slimmed.model):
+        torch.manual_seed(0)
+        outputs.append(model.train()(x))
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-12)
+
+
+def test_what_mixes_channels_in_train_mode_only_keeps_them():
+    found = analyse(network(ONLY_WHEN_TRAINING["softmax"]), (image().double(),)).channel_map
+    assert is_pinned(found, "a.weight", 0)
+    assert "aten._softmax.default: mixed along its channels" in reasons(found, "a.weight", 0)
+
+
+RANDOM_MASKS = {
+    "dropout": lambda y: F.dropout(y, 0.2, True),
+    "dropout in place": lambda y: F.dropout(y, 0.2, True, inplace=True),
+    "dropped samples": lambda y: y * y.new_empty((y.shape[0], 1, 1, 1)).bernoulli_(0.9).div_(0.9),
+    "dropped samples, by comparison": lambda y: y.div(0.9) * (torch.rand(len(y), 1, 1, 1) + 0.9).floor(),
+    "noise": lambda y: y * (1 + torch.randn_like(y)),
+}
+
+
+@pytest.mark.parametrize("name", list(RANDOM_MASKS)[:3])
+def test_a_forward_that_masks_at_random_is_recorded_once(name):
+    assert len(capture_modes(network(RANDOM_MASKS[name]), (image().double(),), {})) == 1
+
+
+@pytest.mark.parametrize("name", RANDOM_MASKS)
+def test_a_forward_that_masks_at_random_keeps_no_channels(name):
+    assert analyse(network(RANDOM_MASKS[name]), (image().double(),)).channel_map.size == 8
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_real_models_are_recorded_once(name):
+    model = timm.create_model(name, drop_path_rate=0.2)
+    assert len(capture_modes(model, (torch.empty(2, 3, 224, 224),), {})) == 1
+
+
+def test_a_forward_that_wants_targets_to_train_is_recorded_in_eval_mode():
+    def forward(m, x, targets=None):
+        y = m.b(m.a(x).relu())
+        return ((y - targets) ** 2).mean() if m.training else y
+
+    model = Net(forward, a=conv(3, 8), b=conv(8, 4))
+    assert len(capture_modes(model, (image(),), {})) == 1
+    assert analyse(model, (image(),)).channel_map.size == 8
+
+
+def test_a_block_that_runs_other_code_in_each_mode_is_traced_in_both():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.extra = conv(8, 8), conv(4, 4)
+
+        def forward(self, x):
+            first, second = self.inner(x).chunk(2, 1)
+            return torch.cat([self.extra(first), second], 1) if self.training else torch.cat([first, second], 1)
+
+    model = Net(lambda m, x: m.out(m.block(m.a(x))), a=conv(3, 8), block=Block(), out=conv(8, 2)).double()
+    slimmed = slim(model, (image().double(),), share=0.5, seed=1)
+    assert slimmed.error < 1e-12
+    assert {mode for traced in slimmed.analysis.traced for mode in traced.modes} == {False, True}
+    assert slimmed.plan.forwards.keys() == {"block"}
+    model.train()(image().double())
