@@ -90,7 +90,7 @@ def test_autocast_accumulation_and_clipping(net):
                 loss.backward()
         nn.utils.clip_grad_norm_(switchable.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
 
