@@ -99,6 +99,13 @@ class GatedKernels:
         found: dict[tuple[int, int], GatedSide] = {}
         for place, ((home, name), side) in enumerate(zip(self._homes, self._sides, strict=True)):
             gated = GatedSide(place, side.dim, home[name], None)
+            if gated.weight.ndim <= side.dim or gated.weight.shape[side.dim] != self._lengths[place]:
+                raise AutogateError(
+                    f"its shape is {tuple(gated.weight.shape)} now, and dimension {side.dim} had {self._lengths[place]} "
+                    "channels when the model was prepared.",
+                    where=side.tensor,
+                    remedy="Change layers before prepare, or prepare the changed model again.",
+                )
             if self._sharded or is_sharded(gated.weight):
                 gated = self._at_rest(gated)
             found.setdefault((id(gated.weight), side.dim), gated)

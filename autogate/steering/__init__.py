@@ -3,7 +3,16 @@
 from autogate.steering.controller import Pressure, steer
 from autogate.steering.course import Course, Range
 from autogate.steering.schedule import Schedule
-from autogate.steering.selection import Deaths, Group, Narrowing, Selection, groups_of, part_alike, with_needed
+from autogate.steering.selection import (
+    Deaths,
+    Group,
+    Narrowing,
+    Selection,
+    fewest_live,
+    groups_of,
+    part_alike,
+    with_needed,
+)
 
 __all__ = [
     "Course",
@@ -14,6 +23,7 @@ __all__ = [
     "Range",
     "Schedule",
     "Selection",
+    "fewest_live",
     "groups_of",
     "part_alike",
     "steer",

@@ -122,11 +122,7 @@ def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targe
     narrowing = Narrowing(groups)
     if targets.distance(narrowing.live(0.0)) <= 0:
         return list(groups)
-    needed = critical_groups(channel_map, [group.classes for group in groups])
-    marked = [replace(group, needed=number in needed) for number, group in enumerate(groups)]
-    live = narrowing.live(0.0)
-    for group in marked:
-        live[list(group.classes)] &= group.needed
+    marked, live = _fewest(groups, channel_map)
     shares, wanted = targets.shares(live), targets.wanted()
     pace = max(group.pace for group in groups)
     for name in (name for name, share in shares.items() if share > wanted[name] + ROUNDING):
@@ -136,6 +132,20 @@ def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targe
             remedy="Ask for a larger share, or for a smaller `round_to`.",
         )
     return marked
+
+
+def fewest_live(groups: Sequence[Group], channel_map: ChannelMap) -> Tensor:
+    """The fewest classes that connect inputs to outputs, bool, shape (classes,): no budget can ask for less."""
+    return _fewest(groups, channel_map)[1]
+
+
+def _fewest(groups: Sequence[Group], channel_map: ChannelMap) -> tuple[list[Group], Tensor]:
+    needed = critical_groups(channel_map, [group.classes for group in groups])
+    marked = [replace(group, needed=number in needed) for number, group in enumerate(groups)]
+    live = Narrowing(groups).live(0.0)
+    for group in marked:
+        live[list(group.classes)] &= group.needed
+    return marked, live
 
 
 @dataclass(frozen=True)
