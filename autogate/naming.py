@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rewriters import AutogateError
 
-Ignored = str | nn.Module | Tensor | type[nn.Module] | Iterable[str | nn.Module | Tensor | type[nn.Module]]
+_One = str | nn.Module | Tensor | type[nn.Module]
+Ignored = _One | Iterable[_One]
 """What `ignore` takes: see `named_by`."""
 
 
@@ -20,42 +21,21 @@ def named_by(model: nn.Module, ignore: Ignored) -> list[str]:
 
     Args:
         model: the model.
-        ignore: one or several of: names of parameters, paths of modules, both with wildcards if you like
-            ("blocks.*.attn"); modules and parameters themselves; types of modules.
+        ignore: one or several of: names (see `tensors_named`), modules and parameters themselves, types of modules.
 
     Raises:
         AutogateError: one of them is of another type, or refers to nothing in the model.
     """
     one = isinstance(ignore, (str, type, nn.Module, Tensor)) or not isinstance(ignore, Iterable)
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
-    named: dict[str, None] = {}
-    for what in (ignore,) if one else ignore:
-        if isinstance(what, str):
-            paths, own = _by_name(model, what, [path for path, _ in modules], [name for name, _ in tensors])
-        else:
-            paths, own = _by_object(model, what, modules, tensors)
-        named |= dict.fromkeys(own)
-        named |= {name: None for path in paths for name, _ in tensors if name.startswith(f"{path}.")}
-    return list(named)
+    several: Iterable[Any] = (ignore,) if one else ignore  # type: ignore[assignment]
+    found = (
+        tensors_named(model, what, "ignore") if isinstance(what, str) else _tensors_of(model, what) for what in several
+    )
+    return list(dict.fromkeys(name for names in found for name in names))
 
 
-def _by_name(model: nn.Module, name: str, paths: list[str], tensors: list[str]) -> tuple[list[str], list[str]]:
-    """Paths and names of tensors that a name or a pattern refers to."""
-    found = [path for path in paths if fnmatchcase(path, name)], [own for own in tensors if fnmatchcase(own, name)]
-    if not any(found):
-        raise AutogateError(
-            f"ignore names {name!r}, which is neither a module nor a parameter of the model.",
-            where=type(model).__name__,
-            remedy=did_you_mean(name, paths + tensors),
-        )
-    return found
-
-
-def _by_object(
-    model: nn.Module, what: Any, modules: list[tuple[str, nn.Module]], tensors: list[tuple[str, Tensor]]
-) -> tuple[list[str], list[str]]:
-    """Paths and names of tensors that a module, a parameter or a type of modules refers to."""
+def _tensors_of(model: nn.Module, what: Any) -> list[str]:
+    """Names of the parameters and buffers of a module, of all modules of a type, or of a parameter itself."""
     is_type = isinstance(what, type) and issubclass(what, nn.Module)
     if not is_type and not isinstance(what, (nn.Module, Tensor)):
         raise AutogateError(
@@ -63,18 +43,39 @@ def _by_object(
             where=type(model).__name__,
             remedy='Give names of modules or parameters ("head", "blocks.*.attn"), modules, or types of modules.',
         )
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    modules = list(model.named_modules(remove_duplicate=False))
     paths = [path for path, module in modules if module is what or (is_type and isinstance(module, what))]
     own = [name for name, tensor in tensors if tensor is what]
     if not paths and not own:
-        shown = what.__name__ if is_type else f"a {type(what).__name__}"
+        missing = f"{what.__name__}, of which the model has none" if is_type else f"a {type(what).__name__} not in it"
+        raise AutogateError(f"ignore has {missing}.", where=type(model).__name__, remedy="See model.named_modules().")
+    under = tuple(f"{path}." for path in paths if path)
+    return own + [name for name, _ in tensors if "" in paths or (under and name.startswith(under))]
+
+
+def tensors_named(model: nn.Module, name: str, argument: str) -> list[str]:
+    """Names of the parameters and buffers that a name refers to.
+
+    Args:
+        model: the model.
+        name: a tensor's own name, the path of a module, or a glob of these, such as "layer4.*.conv2".
+        argument: the argument of `prepare` that has the name, for messages.
+
+    Raises:
+        AutogateError: it is neither a module nor a tensor of the model, or a glob that matches none.
+    """
+    tensors = [tensor for tensor, _ in (*model.named_parameters(), *model.named_buffers())]
+    paths = [path for path, _ in model.named_modules() if path]
+    meant = [known for known in (*paths, *tensors) if known == name or fnmatchcase(known, name)]
+    if not meant:
         raise AutogateError(
-            f"ignore has {shown}, of which the model has none."
-            if is_type
-            else f"ignore has {shown} that is not in it.",
+            f"{argument} names {name!r}, which is neither a module nor a parameter of the model.",
             where=type(model).__name__,
-            remedy="See model.named_modules().",
+            remedy=did_you_mean(name, paths + tensors),
         )
-    return paths, own
+    exact, under = set(meant), tuple(f"{path}." for path in meant)
+    return [tensor for tensor in tensors if tensor in exact or tensor.startswith(under)]
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

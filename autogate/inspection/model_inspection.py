@@ -58,7 +58,8 @@ class Inspection:
             group alive. `flops` and `params` are then those of the fewest channels.
         flops, all_flops: multiply-adds for one sample, at the budget and in the dense model.
         params, all_params: the same for parameters.
-        least: share of the FLOPs that the fewest channels that connect inputs to outputs leave: no budget can ask for less.
+        least: the smallest share of the FLOPs that a budget can ask for: that of the fewest channels that connect
+            inputs to outputs.
     """
 
     channel_map: ChannelMap
