@@ -101,8 +101,8 @@ class GatedKernels:
             gated = GatedSide(place, side.dim, home[name], None)
             if gated.weight.ndim <= side.dim or gated.weight.shape[side.dim] != self._lengths[place]:
                 raise AutogateError(
-                    f"its shape is {tuple(gated.weight.shape)} now. Dimension {side.dim} had {self._lengths[place]} channels "
-                    "when the model was prepared.",
+                    f"its shape is {tuple(gated.weight.shape)} now. When the model was prepared, dimension {side.dim} "
+                    f"had {self._lengths[place]} channels.",
                     where=side.tensor,
                     remedy="Change layers before prepare, or prepare the changed model again.",
                 )

@@ -204,9 +204,8 @@ def test_inside_of_a_prepared_model():
 
 @pytest.mark.parametrize("share", ["0.5", True, [0.5]])
 def test_a_share_that_is_no_number(share):
-    assert f"flops is {share!r}, a {type(share).__name__}; a share must be a number" in refused(
-        net(), example(), flops=share
-    )
+    message = refused(net(), example(), flops=share)
+    assert f"flops is {share!r}, a {type(share).__name__}; a share must be a number" in message
 
 
 class Named(nn.Module):
