@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autogate.gating.columns import column_products, scale_columns, segment_sum
 from autogate.gating.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
 from autogate.gating.sides import GatedSide, Stack, forms, stacked
-from rewriters import ALWAYS, AutogateError, ChannelMap
+from rewriters import ALWAYS, AutogateError, ChannelMap, Side
 
 
 class _Found(NamedTuple):
@@ -112,8 +112,8 @@ class GatedKernels:
     def _check_length(weight: nn.Parameter, side: Side, length: int) -> None:
         if weight.ndim <= side.dim or weight.shape[side.dim] != length:
             raise AutogateError(
-                f"its shape is {tuple(weight.shape)} now. When the model was prepared, dimension {side.dim} had {length} "
-                "channels.",
+                f"its shape is {tuple(weight.shape)} now. When the model was prepared, dimension {side.dim} had "
+                f"{length} channels.",
                 where=side.tensor,
                 remedy="Change layers before prepare, or prepare the changed model again.",
             )
