@@ -151,8 +151,8 @@ def _is_exact_in_float64(model: nn.Module, bank: GateBank, calls: Sequence[Input
     twin = copy.deepcopy(model).double()
     gates: GateBank = getattr(twin, BANK)
     origin: PrepareRecord = gates.origin
-    inputs, *others = map(_in_float64, (origin.options.inputs, *origin.options.others))
-    gates.origin = replace(origin, options=origin.options._replace(inputs=inputs, others=tuple(others)))
+    in_float64 = [*map(_in_float64, (origin.options.inputs, *origin.options.others))]
+    gates.origin = replace(origin, options=origin.options.on(in_float64))
     try:
         _slim_compared(twin, gates, [*map(_in_float64, calls)], {torch.float64: EXACT_IN_FLOAT64})
     except Exception:  # a forward written for float32 can fail in any way
@@ -168,8 +168,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
 
 def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimming | None = None) -> Slimming:
     origin: PrepareRecord = bank.origin
-    inputs, *others = origin.calls_for(model)
-    options = origin.options._replace(inputs=inputs, others=tuple(others))
+    options = origin.options.on(origin.calls_for(model))
     analysis = analyse_with_dry_run(model, options)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:
