@@ -34,6 +34,7 @@ from autogate.slim import (
     tell_of_steps_with,
     verify,
 )
+from autogate.steering import Bounds, read_limits
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
@@ -65,6 +66,7 @@ def prepare(
     hooks: bool = True,
     embed: bool = True,
     method: Method | None = None,
+    limits: Mapping[str, Bounds] | None = None,
 ) -> M:
     """Add gates to `model`. While you train it, they learn which channels it can do without.
 
@@ -108,6 +110,10 @@ def prepare(
             the live channels. If False, these channels stay.
         method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
             `autogate.GDP()` if None.
+        limits: bounds on the share of their channels that layers keep, by the path of a layer or a stage, the name of a
+            parameter, or a glob of these: `{"layer1": 0.8, "layer4.*.conv2": (0.25, 0.75)}`. One number is the least
+            share, a pair the least and the most. They bound the channels that a layer makes; of a layer whose outputs
+            all stay, such as the classifier, those that it reads. 1.0 is what `ignore` does.
 
     Raises:
         AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
@@ -120,7 +126,9 @@ def prepare(
             f"method is {method!r}, which is no method.", where="prepare", remedy="Give a value such as autogate.GDP()."
         )
     shares = Shares(flops, params, activations, latency, resources or {})
-    ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
+    bounds = read_limits(model, limits or {})
+    kept = [tensor for limit in bounds if limit.least == 1 for tensor in limit.tensors]
+    ignored = dict.fromkeys([*named_by(model, ignore), *kept], "the caller asked for it")
     options = AnalysisOptions(
         as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
     )
@@ -139,7 +147,10 @@ def prepare(
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         analysis.place_statistics(model, undo_log)
         origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
-        learner = Learner.of(analysis.channel_map, targets, method, steps=steps, round_to=round_to)
+        learner = Learner.of(
+            analysis.channel_map, targets, method, steps=steps, round_to=round_to,
+            limits=[limit for limit in bounds if limit.least < 1],
+        )  # fmt: skip
         bank = GateBank(model, analysis.channel_map, learner, origin, added, hooks)
     except BaseException:
         undo_log.undo()

@@ -106,7 +106,7 @@ def _learner(network: nn.Module, bank: GateBank, shares: Shares | None) -> Learn
 
 def _check_reached(learner: Learner, live: Tensor, settled: bool) -> None:
     targets = learner.targets
-    if settled or targets.distance(live) <= 0:
+    if settled or learner.selection.distance(live) <= 0:
         return
     wanted = targets.wanted()
     missed = [

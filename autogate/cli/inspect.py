@@ -30,7 +30,7 @@ def inspect(
     graph: Annotated[Path | None, typer.Option(help="File to draw the coupling graph to (svg, png, pdf).")] = None,
     debug: Debug = False,
 ) -> None:
-    """Show which channels of a model could be removed, which are pinned and why, and what a budget would leave.
+    """Show which channels of a model could be removed, which are pinned and why, and what a budget leaves.
 
     Prints groups of coupled channels, pinned channels, and FLOPs by stage. Nothing is trained or downloaded.
 

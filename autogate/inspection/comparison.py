@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from autogate.files import inputs_of
 from autogate.inputs import Inputs
@@ -71,16 +70,16 @@ def compare(
 
 def _in_turns(models: list[nn.Module], inputs: Inputs, by_compiler: bool, seconds: float) -> list[Duration | str]:
     rounds = 3
-    timers: list[Timer | str] = [_timer(model, inputs, by_compiler) for model in models]
+    timers = [_timer(model, inputs, by_compiler) for model in models]
     times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
         for timer, found in zip(timers, times, strict=True):
-            if isinstance(timer, Timer):
+            if not isinstance(timer, str):
                 found.extend(timer.blocked_autorange(min_run_time=seconds / rounds).times)
     return [timer if isinstance(timer, str) else _latency(found) for timer, found in zip(timers, times, strict=True)]
 
 
-def _timer(model: nn.Module, inputs: Inputs, by_compiler: bool) -> Timer | str:
+def _timer(model: nn.Module, inputs: Inputs, by_compiler: bool) -> Any:
     """A timer for a model that has run once, or why the model doesn't run."""
     args, kwargs = inputs
     try:
@@ -92,6 +91,8 @@ def _timer(model: nn.Module, inputs: Inputs, by_compiler: bool) -> Timer | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     names = {"run": run, "args": args, "kwargs": kwargs, "torch": torch}
     statement = "with torch.inference_mode(): run(*args, **kwargs)"
+    from torch.utils.benchmark import Timer  # not above: it looks for a compiler of CUDA, and prints that there is none
+
     return Timer(statement, globals=names, num_threads=torch.get_num_threads())
 
 

@@ -178,10 +178,10 @@ def test_finalize_looks_through_wrappers():
 
 
 def test_a_target_that_leaves_a_constant_network_is_refused():
-    """In steps of sixteen channels a tenth of the FLOPs leaves no channel in some stage."""
+    """In steps of sixteen channels a tenth of the FLOPs leaves no channel in some layer."""
     model, example = timm.create_model("test_resnet", num_classes=4), torch.randn(2, 3, 32, 32)
     with pytest.raises(
-        AutogateError, match=r"0\.100 of the FLOPs.*: 0\.316 are left .*\(removed 16 at a time\).*round_to"
+        AutogateError, match=r"0\.100 of the FLOPs.*: 0\.411 are left .*least width: 16 channels at a time.*round_to"
     ):
         autogate.prepare(model, example, flops=0.1, round_to=16)
     assert not hasattr(model, "autogate")
