@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autogate.gating import GateBank
     from autogate.inspection import Summary
     from autogate.methods import GDP
+    from autogate.outlook import what_if
     from autogate.slim import recalibrate
     from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
@@ -34,6 +35,7 @@ _EXPORTS = {
     "autogate.inspection": ("Summary",),
     "autogate.methods": ("GDP",),
     "autogate.slim": ("recalibrate",),
+    "autogate.outlook": ("what_if",),
     "rewriters": ("AutogateError", "CaptureError", "SurgeryError", "VerificationError"),
 }
 """What is exported, by its folder: the imports above, for when the program runs."""
@@ -78,4 +80,5 @@ __all__ = [
     "step",
     "summary",
     "to_timm_text",
+    "what_if",
 ]

@@ -20,8 +20,8 @@ ORDER = {
         "undo_log", "interrupts", "errors",
     ],
     "autogate": [
-        "cli", "reporting", "training", "integrations", "demo", "closing", "api", "inspection", "files", "slim",
-        "criteria", "gating", "methods", "steering", "budget", "naming", "inputs", "wrappers", "lock", "digits",
+        "cli", "reporting", "training", "integrations", "demo", "outlook", "closing", "api", "inspection", "files",
+        "slim", "criteria", "gating", "methods", "steering", "budget", "naming", "inputs", "wrappers", "lock", "digits",
         "version",
     ],
 }  # fmt: skip

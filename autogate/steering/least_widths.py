@@ -59,8 +59,7 @@ def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targe
     if targets.distance(live) <= 0:
         return list(groups)
     _check_bundles(groups, targets)
-    needed = critical_groups(channel_map, [group.classes for group in groups])
-    marked = [replace(group, needed=number in needed) for number, group in enumerate(groups)]
+    marked = _marked(groups, channel_map)
     live = Narrowing(marked).of_counts(_fewest(marked))
     for name in _missed(live, targets):
         limited = [group for group in marked if group.least]
@@ -77,6 +76,18 @@ def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targe
             "Ask for a larger share, or for a smaller `round_to`.",
         )  # fmt: skip
     return marked
+
+
+def fewest_live(groups: Sequence[Group], channel_map: ChannelMap) -> Tensor:
+    """The fewest classes that connect inputs to outputs, within limits, in whole bundles: bool, shape (classes,)."""
+    marked = _marked(groups, channel_map)
+    return Narrowing(marked).of_counts(_fewest(marked))
+
+
+def _marked(groups: Sequence[Group], channel_map: ChannelMap) -> list[Group]:
+    """The groups, with those marked that every path from inputs to outputs leads through."""
+    needed = critical_groups(channel_map, [group.classes for group in groups])
+    return [replace(group, needed=number in needed) for number, group in enumerate(groups)]
 
 
 def _fewest(groups: Sequence[Group]) -> Tensor:
