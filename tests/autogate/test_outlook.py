@@ -40,7 +40,7 @@ def chain_like(model: nn.Module) -> nn.Module:
 
 
 def test_what_is_out_of_reach_is_told_beside_the_rest():
-    found = autogate.what_if(chain(), IMAGES, (0.5, 0.0001), ignore=["3"], seconds=0.001)
+    found = autogate.what_if(chain(), IMAGES, (0.7, 0.0001), ignore=["3"], seconds=0.001)
     half, nothing, least = found.variants
     assert half.problem == least.problem == "" and "can't be reached" in nothing.problem
     assert nothing.latency is None and not nothing.widths
