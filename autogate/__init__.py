@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from autogate.version import __version__
 
 if TYPE_CHECKING:
+    from autogate import subnets
     from autogate.api import BudgetNotMetWarning, CollapseWarning, finalize, gates, prepare, step, summary
     from autogate.budget import Resource, SideCounts
     from autogate.closing import close
@@ -36,6 +37,7 @@ _EXPORTS = {
     "autogate.methods": ("GDP",),
     "autogate.slim": ("recalibrate",),
     "autogate.outlook": ("what_if",),
+    "autogate.subnets": (),
     "rewriters": ("AutogateError", "CaptureError", "SurgeryError", "VerificationError"),
 }
 """What is exported, by its folder: the imports above, for when the program runs."""
@@ -78,6 +80,7 @@ __all__ = [
     "recalibrate",
     "save",
     "step",
+    "subnets",
     "summary",
     "to_timm_text",
     "what_if",

@@ -15,7 +15,7 @@ from autogate.inputs import as_call, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
 from autogate.methods import GDP, Learner, Method
-from autogate.naming import did_you_mean, named_by
+from autogate.naming import Ignored, did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
@@ -35,6 +35,7 @@ from autogate.slim import (
     verify,
 )
 from autogate.steering import Bounds, read_limits
+from autogate.switching import check_one_width
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
@@ -61,7 +62,7 @@ def prepare(
     resources: Mapping[ResourceMaker, float] | None = None,
     steps: int | None = None,
     round_to: int = 1,
-    ignore: Iterable[str] = (),
+    ignore: Ignored = (),
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
     embed: bool = True,
@@ -96,7 +97,8 @@ def prepare(
         steps: number of optimizer steps in the training that follows. The budget is reached within these steps, and
             the remaining ones are plain training. 10,000 if None.
         round_to: a layer that loses channels ends with a multiple of this number, which fast GPU kernels prefer.
-        ignore: paths of modules, or names of parameters, whose channels all stay.
+        ignore: layers whose channels all stay, one or several: paths of modules or names of parameters, with wildcards
+            if you like (`"blocks.*.attn"`), modules themselves, or types of modules (`nn.LayerNorm`).
         shortcuts: "shared": the channels that an identity shortcut's residual add couples (those of a whole stage)
             are kept or removed together. "conv": each such shortcut becomes a 1x1 convolution, initialised to the
             identity, so that every block has a width of its own (Yang et al., "Non-uniform DNN Structured Subnets
@@ -120,6 +122,7 @@ def prepare(
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
     check_preparable(model)
+    check_one_width(model)
     method = GDP() if method is None else method
     if not isinstance(method, Method):
         raise AutogateError(
@@ -290,6 +293,7 @@ def finalize(
             `autogate.slim.finalizing.TOLERANCE`), and not by float32's rounding
             alone: they differ in float64 too.
     """
+    check_one_width(unwrap(model))
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)

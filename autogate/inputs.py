@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +34,15 @@ def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
+        if example_inputs and all(isinstance(one, int) for one in example_inputs):
+            raise AutogateError(
+                f"example_inputs is a shape, {tuple(example_inputs)}, and not a tensor.",
+                where=type(model).__name__,
+                remedy=f"Pass torch.randn{tuple(example_inputs)}, or what the model is run on.",
+            )
+        return _bound(model, tuple(example_inputs), {})
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
+        return _bound(model, (), dict(example_inputs))
     raise AutogateError(
         f"example_inputs is a {type(example_inputs).__name__}.",
         where=type(model).__name__,
@@ -59,6 +66,24 @@ def run_on(model: nn.Module, batch: Any) -> Any:
     """
     inputs = on_device_of(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """The arguments, if the model's forward takes such ones."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # some callables have none
+        return args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = f"the keys {list(kwargs)}" if kwargs else f"{len(args)} arguments"
+        raise AutogateError(
+            f"its forward doesn't take {given}: {error}.",
+            where=type(model).__name__,
+            remedy=f"It is forward{signature}: pass example_inputs as a dict of its keyword arguments, or a tuple.",
+        ) from None
+    return args, kwargs
 
 
 def dtype_of_parameters(model: nn.Module) -> torch.dtype | None:

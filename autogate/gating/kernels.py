@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autogate.gating.columns import column_products, scale_columns, segment_sum
 from autogate.gating.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
 from autogate.gating.sides import GatedSide, Stack, forms, stacked
-from rewriters import ALWAYS, AutogateError, ChannelMap
+from rewriters import ALWAYS, AutogateError, ChannelMap, Side
 
 
 class _Found(NamedTuple):
@@ -99,6 +99,7 @@ class GatedKernels:
         if self._found is None or not all(map(is_, at, self._found.at)):
             found: dict[tuple[int, int], GatedSide] = {}
             for place, (weight, side) in enumerate(zip(at, self._sides, strict=True)):
+                self._check_length(weight, side, self._lengths[place])
                 gated = GatedSide(place, side.dim, weight, None)
                 if self._sharded or is_sharded(weight):
                     gated = self._at_rest(gated)
@@ -106,6 +107,16 @@ class GatedKernels:
             kernels = {id(side.weight): side.weight for side in found.values()}
             self._found = _Found(at, list(found.values()), tuple(kernels.values()))
         return self._found.sides
+
+    @staticmethod
+    def _check_length(weight: nn.Parameter, side: Side, length: int) -> None:
+        if weight.ndim <= side.dim or weight.shape[side.dim] != length:
+            raise AutogateError(
+                f"its shape is {tuple(weight.shape)} now. When the model was prepared, dimension {side.dim} had "
+                f"{length} channels.",
+                where=side.tensor,
+                remedy="Change layers before prepare, or prepare the changed model again.",
+            )
 
     def all(self, device: torch.device) -> tuple[nn.Parameter, ...]:
         """The gated kernels, each once; the same tuple while they are the same parameters. For the rest as `sides`."""

@@ -79,13 +79,11 @@ def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targe
 
 
 def fewest_live(groups: Sequence[Group], channel_map: ChannelMap) -> Tensor:
-    """The fewest classes that connect inputs to outputs, within limits, in whole bundles: bool, shape (classes,)."""
-    marked = _marked(groups, channel_map)
-    return Narrowing(marked).of_counts(_fewest(marked))
+    """The fewest classes that connect inputs to outputs, bool, shape (classes,): no budget can ask for less."""
+    return Narrowing(groups).of_counts(_fewest(_marked(groups, channel_map)))
 
 
 def _marked(groups: Sequence[Group], channel_map: ChannelMap) -> list[Group]:
-    """The groups, with those marked that every path from inputs to outputs leads through."""
     needed = critical_groups(channel_map, [group.classes for group in groups])
     return [replace(group, needed=number in needed) for number, group in enumerate(groups)]
 
