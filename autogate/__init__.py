@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from autogate.version import __version__
 
 if TYPE_CHECKING:
+    from autogate import subnets
     from autogate.api import BudgetNotMetWarning, CollapseWarning, finalize, gates, prepare, step, summary
     from autogate.budget import Resource, SideCounts
     from autogate.closing import close
@@ -34,6 +35,7 @@ _EXPORTS = {
     "autogate.inspection": ("Summary",),
     "autogate.methods": ("GDP",),
     "autogate.slim": ("recalibrate",),
+    "autogate.subnets": (),
     "rewriters": ("AutogateError", "CaptureError", "SurgeryError", "VerificationError"),
 }
 """What is exported, by its folder: the imports above, for when the program runs."""
@@ -76,6 +78,7 @@ __all__ = [
     "recalibrate",
     "save",
     "step",
+    "subnets",
     "summary",
     "to_timm_text",
 ]

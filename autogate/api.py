@@ -35,6 +35,7 @@ from autogate.slim import (
     verify,
 )
 from autogate.steering import Bounds, read_limits
+from autogate.switching import check_one_width
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
@@ -121,6 +122,7 @@ def prepare(
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
     check_preparable(model)
+    check_one_width(model)
     method = GDP() if method is None else method
     if not isinstance(method, Method):
         raise AutogateError(
@@ -291,6 +293,7 @@ def finalize(
             `autogate.slim.finalizing.TOLERANCE`), and not by float32's rounding
             alone: they differ in float64 too.
     """
+    check_one_width(unwrap(model))
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)

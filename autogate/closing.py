@@ -67,7 +67,11 @@ def close(
         over_price: whether "global" compares scores divided by what a class costs of the budget's resources. None:
             only those of "taylor" and "fisher", which estimate what closing costs the loss. The scores of the others
             are relative to the layer, and dividing them would close one layer after the other.
-        flops, params, activations, latency, resources: another budget than the one given to `prepare`, see there.
+        flops: share of the FLOPs to keep, instead of the budget given to `prepare`; see there.
+        params: share of the parameters to keep, likewise.
+        activations: share of the activation bytes to keep, likewise.
+        latency: share of the time to keep, likewise.
+        resources: shares of resources of your own, likewise.
 
     Raises:
         AutogateError: the model has no gates, or is sharded; the criterion is unknown, lacks batches or a loss, or its

@@ -14,7 +14,7 @@ what differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from autogate.slim import timm_fields as bookkeeping
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
+    KeptIndices,
     Slimming,
     TensorSpec,
     describe_buffers,
@@ -174,7 +175,7 @@ def slim_as_recorded(
     Raises:
         AutogateError: the channels of the model are coupled in another way than those of the recorded one.
     """
-    live = _live(analysis.channel_map, slimming)
+    live = live_classes(analysis.channel_map, slimming.kept)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
     mine, theirs = kept_by_side(done.kept), kept_by_side(slimming.kept)
@@ -187,10 +188,14 @@ def slim_as_recorded(
     return done
 
 
-def _live(channel_map: ChannelMap, slimming: Slimming) -> Tensor:
-    """The classes that keep all of their indices, bool, shape (classes,)."""
+def live_classes(channel_map: ChannelMap, recorded: Collection[KeptIndices]) -> Tensor:
+    """The classes that keep all of their indices, bool, shape (classes,).
+
+    Raises:
+        AutogateError: a recorded side has another length here.
+    """
     live = torch.ones(channel_map.size, dtype=torch.bool)
-    kept = kept_by_side(slimming.kept)
+    kept = kept_by_side(recorded)
     for side, classes in channel_map.classes.items():
         if side in kept:
             _check_same(f"the length of {side}", len(classes), kept[side].size)

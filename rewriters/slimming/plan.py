@@ -57,6 +57,13 @@ class SlimPlan:
         """Multiply-adds of what is left, for one sample."""
         return sum(channel_map.macs(kernel, self.live) for kernel in self.kernels)
 
+    def cuts(self) -> dict[str, list[tuple[int, Tensor]]]:
+        """For each tensor that loses indices: (dimension, indices that stay), by its qualified name."""
+        cuts: dict[str, list[tuple[int, Tensor]]] = {}
+        for side, indices in self.kept.items():
+            cuts.setdefault(side.tensor, []).append((side.dim, indices))
+        return cuts
+
 
 def plan(
     model: nn.Module,
@@ -173,14 +180,12 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
     remove_live_statistics(model, undo_log)
     drop_caches(model.modules(), undo_log)
     widths = fields_in_fusable_blocks(model)
-    cuts: dict[str, list[tuple[int, Tensor]]] = {}
-    for side, indices in slim_plan.kept.items():
-        cuts.setdefault(side.tensor, []).append((side.dim, indices))
     sliced: dict[int, Tensor] = {}  # a shared tensor stays shared
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
-    for name, dims in cuts.items():
+    for name, dims in slim_plan.cuts().items():
         tensor = first_name[name]
-        sliced[id(tensor)] = like(tensor, take_indices(tensor, dims) if with_values else _unfilled(tensor, dims))
+        taken = take_indices(tensor.detach(), dims) if with_values else _unfilled(tensor, dims)
+        sliced[id(tensor)] = like(tensor, taken)
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
@@ -199,7 +204,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
         set_forward(model.get_submodule(path), forward, undo_log)
     for name, value in slim_plan.constants.items():
         path, _, own_name = name.rpartition(".")
-        undo_log.set(model.get_submodule(path)._buffers, own_name, value)
+        undo_log.set_tensor(model.get_submodule(path), own_name, value)
     for path, width in slim_plan.bare_norms.items():
         undo_log.set_attribute(model.get_submodule(path), "num_features", width)
     for path in slim_plan.removed:
@@ -209,8 +214,8 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
 
 
 def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """The tensor with only these indices (int64) along these dimensions, in the same memory format."""
-    sliced = tensor.detach()
+    """The tensor with only these indices (int64) along these dimensions, in the same memory format; differentiable."""
+    sliced = tensor
     for dim, indices in dims:
         sliced = sliced.index_select(dim, indices.to(tensor.device))
     channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
