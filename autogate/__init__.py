@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autogate.inputs import Examples
     from autogate.inspection import Summary
     from autogate.methods import GDP
+    from autogate.outlook import what_if
     from autogate.slim import recalibrate
     from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
@@ -37,6 +38,7 @@ _EXPORTS = {
     "autogate.inspection": ("Summary",),
     "autogate.methods": ("GDP",),
     "autogate.slim": ("recalibrate",),
+    "autogate.outlook": ("what_if",),
     "autogate.subnets": (),
     "rewriters": ("AutogateError", "CaptureError", "SurgeryError", "VerificationError"),
 }
@@ -84,4 +86,5 @@ __all__ = [
     "subnets",
     "summary",
     "to_timm_text",
+    "what_if",
 ]

@@ -239,4 +239,8 @@ def test_a_layer_replaced_by_a_wider_one_is_named():
         autogate.finalize(model)
     assert "Change layers before prepare" in str(error.value)
     with pytest.raises(AutogateError, match="its shape is"):
-        autogate.summary(model)
+        model(example())
+    other = autogate.prepare(net(), example())  # it is nobody else's error
+    other(example()).sum().backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    assert autogate.gates(other).progress().step == 1
