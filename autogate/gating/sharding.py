@@ -33,10 +33,12 @@ def has_shards(model: nn.Module) -> bool:
     return any(map(_is_managed, model.modules())) or any(map(is_sharded, model.parameters()))
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """The part of the tensor in this process, sharing its memory."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[attr-defined]
 
 
 def layout(tensor: Tensor) -> Any:

@@ -1,5 +1,6 @@
 """What decides which channels die: in come readings of a step, out come gates."""
 
+from autogate.methods.arguments import as_method, budget_of
 from autogate.methods.clipped_lasso import ClippedLasso
 from autogate.methods.gdp import GDP
 from autogate.methods.learner import Learner, Standing
@@ -16,4 +17,6 @@ __all__ = [
     "Proposal",
     "Standing",
     "Step",
+    "as_method",
+    "budget_of",
 ]

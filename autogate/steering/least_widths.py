@@ -67,8 +67,7 @@ def with_needed(
     if targets.distance(live) <= 0 and not always:
         return list(groups)
     _check_bundles(groups, targets)
-    needed = critical_groups(channel_map, [group.classes for group in groups])
-    marked = [replace(group, needed=number in needed) for number, group in enumerate(groups)]
+    marked = _marked(groups, channel_map)
     live = Narrowing(marked).of_counts(_fewest(marked))
     for name in _missed(live, targets):
         limited = [group for group in marked if group.least]
@@ -85,6 +84,16 @@ def with_needed(
             "Ask for a larger share, or for a smaller `round_to`.",
         )  # fmt: skip
     return marked
+
+
+def fewest_live(groups: Sequence[Group], channel_map: ChannelMap) -> Tensor:
+    """The fewest classes that connect inputs to outputs, bool, shape (classes,): no budget can ask for less."""
+    return Narrowing(groups).of_counts(_fewest(_marked(groups, channel_map)))
+
+
+def _marked(groups: Sequence[Group], channel_map: ChannelMap) -> list[Group]:
+    needed = critical_groups(channel_map, [group.classes for group in groups])
+    return [replace(group, needed=number in needed) for number, group in enumerate(groups)]
 
 
 def _fewest(groups: Sequence[Group]) -> Tensor:
