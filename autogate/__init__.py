@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from autogate.closing import close
     from autogate.files import load, save, to_timm_text
     from autogate.gating import GateBank
+    from autogate.inputs import Examples
     from autogate.inspection import Summary
     from autogate.methods import GDP
     from autogate.outlook import what_if
@@ -33,6 +34,7 @@ _EXPORTS = {
     "autogate.closing": ("close",),
     "autogate.files": ("load", "save", "to_timm_text"),
     "autogate.gating": ("GateBank",),
+    "autogate.inputs": ("Examples",),
     "autogate.inspection": ("Summary",),
     "autogate.methods": ("GDP",),
     "autogate.slim": ("recalibrate",),
@@ -65,6 +67,7 @@ __all__ = [
     "BudgetNotMetWarning",
     "CaptureError",
     "CollapseWarning",
+    "Examples",
     "GateBank",
     "Resource",
     "SideCounts",

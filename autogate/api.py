@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
-from autogate.inputs import as_call, dtype_of_parameters, fitted
+from autogate.inputs import as_calls, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
 from autogate.methods import GDP, Learner, Method
@@ -85,8 +85,9 @@ def prepare(
         model: any module; the same object is returned. Prepare it before you compile it or wrap it for distributed
             training.
         example_inputs: inputs that the model can be run on: a tensor, a tuple of positional arguments or a dict of
-            keyword arguments. A timm model needs none. Give a batch of two or more samples, so that the batch
-            dimension can't be mistaken for another dimension of size 1.
+            keyword arguments, or several of these (`Examples`) if the forward takes other ways for other inputs. A timm
+            model needs none. Give a batch of two or more samples, so that the batch dimension can't be mistaken for
+            another dimension of size 1.
         flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to keep, in (0, 1];
             0.5 if no budget is given. If several budgets are given, all of them are met.
         params: share of the model's parameters to keep.
@@ -132,8 +133,9 @@ def prepare(
     bounds = read_limits(model, limits or {})
     kept = [tensor for limit in bounds if limit.least == 1 for tensor in limit.tensors]
     ignored = dict.fromkeys([*named_by(model, ignore), *kept], "the caller asked for it")
+    inputs, *others = as_calls(example_inputs, model)
     options = AnalysisOptions(
-        as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
+        inputs, ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed, tuple(others)
     )
     undo_log = UndoLog()
     try:
@@ -300,16 +302,16 @@ def finalize(
     optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     bank.fold()
     origin: PrepareRecord = bank.origin
-    given = None if example_inputs is None else as_call(example_inputs, model)
-    inputs = origin.inputs_for(model) if given is None else fitted(given, model)
+    given = None if example_inputs is None else as_calls(example_inputs, model)
+    calls = origin.calls_for(model) if given is None else tuple(fitted(call, model) for call in given)
     missed = _missed(bank)
     if warn and missed:  # before anything is done: the caller may have turned warnings into errors
         warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
-    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), inputs)):
+    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), calls[0])):
         remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
         warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
     before = _parameters(model)
-    done = slim_verified(model, bank, inputs)
+    done = slim_verified(model, bank, calls)
     _take_along(optimizers, before, model, done)
     return model
 
@@ -380,6 +382,11 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
+    if options.others:
+        raise AutogateError(
+            f"shortcuts={shortcuts!r} is for one set of example inputs, and {1 + len(options.others)} are given.",
+            where=type(model).__name__, remedy="Pass one of them, or leave shortcuts shared.",
+        )  # fmt: skip
     wanted = Outputs.of(model, *options.inputs)
     replaced = add_shortcut_convolutions(model, options, undo_log)
     if not replaced:

@@ -62,6 +62,7 @@ class Slimming:
         rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
             what it was before convolutions were put on its shortcuts.
         removed: modules that are no longer called and were removed.
+        others: the other example inputs, as `inputs`.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -76,6 +77,7 @@ class Slimming:
     selections: Mapping[str, tuple[int, ...]]
     rewritten: Mapping[str, str]
     removed: tuple[str, ...]
+    others: tuple[JsonValue, ...] = ()
 
 
 @dataclass(frozen=True)
