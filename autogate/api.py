@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from autogate.budget import ResourceMaker, Shares
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
 from autogate.inputs import as_call, dtype_of_parameters, fitted
-from autogate.inspection import Summary, summarise
+from autogate.inspection import Summary, summarise, summarise_slim
 from autogate.lock import locked
 from autogate.methods import GDP, Learner, Method
 from autogate.naming import Ignored, did_you_mean, named_by
@@ -25,6 +25,7 @@ from autogate.slim import (
     as_optimizers,
     check_finite,
     check_not_sharded,
+    history_of,
     kept_by_side,
     parameter_replacements,
     replace_parameters,
@@ -228,9 +229,10 @@ def step(model: nn.Module, *, lr: float) -> None:
 
 @locked
 def summary(model: nn.Module) -> Summary:
-    """Summarise a prepared model: FLOPs, parameters and channels left, and what is pinned and why. Print the result.
+    """Summarise a prepared or slim model: FLOPs, parameters and channels left, and what is pinned and why.
 
-    Alphas that you set by hand count, whether or not the model has run since.
+    Print the result, or take its `table()` or `to_json()`. Alphas that you set by hand count. Of a slim model it tells
+    widths before and after, what was removed, and which forwards were rewritten.
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -239,12 +241,15 @@ def summary(model: nn.Module) -> Summary:
         (1814073344.0, 11689512, 1.0)
 
     Args:
-        model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
+        model: the model that `prepare`, `finalize` or `load` returned, or a compiled or distributed wrapper around it.
 
     Raises:
-        AutogateError: the model was not prepared.
+        AutogateError: the model was neither prepared nor slimmed.
     """
-    return summarise(unwrap(model), gates(model))
+    own = unwrap(model)
+    if isinstance(own, nn.Module) and BANK not in own._modules and history_of(own) is not None:
+        return summarise_slim(own)
+    return summarise(own, gates(model))
 
 
 @locked

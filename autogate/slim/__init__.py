@@ -25,6 +25,7 @@ from autogate.slim.history import (
     slimming_from_json,
     slimming_to_json,
 )
+from autogate.slim.layers import Layer, layers_of
 from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
@@ -45,6 +46,7 @@ __all__ = [
     "AnalysisOptions",
     "History",
     "KeptIndices",
+    "Layer",
     "PrepareRecord",
     "Slimming",
     "add_shortcut_convolutions",
@@ -62,6 +64,7 @@ __all__ = [
     "history_of",
     "kept_by_side",
     "kept_indices",
+    "layers_of",
     "live_classes",
     "parameter_replacements",
     "read_inputs",
