@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from autogate.closing import close
     from autogate.files import load, save, to_timm_text
     from autogate.gating import GateBank
+    from autogate.inputs import Examples
     from autogate.inspection import Summary
     from autogate.methods import GDP
+    from autogate.outlook import what_if
     from autogate.slim import recalibrate
     from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
@@ -32,9 +34,11 @@ _EXPORTS = {
     "autogate.closing": ("close",),
     "autogate.files": ("load", "save", "to_timm_text"),
     "autogate.gating": ("GateBank",),
+    "autogate.inputs": ("Examples",),
     "autogate.inspection": ("Summary",),
     "autogate.methods": ("GDP",),
     "autogate.slim": ("recalibrate",),
+    "autogate.outlook": ("what_if",),
     "autogate.subnets": (),
     "rewriters": ("AutogateError", "CaptureError", "SurgeryError", "VerificationError"),
 }
@@ -63,6 +67,7 @@ __all__ = [
     "BudgetNotMetWarning",
     "CaptureError",
     "CollapseWarning",
+    "Examples",
     "GateBank",
     "Resource",
     "SideCounts",
@@ -81,4 +86,5 @@ __all__ = [
     "subnets",
     "summary",
     "to_timm_text",
+    "what_if",
 ]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
-from autogate.inputs import as_call, dtype_of_parameters, fitted
+from autogate.inputs import as_calls, fitted
 from autogate.inspection import Summary, summarise, summarise_slim
 from autogate.lock import locked
 from autogate.methods import GDP, Learner, Method
@@ -26,13 +26,11 @@ from autogate.slim import (
     check_finite,
     check_not_sharded,
     history_of,
-    kept_by_side,
-    parameter_replacements,
-    replace_parameters,
+    parameters_of,
     signs_of_collapse,
     slim_unverified,
     slim_verified,
-    tell_of_steps_with,
+    take_along,
     verify,
 )
 from autogate.steering import Bounds, read_limits
@@ -86,8 +84,9 @@ def prepare(
         model: any module; the same object is returned. Prepare it before you compile it or wrap it for distributed
             training.
         example_inputs: inputs that the model can be run on: a tensor, a tuple of positional arguments or a dict of
-            keyword arguments. A timm model needs none. Give a batch of two or more samples, so that the batch
-            dimension can't be mistaken for another dimension of size 1.
+            keyword arguments, or several of these (`Examples`) if the forward takes other ways for other inputs. A timm
+            model needs none. Give a batch of two or more samples, so that the batch dimension can't be mistaken for
+            another dimension of size 1.
         flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to keep, in (0, 1];
             0.5 if no budget is given. If several budgets are given, all of them are met.
         params: share of the model's parameters to keep.
@@ -133,8 +132,9 @@ def prepare(
     bounds = read_limits(model, limits or {})
     kept = [tensor for limit in bounds if limit.least == 1 for tensor in limit.tensors]
     ignored = dict.fromkeys([*named_by(model, ignore), *kept], "the caller asked for it")
+    inputs, *others = as_calls(example_inputs, model)
     options = AnalysisOptions(
-        as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
+        inputs, ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed, tuple(others)
     )
     undo_log = UndoLog()
     try:
@@ -150,7 +150,7 @@ def prepare(
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         analysis.place_statistics(model, undo_log)
-        origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
+        origin = PrepareRecord(options, dtype_ofparameters_of(model), replaced)
         learner = Learner.of(
             analysis.channel_map, targets, method, steps=steps, round_to=round_to,
             limits=[limit for limit in bounds if limit.least < 1],
@@ -305,17 +305,17 @@ def finalize(
     optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     bank.fold()
     origin: PrepareRecord = bank.origin
-    given = None if example_inputs is None else as_call(example_inputs, model)
-    inputs = origin.inputs_for(model) if given is None else fitted(given, model)
+    given = None if example_inputs is None else as_calls(example_inputs, model)
+    calls = origin.calls_for(model) if given is None else tuple(fitted(call, model) for call in given)
     missed = _missed(bank)
     if warn and missed:  # before anything is done: the caller may have turned warnings into errors
         warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
-    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), inputs)):
+    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), calls[0])):
         remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
         warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
-    before = _parameters(model)
-    done = slim_verified(model, bank, inputs)
-    _take_along(optimizers, before, model, done)
+    before = parameters_of(model)
+    done = slim_verified(model, bank, calls)
+    take_along(optimizers, before, model, done)
     return model
 
 
@@ -333,29 +333,15 @@ def finalize_as(model: M, slimming: Slimming, *, optimizer: Optimizer | Iterable
     """
     model, bank = unwrap(model), gates(model)
     optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
-    before = _parameters(model)
-    _take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
+    before = parameters_of(model)
+    take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
     return model
-
-
-def _take_along(
-    optimizers: Iterable[Optimizer], before: Mapping[str, nn.Parameter], model: nn.Module, done: Slimming
-) -> None:
-    """Let optimizers continue with the slim model; others that still have its old parameters are told so."""
-    replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
-    for one in optimizers:
-        replace_parameters(one, replacements)
-    tell_of_steps_with([parameter for parameter in before.values() if id(parameter) in replacements])
 
 
 def _listed(optimizer: Any) -> list[Any]:
     if optimizer is None:
         return []
     return list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _missed(bank: GateBank) -> str:
@@ -385,6 +371,11 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
+    if options.others:
+        raise AutogateError(
+            f"shortcuts={shortcuts!r} is for one set of example inputs, and {1 + len(options.others)} are given.",
+            where=type(model).__name__, remedy="Pass one of them, or leave shortcuts shared.",
+        )  # fmt: skip
     wanted = Outputs.of(model, *options.inputs)
     replaced = add_shortcut_convolutions(model, options, undo_log)
     if not replaced:

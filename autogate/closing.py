@@ -104,7 +104,7 @@ def _learner(network: nn.Module, bank: GateBank, shares: Shares | None) -> Learn
         return bank.learner
     origin: PrepareRecord = bank.origin
     known = [target.resource for target in bank.targets.targets]
-    targets = shares.targets(network, bank.channel_map, origin.inputs_for(network), bank.added, known=known)
+    targets = shares.targets(network, bank.channel_map, origin.calls_for(network)[0], bank.added, known=known)
     return bank.learner.towards(targets, bank.channel_map)
 
 

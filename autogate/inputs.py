@@ -18,6 +18,31 @@ BATCH = 2
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+class Examples:
+    """Several example inputs for `prepare`, for a model that takes other ways for other inputs.
+
+    A forward whose control flow they decide (a mask that is given or not, a state that is None at first) is rewritten
+    for each way, and its arguments choose one whenever it runs.
+
+        >>> import torch, autogate
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+        >>> x, mask = torch.randn(2, 5, 16), torch.zeros(5, 5)
+        >>> model = autogate.prepare(layer, autogate.Examples(x, (x, mask)), flops=0.9)
+
+    Args:
+        examples: each of them what `prepare` takes as example inputs: a tensor, a tuple or a dict. FLOPs, activations
+            and latency are those of the first.
+    """
+
+    def __init__(self, *examples: Any):
+        if not examples:
+            raise ValueError("autogate.Examples needs at least one set of example inputs")
+        self.examples = examples
+
+    def __repr__(self) -> str:
+        return f"Examples({len(self.examples)} sets of example inputs)"
+
+
 def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
     """Turn what the caller gave as `example_inputs` into positional and keyword arguments for `model`.
 
@@ -48,6 +73,12 @@ def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
         where=type(model).__name__,
         remedy="Pass a tensor, a tuple of positional arguments or a dict of keyword arguments.",
     )
+
+
+def as_calls(example_inputs: Any, model: nn.Module) -> tuple[Inputs, ...]:
+    """Turn `example_inputs` into one call of `model`, or several. Raises as `as_call`."""
+    given = example_inputs.examples if isinstance(example_inputs, Examples) else (example_inputs,)
+    return tuple(as_call(one, model) for one in given)
 
 
 def on_device_of(model: nn.Module, value: Any) -> Any:

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import nn
 
 from autogate.api import gates, prepare
-from autogate.inputs import as_call
+from autogate.inputs import as_calls
 from autogate.lock import locked
 from autogate.naming import did_you_mean
 from autogate.slim import PrepareRecord
@@ -150,8 +150,8 @@ def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own",
         raise AutogateError(f"norms is {norms!r}.", where=where, remedy="Pass 'own' or 'statistics'.")
     if unwrap(model) is not model:
         raise AutogateError("it is wrapped.", where=where, remedy="Fuse the model, then compile or wrap it.")
-    inputs = found.origin.inputs_for(model) if example_inputs is None else as_call(example_inputs, model)
-    options = found.origin.options._replace(inputs=inputs)
+    calls = found.origin.calls_for(model) if example_inputs is None else as_calls(example_inputs, model)
+    options = found.origin.options.on(calls)
     fuse_structures(model, found.structures, replace(found.origin, options=options), norms == "own")
     return model
 

@@ -13,6 +13,7 @@ from torch import nn
 from autogate.cli.common import Debug, console, images, one_line_errors, timm_model
 from autogate.files import inputs_of, load
 from autogate.inspection import Inspection, Stage, check_drawable, draw_coupling_graph, inspect_model, short
+from autogate.outlook import what_if
 from rewriters import AutogateError
 
 ROUNDING = 1e-9
@@ -32,18 +33,29 @@ def inspect(
     ] = "shared",
     ignore: Annotated[list[str] | None, typer.Option(help="Module whose channels all stay; can be repeated.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show FLOPs by layer instead of by stage.")] = False,
+    trial: Annotated[
+        bool, typer.Option("--what-if", help="Make models for 0.8, 0.5, 0.3 and 0.1 of the FLOPs, and time them.")
+    ] = False,
+    by: Annotated[str, typer.Option(help="Criterion of --what-if: l1, l2, lamp, fpgm, bn_scale or random.")] = "l1",
     graph: Annotated[Path | None, typer.Option(help="File to draw the coupling graph to (svg, png, pdf).")] = None,
     debug: Debug = False,
 ) -> None:
     """Show which channels of a model could be removed, which are pinned and why, and what a budget leaves.
 
-    Prints groups of coupled channels, pinned channels, and FLOPs by stage. Nothing is trained or downloaded.
+    Prints groups of coupled channels, pinned channels, and FLOPs by stage. Nothing is trained or downloaded. With
+    --what-if, prints instead the least that can be reached, and the widths and measured latency that some shares come
+    to.
 
     Example: autogate inspect resnet50 --flops 0.5 --graph groups.svg
     """
     if graph is not None:
         check_drawable(graph)
     network, example = _network(model, classes, image_size)
+    if trial:
+        with console.status("making and timing slim models"):
+            tried = what_if(network, example, by=by, ignore=ignore or (), shortcuts=shortcuts)
+        console.print(tried.table(), markup=False, highlight=False, soft_wrap=True)
+        return
     with console.status("analysing the model"):
         found = inspect_model(
             network, example, flops=flops, ignore=ignore or (), shortcuts=shortcuts, by_layer=layers

@@ -139,7 +139,7 @@ def _tensors_of(slim: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _forwards(slim: nn.Module) -> dict[str, dict[str, str]]:
     found = {path: module.__dict__.get("forward") for path, module in slim.named_modules()}
     return {
-        path: {"train" if training else "eval": source for training, source in forward.sources.items()}
+        path: {"train" if training else "eval": forward.source(training) for training in forward.functions}
         for path, forward in found.items()
         if isinstance(forward, RewrittenForward)
     }

@@ -26,7 +26,7 @@ from autogate.slim.history import (
     slimming_to_json,
 )
 from autogate.slim.layers import Layer, layers_of
-from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
+from autogate.slim.optimizer_state import as_optimizers, parameters_of, take_along
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
@@ -39,7 +39,6 @@ from autogate.slim.record_replay import (
     replay,
     slim_and_record,
 )
-from autogate.slim.stale_optimizers import tell_of_steps_with
 
 __all__ = [
     "ATTRIBUTE",
@@ -66,10 +65,9 @@ __all__ = [
     "kept_indices",
     "layers_of",
     "live_classes",
-    "parameter_replacements",
+    "parameters_of",
     "read_inputs",
     "recalibrate",
-    "replace_parameters",
     "replay",
     "signs_of_collapse",
     "slim_and_record",
@@ -77,6 +75,6 @@ __all__ = [
     "slim_verified",
     "slimming_from_json",
     "slimming_to_json",
-    "tell_of_steps_with",
+    "take_along",
     "verify",
 ]

@@ -65,6 +65,7 @@ class Slimming:
         removed: modules that are no longer called and were removed.
         layers: convolutions and linear layers, with their channels and multiply-adds before and after.
         params: number of parameters before, without those of convolutions on shortcuts.
+        others: the other example inputs, as `inputs`.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -81,6 +82,7 @@ class Slimming:
     removed: tuple[str, ...]
     layers: tuple[Layer, ...] = ()
     params: int = 0
+    others: tuple[JsonValue, ...] = ()
 
 
 @dataclass(frozen=True)

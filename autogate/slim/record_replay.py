@@ -14,7 +14,7 @@ what differs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,19 +68,26 @@ class AnalysisOptions(NamedTuple):
         ignored: names of the tensors whose channels stay, with the reason.
         shortcuts: "shared", "conv" or paths of modules.
         embed: whether channels that cross-channel statistics are taken over can be removed.
+        others: more example inputs.
     """
 
     inputs: Inputs
     ignored: Mapping[str, str]
     shortcuts: str | tuple[str, ...] = "shared"
     embed: bool = True
+    others: tuple[Inputs, ...] = ()
+
+    def on(self, calls: Sequence[Inputs]) -> AnalysisOptions:
+        """The same for these example inputs."""
+        return self._replace(inputs=calls[0], others=tuple(calls[1:]))
 
 
 @frozen_heap()
 def analyse_with_dry_run(model: nn.Module, options: AnalysisOptions) -> Analysis:
     """Analyse the model's channels, and pin whatever the dry run shows can't be slimmed."""
     args, kwargs = options.inputs
-    return dry_run(model, analyse(model, args, kwargs, options.ignored, options.embed), args, kwargs)
+    analysis = analyse(model, args, kwargs, options.ignored, options.embed, options.others)
+    return dry_run(model, analysis, args, kwargs, options.others)
 
 
 def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
@@ -125,6 +132,7 @@ def slim_and_record(
         tensors=before,
         buffers=buffers,
         inputs=write_inputs(options.inputs),
+        others=tuple(map(write_inputs, options.others)),
         ignored=tuple(options.ignored),
         shortcuts=options.shortcuts,
         embed=options.embed,
@@ -145,13 +153,13 @@ def slim_and_record(
     return done
 
 
-def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoLog) -> None:
+def replay(model: nn.Module, slimming: Slimming, calls: Sequence[Inputs], undo_log: UndoLog) -> None:
     """Slim `model` as a record says.
 
     Args:
         model: a model like the one that was slimmed, apart from its weights.
         slimming: the record.
-        inputs: example inputs on the model's device.
+        calls: example inputs on the model's device, all those that `prepare` got.
         undo_log: takes all changes, also if this raises.
 
     Raises:
@@ -163,7 +171,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
         raise AutogateError("the record lists it twice, in the state_dict and outside of it.", where=both)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
-    options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
+    options = AnalysisOptions(calls[0], ignored, slimming.shortcuts, slimming.embed, tuple(calls[1:]))
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
     _check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_with_dry_run(model, options)

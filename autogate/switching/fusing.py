@@ -137,8 +137,8 @@ def extract(model: nn.Module, subnets: Subnets, index: int) -> nn.Module:
     before = subnets.active
     subnets.switch(model, index)
     try:
-        inputs = subnets.origin.inputs_for(model)
-        wanted = Outputs.of(model, *inputs)
+        calls = subnets.origin.calls_for(model)
+        wanted = [Outputs.of(model, *call) for call in calls]
         copied = copy.deepcopy(model)
     finally:
         subnets.switch(model, before)
@@ -148,14 +148,15 @@ def extract(model: nn.Module, subnets: Subnets, index: int) -> nn.Module:
     if index == own.full:
         return copied
     undo_log = UndoLog()
-    options = own.origin.options._replace(inputs=inputs)
+    options = own.origin.options.on(calls)
     analysis = analyse_with_dry_run(copied, options)
     live = subnet.structure.live(analysis.channel_map)
     _write_own(subnet)
     close_columns(copied, analysis.channel_map, live, undo_log)
     slim_and_record(copied, analysis, live, options, own.origin.shortcuts, undo_log)
     _write_constants(copied, subnet)
-    verify(copied, inputs, wanted, f"the subnet {subnet.structure.name!r}")
+    for call, outputs in zip(calls, wanted, strict=True):
+        verify(copied, call, outputs, f"the subnet {subnet.structure.name!r}")
     return copied
 
 

@@ -15,7 +15,15 @@ from torch import Tensor, fx, nn
 from rewriters.analysis import Analysis
 from rewriters.cross_channel import remove_live_statistics
 from rewriters.errors import SurgeryError
-from rewriters.forwards import InterpretedForward, LabelMask, RewrittenForward, disable_fused_layers, set_forward
+from rewriters.forwards import (
+    Graphs,
+    InterpretedForward,
+    LabelMask,
+    RewrittenForward,
+    disable_fused_layers,
+    set_forward,
+    told_apart,
+)
 from rewriters.labelling import ChannelMap, Kernel, Side
 from rewriters.recording import drop_caches, without_caches
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
@@ -32,7 +40,7 @@ class SlimPlan:
     Attributes:
         live: classes that stay, bool of shape (classes,).
         kept: for each side that loses indices, those that stay (int64).
-        forwards: rewritten forwards by module path: a graph for eval mode (False) and train mode (True).
+        forwards: rewritten forwards by module path.
         constants: buffers that rewritten forwards read, by qualified name: constants that replace dead branches, and
             the positions that channels had.
         removed: paths of the modules that nothing calls any more.
@@ -45,7 +53,7 @@ class SlimPlan:
 
     live: Tensor
     kept: Mapping[Side, Tensor]
-    forwards: Mapping[str, Mapping[bool, fx.Graph]]
+    forwards: Mapping[str, Graphs]
     constants: Mapping[str, Tensor]
     removed: frozenset[str]
     kernels: tuple[Kernel, ...]
@@ -127,14 +135,15 @@ def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
     return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
 
 
-def _rewrite(
-    analysis: Analysis, mask: LabelMask, pruned: list[Pruned]
-) -> tuple[dict[str, Mapping[bool, fx.Graph]], dict[str, Tensor]]:
-    """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read."""
-    done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
+def _rewrite(analysis: Analysis, mask: LabelMask, pruned: list[Pruned]) -> tuple[dict[str, Graphs], dict[str, Tensor]]:
+    """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read.
+
+    Calls that took the same way through a module's forward have the same code there; others are cases of their own.
+    """
+    done: dict[str, Graphs] = {one.path: one.graphs for one in pruned}
     taken = [(one.path, one.constants) for one in pruned]
     gone = {path for one in pruned for path in one.removed}
-    graphs: dict[str, dict[bool, fx.Graph]] = {}
+    found: dict[str, dict[bool, dict[str, fx.Graph]]] = {}
     changed: set[str] = set()
     differing: set[str] = set()
     for traced in analysis.traced:
@@ -143,14 +152,21 @@ def _rewrite(
         resizer = traced.resize(mask)
         changed |= {traced.path} if resizer.changed else set()
         taken.append((traced.path, resizer.constants))
-        modes = graphs.setdefault(traced.path, {})
         for mode in traced.modes:
-            first = modes.setdefault(mode, resizer.graph)
+            ways = found.setdefault(traced.path, {}).setdefault(mode, {})
+            first = ways.setdefault(traced.code, resizer.graph)
             differing |= {traced.path} if first is not resizer.graph and _code(first) != _code(resizer.graph) else set()
-    for path in sorted(changed & differing):
-        raise SurgeryError("its calls take different paths, which would need different code", where=path)
+    graphs = {path: {mode: _distinct(ways) for mode, ways in found[path].items()} for path in sorted(changed)}
+    for path, modes in graphs.items():
+        if path in differing or not all(map(told_apart, modes.values())):
+            raise SurgeryError("its calls take different paths, which would need different code", where=path)
     constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
-    return done | {path: modes for path, modes in graphs.items() if path in changed}, constants
+    return done | graphs, constants
+
+
+def _distinct(ways: Mapping[str, fx.Graph]) -> tuple[fx.Graph, ...]:
+    graphs = tuple(ways.values())
+    return graphs if len(graphs) == 1 else tuple({_code(graph): graph for graph in graphs}.values())
 
 
 def _code(graph: fx.Graph) -> str:

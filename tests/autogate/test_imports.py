@@ -97,7 +97,8 @@ def test_what_type_checkers_see_is_what_is_exported():
     typed = {node.module: tuple(alias.name for alias in node.names) for node in block.body}
     folders = {f"autogate.{name}": () for name in typed.pop("autogate", ())}  # whole folders
     assert typed | folders == autogate._EXPORTS
-    assert sorted(autogate.__all__) == sorted([*autogate._HOMES, "__version__"])
+    whole = [name.removeprefix("autogate.") for name in folders]
+    assert sorted(autogate.__all__) == sorted([*autogate._HOMES, *whole, "__version__"])
     assert set(autogate.__all__) <= set(dir(autogate))
     assert all(getattr(autogate, name) is not None for name in autogate.__all__)
 
