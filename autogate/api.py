@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
-from autogate.inputs import as_calls, fitted
+from autogate.inputs import as_calls, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise, summarise_slim
 from autogate.lock import locked
 from autogate.methods import GDP, Learner, Method
@@ -150,7 +150,7 @@ def prepare(
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         analysis.place_statistics(model, undo_log)
-        origin = PrepareRecord(options, dtype_ofparameters_of(model), replaced)
+        origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
         learner = Learner.of(
             analysis.channel_map, targets, method, steps=steps, round_to=round_to,
             limits=[limit for limit in bounds if limit.least < 1],
