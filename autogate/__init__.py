@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from autogate.gating import GateBank
     from autogate.inputs import Examples
     from autogate.inspection import Summary
-    from autogate.methods import GDP
+    from autogate.methods import GDP, ClippedLasso
     from autogate.outlook import what_if
     from autogate.slim import recalibrate
     from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
@@ -36,7 +36,7 @@ _EXPORTS = {
     "autogate.gating": ("GateBank",),
     "autogate.inputs": ("Examples",),
     "autogate.inspection": ("Summary",),
-    "autogate.methods": ("GDP",),
+    "autogate.methods": ("GDP", "ClippedLasso"),
     "autogate.slim": ("recalibrate",),
     "autogate.outlook": ("what_if",),
     "autogate.subnets": (),
@@ -66,6 +66,7 @@ __all__ = [
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
+    "ClippedLasso",
     "CollapseWarning",
     "Examples",
     "GateBank",

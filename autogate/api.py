@@ -9,12 +9,12 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from autogate.budget import ResourceMaker, Shares
+from autogate.budget import ResourceMaker
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
 from autogate.inputs import as_calls, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise, summarise_slim
 from autogate.lock import locked
-from autogate.methods import GDP, Learner, Method
+from autogate.methods import Learner, Method, as_method, budget_of
 from autogate.naming import Ignored, did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
@@ -123,12 +123,10 @@ def prepare(
     """
     check_preparable(model)
     check_one_width(model)
-    method = GDP() if method is None else method
-    if not isinstance(method, Method):
-        raise AutogateError(
-            f"method is {method!r}, which is no method.", where="prepare", remedy="Give a value such as autogate.GDP()."
-        )
-    shares = Shares(flops, params, activations, latency, resources or {})
+    method = as_method(method)
+    shares = budget_of(
+        method, flops=flops, params=params, activations=activations, latency=latency, resources=resources
+    )
     bounds = read_limits(model, limits or {})
     kept = [tensor for limit in bounds if limit.least == 1 for tensor in limit.tensors]
     ignored = dict.fromkeys([*named_by(model, ignore), *kept], "the caller asked for it")
