@@ -26,7 +26,7 @@ COMMANDS = {
     "inspect": "Show which channels of a model could be removed, which are pinned and why, and what a budget leaves.",
     "summary": "Show what is left of a slim model: widths before and after, layer by layer, and what was removed.",
     "train": "Fine-tune a timm model with gates and make it slim. Start from a trained model.",
-    "prune": "Slim a timm model at once, by a criterion, without training.",
+    "prune": "Slim a timm model at once: the channels that score lowest by a criterion go. Nothing is trained.",
     "finalize": "Make the slim model of a run from its last checkpoint, however far training is.",
     "report": "Write an HTML page about a run: what is left and accuracy over time, channels of each layer, gates.",
     "bench": "Measure latency and throughput of a slim model and of its dense model.",
