@@ -58,7 +58,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    folders = {home.removeprefix("autogate.") for home in _EXPORTS if home.startswith("autogate.")}
+    return sorted({*globals(), *_HOMES, *folders})
 
 
 __all__ = [
