@@ -179,7 +179,8 @@ def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimmin
         )
     if recorded is not None:
         return slim_as_recorded(model, analysis, recorded, options, origin.shortcuts, undo_log)
-    return slim_and_record(model, analysis, bank.live, options, origin.shortcuts, undo_log)
+    method = repr(bank.learner.method) if float(bank.step_count) else ""
+    return slim_and_record(model, analysis, bank.live, options, origin.shortcuts, undo_log, method=method)
 
 
 def verify(

@@ -63,6 +63,7 @@ class Slimming:
         rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
             what it was before convolutions were put on its shortcuts.
         removed: modules that are no longer called and were removed.
+        method: what decided which channels died, as the call that makes it; empty if no gate has learned.
         layers: convolutions and linear layers, with their channels and multiply-adds before and after.
         params: number of parameters before, without those of convolutions on shortcuts.
         others: the other example inputs, as `inputs`.
@@ -83,6 +84,7 @@ class Slimming:
     layers: tuple[Layer, ...] = ()
     params: int = 0
     others: tuple[JsonValue, ...] = ()
+    method: str = ""
 
 
 @dataclass(frozen=True)
