@@ -21,12 +21,12 @@ from autogate.slim import (
     PrepareRecord,
     Slimming,
     add_shortcut_convolutions,
-    analyse_with_dry_run,
     as_optimizers,
     check_finite,
     check_not_sharded,
     kept_by_side,
     parameter_replacements,
+    prepared_analysis,
     replace_parameters,
     slim_unverified,
     slim_verified,
@@ -59,6 +59,7 @@ def prepare(
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
     embed: bool = True,
+    probe: bool = True,
     method: Method | None = None,
 ) -> M:
     """Add gates to `model`. While you train it, they learn which channels it can do without.
@@ -101,6 +102,9 @@ def prepare(
         embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
             transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
             the live channels. If False, these channels stay.
+        probe: whether to compare values once, on the example inputs or on smaller ones made from them: the model with
+            a random half of its channels closed, and slimmed. A module that would compute something else keeps its
+            channels; `summary` says which, and why.
         method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
             `autogate.GDP()` if None.
 
@@ -122,7 +126,7 @@ def prepare(
     undo_log = UndoLog()
     try:
         replaced = _replace_shortcuts(model, options, undo_log)
-        analysis = analyse_with_dry_run(model, options)
+        analysis, options = prepared_analysis(model, options, probe, undo_log)
         if analysis.channel_map.size == 0:
             raise AutogateError(
                 f"none of its channels can be removed. {analysis.channel_map.why_pinned()}",
@@ -132,7 +136,6 @@ def prepare(
             )
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
-        analysis.place_statistics(model, undo_log)
         origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
         learner = Learner.of(analysis.channel_map, targets, method, steps=steps, round_to=round_to)
         bank = GateBank(model, analysis.channel_map, learner, origin, added, hooks)
@@ -270,7 +273,7 @@ def finalize(
             model.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than the tolerance (1e-5 of their size in float32; see
-            `autogate.slim.finalizing.TOLERANCE`), and not by float32's rounding
+            `rewriters.outputs.TOLERANCE`), and not by float32's rounding
             alone: they differ in float64 too.
     """
     model, bank = unwrap(model), gates(model)

@@ -27,10 +27,11 @@ from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
     add_shortcut_convolutions,
-    analyse_with_dry_run,
+    analyse_channels,
     cast,
     check_tensors,
     first_difference,
+    prepared_analysis,
     replay,
 )
 from autogate.slim.stale_optimizers import tell_of_steps_with
@@ -42,7 +43,7 @@ __all__ = [
     "PrepareRecord",
     "Slimming",
     "add_shortcut_convolutions",
-    "analyse_with_dry_run",
+    "analyse_channels",
     "as_optimizers",
     "cast",
     "check_finite",
@@ -56,6 +57,7 @@ __all__ = [
     "history_of",
     "kept_by_side",
     "parameter_replacements",
+    "prepared_analysis",
     "read_inputs",
     "recalibrate",
     "replace_parameters",

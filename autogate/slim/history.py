@@ -62,6 +62,8 @@ class Slimming:
         rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
             what it was before convolutions were put on its shortcuts.
         removed: modules that are no longer called and were removed.
+        refused: modules whose channels stay because a check of values found that they'd compute something else, and
+            whether all that is in them stays.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -76,6 +78,7 @@ class Slimming:
     selections: Mapping[str, tuple[int, ...]]
     rewritten: Mapping[str, str]
     removed: tuple[str, ...]
+    refused: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)

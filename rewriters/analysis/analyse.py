@@ -50,13 +50,14 @@ def _analyse(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, ignore: Mapping[str, str] | None,
     embed: bool,
 ) -> Analysis:  # fmt: skip
-    captures = capture_modes(model, args, kwargs)
+    recorded = capture_modes(model, args, kwargs)
+    captures = recorded.captures
     labelling = _labelled(model, captures, ignore, embed)
     if labelling.findings.scattered:
         larger = capture_larger(model, args, kwargs, captures)
         if larger and not same_classes(labelling, _labelled(model, larger, ignore, embed)):
             labelling.space.notes += labelling.findings.scattered
-    analysis = Analysis(captures, labelling)
+    analysis = Analysis(captures, labelling, recorded.trains_otherwise)
     known = labelling.by_tensor()
     with patches_held():
         looking = trace_statistics(model, analysis, known)

@@ -26,8 +26,9 @@ class Analysis:
     """All that is known of a model's channels.
 
     Attributes:
-        captures: the captured forward in eval mode, and in train mode too if some layers run in that mode only.
+        captures: the captured forward in eval mode, and in train mode too if that is another forward.
         labelling: labels of every tensor in them.
+        trains_otherwise: whether it is another forward in train mode, captured or not.
         traced: the traced forwards of modules that may hold a size.
         sites: modules whose own forward takes statistics across channels.
         channel_map: the partition of the channels.
@@ -35,6 +36,7 @@ class Analysis:
 
     captures: list[Capture]
     labelling: Labelling
+    trains_otherwise: bool = False
     traced: list[TracedForward] = field(default_factory=list)
     sites: list[StatisticSite] = field(default_factory=list)
     channel_map: ChannelMap = field(init=False)

@@ -5,15 +5,19 @@ from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.dry_run import dry_run
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
 from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
+from rewriters.slimming.value_check import Refused, check_values, pin_refused
 
 __all__ = [
     "Decisions",
+    "Refused",
     "SlimPlan",
     "apply",
+    "check_values",
     "dry_run",
     "fields_after",
     "is_under",
     "like",
+    "pin_refused",
     "plan",
     "refresh_flat_weights",
     "take_indices",

@@ -85,7 +85,7 @@ def _refusal(
         live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # without dead branches
         slim = plan(model, analysis, live, args, kwargs)
         collect()
-        apply(model, slim, undo_log, with_values=False)
+        apply(model, slim, undo_log, with_values=False, compiled=False)
         after = _output_shapes(model, args, kwargs or {}, analysis.captures[0].opaque)
     except AutogateError as error:
         return error.where, error
