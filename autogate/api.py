@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker, Shares
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
-from autogate.inputs import as_call, dtype_of_parameters, fitted
+from autogate.inputs import as_calls, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise
 from autogate.lock import locked
 from autogate.methods import GDP, Learner, Method
-from autogate.naming import did_you_mean, named_by
+from autogate.naming import Ignored, did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
@@ -28,11 +28,14 @@ from autogate.slim import (
     parameter_replacements,
     prepared_analysis,
     replace_parameters,
+    signs_of_collapse,
     slim_unverified,
     slim_verified,
     tell_of_steps_with,
     verify,
 )
+from autogate.steering import Bounds, read_limits
+from autogate.switching import check_one_width
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
@@ -41,6 +44,10 @@ M = TypeVar("M", bound=nn.Module)
 
 class BudgetNotMetWarning(UserWarning):
     """The model was finalized before its gates had met the budget."""
+
+
+class CollapseWarning(UserWarning):
+    """A layer of the model is left with one channel or none, or its outputs don't depend on its inputs any more."""
 
 
 @locked
@@ -55,12 +62,13 @@ def prepare(
     resources: Mapping[ResourceMaker, float] | None = None,
     steps: int | None = None,
     round_to: int = 1,
-    ignore: Iterable[str] = (),
+    ignore: Ignored = (),
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
     embed: bool = True,
     probe: bool = True,
     method: Method | None = None,
+    limits: Mapping[str, Bounds] | None = None,
 ) -> M:
     """Add gates to `model`. While you train it, they learn which channels it can do without.
 
@@ -78,8 +86,9 @@ def prepare(
         model: any module; the same object is returned. Prepare it before you compile it or wrap it for distributed
             training.
         example_inputs: inputs that the model can be run on: a tensor, a tuple of positional arguments or a dict of
-            keyword arguments. A timm model needs none. Give a batch of two or more samples, so that the batch
-            dimension can't be mistaken for another dimension of size 1.
+            keyword arguments, or several of these (`Examples`) if the forward takes other ways for other inputs. A timm
+            model needs none. Give a batch of two or more samples, so that the batch dimension can't be mistaken for
+            another dimension of size 1.
         flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to keep, in (0, 1];
             0.5 if no budget is given. If several budgets are given, all of them are met.
         params: share of the model's parameters to keep.
@@ -90,7 +99,8 @@ def prepare(
         steps: number of optimizer steps in the training that follows. The budget is reached within these steps, and
             the remaining ones are plain training. 10,000 if None.
         round_to: a layer that loses channels ends with a multiple of this number, which fast GPU kernels prefer.
-        ignore: paths of modules, or names of parameters, whose channels all stay.
+        ignore: layers whose channels all stay, one or several: paths of modules or names of parameters, with wildcards
+            if you like (`"blocks.*.attn"`), modules themselves, or types of modules (`nn.LayerNorm`).
         shortcuts: "shared": the channels that an identity shortcut's residual add couples (those of a whole stage)
             are kept or removed together. "conv": each such shortcut becomes a 1x1 convolution, initialised to the
             identity, so that every block has a width of its own (Yang et al., "Non-uniform DNN Structured Subnets
@@ -102,26 +112,32 @@ def prepare(
         embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
             transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
             the live channels. If False, these channels stay.
-        probe: whether to compare values once, on the example inputs or on smaller ones made from them: the model with
-            a random half of its channels closed, and slimmed. A module that would compute something else keeps its
-            channels; `summary` says which, and why.
+        probe: whether to slim the model once on trial. A module that computes something else keeps its channels.
         method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
             `autogate.GDP()` if None.
+        limits: bounds on the share of their channels that layers keep, by the path of a layer or a stage, the name of a
+            parameter, or a glob of these: `{"layer1": 0.8, "layer4.*.conv2": (0.25, 0.75)}`. One number is the least
+            share, a pair the least and the most. They bound the channels that a layer makes; of a layer whose outputs
+            all stay, such as the classifier, those that it reads. 1.0 is what `ignore` does.
 
     Raises:
         AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
     check_preparable(model)
+    check_one_width(model)
     method = GDP() if method is None else method
     if not isinstance(method, Method):
         raise AutogateError(
             f"method is {method!r}, which is no method.", where="prepare", remedy="Give a value such as autogate.GDP()."
         )
     shares = Shares(flops, params, activations, latency, resources or {})
-    ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
+    bounds = read_limits(model, limits or {})
+    kept = [tensor for limit in bounds if limit.least == 1 for tensor in limit.tensors]
+    ignored = dict.fromkeys([*named_by(model, ignore), *kept], "the caller asked for it")
+    inputs, *others = as_calls(example_inputs, model)
     options = AnalysisOptions(
-        as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
+        inputs, ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed, tuple(others)
     )
     undo_log = UndoLog()
     try:
@@ -131,13 +147,15 @@ def prepare(
             raise AutogateError(
                 f"none of its channels can be removed. {analysis.channel_map.why_pinned()}",
                 where=type(model).__name__,
-                remedy="Check `ignore`, and that the model has convolutions or linear layers between its first and its "
-                "last one.",
+                remedy="Check `ignore`, and that layers lie between the first and the last.",
             )
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
-        learner = Learner.of(analysis.channel_map, targets, method, steps=steps, round_to=round_to)
+        learner = Learner.of(
+            analysis.channel_map, targets, method, steps=steps, round_to=round_to,
+            limits=[limit for limit in bounds if limit.least < 1],
+        )  # fmt: skip
         bank = GateBank(model, analysis.channel_map, learner, origin, added, hooks)
     except BaseException:
         undo_log.undo()
@@ -265,7 +283,8 @@ def finalize(
             model's parameters since `prepare`, the slim parameters replace the model's, in the same groups, and
             momentum and moments are sliced like their parameters. Call finalize between two steps. With `hooks=False`
             nothing is seen of optimizers: name them all.
-        warn: whether to warn if the budget is not met.
+        warn: whether to warn if the budget is not met, if a layer is left with one channel or none, and if the outputs
+            don't depend on the inputs any more.
 
     Raises:
         AutogateError: the model has no gates; a weight or gate is not finite; a layer was changed since `prepare`; the
@@ -276,19 +295,23 @@ def finalize(
             `rewriters.outputs.TOLERANCE`), and not by float32's rounding
             alone: they differ in float64 too.
     """
+    check_one_width(unwrap(model))
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)
     optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     bank.fold()
     origin: PrepareRecord = bank.origin
-    given = None if example_inputs is None else as_call(example_inputs, model)
-    inputs = origin.inputs_for(model) if given is None else fitted(given, model)
+    given = None if example_inputs is None else as_calls(example_inputs, model)
+    calls = origin.calls_for(model) if given is None else tuple(fitted(call, model) for call in given)
     missed = _missed(bank)
     if warn and missed:  # before anything is done: the caller may have turned warnings into errors
         warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
+    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), calls[0])):
+        remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
+        warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
     before = _parameters(model)
-    done = slim_verified(model, bank, inputs)
+    done = slim_verified(model, bank, calls)
     _take_along(optimizers, before, model, done)
     return model
 
@@ -359,6 +382,11 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
+    if options.others:
+        raise AutogateError(
+            f"shortcuts={shortcuts!r} is for one set of example inputs, and {1 + len(options.others)} are given.",
+            where=type(model).__name__, remedy="Pass one of them, or leave shortcuts shared.",
+        )  # fmt: skip
     wanted = Outputs.of(model, *options.inputs)
     replaced = add_shortcut_convolutions(model, options, undo_log)
     if not replaced:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
+
+from rewriters import AutogateError
 
 SIZE = 32
 """Side of the upscaled images, in pixels: large enough for a small timm network."""
@@ -22,7 +24,15 @@ class Split:
 
 
 def load(seed: int = 0, test_share: float = 0.25) -> tuple[Split, Split]:
-    """Load the 1,797 digits, shuffled by `seed`, as a train and a test split."""
+    """Load the 1,797 digits, shuffled by `seed`, as a train and a test split.
+
+    Raises:
+        AutogateError: scikit-learn is not installed.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise AutogateError("the handwritten digits come with scikit-learn.", remedy="pip install 'autogate[demo]'")
+    from sklearn.datasets import load_digits  # it takes a second to import
+
     data = load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
     images = F.interpolate(images, SIZE, mode="bilinear")

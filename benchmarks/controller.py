@@ -25,7 +25,7 @@ import autogate
 from autogate import digits
 from autogate.gating.bank import GateBank
 from autogate.methods import GDP, Learner
-from autogate.steering.selection import groups_of
+from autogate.steering.groups import groups_of
 
 ARCHITECTURES = {
     "resnet10t": {},

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.benchmark import Timer
 
 from autogate.inputs import Inputs
 from rewriters import fields_after, samples_in
@@ -35,6 +34,8 @@ SECONDS = 0.02
 def seconds(call: Callable[[], Any]) -> float:
     """Median seconds of a call after a warm-up, including the work of a GPU."""
     call()
+    from torch.utils.benchmark import Timer  # not above: it looks for a compiler of CUDA, and prints that there is none
+
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=SECONDS).median
 

@@ -24,7 +24,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="File for the slim model.")] = Path("autogate_demo_slim.safetensors"),
     debug: Debug = False,
 ) -> None:
-    """Try autogate in a minute: train, slim and check a small timm network on scikit-learn's handwritten digits.
+    """Train, slim and check a small timm network on scikit-learn's handwritten digits, in a minute.
 
     Example: autogate demo --flops 0.3
     """

@@ -24,7 +24,7 @@ def report(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write an HTML page about a run: FLOPs and accuracy over time, channels of each layer, gates, coupling graph.
+    """Write an HTML page about a run: what is left and accuracy over time, channels of each layer, gates.
 
     The page is self-contained. The run need not be finished.
 

@@ -33,13 +33,13 @@ def choose(
     """
     if allocation == "uniform":
         scores = _places(scores, live, groups)
-    targets, left, chosen = selection.targets, live.clone(), []
-    start = targets.distance(live)
+    left, chosen = live.clone(), []
+    start = selection.distance(live)
     deaths = Deaths(torch.zeros(0, dtype=torch.int64))
     for portion in range(1, PORTIONS + 1):
-        if targets.distance(left) <= 0:
+        if selection.distance(left) <= 0:
             break
-        price = targets.price(left) if over_price and allocation == "global" else torch.ones_like(scores)
+        price = selection.price(left) if over_price and allocation == "global" else torch.ones_like(scores)
         importance = scores / price.clamp(min=torch.finfo(price.dtype).tiny)
         candidates = left & torch.isfinite(scores)
         deaths = selection.choose(importance, candidates, left, start * (1 - portion / PORTIONS))

@@ -192,8 +192,7 @@ class GateBank(BankBuffers):
 
     def kernels(self) -> list[nn.Parameter]:
         """The gated kernels, each once."""
-        sides = self._kernels.sides(self.alpha.device)
-        return list({id(side.weight): side.weight for side in sides}.values())
+        return list(self._kernels.all(self.alpha.device))
 
     def parameters_of_model(self) -> list[nn.Parameter]:
         """All parameters of the model."""

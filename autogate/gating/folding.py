@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autogate.gating.kernels import GatedKernels, GatedSide
+from autogate.gating.kernels import GatedKernels
+from autogate.gating.sides import GatedSide
 from autogate.gating.state import BankState, version_of
 from autogate.methods import Method
 from rewriters import AutogateError, ChannelMap, write_live
@@ -42,7 +43,7 @@ class Folding:
         """Drop all that was noted of earlier folding."""
         self._written_at: tuple[Any, ...] | None = None
         self._folded_at: tuple[Any, ...] | None = None
-        self._dead_columns: tuple[Any, list[Tensor]] | None = None
+        self._dead_columns: tuple[Any, list[tuple[GatedSide, Tensor]]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_written_at": None, "_folded_at": None, "_dead_columns": None}
@@ -53,12 +54,12 @@ class Folding:
 
     def wanted(self, state: BankState) -> bool:
         """Whether the next forward needs the kernels folded."""
-        gated = self._sides(state)
         # functional_call and its kin run the model on tensors that stand in for its parameters.
-        if self._versions(state, gated) == self._folded_at or not all(
-            isinstance(side.weight, nn.Parameter) for side in gated
+        if self._versions(state) == self._folded_at or not all(
+            isinstance(kernel, nn.Parameter) for kernel in self._kernels.all(state.alpha.device)
         ):
             return False
+        gated = self._sides(state)
         if not self._kernels.may_stand_in(gated):
             return True
         if self._keeps:
@@ -68,14 +69,14 @@ class Folding:
     def fold(self, state: BankState, stepped: bool = False) -> None:
         """As `GateBank.fold`, which has the contract."""
         gated = self._sides(state)
-        versions = self._versions(state, gated)
+        versions = self._versions(state)
         if versions == self._folded_at and not stepped:
             return
         own = len(self._read(state))
         if self._folded_at is None or versions[:own] != self._folded_at[:own]:
             self._fold(state, gated, stepped)
         self._zero_dead(state.dead, gated)
-        self._folded_at = self._versions(state, gated)
+        self._folded_at = self._versions(state)
         self.write_live(state.dead)
         if self._keeps:
             self._kernels.keep(gated)
@@ -100,17 +101,15 @@ class Folding:
             alpha.masked_fill_(~live, 0.0)
         if meant and scaled:
             factor = self._kernels.spread(ratio, 1.0)
-            for side in [*gated, *self._kernels.stand_ins()]:
-                if side.place in scaled:
-                    self._kernels.scale(factor, side)
+            for sides in (gated, self._kernels.stand_ins()):
+                self._kernels.scale(factor, sides, scaled)
         self._left = tuple(value.clone() for value in self._own(state))
 
     def _zero_dead(self, dead: Tensor, gated: list[GatedSide]) -> None:
         """Make dead columns exactly zero, whatever has moved them."""
         stand_ins = self._kernels.stand_ins()
-        columns = [*self._dead(dead, gated), *self._kernels.columns(dead > 0, stand_ins)]
-        for side, of_side in zip([*gated, *stand_ins], columns, strict=True):
-            self._kernels.zero(of_side, side)
+        for side, columns in (*self._dead(dead, gated), *self._kernels.columns(dead > 0, stand_ins)):
+            self._kernels.zero(columns, side)
 
     def write_live(self, dead: Tensor) -> None:
         """Let cross-channel statistics look at the live channels, if a class has died since the last time."""
@@ -135,12 +134,10 @@ class Folding:
     def _sides(self, state: BankState) -> list[GatedSide]:
         return self._kernels.sides(state.alpha.device)
 
-    def _versions(self, state: BankState, gated: list[GatedSide]) -> tuple[Any, ...]:
+    def _versions(self, state: BankState) -> tuple[Any, ...]:
         """Changes whenever a tensor that folding depends on is written to or replaced; alpha's version comes first."""
-        return (
-            *map(version_of, self._read(state)),
-            *((id(side.weight), version_of(side.weight)) for side in gated),
-        )
+        kernels = self._kernels.all(state.alpha.device)
+        return (*map(version_of, self._read(state)), tuple(map(id, kernels)), *map(version_of, kernels))
 
     def _where_to_scale(self, state: BankState, moved: Tensor, live: Tensor) -> tuple[set[int], bool]:
         """Sides with a column whose gate moved, and whether a class died: all that the host must know."""
@@ -157,11 +154,11 @@ class Folding:
             )
         return {place for place, count in enumerate(columns) if count}, bool(some_died)
 
-    def _dead(self, dead: Tensor, gated: list[GatedSide]) -> list[Tensor]:
-        """Indices of the dead columns of each gated side, among those that are here."""
-        version = version_of(dead), id(dead), *(id(side.weight) for side in gated)
+    def _dead(self, dead: Tensor, gated: list[GatedSide]) -> list[tuple[GatedSide, Tensor]]:
+        """The gated sides with dead columns in this process, and the indices of these."""
+        version = version_of(dead), id(dead), *map(id, self._kernels.all(dead.device))
         if self._dead_columns is None or self._dead_columns[0] != version:
-            columns = [index.to(dead.device) for index in self._kernels.columns(dead > 0, gated)]
+            columns = [(side, index.to(dead.device)) for side, index in self._kernels.columns(dead > 0, gated)]
             self._dead_columns = (version, columns)
         return self._dead_columns[1]
 

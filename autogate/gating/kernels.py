@@ -9,36 +9,33 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from itertools import accumulate
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from autogate.gating.columns import along, column_products, scale_columns, segment_sum
+from autogate.gating.columns import column_products, scale_columns, segment_sum
 from autogate.gating.sharding import columns_here, has_shards, is_sharded, layout, local, part_like, total
-from rewriters import ALWAYS, AutogateError, ChannelMap
+from autogate.gating.sides import GatedSide, Stack, forms, stacked
+from rewriters import ALWAYS, AutogateError, ChannelMap, Side
 
 
-class GatedSide(NamedTuple):
-    """A gated side: its place among all, its dimension, the kernel, its columns in this process (None: all)."""
+class _Found(NamedTuple):
+    """The gated sides and the kernels, each once, found with these parameters in the kernels' places."""
 
-    place: int
-    dim: int
-    weight: nn.Parameter
-    here: Tensor | None
+    at: list[Tensor]
+    sides: list[GatedSide]
+    kernels: tuple[nn.Parameter, ...]
 
 
-@dataclass(frozen=True)
-class HeldBack:
-    """Columns as they were before an optimizer's step, and the part of the step that takes effect."""
+class _Stacked(NamedTuple):
+    """Stacks of these gated sides, whose kernels had these forms."""
 
-    weight: nn.Parameter
-    dim: int
-    index: Tensor
-    before: Tensor
-    part: Tensor
+    of: list[GatedSide]
+    forms: list[tuple[Any, ...]]
+    stacks: list[Stack]
 
 
 class GatedKernels:
@@ -58,7 +55,6 @@ class GatedKernels:
         flat = torch.cat([torch.zeros(0, dtype=torch.int64), *classes])
         # Class number `size` stands for the pinned ones.
         self._labels = torch.where(flat == ALWAYS, channel_map.size, flat)
-        self._side_of = torch.repeat_interleave(torch.tensor(self._lengths, dtype=torch.int64))
         # Weak, for a cycle would keep a deleted model's memory until the garbage collector comes by.
         self._model = weakref.ref(model)
         self.forget()
@@ -68,9 +64,12 @@ class GatedKernels:
         self._homes: list[tuple[dict[str, Any], str]] | None = None
         self._sharded: dict[int, GatedSide] = {}
         self._kept: dict[int, Tensor] = {}
+        self._found: _Found | None = None
+        self._stacked: _Stacked | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_homes": None, "_sharded": {}, "_kept": {}, "_model": self._model()}
+        found: dict[str, Any] = {"_homes": None, "_sharded": {}, "_kept": {}, "_found": None, "_stacked": None}
+        return {**self.__dict__, **found, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -90,19 +89,48 @@ class GatedKernels:
             AutogateError: a kernel is not a parameter of the model.
         """
         if self._labels.device != device:
-            self._labels, self._side_of = self._labels.to(device), self._side_of.to(device)
+            self._labels, self._stacked = self._labels.to(device), None
         model = self._model()
         if model is None:
             return []
         if self._homes is None:
             self._homes = self._locate(model)
-        found: dict[tuple[int, int], GatedSide] = {}
-        for place, ((home, name), side) in enumerate(zip(self._homes, self._sides, strict=True)):
-            gated = GatedSide(place, side.dim, home[name], None)
-            if self._sharded or is_sharded(gated.weight):
-                gated = self._at_rest(gated)
-            found.setdefault((id(gated.weight), side.dim), gated)
-        return list(found.values())
+        at = [home[name] for home, name in self._homes]
+        if self._found is None or not all(map(is_, at, self._found.at)):
+            found: dict[tuple[int, int], GatedSide] = {}
+            for place, (weight, side) in enumerate(zip(at, self._sides, strict=True)):
+                self._check_length(weight, side, self._lengths[place])
+                gated = GatedSide(place, side.dim, weight, None)
+                if self._sharded or is_sharded(weight):
+                    gated = self._at_rest(gated)
+                found.setdefault((id(gated.weight), side.dim), gated)
+            kernels = {id(side.weight): side.weight for side in found.values()}
+            self._found = _Found(at, list(found.values()), tuple(kernels.values()))
+        return self._found.sides
+
+    @staticmethod
+    def _check_length(weight: nn.Parameter, side: Side, length: int) -> None:
+        if weight.ndim <= side.dim or weight.shape[side.dim] != length:
+            raise AutogateError(
+                f"its shape is {tuple(weight.shape)} now. When the model was prepared, dimension {side.dim} had "
+                f"{length} channels.",
+                where=side.tensor,
+                remedy="Change layers before prepare, or prepare the changed model again.",
+            )
+
+    def all(self, device: torch.device) -> tuple[nn.Parameter, ...]:
+        """The gated kernels, each once; the same tuple while they are the same parameters. For the rest as `sides`."""
+        self.sides(device)
+        return self._found.kernels if self._found is not None else ()
+
+    def _stacks(self, sides: list[GatedSide]) -> list[Stack]:
+        """The sides, in stacks of those that are alike."""
+        if self._found is None or sides is not self._found.sides:  # copies that stand in for shards
+            return stacked(sides, self._begins, self._labels.device)
+        known, now = self._stacked, forms(sides)
+        if known is None or known.of is not sides or known.forms != now:
+            known = self._stacked = _Stacked(sides, now, stacked(sides, self._begins, self._labels.device))
+        return known.stacks
 
     def named(self, device: torch.device) -> dict[str, nn.Parameter]:
         """The gated kernels by name; of a kernel with several names the first."""
@@ -151,7 +179,7 @@ class GatedKernels:
     def stand_ins(self) -> list[GatedSide]:
         """Gated sides of the copies that stand in for sharded parameters now."""
         found: dict[tuple[int, int], GatedSide] = {}
-        for place, (home, name) in enumerate(self._homes or ()):
+        for place, (home, name) in enumerate(self._homes or () if self._sharded else ()):
             known = self._sharded.get(place)
             if known is not None and (weight := home[name]) is not known.weight:
                 found.setdefault(
@@ -174,26 +202,37 @@ class GatedKernels:
         return values if side.here is None else values[side.here.to(values.device)]
 
     def count(self, chosen: Tensor) -> Tensor:
-        """How many columns the chosen classes (bool, shape (classes,)) have on each side, float32, shape (sides,)."""
-        counts = torch.zeros(len(self._sides), device=chosen.device)
-        return counts.index_add_(0, self._side_of, self.spread(chosen, False).to(counts.dtype))
+        """How many columns the chosen classes (bool, shape (classes,)) have on each side, int64, shape (sides,)."""
+        before = torch.cumsum(self.spread(chosen, False), 0)
+        return torch.diff(torch.cat([before.new_zeros(1), before])[list(self._begins)])
 
-    def columns(self, chosen: Tensor, sides: list[GatedSide]) -> list[Tensor]:
-        """Indices of the columns of each side that the chosen classes have in this process, on the CPU."""
+    def columns(self, chosen: Tensor, sides: list[GatedSide]) -> list[tuple[GatedSide, Tensor]]:
+        """Sides with a column of the chosen classes in this process, and the indices of these columns, on the CPU."""
         if not sides:
             return []
-        flat = self.spread(chosen, False).cpu()
-        return [torch.nonzero(self.on_side(flat, side)).flatten() for side in sides]
+        flat = torch.nonzero(self.spread(chosen, False)).flatten().cpu()
+        bounds = torch.searchsorted(flat, torch.tensor(self._begins)).tolist()
+        found = []
+        for side in sides:
+            first, last = bounds[side.place : side.place + 2]
+            if first < last:
+                index = flat[first:last] - self._begins[side.place]
+                if side.here is not None:
+                    index = torch.nonzero(torch.isin(side.here, index)).flatten()
+                if len(index):
+                    found.append((side, index))
+        return found
 
-    def scale(self, factor: Tensor, side: GatedSide) -> None:
-        """Multiply the side's columns by factors laid out along all sides."""
-        scale_columns(local(side.weight), side.dim, self.on_side(factor, side))
+    def scale(self, factor: Tensor, sides: list[GatedSide], places: Collection[int]) -> None:
+        """Multiply the columns of the sides with these places by factors laid out along all sides."""
+        for stack in self._stacks(sides):
+            if (some := stack.only(places)) is not None:
+                scale_columns([local(side.weight) for side in some.sides], some.dim, factor[some.positions])
 
     def zero(self, columns: Tensor, side: GatedSide) -> None:
         """Make these columns of the side exactly zero."""
-        if len(columns):
-            weight = local(side.weight)
-            weight.index_fill_(side.dim, columns.to(weight.device), 0)
+        weight = local(side.weight)
+        weight.index_fill_(side.dim, columns.to(weight.device), 0)
 
     def keep(self, sides: list[GatedSide]) -> None:
         """Remember the kernels as they are."""
@@ -202,6 +241,8 @@ class GatedKernels:
 
     def as_kept(self, sides: list[GatedSide]) -> dict[int, Tensor]:
         """By place, the kernels as they were last kept; as they are, if they were not."""
+        if not self._kept:
+            return {side.place: local(side.weight) for side in sides}
         first = {id(side.weight): side.place for side in reversed(sides)}
         kernels = {}
         for side in sides:
@@ -220,60 +261,17 @@ class GatedKernels:
             kind: dtype to add in.
         """
         # Kernels of one layout are summed together: one all-reduce a step, in which every process takes part.
-        by_layout: dict[Any, dict[int, Tensor]] = {}
-        for side in sides:
-            sums = by_layout.setdefault(layout(side.weight), {})
-            if (grad := side.weight.grad) is not None:
-                counted = column_products(local(grad), kernels[side.place], side.dim)
-                sums[side.place] = self._laid_out(counted.to(self._labels.device, kind), side)
+        by_layout: dict[Any, Tensor] = {}
+        for stack in self._stacks(sides):
+            flat = by_layout.get(stack.layout)
+            if flat is None:
+                flat = by_layout[stack.layout] = torch.zeros(self._begins[-1], dtype=kind, device=self._labels.device)
+            gradients = {side.place: local(grad) for side in stack.sides if (grad := side.weight.grad) is not None}
+            if (learns := stack.only(gradients)) is not None:
+                at = [kernels[place] for place in gradients]
+                counted = column_products(list(gradients.values()), at, stack.dim)
+                flat.index_copy_(0, learns.positions.flatten(), counted.to(flat).flatten())
         whole = torch.zeros(self._size + 1, dtype=kind, device=self._labels.device)
-        for where, sums in by_layout.items():
-            flat = torch.cat([whole[:0], *sums.values()])
-            whole = whole + total(segment_sum(flat, self._labels_of(sums), len(whole)), where)
+        for where, flat in by_layout.items():
+            whole = whole + total(segment_sum(flat, self._labels, len(whole)), where)
         return whole
-
-    def _laid_out(self, values: Tensor, side: GatedSide) -> Tensor:
-        """Values of the side's columns in this process, zeros in the places of its other columns."""
-        if side.here is None:
-            return values
-        whole = values.new_zeros(self._lengths[side.place])
-        return whole.index_copy(0, side.here.to(values.device), values)
-
-    def _labels_of(self, places: Collection[int]) -> Tensor:
-        """The labels along these sides, laid end to end."""
-        if len(places) == len(self._sides):
-            return self._labels
-        ends = [self._labels[self._begins[place] : self._begins[place + 1]] for place in places]
-        return torch.cat([self._labels[:0], *ends])
-
-    def hold_back(
-        self, chosen: Tensor, part: Tensor, sides: list[GatedSide], kernels: dict[int, Tensor]
-    ) -> tuple[HeldBack, ...]:
-        """Note the columns of the chosen classes, so that `release` lets only a part of their change take effect.
-
-        Args:
-            chosen: bool, shape (classes,).
-            part: in [0, 1], shape (classes,).
-            sides: the gated sides.
-            kernels: by place, the kernels as they were before.
-        """
-        if not chosen.any():
-            return ()
-        part = self.spread(part, 1.0)
-        held = []
-        for side, index in zip(sides, self.columns(chosen, sides), strict=True):
-            if len(index):
-                before = kernels[side.place]
-                through = self.on_side(part, side)[index.to(part.device)].to(before)
-                index = index.to(before.device)
-                held.append(HeldBack(side.weight, side.dim, index, before.index_select(side.dim, index), through))
-        return tuple(held)
-
-    @staticmethod
-    def release(held: tuple[HeldBack, ...]) -> None:
-        """Let only a part of the change of the held columns take effect."""
-        for columns in held:
-            weight = local(columns.weight)
-            after = weight.index_select(columns.dim, columns.index)
-            part = along(columns.part, columns.dim, weight.ndim)
-            weight.index_copy_(columns.dim, columns.index, torch.lerp(columns.before, after, part))

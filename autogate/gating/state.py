@@ -83,7 +83,10 @@ class BankState(NamedTuple):
 
 def version_of(tensor: Tensor) -> int:
     """Changes whenever the tensor is written to."""
-    return -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # tensors of the inference mode have none
+        return -1
 
 
 class BankBuffers(nn.Module):

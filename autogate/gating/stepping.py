@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from autogate.gating.folding import Folding
-from autogate.gating.kernels import GatedKernels, GatedSide, HeldBack
+from autogate.gating.held_back import HeldBack, hold_back
+from autogate.gating.kernels import GatedKernels
 from autogate.gating.sharding import local
+from autogate.gating.sides import GatedSide
 from autogate.gating.state import BankState, Counters, version_of
 from autogate.methods import KernelSums, Learner, Standing
 
@@ -81,7 +83,7 @@ class Stepping:
         sides = self._sides(state)
         reading = None if later else self._read(state, sides, kernels, scale)
         part = self.learner.method.let_through(state.folded)
-        held = self._kernels.hold_back(state.live & (part < 1), part, sides, kernels)
+        held = hold_back(self._kernels, state.live & (part < 1), part, sides, kernels)
         self.pending = Measurement(reading, held)
 
     def read(self, state: BankState) -> None:
@@ -95,7 +97,8 @@ class Stepping:
             self.measure(state)
         measured, self.pending = self.pending, None
         if measured is not None:
-            self._kernels.release(measured.held)
+            for columns in measured.held:
+                columns.release()
             reading = self._read_now(state) if measured.reading is None else measured.reading
             if torch.isfinite(reading).all() and (lr or reading.any()):
                 after = self.learner.step(state.gates(self.counters(state)), reading, lr, self.standing(state))

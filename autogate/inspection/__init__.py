@@ -1,7 +1,7 @@
 """Tables about a model: what is left under gates, what could be removed, how long it takes."""
 
-from autogate.inspection.comparison import Comparison, Duration, compare
-from autogate.inspection.coupling_graph import draw_coupling_graph
+from autogate.inspection.comparison import Comparison, Duration, compare, time_in_turns
+from autogate.inspection.coupling_graph import check_drawable, draw_coupling_graph
 from autogate.inspection.model_inspection import Inspection, Stage, inspect_model
 from autogate.inspection.summary import Summary, short, summarise
 
@@ -11,9 +11,11 @@ __all__ = [
     "Inspection",
     "Stage",
     "Summary",
+    "check_drawable",
     "compare",
     "draw_coupling_graph",
     "inspect_model",
     "short",
     "summarise",
+    "time_in_turns",
 ]

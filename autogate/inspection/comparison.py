@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from autogate.files import inputs_of
 from autogate.inputs import Inputs
@@ -65,22 +64,35 @@ def compare(
         for by_compiler in compiled:
             for batch in batches:
                 inputs = inputs_of(slim, batch, side)
-                found = _in_turns([dense, slim], inputs, by_compiler, seconds)
+                found = time_in_turns([dense, slim], inputs, seconds, by_compiler)
                 yield Comparison(device, by_compiler, batch, *found)
 
 
-def _in_turns(models: list[nn.Module], inputs: Inputs, by_compiler: bool, seconds: float) -> list[Duration | str]:
+def time_in_turns(
+    models: Sequence[nn.Module], inputs: Inputs, seconds: float, by_compiler: bool = False
+) -> list[Duration | str]:
+    """Time the forwards of models that take turns, so that all see the machine in the same state.
+
+    Args:
+        models: models in eval mode.
+        inputs: what each is run on.
+        seconds: minimum time to measure each model for.
+        by_compiler: whether to use torch.compile.
+
+    Returns:
+        For each model its time, or why it could not be run.
+    """
     rounds = 3
-    timers: list[Timer | str] = [_timer(model, inputs, by_compiler) for model in models]
+    timers = [_timer(model, inputs, by_compiler) for model in models]
     times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
         for timer, found in zip(timers, times, strict=True):
-            if isinstance(timer, Timer):
+            if not isinstance(timer, str):
                 found.extend(timer.blocked_autorange(min_run_time=seconds / rounds).times)
     return [timer if isinstance(timer, str) else _latency(found) for timer, found in zip(timers, times, strict=True)]
 
 
-def _timer(model: nn.Module, inputs: Inputs, by_compiler: bool) -> Timer | str:
+def _timer(model: nn.Module, inputs: Inputs, by_compiler: bool) -> Any:
     """A timer for a model that has run once, or why the model doesn't run."""
     args, kwargs = inputs
     try:
@@ -92,6 +104,8 @@ def _timer(model: nn.Module, inputs: Inputs, by_compiler: bool) -> Timer | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     names = {"run": run, "args": args, "kwargs": kwargs, "torch": torch}
     statement = "with torch.inference_mode(): run(*args, **kwargs)"
+    from torch.utils.benchmark import Timer  # not above: it looks for a compiler of CUDA, and prints that there is none
+
     return Timer(statement, globals=names, num_threads=torch.get_num_threads())
 
 

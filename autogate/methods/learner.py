@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autogate.budget import Targets
 from autogate.methods.method import Gates, Method, Proposal, Step
-from autogate.steering import Deaths, Group, Schedule, Selection, groups_of, steer, with_needed
+from autogate.steering import Deaths, Group, Limit, Schedule, Selection, groups_of, limited, steer, with_needed
 from rewriters import AutogateError, ChannelMap
 
 
@@ -49,7 +49,8 @@ class Learner:
 
     @classmethod
     def of(
-        cls, channel_map: ChannelMap, targets: Targets, method: Method, *, steps: int | None = None, round_to: int = 1
+        cls, channel_map: ChannelMap, targets: Targets, method: Method, *, steps: int | None = None, round_to: int = 1,
+        limits: Sequence[Limit] = (),
     ) -> Learner:  # fmt: skip
         """The learner for a model.
 
@@ -57,11 +58,14 @@ class Learner:
             channel_map: the model's classes of channels.
             targets, method, steps: as above.
             round_to: a layer that loses channels keeps a multiple of this number.
+            limits: bounds on the share of channels that layers keep.
 
         Raises:
-            AutogateError: a target is out of reach, even with the fewest classes that connect inputs to outputs.
+            AutogateError: a target is out of reach, even with the fewest classes that connect inputs to outputs; or
+                limits contradict each other, a pin or a target.
         """
-        return cls(method, targets, _within_reach(groups_of(channel_map, round_to), channel_map, targets), steps)
+        groups = limited(groups_of(channel_map, round_to), channel_map, limits)
+        return cls(method, targets, _within_reach(groups, channel_map, targets), steps)
 
     def towards(self, targets: Targets, channel_map: ChannelMap) -> Learner:
         """A learner like this one for other targets of the same map.
@@ -79,7 +83,7 @@ class Learner:
     def standing(self, live: Tensor) -> Standing:
         """Where a model with these live classes (bool, shape (classes,)) is."""
         on_host = live.cpu()
-        return Standing(self.targets.distance(on_host), self.targets.price(on_host).to(live.device, torch.float32))
+        return Standing(self.selection.distance(on_host), self.selection.price(on_host).to(live.device, torch.float32))
 
     def step(self, gates: Gates, reading: Tensor, lr: float, standing: Standing | None = None) -> Gates:
         """The gates after one step.

@@ -1,5 +1,6 @@
 """From dead classes to the slim model: slimmed, verified, and recorded in a `History`."""
 
+from autogate.slim.collapse import signs_of_collapse
 from autogate.slim.finalizing import (
     PrepareRecord,
     check_finite,
@@ -11,6 +12,7 @@ from autogate.slim.finalizing import (
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
+    KeptIndices,
     Slimming,
     describe_buffers,
     describe_modules,
@@ -18,6 +20,7 @@ from autogate.slim.history import (
     dtype_of,
     history_of,
     kept_by_side,
+    kept_indices,
     read_inputs,
     slimming_from_json,
     slimming_to_json,
@@ -31,8 +34,10 @@ from autogate.slim.record_replay import (
     cast,
     check_tensors,
     first_difference,
+    live_classes,
     prepared_analysis,
     replay,
+    slim_and_record,
 )
 from autogate.slim.stale_optimizers import tell_of_steps_with
 
@@ -40,6 +45,7 @@ __all__ = [
     "ATTRIBUTE",
     "AnalysisOptions",
     "History",
+    "KeptIndices",
     "PrepareRecord",
     "Slimming",
     "add_shortcut_convolutions",
@@ -56,12 +62,16 @@ __all__ = [
     "first_difference",
     "history_of",
     "kept_by_side",
+    "kept_indices",
+    "live_classes",
     "parameter_replacements",
     "prepared_analysis",
     "read_inputs",
     "recalibrate",
     "replace_parameters",
     "replay",
+    "signs_of_collapse",
+    "slim_and_record",
     "slim_unverified",
     "slim_verified",
     "slimming_from_json",

@@ -62,6 +62,7 @@ class Slimming:
         rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
             what it was before convolutions were put on its shortcuts.
         removed: modules that are no longer called and were removed.
+        others: the other example inputs, as `inputs`.
         refused: modules whose channels stay because a check of values found that they'd compute something else, and
             whether all that is in them stays.
     """
@@ -78,6 +79,7 @@ class Slimming:
     selections: Mapping[str, tuple[int, ...]]
     rewritten: Mapping[str, str]
     removed: tuple[str, ...]
+    others: tuple[JsonValue, ...] = ()
     refused: tuple[tuple[str, bool], ...] = ()
 
 

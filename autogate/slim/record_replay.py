@@ -14,7 +14,7 @@ what differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from autogate.slim import timm_fields as bookkeeping
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
+    KeptIndices,
     Slimming,
     TensorSpec,
     describe_buffers,
@@ -67,6 +68,7 @@ class AnalysisOptions(NamedTuple):
         ignored: names of the tensors whose channels stay, with the reason.
         shortcuts: "shared", "conv" or paths of modules.
         embed: whether channels that cross-channel statistics are taken over can be removed.
+        others: more example inputs.
         refused: modules whose channels stay because a check of values found that they'd compute something else.
         try_slimming: whether the dry run has something to say: a check of values that finds nothing spares it.
     """
@@ -75,18 +77,23 @@ class AnalysisOptions(NamedTuple):
     ignored: Mapping[str, str]
     shortcuts: str | tuple[str, ...] = "shared"
     embed: bool = True
+    others: tuple[Inputs, ...] = ()
     refused: tuple[Refused, ...] = ()
     try_slimming: bool = True
+
+    def on(self, calls: Sequence[Inputs]) -> AnalysisOptions:
+        """The same for these example inputs."""
+        return self._replace(inputs=calls[0], others=tuple(calls[1:]))
 
 
 @frozen_heap()
 def analyse_channels(model: nn.Module, options: AnalysisOptions) -> Analysis:
     """Analyse the model's channels, and pin whatever the dry run shows can't be slimmed."""
     args, kwargs = options.inputs
-    analysis = analyse(model, args, kwargs, options.ignored, options.embed)
+    analysis = analyse(model, args, kwargs, options.ignored, options.embed, options.others)
     if options.refused:
         pin_refused(analysis, options.refused, samples_in(args, kwargs))
-    return dry_run(model, analysis, args, kwargs) if options.try_slimming else analysis
+    return dry_run(model, analysis, args, kwargs, options.others) if options.try_slimming else analysis
 
 
 @frozen_heap()
@@ -101,11 +108,11 @@ def prepared_analysis(
     Returns:
         The analysis, and the options for which `analyse_channels` finds the same without a check of values.
     """
-    options = options._replace(try_slimming=not probe)
+    options, examples = options._replace(try_slimming=not probe), (options.inputs, *options.others)
     while True:
         analysis = analyse_channels(model, options)
         analysis.place_statistics(model, undo_log)
-        found = check_values(model, analysis, *options.inputs, options.refused) if probe else None
+        found = check_values(model, analysis, examples, options.refused) if probe else None
         if found is None or found.fine or (options.try_slimming and found.refused is None):
             return analysis, options
         remove_live_statistics(model, undo_log)
@@ -155,6 +162,7 @@ def slim_and_record(
         tensors=before,
         buffers=buffers,
         inputs=write_inputs(options.inputs),
+        others=tuple(map(write_inputs, options.others)),
         ignored=tuple(options.ignored),
         shortcuts=options.shortcuts,
         embed=options.embed,
@@ -174,13 +182,13 @@ def slim_and_record(
     return done
 
 
-def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoLog) -> None:
+def replay(model: nn.Module, slimming: Slimming, calls: Sequence[Inputs], undo_log: UndoLog) -> None:
     """Slim `model` as a record says.
 
     Args:
         model: a model like the one that was slimmed, apart from its weights.
         slimming: the record.
-        inputs: example inputs on the model's device.
+        calls: example inputs on the model's device, all those that `prepare` got.
         undo_log: takes all changes, also if this raises.
 
     Raises:
@@ -193,7 +201,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
     refused = tuple(Refused(path, "its slim forward computed other values", whole) for path, whole in slimming.refused)
-    options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed, refused)
+    options = AnalysisOptions(calls[0], ignored, slimming.shortcuts, slimming.embed, tuple(calls[1:]), refused)
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
     _check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_channels(model, options)
@@ -209,7 +217,7 @@ def slim_as_recorded(
     Raises:
         AutogateError: the channels of the model are coupled in another way than those of the recorded one.
     """
-    live = _live(analysis.channel_map, slimming)
+    live = live_classes(analysis.channel_map, slimming.kept)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
     mine, theirs = kept_by_side(done.kept), kept_by_side(slimming.kept)
@@ -222,10 +230,14 @@ def slim_as_recorded(
     return done
 
 
-def _live(channel_map: ChannelMap, slimming: Slimming) -> Tensor:
-    """The classes that keep all of their indices, bool, shape (classes,)."""
+def live_classes(channel_map: ChannelMap, recorded: Collection[KeptIndices]) -> Tensor:
+    """The classes that keep all of their indices, bool, shape (classes,).
+
+    Raises:
+        AutogateError: a recorded side has another length here.
+    """
     live = torch.ones(channel_map.size, dtype=torch.bool)
-    kept = kept_by_side(slimming.kept)
+    kept = kept_by_side(recorded)
     for side, classes in channel_map.classes.items():
         if side in kept:
             _check_same(f"the length of {side}", len(classes), kept[side].size)

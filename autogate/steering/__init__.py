@@ -2,20 +2,28 @@
 
 from autogate.steering.controller import Pressure, steer
 from autogate.steering.course import Course, Range
+from autogate.steering.groups import Group, Narrowing, groups_of
+from autogate.steering.least_widths import fewest_live, part_alike, with_needed
+from autogate.steering.limits import Bounds, Limit, limited, read_limits
 from autogate.steering.schedule import Schedule
-from autogate.steering.selection import Deaths, Group, Narrowing, Selection, groups_of, part_alike, with_needed
+from autogate.steering.selection import Deaths, Selection
 
 __all__ = [
+    "Bounds",
     "Course",
     "Deaths",
     "Group",
+    "Limit",
     "Narrowing",
     "Pressure",
     "Range",
     "Schedule",
     "Selection",
+    "fewest_live",
     "groups_of",
+    "limited",
     "part_alike",
+    "read_limits",
     "steer",
     "with_needed",
 ]

@@ -6,136 +6,17 @@ distance from the targets. The others survive the step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from autogate.budget import ROUNDING, Targets
-from autogate.steering.critical_groups import critical_groups
+from autogate.steering.groups import Group
+from autogate.steering.least_widths import keep_counts
+from autogate.steering.limits import excess_of
 from autogate.steering.schedule import Schedule
-from rewriters import ALWAYS, AutogateError, ChannelMap
-
-WIDTH_RESOLUTION = 0.005
-"""How closely the uniform width of all layers is determined."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Classes that lie on the same sides, and how many of them die at a time.
-
-    Attributes:
-        classes: their indices.
-        pace: so many of them die together, so that the widths of all layers stay multiples of `round_to`.
-        needed: every path from inputs to outputs leads through it (see `critical_groups`): it doesn't die as a whole.
-    """
-
-    classes: tuple[int, ...]
-    pace: int = 1
-    needed: bool = False
-
-
-def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
-    """The groups of a map, each with the pace that keeps widths multiples of `round_to`.
-
-    If a class holds several channels of a layer (those of an attention head), fewer classes make a multiple.
-
-    Raises:
-        AutogateError: `round_to` is not a whole number from 1 up.
-    """
-    if not (round_to >= 1 and round_to == int(round_to)):
-        raise AutogateError(f"round_to is {round_to!r}; it must be a whole number from 1 up.", where="prepare")
-    if round_to == 1:
-        return [Group(group.classes) for group in channel_map.groups()]
-    counts = {
-        side: torch.bincount(classes[classes != ALWAYS].cpu(), minlength=channel_map.size)
-        for side, classes in channel_map.classes.items()
-    }
-    groups = []
-    for group in channel_map.groups():
-        held = {count for side in group.sides for count in counts[side][list(group.classes)].unique().tolist()}
-        groups.append(Group(group.classes, math.lcm(*(round_to // math.gcd(round_to, count) for count in held))))
-    return groups
-
-
-class Narrowing:
-    """Groups narrowed uniformly, each to its first classes."""
-
-    def __init__(self, groups: Sequence[Group]):
-        self._sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
-        self._paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
-        self._classes = torch.tensor([index for group in groups for index in group.classes], dtype=torch.int64)
-        self._group = torch.arange(len(groups)).repeat_interleave(self._sizes)
-        begins = torch.cumsum(self._sizes, 0) - self._sizes
-        self._place = torch.arange(len(self._classes)) - begins[self._group]
-
-    def counts(self, part: float) -> Tensor:
-        """How many classes `part` of each group is: at least one, in whole bundles; int64, shape (groups,)."""
-        bundles = torch.ceil(part * self._sizes / self._paces).to(torch.int64).clamp(min=1)
-        return torch.minimum(bundles * self._paces, self._sizes)
-
-    def live(self, part: float) -> Tensor:
-        """The first classes of each group, `part` of it, live; bool, shape (classes,)."""
-        live = torch.empty(len(self._classes), dtype=torch.bool)
-        live[self._classes] = self._place < self.counts(part)[self._group]
-        return live
-
-
-def part_alike(narrowing: Narrowing, targets: Targets) -> float | None:
-    """The part that each group keeps if all are narrowed uniformly until the targets are met.
-
-    None if they can't be met with every group alive.
-    """
-    if targets.distance(narrowing.live(0.0)) > 0:
-        return None
-    if targets.distance(narrowing.live(1.0)) <= 0:
-        return 1.0
-    alike, too_wide = 0.0, 1.0
-    while too_wide - alike > WIDTH_RESOLUTION:
-        middle = (alike + too_wide) / 2
-        alike, too_wide = (middle, too_wide) if targets.distance(narrowing.live(middle)) <= 0 else (alike, middle)
-    return alike
-
-
-def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -> Tensor:
-    """How many classes of each group learning leaves alive, int64, shape (groups,).
-
-    The course's `keep` times what is left when all groups are narrowed uniformly until the targets are met; at least
-    one class, in whole bundles. If the targets can't be met with every group alive: one bundle of the groups that are
-    needed, none of the others.
-    """
-    narrowing = Narrowing(groups)
-    alike = part_alike(narrowing, targets)
-    if alike is None:
-        return narrowing.counts(0.0) * torch.tensor([group.needed for group in groups])
-    return narrowing.counts(schedule.course.keep * alike)
-
-
-def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targets) -> list[Group]:
-    """The groups, with those marked that are needed if the targets can't be met with every group alive.
-
-    Raises:
-        AutogateError: they can't be met with the needed ones alive.
-    """
-    narrowing = Narrowing(groups)
-    if targets.distance(narrowing.live(0.0)) <= 0:
-        return list(groups)
-    needed = critical_groups(channel_map, [group.classes for group in groups])
-    marked = [replace(group, needed=number in needed) for number, group in enumerate(groups)]
-    live = narrowing.live(0.0)
-    for group in marked:
-        live[list(group.classes)] &= group.needed
-    shares, wanted = targets.shares(live), targets.wanted()
-    pace = max(group.pace for group in groups)
-    for name in (name for name, share in shares.items() if share > wanted[name] + ROUNDING):
-        raise AutogateError(
-            f"{wanted[name]:.3f} of the {name} can't be reached: {shares[name]:.3f} are left with the fewest channels "
-            f"that connect inputs to outputs (removed {pace} at a time).",
-            remedy="Ask for a larger share, or for a smaller `round_to`.",
-        )
-    return marked
 
 
 @dataclass(frozen=True)
@@ -193,6 +74,21 @@ class Selection:
             self._group[list(group.classes)] = index
         self._pace = torch.tensor([group.pace for group in groups], dtype=torch.int64)
         self._keep = keep_counts(groups, targets, schedule)
+        self._widest = torch.tensor([group.widest for group in groups], dtype=torch.int64)
+        self._excess = excess_of(groups)
+
+    def distance(self, live: Tensor) -> float:
+        """The way to go: 1 at the start, 0 or less once the targets and the upper limits are met."""
+        distance = self.targets.distance(live)
+        return distance if self._excess is None else max(distance, self._excess.distance(live))
+
+    def price(self, live: Tensor) -> Tensor:
+        """The price of each class, as `Targets.price`. Classes above an upper limit cost too, as long as they are."""
+        price = self.targets.price(live)
+        if self._excess is None or (above := self._excess.distance(live)) <= 0:
+            return price
+        below = max(self.targets.distance(live), 0.0)
+        return (below * price + above * self._excess.price(live)) / (below + above)
 
     def deaths(self, importance: Tensor, candidates: Tensor, live: Tensor, step: int) -> Deaths:
         """The candidates that die in step number `step`.
@@ -210,19 +106,39 @@ class Selection:
     def choose(
         self, importance: Tensor, candidates: Tensor, live: Tensor, wanted: float, waited: float = 1.0
     ) -> Deaths:  # fmt: skip
-        """The candidates that die so that just the wanted distance from the targets is left.
+        """The candidates that die so that just the wanted distance is left.
 
         Args:
             importance, candidates, live: as for `deaths`.
-            wanted: a distance, see `Targets`.
+            wanted: a distance, see `distance`.
             waited: part of its patience that a run has waited for candidates that fit. From 1 on, it settles for a
                 share within the tolerance above the target, or else for the bundle that overshoots least.
         """
-        wanted += ROUNDING
-        queue = self._bundled(self._in_order(importance, candidates, live), live)
+        above = self._above_limits(importance, candidates, live, wanted)
+        live = live.index_fill(0, above, False)
+        deaths = self._towards_targets(importance, candidates & live, live, wanted + ROUNDING, waited)
+        left = live.index_fill(0, deaths.classes, False)
+        settled = deaths.settled and (self._excess is None or self._excess.distance(left) <= 0)
+        return Deaths(torch.cat([above, deaths.classes]), settled)
+
+    def _above_limits(self, importance: Tensor, candidates: Tensor, live: Tensor, wanted: float) -> Tensor:
+        """The candidates that die so that groups come down to their upper limits, as far as wanted."""
+        if self._excess is None or self._excess.distance(live) <= wanted:
+            return torch.zeros(0, dtype=torch.int64)
+        order = self._in_order(importance, candidates, live)
+        queue = self._bundled(order, live, torch.maximum(self._keep, self._widest))
+        return queue.first(self._shortest_prefix(live, queue, wanted, self._excess))
+
+    def _towards_targets(
+        self, importance: Tensor, candidates: Tensor, live: Tensor, wanted: float, waited: float
+    ) -> Deaths:  # fmt: skip
+        """The candidates that die so that just the wanted distance from the targets is left."""
+        queue = self._bundled(self._in_order(importance, candidates, live), live, self._keep)
         if self._distance_without(live, queue.order) > wanted:
             return Deaths(queue.order)
-        enough = self._shortest_prefix(live, queue, wanted)
+        enough = self._shortest_prefix(live, queue, wanted, self.targets)
+        if not enough:  # what limits ask for has brought it below
+            return Deaths(queue.first(0))
         if self._distance_without(live, queue.first(enough)) >= -self._tolerance:
             return Deaths(queue.first(enough))
         return self._land(live, queue, enough - 1, wanted, waited)
@@ -233,16 +149,16 @@ class Selection:
         index = index[torch.argsort(self.targets.price(live)[index], descending=True, stable=True)]
         return index[torch.argsort(importance[index], stable=True)]
 
-    def _bundled(self, order: Tensor, live: Tensor) -> _Queue:
+    def _bundled(self, order: Tensor, live: Tensor, keep: Tensor) -> _Queue:
         """The candidates that may die, in bundles of their group's pace, by the last one of each bundle.
 
         The first bundle of a group brings it to a multiple of its pace. What doesn't fill a bundle waits, and
-        so does what would take the group below what it keeps.
+        so does what would take the group below `keep` (int64, shape (groups,)).
         """
         groups = self._group[order]
-        count = len(self._keep)
+        count = len(keep)
         alive, sizes = torch.bincount(self._group[live], minlength=count), torch.bincount(groups, minlength=count)
-        most = torch.minimum(sizes, (alive - self._keep).clamp(min=0))
+        most = torch.minimum(sizes, (alive - keep).clamp(min=0))
         by_group = torch.argsort(groups, stable=True)
         begins = torch.cumsum(sizes, 0) - sizes
         place = torch.empty_like(order)  # of each candidate among those of its group
@@ -260,12 +176,12 @@ class Selection:
     def _distance_without(self, live: Tensor, dead: Tensor) -> float:
         return self.targets.distance(live.index_fill(0, dead, False))
 
-    def _shortest_prefix(self, live: Tensor, queue: _Queue, wanted: float) -> int:
+    def _shortest_prefix(self, live: Tensor, queue: _Queue, wanted: float, targets: Targets) -> int:
         """The least number of bundles, in order, whose death brings the distance down to `wanted`."""
         low, high = 0, len(queue.ends)
         while low < high:
             middle = (low + high) // 2
-            if self._distance_without(live, queue.first(middle)) <= wanted:
+            if targets.distance(live.index_fill(0, queue.first(middle), False)) <= wanted:
                 high = middle
             else:
                 low = middle + 1

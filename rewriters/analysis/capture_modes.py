@@ -23,6 +23,9 @@ from rewriters.recording import Capture, ModuleCall, Opaque, capture, set_modes,
 
 _COMPARED = (bool, int, float, str, type(None))
 
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Example inputs by position and by name."""
+
 
 def samples_in(args: Any, kwargs: Any) -> int:
     """The number of samples: the length of the first dimension of the first tensor among the inputs."""

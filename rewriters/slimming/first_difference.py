@@ -30,14 +30,23 @@ class ValuesOfModules:
         model: the gated model.
         analysis: of that model.
         live: the classes that stay, bool of shape (classes,).
-        training: whether it runs in train mode.
         inputs: what it runs on, by position and by name.
+        training: whether it runs in train mode.
+        number: which of the example inputs they are, or like.
     """
 
-    def __init__(self, model: nn.Module, analysis: Analysis, live: Tensor, training: bool, inputs: Inputs) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        analysis: Analysis,
+        live: Tensor,
+        inputs: Inputs,
+        training: bool = False,
+        number: int = 0,
+    ) -> None:
         self._known = analysis.labelling.by_tensor()
         self._mask = analysis.label_mask(live)
-        self._calls = _numbered(analysis.captures[-1 if training else 0].calls())
+        self._calls = _numbered(analysis.recorded[number][-1 if training else 0].calls())
         self._values: dict[Key, list[Tensor | None]] = {}
         self._run = run_train if training else run_eval
         with RunningModules(model, self._note).followed():

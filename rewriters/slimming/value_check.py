@@ -7,9 +7,8 @@ and then bisected to the module whose code makes the first value that differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +99,7 @@ def pin_refused(analysis: Analysis, refused: Iterable[Refused], samples: int) ->
 
 
 def check_values(
-    model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any], known: Sequence[Refused]
+    model: nn.Module, analysis: Analysis, examples: Sequence[Inputs], known: Sequence[Refused] = ()
 ) -> Checked:
     """Find the first module whose slim forward gives other values than the gated one.
 
@@ -110,20 +109,20 @@ def check_values(
         model: as it was analysed, with its statistics over live channels placed. It and all generators of random
             numbers are afterwards as before.
         analysis: of that model.
-        args: example inputs by position.
-        kwargs: example inputs by name.
+        examples: the example inputs that it was analysed with, by position and by name.
         known: what was found before, and is pinned in `analysis`.
     """
-    if not analysis.channel_map.size or _too_large(model) or not _has_values(model, args, kwargs):
+    if not analysis.channel_map.size or _too_large(model) or not _has_values(model, examples):
         return Checked(compared=False)
-    trial, compared = _Trial(model, analysis), False
+    trial, compared = _Trial(model, analysis), True
     for training in (False, True) if analysis.trains_otherwise else (False,):
-        let_signals_in()
-        found = trial.found((args, dict(kwargs)), training)
-        collect()
-        if found is not None and found.reason:
-            return Checked(True, _escalated(found.path or "", found.reason, known))
-        compared |= found is not None and not training
+        for number, example in enumerate(examples):
+            let_signals_in()
+            found = trial.found(number, example, training)
+            collect()
+            if found is not None and found.reason:
+                return Checked(True, _escalated(found.path or "", found.reason, known))
+            compared &= found is not None or training  # a forward may want targets to train
     return Checked(compared)
 
 
@@ -145,8 +144,8 @@ def _too_large(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) > _MOST_PARAMETERS
 
 
-def _has_values(model: nn.Module, args: Any, kwargs: Any) -> bool:
-    tensors = [*model.parameters(), *model.buffers(), *tensors_of((args, kwargs))]
+def _has_values(model: nn.Module, examples: Sequence[Inputs]) -> bool:
+    tensors = [*model.parameters(), *model.buffers(), *tensors_of(tuple(examples))]
     return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
@@ -164,16 +163,16 @@ class _Trial:
     """Compares a model, slimmed for a trial pattern, with the gated one."""
 
     def __init__(self, model: nn.Module, analysis: Analysis):
-        self.model, self.analysis, self.training = model, analysis, False
+        self.model, self.analysis, self.number, self.training = model, analysis, 0, False
         self.plan: SlimPlan | None = None
         channel_map = analysis.channel_map
         self.live = _pattern(channel_map)
         everything = torch.ones_like(self.live)
         self.macs = sum(channel_map.macs(kernel, everything) for kernel in channel_map.kernels)
 
-    def found(self, example: Inputs, training: bool) -> _Compared | None:
-        """What differs by more than rounding in eval or train mode, if anything; None if nothing could be compared."""
-        self.training = training
+    def found(self, number: int, example: Inputs, training: bool) -> _Compared | None:
+        """What differs by more than rounding for an example, if anything; None if nothing could be compared."""
+        self.number, self.training = number, training
         macs = self.macs * samples_in(*example)
         for inputs in smaller_inputs(*example, most_samples=None if training else 1):
             if macs * share_of(inputs, example) > _SECONDS * _PER_SECOND:
@@ -218,7 +217,7 @@ class _Trial:
         try:
             wanted = Outputs.of(model, *inputs, training=self.training)
             if bisect:
-                values = ValuesOfModules(model, analysis, live, self.training, inputs)
+                values = ValuesOfModules(model, analysis, live, inputs, self.training, self.number)
                 rounding = [] if self.training else rounding_errors(model, *inputs)
         except Exception as error:
             raise _DoesNotRunError from error

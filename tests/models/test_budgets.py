@@ -15,7 +15,7 @@ import autogate
 from autogate.budget.targets import Shares, Targets
 from autogate.inputs import as_call
 from autogate.methods import GDP, Gates, Learner
-from autogate.steering.selection import groups_of
+from autogate.steering.groups import groups_of
 from rewriters import ChannelMap, Side, analyse
 from tests.slow import slow_but
 

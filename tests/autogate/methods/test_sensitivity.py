@@ -14,7 +14,7 @@ from autogate.methods.learner import Learner
 from autogate.methods.method import Gates
 from autogate.methods.proximal import soft_threshold
 from autogate.methods.sensitivity import observed, price_per_sensitivity
-from autogate.steering.selection import Group
+from autogate.steering.groups import Group
 
 STEPS = 400
 

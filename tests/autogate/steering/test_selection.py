@@ -7,8 +7,10 @@ from autogate.budget.products import Flops, Products, Term
 from autogate.budget.resource import SideCounts
 from autogate.budget.targets import Target, Targets
 from autogate.steering.course import Course
+from autogate.steering.groups import Group, groups_of
+from autogate.steering.least_widths import keep_counts
 from autogate.steering.schedule import Schedule
-from autogate.steering.selection import Group, Selection, groups_of, keep_counts
+from autogate.steering.selection import Selection
 from rewriters.labelling.channel_map import ALWAYS, ChannelMap, Side
 from tests.autogate.gated_nets import conv_net_map, flops_target
 

@@ -27,7 +27,7 @@ def checked(model: nn.Module, *args, refused=()) -> Checked:
     analysis = analyse(model, args)
     pin_refused(analysis, refused, 2)
     analysis.place_statistics(model, undo_log)
-    found = check_values(model, analysis, args, {}, refused)
+    found = check_values(model, analysis, [(args, {})], refused)
     undo_log.undo()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert [dict(vars(module)) for module in model.modules()] == attributes
@@ -97,7 +97,7 @@ def test_a_large_image_is_compared_small_and_by_one_sample():
     model = Net(lambda m, x: seen.append(tuple(x.shape)) or m.b(m.a(x)), a=conv(3, 8), b=conv(8, 2))
     analysis = analyse(model, (torch.randn(4, 3, 224, 224),))
     seen.clear()
-    assert check_values(model, analysis, (torch.randn(4, 3, 224, 224),), {}, ()).fine
+    assert check_values(model, analysis, [((torch.randn(4, 3, 224, 224),), {})]).fine
     assert set(seen) == {(1, 3, 64, 64)}
 
 
@@ -105,4 +105,4 @@ def test_a_model_without_values_is_not_compared():
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
     x = torch.empty(2, 3, 4, 4, device="meta")
-    assert not check_values(model, analyse(model, (x,)), (x,), {}, ()).compared
+    assert not check_values(model, analyse(model, (x,)), [((x,), {})]).compared
