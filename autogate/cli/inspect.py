@@ -48,7 +48,7 @@ def inspect(
     console.print(_budget(found))
     if graph is not None:
         draw_coupling_graph(found.channel_map, graph)
-        console.print(f"coupling graph drawn to {graph.resolve()}", soft_wrap=True, highlight=False)
+        console.print(f"coupling graph drawn to {graph.resolve()}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _groups(found: Inspection, name: str) -> Table:
