@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from autogate.version import __version__
 
 if TYPE_CHECKING:
+    from autogate import subnets
     from autogate.api import BudgetNotMetWarning, CollapseWarning, finalize, gates, prepare, step, summary
     from autogate.budget import Resource, SideCounts
     from autogate.closing import close
     from autogate.files import load, save, to_timm_text
     from autogate.gating import GateBank
+    from autogate.inputs import Examples
     from autogate.inspection import Summary
-    from autogate.methods import GDP
+    from autogate.methods import GDP, ClippedLasso
+    from autogate.outlook import what_if
     from autogate.slim import recalibrate
     from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
 
@@ -31,9 +34,12 @@ _EXPORTS = {
     "autogate.closing": ("close",),
     "autogate.files": ("load", "save", "to_timm_text"),
     "autogate.gating": ("GateBank",),
+    "autogate.inputs": ("Examples",),
     "autogate.inspection": ("Summary",),
-    "autogate.methods": ("GDP",),
+    "autogate.methods": ("GDP", "ClippedLasso"),
     "autogate.slim": ("recalibrate",),
+    "autogate.outlook": ("what_if",),
+    "autogate.subnets": (),
     "rewriters": ("AutogateError", "CaptureError", "SurgeryError", "VerificationError"),
 }
 """What is exported, by its folder: the imports above, for when the program runs."""
@@ -52,7 +58,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    folders = {home.removeprefix("autogate.") for home in _EXPORTS if home.startswith("autogate.")}
+    return sorted({*globals(), *_HOMES, *folders})
 
 
 __all__ = [
@@ -60,7 +67,9 @@ __all__ = [
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
+    "ClippedLasso",
     "CollapseWarning",
+    "Examples",
     "GateBank",
     "Resource",
     "SideCounts",
@@ -76,6 +85,8 @@ __all__ = [
     "recalibrate",
     "save",
     "step",
+    "subnets",
     "summary",
     "to_timm_text",
+    "what_if",
 ]

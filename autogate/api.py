@@ -9,13 +9,13 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from autogate.budget import ResourceMaker, Shares
+from autogate.budget import ResourceMaker
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
-from autogate.inputs import as_call, dtype_of_parameters, fitted
-from autogate.inspection import Summary, summarise
+from autogate.inputs import as_calls, dtype_of_parameters, fitted
+from autogate.inspection import Summary, summarise, summarise_slim
 from autogate.lock import locked
-from autogate.methods import GDP, Learner, Method
-from autogate.naming import did_you_mean, named_by
+from autogate.methods import Learner, Method, as_method, budget_of
+from autogate.naming import Ignored, did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
@@ -25,16 +25,16 @@ from autogate.slim import (
     as_optimizers,
     check_finite,
     check_not_sharded,
-    kept_by_side,
-    parameter_replacements,
-    replace_parameters,
+    history_of,
+    parameters_of,
     signs_of_collapse,
     slim_unverified,
     slim_verified,
-    tell_of_steps_with,
+    take_along,
     verify,
 )
 from autogate.steering import Bounds, read_limits
+from autogate.switching import check_one_width
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
@@ -61,7 +61,7 @@ def prepare(
     resources: Mapping[ResourceMaker, float] | None = None,
     steps: int | None = None,
     round_to: int = 1,
-    ignore: Iterable[str] = (),
+    ignore: Ignored = (),
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
     embed: bool = True,
@@ -84,8 +84,9 @@ def prepare(
         model: any module; the same object is returned. Prepare it before you compile it or wrap it for distributed
             training.
         example_inputs: inputs that the model can be run on: a tensor, a tuple of positional arguments or a dict of
-            keyword arguments. A timm model needs none. Give a batch of two or more samples, so that the batch
-            dimension can't be mistaken for another dimension of size 1.
+            keyword arguments, or several of these (`Examples`) if the forward takes other ways for other inputs. A timm
+            model needs none. Give a batch of two or more samples, so that the batch dimension can't be mistaken for
+            another dimension of size 1.
         flops: share of the model's FLOPs (multiply-adds of convolutions and linear layers) to keep, in (0, 1];
             0.5 if no budget is given. If several budgets are given, all of them are met.
         params: share of the model's parameters to keep.
@@ -96,7 +97,8 @@ def prepare(
         steps: number of optimizer steps in the training that follows. The budget is reached within these steps, and
             the remaining ones are plain training. 10,000 if None.
         round_to: a layer that loses channels ends with a multiple of this number, which fast GPU kernels prefer.
-        ignore: paths of modules, or names of parameters, whose channels all stay.
+        ignore: layers whose channels all stay, one or several: paths of modules or names of parameters, with wildcards
+            if you like (`"blocks.*.attn"`), modules themselves, or types of modules (`nn.LayerNorm`).
         shortcuts: "shared": the channels that an identity shortcut's residual add couples (those of a whole stage)
             are kept or removed together. "conv": each such shortcut becomes a 1x1 convolution, initialised to the
             identity, so that every block has a width of its own (Yang et al., "Non-uniform DNN Structured Subnets
@@ -120,17 +122,17 @@ def prepare(
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
     check_preparable(model)
-    method = GDP() if method is None else method
-    if not isinstance(method, Method):
-        raise AutogateError(
-            f"method is {method!r}, which is no method.", where="prepare", remedy="Give a value such as autogate.GDP()."
-        )
-    shares = Shares(flops, params, activations, latency, resources or {})
+    check_one_width(model)
+    method = as_method(method)
+    shares = budget_of(
+        method, flops=flops, params=params, activations=activations, latency=latency, resources=resources
+    )
     bounds = read_limits(model, limits or {})
     kept = [tensor for limit in bounds if limit.least == 1 for tensor in limit.tensors]
     ignored = dict.fromkeys([*named_by(model, ignore), *kept], "the caller asked for it")
+    inputs, *others = as_calls(example_inputs, model)
     options = AnalysisOptions(
-        as_call(example_inputs, model), ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed
+        inputs, ignored, shortcuts if isinstance(shortcuts, str) else tuple(shortcuts), embed, tuple(others)
     )
     undo_log = UndoLog()
     try:
@@ -225,9 +227,10 @@ def step(model: nn.Module, *, lr: float) -> None:
 
 @locked
 def summary(model: nn.Module) -> Summary:
-    """Summarise a prepared model: FLOPs, parameters and channels left, and what is pinned and why. Print the result.
+    """Summarise a prepared or slim model: FLOPs, parameters and channels left, and what is pinned and why.
 
-    Alphas that you set by hand count, whether or not the model has run since.
+    Print the result, or take its `table()` or `to_json()`. Alphas that you set by hand count. Of a slim model it tells
+    widths before and after, what was removed, and which forwards were rewritten.
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -236,12 +239,15 @@ def summary(model: nn.Module) -> Summary:
         (1814073344.0, 11689512, 1.0)
 
     Args:
-        model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
+        model: the model that `prepare`, `finalize` or `load` returned, or a compiled or distributed wrapper around it.
 
     Raises:
-        AutogateError: the model was not prepared.
+        AutogateError: the model was neither prepared nor slimmed.
     """
-    return summarise(unwrap(model), gates(model))
+    own = unwrap(model)
+    if isinstance(own, nn.Module) and BANK not in own._modules and history_of(own) is not None:
+        return summarise_slim(own)
+    return summarise(own, gates(model))
 
 
 @locked
@@ -290,23 +296,24 @@ def finalize(
             `autogate.slim.finalizing.TOLERANCE`), and not by float32's rounding
             alone: they differ in float64 too.
     """
+    check_one_width(unwrap(model))
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)
     optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
     bank.fold()
     origin: PrepareRecord = bank.origin
-    given = None if example_inputs is None else as_call(example_inputs, model)
-    inputs = origin.inputs_for(model) if given is None else fitted(given, model)
+    given = None if example_inputs is None else as_calls(example_inputs, model)
+    calls = origin.calls_for(model) if given is None else tuple(fitted(call, model) for call in given)
     missed = _missed(bank)
     if warn and missed:  # before anything is done: the caller may have turned warnings into errors
         warnings.warn(missed, BudgetNotMetWarning, stacklevel=3)
-    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), inputs)):
+    if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), calls[0])):
         remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
         warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
-    before = _parameters(model)
-    done = slim_verified(model, bank, inputs)
-    _take_along(optimizers, before, model, done)
+    before = parameters_of(model)
+    done = slim_verified(model, bank, calls)
+    take_along(optimizers, before, model, done)
     return model
 
 
@@ -324,29 +331,15 @@ def finalize_as(model: M, slimming: Slimming, *, optimizer: Optimizer | Iterable
     """
     model, bank = unwrap(model), gates(model)
     optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
-    before = _parameters(model)
-    _take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
+    before = parameters_of(model)
+    take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
     return model
-
-
-def _take_along(
-    optimizers: Iterable[Optimizer], before: Mapping[str, nn.Parameter], model: nn.Module, done: Slimming
-) -> None:
-    """Let optimizers continue with the slim model; others that still have its old parameters are told so."""
-    replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
-    for one in optimizers:
-        replace_parameters(one, replacements)
-    tell_of_steps_with([parameter for parameter in before.values() if id(parameter) in replacements])
 
 
 def _listed(optimizer: Any) -> list[Any]:
     if optimizer is None:
         return []
     return list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _missed(bank: GateBank) -> str:
@@ -376,6 +369,11 @@ def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: Und
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
+    if options.others:
+        raise AutogateError(
+            f"shortcuts={shortcuts!r} is for one set of example inputs, and {1 + len(options.others)} are given.",
+            where=type(model).__name__, remedy="Pass one of them, or leave shortcuts shared.",
+        )  # fmt: skip
     wanted = Outputs.of(model, *options.inputs)
     replaced = add_shortcut_convolutions(model, options, undo_log)
     if not replaced:

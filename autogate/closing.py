@@ -67,7 +67,11 @@ def close(
         over_price: whether "global" compares scores divided by what a class costs of the budget's resources. None:
             only those of "taylor" and "fisher", which estimate what closing costs the loss. The scores of the others
             are relative to the layer, and dividing them would close one layer after the other.
-        flops, params, activations, latency, resources: another budget than the one given to `prepare`, see there.
+        flops: share of the FLOPs to keep, instead of the budget given to `prepare`; see there.
+        params: share of the parameters to keep, likewise.
+        activations: share of the activation bytes to keep, likewise.
+        latency: share of the time to keep, likewise.
+        resources: shares of resources of your own, likewise.
 
     Raises:
         AutogateError: the model has no gates, or is sharded; the criterion is unknown, lacks batches or a loss, or its
@@ -100,7 +104,7 @@ def _learner(network: nn.Module, bank: GateBank, shares: Shares | None) -> Learn
         return bank.learner
     origin: PrepareRecord = bank.origin
     known = [target.resource for target in bank.targets.targets]
-    targets = shares.targets(network, bank.channel_map, origin.inputs_for(network), bank.added, known=known)
+    targets = shares.targets(network, bank.channel_map, origin.calls_for(network)[0], bank.added, known=known)
     return bank.learner.towards(targets, bank.channel_map)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,31 @@ BATCH = 2
 """Samples in a generated batch: with one, the batch dimension could be mistaken for another dimension of size 1."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Examples:
+    """Several example inputs for `prepare`, for a model that takes other ways for other inputs.
+
+    A forward whose control flow they decide (a mask that is given or not, a state that is None at first) is rewritten
+    for each way, and its arguments choose one whenever it runs.
+
+        >>> import torch, autogate
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+        >>> x, mask = torch.randn(2, 5, 16), torch.zeros(5, 5)
+        >>> model = autogate.prepare(layer, autogate.Examples(x, (x, mask)), flops=0.9)
+
+    Args:
+        examples: each of them what `prepare` takes as example inputs: a tensor, a tuple or a dict. FLOPs, activations
+            and latency are those of the first.
+    """
+
+    def __init__(self, *examples: Any):
+        if not examples:
+            raise ValueError("autogate.Examples needs at least one set of example inputs")
+        self.examples = examples
+
+    def __repr__(self) -> str:
+        return f"Examples({len(self.examples)} sets of example inputs)"
 
 
 def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
@@ -33,14 +59,26 @@ def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
+        if example_inputs and all(isinstance(one, int) for one in example_inputs):
+            raise AutogateError(
+                f"example_inputs is a shape, {tuple(example_inputs)}, and not a tensor.",
+                where=type(model).__name__,
+                remedy=f"Pass torch.randn{tuple(example_inputs)}, or what the model is run on.",
+            )
+        return _bound(model, tuple(example_inputs), {})
     if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
+        return _bound(model, (), dict(example_inputs))
     raise AutogateError(
         f"example_inputs is a {type(example_inputs).__name__}.",
         where=type(model).__name__,
         remedy="Pass a tensor, a tuple of positional arguments or a dict of keyword arguments.",
     )
+
+
+def as_calls(example_inputs: Any, model: nn.Module) -> tuple[Inputs, ...]:
+    """Turn `example_inputs` into one call of `model`, or several. Raises as `as_call`."""
+    given = example_inputs.examples if isinstance(example_inputs, Examples) else (example_inputs,)
+    return tuple(as_call(one, model) for one in given)
 
 
 def on_device_of(model: nn.Module, value: Any) -> Any:
@@ -59,6 +97,24 @@ def run_on(model: nn.Module, batch: Any) -> Any:
     """
     inputs = on_device_of(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """The arguments, if the model's forward takes such ones."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # some callables have none
+        return args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = f"the keys {list(kwargs)}" if kwargs else f"{len(args)} arguments"
+        raise AutogateError(
+            f"its forward doesn't take {given}: {error}.",
+            where=type(model).__name__,
+            remedy=f"It is forward{signature}: pass example_inputs as a dict of its keyword arguments, or a tuple.",
+        ) from None
+    return args, kwargs
 
 
 def dtype_of_parameters(model: nn.Module) -> torch.dtype | None:

@@ -5,20 +5,53 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rewriters import AutogateError
 
+_One = str | nn.Module | Tensor | type[nn.Module]
+Ignored = _One | Iterable[_One]
+"""What `ignore` takes: see `named_by`."""
 
-def named_by(model: nn.Module, ignore: Iterable[str]) -> list[str]:
-    """Names of the parameters and buffers that `ignore` refers to, see `tensors_named`.
+
+def named_by(model: nn.Module, ignore: Ignored) -> list[str]:
+    """Names of the parameters and buffers that `ignore` refers to.
+
+    Args:
+        model: the model.
+        ignore: one or several of: names (see `tensors_named`), modules and parameters themselves, types of modules.
 
     Raises:
-        AutogateError: a name is neither a module nor a tensor of the model.
+        AutogateError: one of them is of another type, or refers to nothing in the model.
     """
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return [tensor for name in ignore for tensor in tensors_named(model, name, "ignore")]
+    one = isinstance(ignore, (str, type, nn.Module, Tensor)) or not isinstance(ignore, Iterable)
+    several: Iterable[Any] = (ignore,) if one else ignore  # type: ignore[assignment]
+    found = (
+        tensors_named(model, what, "ignore") if isinstance(what, str) else _tensors_of(model, what) for what in several
+    )
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def _tensors_of(model: nn.Module, what: Any) -> list[str]:
+    """Names of the parameters and buffers of a module, of all modules of a type, or of a parameter itself."""
+    is_type = isinstance(what, type) and issubclass(what, nn.Module)
+    if not is_type and not isinstance(what, (nn.Module, Tensor)):
+        raise AutogateError(
+            f"ignore has a {type(what).__name__}: {what!r}.",
+            where=type(model).__name__,
+            remedy='Give names of modules or parameters ("head", "blocks.*.attn"), modules, or types of modules.',
+        )
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    modules = list(model.named_modules(remove_duplicate=False))
+    paths = [path for path, module in modules if module is what or (is_type and isinstance(module, what))]
+    own = [name for name, tensor in tensors if tensor is what]
+    if not paths and not own:
+        missing = f"{what.__name__}, of which the model has none" if is_type else f"a {type(what).__name__} not in it"
+        raise AutogateError(f"ignore has {missing}.", where=type(model).__name__, remedy="See model.named_modules().")
+    under = tuple(f"{path}." for path in paths if path)
+    return own + [name for name, _ in tensors if "" in paths or (under and name.startswith(under))]
 
 
 def tensors_named(model: nn.Module, name: str, argument: str) -> list[str]:

@@ -1,11 +1,12 @@
 """What is to be left of a model. `Shares` (half of the FLOPs) become `Targets`, which price every class of channels."""
 
-from autogate.budget.products import Flops, Params
+from autogate.budget.products import Activations, Flops, Params
 from autogate.budget.resource import Resource, SideCounts
 from autogate.budget.targets import ROUNDING, ResourceMaker, Shares, Target, Targets
 
 __all__ = [
     "ROUNDING",
+    "Activations",
     "Flops",
     "Params",
     "Resource",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ class Shares:
 
     def __post_init__(self) -> None:
         for name, share in (*self._named(), *((str(maker), share) for maker, share in self.resources.items())):
+            if isinstance(share, bool) or not isinstance(share, Real):
+                raise AutogateError(
+                    f"{name} is {share!r}, a {type(share).__name__}; a share must be a number in (0, 1].",
+                    where="budget",
+                )
             if not 0 < share <= 1:
                 raise AutogateError(f"{name} is {share!r}; a share must be in (0, 1].", where="budget")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,21 @@ from rewriters import AutogateError
 
 console = Console()
 errors = Console(stderr=True)
+
+HUBS = ("hf_hub:", "hf-hub:", "local-dir:")
+"""Beginnings of names that timm looks up elsewhere than in its own list."""
+
+FILES = (".safetensors", ".pt", ".pth", ".bin", ".onnx")
+"""Endings by which a name is that of a file."""
+
+OPTIONS = {
+    "`prepare(..., ignore=[...])`": "--ignore MODULE",
+    "`ignore`": "--ignore",
+    "`shortcuts`": "--shortcuts",
+    "Pass the dense model: autogate.load(path, model=...).": "Load it in Python: autogate.load(path, model=...).",
+    "Pass example_inputs, for instance torch.randn(2, 3, 224, 224).": "Give --image-size.",
+}
+"""What messages advise in Python, and how the same is said on the command line."""
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -43,6 +59,8 @@ def one_line_errors(command: F) -> F:
             if options.get("debug"):
                 raise
             what = str(error) if isinstance(error, (AutogateError, OSError)) else f"{type(error).__name__}: {error}"
+            for in_python, option in OPTIONS.items():
+                what = what.replace(in_python, option)
             errors.print("[red]error:[/]", end=" ")
             errors.print(what, markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from None
@@ -57,6 +75,10 @@ def timm_model(name: str, classes: int | None = None) -> nn.Module:
 
 def timm_name(name: str) -> str:
     """Check that timm has a model with this name. An unknown name is wrong usage."""
+    if name.startswith(HUBS):  # timm looks these up when it builds the model
+        return name
+    if Path(name).suffix in FILES or os.sep in name:
+        raise typer.BadParameter(f"there is no file {name}.", param_hint="MODEL")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists all names."

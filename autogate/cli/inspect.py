@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from autogate.cli.common import Debug, console, images, one_line_errors, timm_model
-from autogate.files import load
-from autogate.inspection import Inspection, Stage, draw_coupling_graph, inspect_model, short
+from autogate.files import inputs_of, load
+from autogate.inspection import Inspection, Stage, check_drawable, draw_coupling_graph, inspect_model, short
+from autogate.outlook import what_if
+from rewriters import AutogateError
+
+ROUNDING = 1e-9
+"""Relative; sums in float64 may be off in their last digits."""
 
 
 @one_line_errors
@@ -27,20 +33,33 @@ def inspect(
     ] = "shared",
     ignore: Annotated[list[str] | None, typer.Option(help="Module whose channels all stay; can be repeated.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show FLOPs by layer instead of by stage.")] = False,
+    trial: Annotated[
+        bool, typer.Option("--what-if", help="Make models for 0.8, 0.5, 0.3 and 0.1 of the FLOPs, and time them.")
+    ] = False,
+    by: Annotated[str, typer.Option(help="Criterion of --what-if: l1, l2, lamp, fpgm, bn_scale or random.")] = "l1",
     graph: Annotated[Path | None, typer.Option(help="File to draw the coupling graph to (svg, png, pdf).")] = None,
     debug: Debug = False,
 ) -> None:
     """Show which channels of a model could be removed, which are pinned and why, and what a budget leaves.
 
-    Prints groups of coupled channels, pinned channels, and FLOPs by stage. Nothing is trained or downloaded.
+    Prints groups of coupled channels, pinned channels, and FLOPs by stage. Nothing is trained or downloaded. With
+    --what-if, prints instead the least that can be reached, and the widths and measured latency that some shares come
+    to.
 
     Example: autogate inspect resnet50 --flops 0.5 --graph groups.svg
     """
-    network = load(model) if Path(model).suffix and Path(model).is_file() else timm_model(model, classes)
+    if graph is not None:
+        check_drawable(graph)
+    network, example = _network(model, classes, image_size)
+    if trial:
+        with console.status("making and timing slim models"):
+            tried = what_if(network, example, by=by, ignore=ignore or (), shortcuts=shortcuts)
+        console.print(tried.table(), markup=False, highlight=False, soft_wrap=True)
+        return
     with console.status("analysing the model"):
         found = inspect_model(
-            network, images(network, image_size), flops=flops, ignore=ignore or (), shortcuts=shortcuts, by_layer=layers
-        )
+            network, example, flops=flops, ignore=ignore or (), shortcuts=shortcuts, by_layer=layers
+        )  # fmt: skip
     console.print(_groups(found, model))
     if found.pins:
         console.print(_pins(found))
@@ -49,6 +68,12 @@ def inspect(
     if graph is not None:
         draw_coupling_graph(found.channel_map, graph)
         console.print(f"coupling graph drawn to {graph.resolve()}", soft_wrap=True, highlight=False, markup=False)
+    if found.flops > flops * found.all_flops * (1 + ROUNDING):
+        raise AutogateError(
+            f"{flops:.1%} of the FLOPs can't be reached: {found.least:.1%} are left with the fewest channels.",
+            where=model,
+            remedy="Ask for a larger share.",
+        )
 
 
 def _groups(found: Inspection, name: str) -> Table:
@@ -86,9 +111,24 @@ def _stages(found: Inspection, kind: str) -> Table:
     return table
 
 
+def _network(model: str, classes: int | None, side: int | None) -> tuple[nn.Module, Any]:
+    """The model, and example inputs: for a slim file those that it was prepared with."""
+    if not Path(model).is_file():
+        network = timm_model(model, classes)
+        return network, images(network, side)
+    network = load(model)
+    args, kwargs = inputs_of(network, 2, side)
+    return network, kwargs or args
+
+
 def _budget(found: Inspection) -> str:
+    left = (
+        f"{found.flops / found.all_flops:.1%} of {short(found.all_flops)} FLOPs and "
+        f"{found.params / found.all_params:.1%} of {short(found.all_params)} parameters"
+    )
+    if found.keep is None:
+        return f"The fewest channels that connect inputs to outputs leave {left}."
     return (
-        f"If every group keeps {found.keep:.0%} of its channels, {found.flops / found.all_flops:.1%} of "
-        f"{short(found.all_flops)} FLOPs and {found.params / found.all_params:.1%} of {short(found.all_params)} "
-        f"parameters are left. The smallest possible share of the FLOPs is {found.least:.1%}."
+        f"If every group keeps {found.keep:.0%} of its channels, {left} are left. The smallest possible share of the "
+        f"FLOPs is {found.least:.1%}."
     )

@@ -21,7 +21,7 @@ from autogate.files.file_format import CHANNELS_LAST, Header, read_file
 from autogate.files.memory_limit import check_dense_model, check_inputs, default_limit
 from autogate.files.timm_builds import build_with_timm
 from autogate.gating import BANK
-from autogate.inputs import Inputs, as_call
+from autogate.inputs import Inputs, as_calls
 from autogate.lock import locked
 from autogate.slim import (
     ATTRIBUTE,
@@ -132,24 +132,25 @@ def _slim_again(model: nn.Module, header: Header, example_inputs: Any, undo_log:
     dense = describe_modules(model)
     at = next((tensor.device for *_, tensor in tensor_slots(model)), torch.device("cpu"))
     for slimming in header.slimmings:
-        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(at), _inputs(slimming, example_inputs, model))
-        replay(model, slimming, inputs, undo_log)
+        calls = tree_map_only(Tensor, lambda tensor: tensor.to(at), _calls(slimming, example_inputs, model))
+        replay(model, slimming, calls, undo_log)
     made = history_of(model)
     if made is None:
         raise AutogateError("the file's header lists no slimming.")
     undo_log.set_attribute(model, ATTRIBUTE, History(header.slimmings, dense, made.modules, made.shapes))
 
 
-def _inputs(slimming: Slimming, example_inputs: Any, model: nn.Module) -> Inputs:
+def _calls(slimming: Slimming, example_inputs: Any, model: nn.Module) -> tuple[Inputs, ...]:
     if example_inputs is not None:
-        return as_call(example_inputs, model)
-    if slimming.inputs is None:
+        return as_calls(example_inputs, model)
+    written = (slimming.inputs, *slimming.others)
+    if None in written:
         raise AutogateError(
             "its example inputs are of a type that the file can't store.",
             where=type(model).__name__,
             remedy="Pass them: autogate.load(path, example_inputs=...).",
         )
-    return read_inputs(slimming.inputs)
+    return tuple(map(read_inputs, written))
 
 
 def _fill(

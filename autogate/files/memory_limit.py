@@ -44,7 +44,7 @@ def check_dense_model(header: Header, limit: int) -> None:
 def check_inputs(header: Header, limit: int, model: nn.Module) -> None:
     """Raise unless the example inputs that a header describes are within the limit."""
     for slimming in header.slimmings:
-        _check("the example inputs", sum(_bytes_in(slimming.inputs)), limit, type(model).__name__)
+        _check("the example inputs", sum(_bytes_in([slimming.inputs, *slimming.others])), limit, type(model).__name__)
 
 
 def _bytes_in(written: Any) -> Iterator[int]:

@@ -25,6 +25,7 @@ from autogate.slim import (
     first_difference,
     history_of,
 )
+from autogate.switching import check_one_width
 from autogate.version import __version__
 from autogate.wrappers import unwrap
 from rewriters import AutogateError
@@ -64,6 +65,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
             can't be written.
     """
     slim = unwrap(slim)
+    check_one_width(slim)
     history = _unchanged_history(slim)
     tensors, aliases = _tensors_of(slim)
     how, why_not = find_timm_build(slim, history, model_args)
@@ -146,7 +148,7 @@ def _channels_last(slim: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
 def _forwards(slim: nn.Module) -> dict[str, dict[str, str]]:
     found = {path: module.__dict__.get("forward") for path, module in slim.named_modules()}
     return {
-        path: {"train" if training else "eval": source for training, source in forward.sources.items()}
+        path: {"train" if training else "eval": forward.source(training) for training in forward.functions}
         for path, forward in found.items()
         if isinstance(forward, RewrittenForward)
     }

@@ -13,7 +13,7 @@ the leader doesn't, the other one leads.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,7 +127,7 @@ def optimizers_of(bank: Follower) -> list[Optimizer]:
 
 def gated_elsewhere(model: nn.Module) -> str | None:
     """Name of a parameter of `model` that a bank follows; None if there is none."""
-    gated = {id(kernel) for bank in list(_turns) for kernel in bank.kernels()}
+    gated = {id(kernel) for bank in list(_turns) for kernel in _kernels(bank)}
     return next((name for name, parameter in model.named_parameters() if id(parameter) in gated), None)
 
 
@@ -136,8 +136,17 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def _kernels(bank: Follower) -> Iterable[nn.Parameter]:
+    """A bank's kernels; none if a layer of its model was replaced. The model's own forward raises then, nobody else's
+    step."""
+    try:
+        return bank.kernels()
+    except AutogateError:
+        return ()
+
+
 def _hold(optimizer: Optimizer, bank: Follower) -> _Hold:
-    kernels = {id(kernel) for kernel in bank.kernels()}
+    kernels = {id(kernel) for kernel in _kernels(bank)}
     total, most, lr = 0, 0, 0.0
     for group in optimizer.param_groups:
         count = sum(id(parameter) in kernels for parameter in group["params"])

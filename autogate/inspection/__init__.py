@@ -1,9 +1,9 @@
 """Tables about a model: what is left under gates, what could be removed, how long it takes."""
 
-from autogate.inspection.comparison import Comparison, Duration, compare
-from autogate.inspection.coupling_graph import draw_coupling_graph
+from autogate.inspection.comparison import Comparison, Duration, compare, time_in_turns
+from autogate.inspection.coupling_graph import check_drawable, draw_coupling_graph
 from autogate.inspection.model_inspection import Inspection, Stage, inspect_model
-from autogate.inspection.summary import Summary, short, summarise
+from autogate.inspection.summary import Summary, short, summarise, summarise_slim
 
 __all__ = [
     "Comparison",
@@ -11,9 +11,12 @@ __all__ = [
     "Inspection",
     "Stage",
     "Summary",
+    "check_drawable",
     "compare",
     "draw_coupling_graph",
     "inspect_model",
     "short",
     "summarise",
+    "summarise_slim",
+    "time_in_turns",
 ]

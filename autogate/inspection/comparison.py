@@ -64,11 +64,24 @@ def compare(
         for by_compiler in compiled:
             for batch in batches:
                 inputs = inputs_of(slim, batch, side)
-                found = _in_turns([dense, slim], inputs, by_compiler, seconds)
+                found = time_in_turns([dense, slim], inputs, seconds, by_compiler)
                 yield Comparison(device, by_compiler, batch, *found)
 
 
-def _in_turns(models: list[nn.Module], inputs: Inputs, by_compiler: bool, seconds: float) -> list[Duration | str]:
+def time_in_turns(
+    models: Sequence[nn.Module], inputs: Inputs, seconds: float, by_compiler: bool = False
+) -> list[Duration | str]:
+    """Time the forwards of models that take turns, so that all see the machine in the same state.
+
+    Args:
+        models: models in eval mode.
+        inputs: what each is run on.
+        seconds: minimum time to measure each model for.
+        by_compiler: whether to use torch.compile.
+
+    Returns:
+        For each model its time, or why it could not be run.
+    """
     rounds = 3
     timers = [_timer(model, inputs, by_compiler) for model in models]
     times: list[list[float]] = [[] for _ in models]

@@ -10,6 +10,25 @@ import networkx as nx
 
 from rewriters import AutogateError, ChannelMap
 
+FORMATS = ("svg", "png", "pdf", "ps", "eps", "jpg", "jpeg", "tif", "tiff", "webp")
+"""Suffixes of files that matplotlib draws to."""
+
+
+def check_drawable(path: Path) -> None:
+    """Raise if the coupling graph can't be drawn to this file.
+
+    Raises:
+        AutogateError: matplotlib is not installed, or can't write this format.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise AutogateError("drawing the coupling graph needs matplotlib.", remedy="pip install 'autogate[graph]'")
+    if path.suffix.removeprefix(".").lower() not in FORMATS:
+        raise AutogateError(
+            f"no picture is drawn in the format {path.suffix!r}.",
+            where=str(path),
+            remedy=f"Formats are {', '.join(FORMATS)}.",
+        )
+
 
 def draw_coupling_graph(channel_map: ChannelMap, path: Path) -> None:
     """Draw which kernels are coupled through which groups of channels.
@@ -25,8 +44,7 @@ def draw_coupling_graph(channel_map: ChannelMap, path: Path) -> None:
     Raises:
         AutogateError: matplotlib is not installed, or can't write this format.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise AutogateError("drawing the coupling graph needs matplotlib.", remedy="pip install 'autogate[graph]'")
+    check_drawable(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,10 +72,7 @@ def draw_coupling_graph(channel_map: ChannelMap, path: Path) -> None:
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     axes.margins(x=0.25, y=0.02)
     axes.set_axis_off()
-    try:
-        figure.savefig(path)
-    except ValueError as error:
-        raise AutogateError(f"{error}.", where=str(path)) from error
+    figure.savefig(path)
 
 
 def _layout(graph: nx.Graph, kernels: list[Any], groups: list[Any]) -> dict[Any, tuple[float, float]]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from autogate.budget import Flops, Params, Shares, Target, Targets
 from autogate.inputs import as_call
 from autogate.lock import locked
-from autogate.naming import named_by
+from autogate.naming import Ignored, named_by
 from autogate.slim import AnalysisOptions, add_shortcut_convolutions, analyse_with_dry_run
-from autogate.steering import Narrowing, groups_of, part_alike
+from autogate.steering import Narrowing, fewest_live, groups_of, part_alike
 from rewriters import ChannelMap, Pin, UndoLog
 
 
@@ -55,17 +54,19 @@ class Inspection:
         groups: the channels that can be removed.
         pins: why the other channels stay.
         stages: the FLOPs by part of the model, in the order the layers run.
-        keep: the part of its channels that every group keeps to meet the budget.
+        keep: the part of its channels that every group keeps to meet the budget; None if that can't be met with every
+            group alive. `flops` and `params` are then those of the fewest channels.
         flops, all_flops: multiply-adds for one sample, at the budget and in the dense model.
         params, all_params: the same for parameters.
-        least: share of the FLOPs that is left if all removable channels are removed.
+        least: the smallest share of the FLOPs that a budget can ask for: that of the fewest channels that connect
+            inputs to outputs.
     """
 
     channel_map: ChannelMap
     groups: tuple[ChannelGroup, ...]
     pins: tuple[Pin, ...]
     stages: tuple[Stage, ...]
-    keep: float
+    keep: float | None
     flops: float
     all_flops: float
     params: float
@@ -79,7 +80,7 @@ def inspect_model(
     example_inputs: Any = None,
     *,
     flops: float = 0.5,
-    ignore: Iterable[str] = (),
+    ignore: Ignored = (),
     shortcuts: str | tuple[str, ...] = "shared",
     by_layer: bool = False,
 ) -> Inspection:
@@ -102,9 +103,10 @@ def inspect_model(
         cost, params = Flops(channel_map, model, added), Params(channel_map, model)
     finally:
         undo_log.undo()
-    narrowing = Narrowing(groups_of(channel_map, round_to=1))
-    keep = part_alike(narrowing, Targets([Target(cost, flops)])) or 0.0
-    live = narrowing.live(keep)
+    groups = groups_of(channel_map, round_to=1)
+    narrowing, fewest = Narrowing(groups), fewest_live(groups, channel_map)
+    keep = part_alike(narrowing, Targets([Target(cost, flops)]))
+    live = fewest if keep is None else narrowing.live(keep)
     everything = torch.ones_like(live)
     return Inspection(
         channel_map=channel_map,
@@ -116,7 +118,7 @@ def inspect_model(
         all_flops=cost.whole,
         params=float(params.value(live)),
         all_params=float(params.value(everything)),
-        least=cost.least,
+        least=float(cost.value(fewest)) / cost.whole if cost.whole else 0.0,
     )
 
 

@@ -12,6 +12,7 @@ from autogate.slim.finalizing import (
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
+    KeptIndices,
     Slimming,
     describe_buffers,
     describe_modules,
@@ -19,11 +20,13 @@ from autogate.slim.history import (
     dtype_of,
     history_of,
     kept_by_side,
+    kept_indices,
     read_inputs,
     slimming_from_json,
     slimming_to_json,
 )
-from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
+from autogate.slim.layers import Layer, layers_of
+from autogate.slim.optimizer_state import as_optimizers, parameters_of, take_along
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
@@ -32,14 +35,17 @@ from autogate.slim.record_replay import (
     cast,
     check_tensors,
     first_difference,
+    live_classes,
     replay,
+    slim_and_record,
 )
-from autogate.slim.stale_optimizers import tell_of_steps_with
 
 __all__ = [
     "ATTRIBUTE",
     "AnalysisOptions",
     "History",
+    "KeptIndices",
+    "Layer",
     "PrepareRecord",
     "Slimming",
     "add_shortcut_convolutions",
@@ -56,16 +62,19 @@ __all__ = [
     "first_difference",
     "history_of",
     "kept_by_side",
-    "parameter_replacements",
+    "kept_indices",
+    "layers_of",
+    "live_classes",
+    "parameters_of",
     "read_inputs",
     "recalibrate",
-    "replace_parameters",
     "replay",
     "signs_of_collapse",
+    "slim_and_record",
     "slim_unverified",
     "slim_verified",
     "slimming_from_json",
     "slimming_to_json",
-    "tell_of_steps_with",
+    "take_along",
     "verify",
 ]

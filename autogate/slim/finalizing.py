@@ -53,12 +53,12 @@ class PrepareRecord:
     dtype: torch.dtype | None
     shortcuts: tuple[Shortcut, ...] = ()
 
-    def inputs_for(self, model: nn.Module) -> Inputs:
-        """The example inputs, on the device and in the dtype that the model has now."""
-        return fitted(self.options.inputs, model, self.dtype)
+    def calls_for(self, model: nn.Module) -> tuple[Inputs, ...]:
+        """All example inputs, on the device and in the dtype that the model has now."""
+        return tuple(fitted(call, model, self.dtype) for call in (self.options.inputs, *self.options.others))
 
 
-def slim_verified(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
+def slim_verified(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> Slimming:
     """Slim a prepared model, compare its outputs, and detach its gate bank.
 
     A deep network may round by more than float32's tolerance: it is slimmed if a float64 copy of it is exact.
@@ -66,7 +66,7 @@ def slim_verified(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
     Args:
         model: a prepared model, its gates folded.
         bank: its gate bank.
-        inputs: inputs to compare the outputs on.
+        calls: inputs to compare the outputs on.
 
     Returns:
         A record of what was done.
@@ -75,11 +75,11 @@ def slim_verified(model: nn.Module, bank: GateBank, inputs: Inputs) -> Slimming:
         AutogateError: see `autogate.finalize`. The model is left as it was.
     """
     try:
-        done = _slim_compared(model, bank, inputs, TOLERANCE)
+        done = _slim_compared(model, bank, calls, TOLERANCE)
     except VerificationError:
-        if not _is_exact_in_float64(model, bank, inputs):
+        if not _is_exact_in_float64(model, bank, calls):
             raise
-        done = _slim_compared(model, bank, inputs, dict.fromkeys(TOLERANCE, float("inf")))
+        done = _slim_compared(model, bank, calls, dict.fromkeys(TOLERANCE, float("inf")))
     bank.detach()
     return done
 
@@ -113,46 +113,48 @@ def _remove_gates(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> None:
 
 
 def _slim_compared(
-    model: nn.Module, bank: GateBank, inputs: Inputs, tolerance: Mapping[torch.dtype, float]
+    model: nn.Module, bank: GateBank, calls: Sequence[Inputs], tolerance: Mapping[torch.dtype, float]
 ) -> Slimming:
     """Slim the model; outputs that are rounding alone are only told from others if the comparison fails."""
     try:
-        return _slim_once(model, bank, inputs, tolerance)
+        return _slim_once(model, bank, calls, tolerance)
     except VerificationError as error:
         try:
-            rounding = rounding_errors(model, *inputs)
+            rounding = [rounding_errors(model, *call) for call in calls]
         except Exception:  # what a compiled submodule, say, may raise when its ops are looked at
             raise error from None
-        return _slim_once(model, bank, inputs, tolerance, rounding)
+        return _slim_once(model, bank, calls, tolerance, rounding)
 
 
 def _slim_once(
-    model: nn.Module, bank: GateBank, inputs: Inputs, tolerance: Mapping[torch.dtype, float],
-    rounding: Sequence[float] = (),
+    model: nn.Module, bank: GateBank, calls: Sequence[Inputs], tolerance: Mapping[torch.dtype, float],
+    rounding: Sequence[Sequence[float]] | None = None,
 ) -> Slimming:  # fmt: skip
     undo_log = UndoLog()
     try:
         unwrap_accelerate(model, undo_log)
-        wanted = Outputs.of(model, *inputs)
+        wanted = [Outputs.of(model, *call) for call in calls]
         _remove_gates(model, bank, undo_log)
         done = _slim(model, bank, undo_log)
-        verify(model, inputs, wanted, "the slim model", tolerance, rounding)
+        for call, outputs, allowed in zip(calls, wanted, rounding or [()] * len(calls), strict=True):
+            verify(model, call, outputs, "the slim model", tolerance, allowed)
     except BaseException:
         undo_log.undo()
         raise
     return done
 
 
-def _is_exact_in_float64(model: nn.Module, bank: GateBank, inputs: Inputs) -> bool:
+def _is_exact_in_float64(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> bool:
     """Whether slimming a float64 copy of a float32 model is exact; False for models that don't run in float64."""
     if any(tensor.dtype != torch.float32 for tensor in model.parameters() if tensor.is_floating_point()):
         return False
     twin = copy.deepcopy(model).double()
     gates: GateBank = getattr(twin, BANK)
     origin: PrepareRecord = gates.origin
-    gates.origin = replace(origin, options=origin.options._replace(inputs=_in_float64(origin.options.inputs)))
+    in_float64 = [*map(_in_float64, (origin.options.inputs, *origin.options.others))]
+    gates.origin = replace(origin, options=origin.options.on(in_float64))
     try:
-        _slim_compared(twin, gates, _in_float64(inputs), {torch.float64: EXACT_IN_FLOAT64})
+        _slim_compared(twin, gates, [*map(_in_float64, calls)], {torch.float64: EXACT_IN_FLOAT64})
     except Exception:  # a forward written for float32 can fail in any way
         return False
     finally:
@@ -166,7 +168,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
 
 def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimming | None = None) -> Slimming:
     origin: PrepareRecord = bank.origin
-    options = origin.options._replace(inputs=origin.inputs_for(model))
+    options = origin.options.on(origin.calls_for(model))
     analysis = analyse_with_dry_run(model, options)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:

@@ -14,7 +14,7 @@ what differs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from autogate.slim import timm_fields as bookkeeping
 from autogate.slim.history import (
     ATTRIBUTE,
     History,
+    KeptIndices,
     Slimming,
     TensorSpec,
     describe_buffers,
@@ -37,6 +38,7 @@ from autogate.slim.history import (
     rewritten,
     write_inputs,
 )
+from autogate.slim.layers import layers_of
 from autogate.slim.state_hints import add_state_hint
 from rewriters import (
     ALWAYS,
@@ -55,7 +57,7 @@ from rewriters import (
 )
 from rewriters.cross_channel import plain_statistics
 from rewriters.recording import frozen_heap, generators_kept
-from rewriters.slimming import like, tensor_slots
+from rewriters.slimming import is_under, like, tensor_slots
 
 
 class AnalysisOptions(NamedTuple):
@@ -66,19 +68,26 @@ class AnalysisOptions(NamedTuple):
         ignored: names of the tensors whose channels stay, with the reason.
         shortcuts: "shared", "conv" or paths of modules.
         embed: whether channels that cross-channel statistics are taken over can be removed.
+        others: more example inputs.
     """
 
     inputs: Inputs
     ignored: Mapping[str, str]
     shortcuts: str | tuple[str, ...] = "shared"
     embed: bool = True
+    others: tuple[Inputs, ...] = ()
+
+    def on(self, calls: Sequence[Inputs]) -> AnalysisOptions:
+        """The same for these example inputs."""
+        return self._replace(inputs=calls[0], others=tuple(calls[1:]))
 
 
 @frozen_heap()
 def analyse_with_dry_run(model: nn.Module, options: AnalysisOptions) -> Analysis:
     """Analyse the model's channels, and pin whatever the dry run shows can't be slimmed."""
     args, kwargs = options.inputs
-    return dry_run(model, analyse(model, args, kwargs, options.ignored, options.embed), args, kwargs)
+    analysis = analyse(model, args, kwargs, options.ignored, options.embed, options.others)
+    return dry_run(model, analysis, args, kwargs, options.others)
 
 
 def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
@@ -113,6 +122,7 @@ def slim_and_record(
     with plain_statistics(model):
         before, buffers = describe_tensors(model, added), describe_buffers(model)
         modules = describe_modules(model, added)
+        params = sum(p.numel() for name, p in model.named_parameters() if not is_under(name, set(added)))
     slim_plan = plan(model, analysis, live, *options.inputs, decided)
     slim_plan = restore(model, analysis, slim_plan, shortcuts, decided)
     follow = bookkeeping.widths(model)
@@ -122,6 +132,7 @@ def slim_and_record(
         tensors=before,
         buffers=buffers,
         inputs=write_inputs(options.inputs),
+        others=tuple(map(write_inputs, options.others)),
         ignored=tuple(options.ignored),
         shortcuts=options.shortcuts,
         embed=options.embed,
@@ -131,6 +142,8 @@ def slim_and_record(
         selections=slim_plan.decisions.selections,
         rewritten=rewritten(slim_plan),
         removed=tuple(sorted(slim_plan.removed)),
+        layers=layers_of(analysis.channel_map, slim_plan.live.cpu()),
+        params=params,
     )
     earlier = history_of(model) or History((), modules, {}, {})
     shapes = {name: spec.shape for name, spec in describe_tensors(model).items()}
@@ -140,13 +153,13 @@ def slim_and_record(
     return done
 
 
-def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoLog) -> None:
+def replay(model: nn.Module, slimming: Slimming, calls: Sequence[Inputs], undo_log: UndoLog) -> None:
     """Slim `model` as a record says.
 
     Args:
         model: a model like the one that was slimmed, apart from its weights.
         slimming: the record.
-        inputs: example inputs on the model's device.
+        calls: example inputs on the model's device, all those that `prepare` got.
         undo_log: takes all changes, also if this raises.
 
     Raises:
@@ -158,7 +171,7 @@ def replay(model: nn.Module, slimming: Slimming, inputs: Inputs, undo_log: UndoL
         raise AutogateError("the record lists it twice, in the state_dict and outside of it.", where=both)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
-    options = AnalysisOptions(inputs, ignored, slimming.shortcuts, slimming.embed)
+    options = AnalysisOptions(calls[0], ignored, slimming.shortcuts, slimming.embed, tuple(calls[1:]))
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
     _check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_with_dry_run(model, options)
@@ -174,7 +187,7 @@ def slim_as_recorded(
     Raises:
         AutogateError: the channels of the model are coupled in another way than those of the recorded one.
     """
-    live = _live(analysis.channel_map, slimming)
+    live = live_classes(analysis.channel_map, slimming.kept)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
     mine, theirs = kept_by_side(done.kept), kept_by_side(slimming.kept)
@@ -187,10 +200,14 @@ def slim_as_recorded(
     return done
 
 
-def _live(channel_map: ChannelMap, slimming: Slimming) -> Tensor:
-    """The classes that keep all of their indices, bool, shape (classes,)."""
+def live_classes(channel_map: ChannelMap, recorded: Collection[KeptIndices]) -> Tensor:
+    """The classes that keep all of their indices, bool, shape (classes,).
+
+    Raises:
+        AutogateError: a recorded side has another length here.
+    """
     live = torch.ones(channel_map.size, dtype=torch.bool)
-    kept = kept_by_side(slimming.kept)
+    kept = kept_by_side(recorded)
     for side, classes in channel_map.classes.items():
         if side in kept:
             _check_same(f"the length of {side}", len(classes), kept[side].size)

@@ -7,6 +7,7 @@ against someone who alters the file on purpose.
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,8 +31,12 @@ def write_tensors(value: Any, path: Path) -> None:
     with atomic_write(path) as temporary:
         try:
             torch.save({"content": value, "checksum": checksum(value)}, temporary)
-        except RuntimeError as error:  # what torch raises for a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+        except RuntimeError as error:  # torch's text for a full disk is "unexpected pos ..."
+            free = shutil.disk_usage(temporary.parent).free
+            raise OSError(
+                f"torch couldn't write all of it, and {free / 2**20:.0f} MiB are free on the disk: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
 
 def read_tensors(path: Path) -> Any:

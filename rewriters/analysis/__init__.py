@@ -1,13 +1,14 @@
 """Analyse a model. In: a model and example inputs. Out: an `Analysis` with its channel map."""
 
 from rewriters.analysis.analyse import analyse, pin_call
-from rewriters.analysis.capture_modes import samples_in
+from rewriters.analysis.capture_modes import Inputs, samples_in
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.traced_modules import trace_calls
 from rewriters.analysis.trial_rewrites import trial_pattern
 
 __all__ = [
     "Analysis",
+    "Inputs",
     "analyse",
     "pin_call",
     "samples_in",

@@ -8,12 +8,12 @@ dry run (`rewriters.dry_run`) then tries a whole slimming.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from rewriters.analysis.capture_modes import capture_larger, capture_modes, samples_in
+from rewriters.analysis.capture_modes import Inputs, capture_larger, capture_modes, samples_in
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.traced_modules import merge_repeated_calls, trace_size_holders, trace_statistics
 from rewriters.analysis.trial_rewrites import pin_unresizable
@@ -26,7 +26,7 @@ from rewriters.recording import Capture, tensors_at, tensors_of, without_caches
 
 def analyse(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
-    ignore: Mapping[str, str] | None = None, embed: bool = True,
+    ignore: Mapping[str, str] | None = None, embed: bool = True, others: Sequence[Inputs] = (),
 ) -> Analysis:  # fmt: skip
     """Find the classes of coupled channels of `model`.
 
@@ -38,25 +38,28 @@ def analyse(
         kwargs: example inputs by name.
         ignore: names of parameters and buffers whose channels are all kept, with the reason.
         embed: whether channels that norms across channels include can be removed; if not, they are pinned.
+        others: more example inputs, for which the forward may take other ways.
 
     Raises:
         CaptureError: the forward fails, or its own control flow depends on the values of tensors.
     """
     with plain_statistics(model), without_caches(model):
-        return _analyse(model, args, kwargs, ignore, embed)
+        return _analyse(model, args, kwargs, ignore, embed, others)
 
 
 def _analyse(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, ignore: Mapping[str, str] | None,
-    embed: bool,
+    embed: bool, others: Sequence[Inputs],
 ) -> Analysis:  # fmt: skip
-    captures = capture_modes(model, args, kwargs)
+    first, *more = (capture_modes(model, *inputs) for inputs in ((args, kwargs), *others))
+    captures = [captured for one in (first, *more) for captured in one]
     labelling = _labelled(model, captures, ignore, embed)
     if labelling.findings.scattered:
-        larger = capture_larger(model, args, kwargs, captures)
-        if larger and not same_classes(labelling, _labelled(model, larger, ignore, embed)):
+        larger = capture_larger(model, args, kwargs, first)
+        alone = _labelled(model, first, ignore, embed) if more else labelling
+        if larger and not same_classes(alone, _labelled(model, larger, ignore, embed)):
             labelling.space.notes += labelling.findings.scattered
-    analysis = Analysis(captures, labelling)
+    analysis = Analysis([first, *more], labelling)
     known = labelling.by_tensor()
     with patches_held():
         looking = trace_statistics(model, analysis, known)

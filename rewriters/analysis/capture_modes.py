@@ -22,6 +22,9 @@ from rewriters.recording import Capture, ModuleCall, Opaque, capture, set_modes,
 
 _COMPARED = (bool, int, float, str, type(None))
 
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Example inputs by position and by name."""
+
 
 def samples_in(args: Any, kwargs: Any) -> int:
     """The number of samples: the length of the first dimension of the first tensor among the inputs."""
@@ -30,6 +33,7 @@ def samples_in(args: Any, kwargs: Any) -> int:
 
 
 def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
+    """The model captured in eval mode, and in train mode if it does something else there."""
     before = set_modes(model, False)
     try:
         captures = [capture(model, args, kwargs)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -26,18 +26,29 @@ class Analysis:
     """All that is known of a model's channels.
 
     Attributes:
-        captures: the captured forward in eval mode, and in train mode too if some layers run in that mode only.
+        recorded: for each of the example inputs the captured forward, in eval mode, and in train mode too if it does
+            something else there.
         labelling: labels of every tensor in them.
         traced: the traced forwards of modules that may hold a size.
         sites: modules whose own forward takes statistics across channels.
         channel_map: the partition of the channels.
     """
 
-    captures: list[Capture]
+    recorded: Sequence[Sequence[Capture]]
     labelling: Labelling
     traced: list[TracedForward] = field(default_factory=list)
     sites: list[StatisticSite] = field(default_factory=list)
     channel_map: ChannelMap = field(init=False)
+
+    @property
+    def captures(self) -> list[Capture]:
+        """All captures; the first is that of the first example inputs in eval mode."""
+        return [captured for one in self.recorded for captured in one]
+
+    @property
+    def in_eval_mode(self) -> list[Capture]:
+        """The captures in eval mode, one for each of the example inputs."""
+        return [one[0] for one in self.recorded]
 
     @property
     def opaque(self) -> frozenset[str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.size_holders import knows_its_sizes, may_hold_size, sizes_to_read, takes_sizes
 from rewriters.analysis.trial_rewrites import pin_unresizable
-from rewriters.cross_channel import StatisticSite, find_statistics, one_site, plain_statistics
+from rewriters.cross_channel import StatisticSite, find_statistics, plain_statistics, take_alike
 from rewriters.errors import TraceError
-from rewriters.forwards import TracedForward, graphs_by_mode, patches_held, trace_modes
+from rewriters.forwards import TracedForward, patches_held, told_apart, trace_modes
 from rewriters.labelling import ALWAYS, Labelled, Labelling, merge_grids
 from rewriters.labelling.rules import LabelledStatistic
 from rewriters.recording import Capture, ModuleCall, all_tensors, leaves_of, tensors_at, without_caches
+
+_UNLIKE = "its calls take different paths, which its arguments don't tell apart"
 
 
 def trace_statistics(
@@ -40,7 +43,7 @@ def trace_statistics(
         for call in captured.calls():
             if call.path in calls_of:
                 calls_of[call.path].append((captured, call))
-    modes = _own_modes(analysis.captures)
+    modes = _own_modes(analysis.recorded)
     traces: dict[int, list[TracedForward]] = {}
     for path, calls in sorted(calls_of.items()):
         try:
@@ -55,12 +58,15 @@ def statistics_in(labelling: Labelling, call: ModuleCall) -> list[LabelledStatis
     return [statistic for node in call.nodes for statistic in labelling.statistics.get(node, ())]
 
 
-def _own_modes(captures: Sequence[Capture]) -> dict[int, bool]:
+def _own_modes(recorded: Iterable[Sequence[Capture]]) -> dict[int, bool]:
     """The mode to trace a call in, by the call's id, where the module was recorded in eval and in train mode."""
-    paths = [{call.path for call in captured.calls()} for captured in captures]
-    both = set.intersection(*paths) if len(paths) > 1 else set[str]()
-    modes = zip((False, True), captures, strict=False)
-    return {id(call): mode for mode, captured in modes for call in captured.calls() if call.path in both}
+    found: dict[int, bool] = {}
+    for captures in recorded:
+        paths = [{call.path for call in captured.calls()} for captured in captures]
+        both = set.intersection(*paths) if len(paths) > 1 else set[str]()
+        modes = zip((False, True), captures, strict=False)
+        found |= {id(call): mode for mode, captured in modes for call in captured.calls() if call.path in both}
+    return found
 
 
 def _site(
@@ -68,19 +74,47 @@ def _site(
     labelling: Labelling, known: Mapping[int, Labelled], traces: dict[int, list[TracedForward]],
     modes: Mapping[int, bool],
 ) -> StatisticSite:  # fmt: skip
-    """The statistics of a module, whose calls must be equal and are coupled. Raises `TraceError` if they differ."""
+    """The statistics of a module; those of calls that take the same way through its forward are coupled.
+
+    Raises:
+        TraceError: a statistic has no form over live channels, or the arguments don't tell the ways apart.
+    """
     module, path = model.get_submodule(calls[0][1].path), calls[0][1].path
-    found: list[StatisticSite] = []
+    ways: dict[tuple[Any, ...], StatisticSite] = {}
     for captured, call in calls:
         traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known, modes.get(id(call)))
-        found.append(
-            find_statistics(module, path, graphs_by_mode(traced, lambda one: one.graph), len(statistics[id(call)]))
-        )
-    site = one_site(found)
-    for other in found[1:]:
-        for mine, theirs in zip(site.statistics, other.statistics, strict=True):
-            labelling.space.merge(mine.labels, theirs.labels)
+        graphs = {mode: one.graph for one in traced for mode in one.modes}
+        found = find_statistics(module, path, [graphs], [len(statistics[id(call)])])
+        _couple(labelling, ways.setdefault(tuple((one.modes, one.code) for one in traced), found), found)
+    every = _in_both_modes([*ways.values()], labelling)
+    site = find_statistics(module, path, every, [_count(way) for way in every])
+    if not all(map(told_apart, site.graphs.values())):
+        raise TraceError(_UNLIKE, where=path)
     return site
+
+
+def _couple(labelling: Labelling, first: StatisticSite, second: StatisticSite) -> None:
+    for mine, theirs in zip(first.statistics, second.statistics, strict=True):
+        labelling.space.merge(mine.labels, theirs.labels)
+
+
+def _count(way: Mapping[bool, fx.Graph]) -> int:
+    return sum(len(node.meta.get("statistics", ())) for node in next(iter(way.values())).nodes)
+
+
+def _in_both_modes(ways: list[StatisticSite], labelling: Labelling) -> list[Mapping[bool, fx.Graph]]:
+    """The traces of each way. One of eval mode and one of train mode that take alike statistics are one way."""
+    joined: list[Mapping[bool, fx.Graph]] = []
+    while ways:
+        first, *ways = ways
+        own: Mapping[bool, fx.Graph] = first.ways[0]
+        other = next((one for one in ways if not own.keys() & one.ways[0].keys() and take_alike(first, one)), None)
+        if other is not None:
+            ways.remove(other)
+            _couple(labelling, first, other)
+            own = {**own, **other.ways[0]}
+        joined.append(own)
+    return joined
 
 
 def trace_size_holders(
@@ -88,9 +122,10 @@ def trace_size_holders(
 ) -> None:
     """Trace the modules in which a call that may hold a size meets channels that can be removed.
 
-    Forwards that were traced for their statistics are included, for a norm may be written in ops that hold no size.
+    Forwards that were traced for their statistics are included, for a norm may be written in ops that hold no size. So
+    are all other calls of such a module: the rewritten forward runs for them too.
     """
-    modes = _own_modes(analysis.captures)
+    modes = _own_modes(analysis.recorded)
     every = [
         (captured, call)
         for captured in analysis.captures
@@ -98,10 +133,10 @@ def trace_size_holders(
         if _may_change(model.get_submodule(call.path), call, analysis.labelling)
     ]
     holders = {id(call): _holders(model.get_submodule(call.path), call, analysis.labelling, known) for _, call in every}
-    rewritten = {call.path for _, call in every if id(call) in modes and (holders[id(call)] or id(call) in traces)}
+    rewritten = {call.path for _, call in every if holders[id(call)] or id(call) in traces}
     refused: dict[str, TraceError] = {}
     for captured, call in every:
-        if not (holders[id(call)] or id(call) in traces or call.path in rewritten):
+        if call.path not in rewritten:
             continue
         module, mode = model.get_submodule(call.path), modes.get(id(call))
         try:
@@ -109,11 +144,9 @@ def trace_size_holders(
             analysis.traced.extend(traced)
         except TraceError as error:
             refused[call.path] = error
-            _pin_holders(analysis.labelling, call, holders[id(call)], known, error)
-    apart = refused.keys() & rewritten  # a forward that is rewritten in one mode has to be in the other
-    analysis.traced = [traced for traced in analysis.traced if traced.path not in apart]
+    analysis.traced = [traced for traced in analysis.traced if traced.path not in refused]
     for _, call in every:
-        if call.path in apart:
+        if call.path in refused:
             _pin_holders(analysis.labelling, call, holders[id(call)], known, refused[call.path])
 
 
@@ -137,16 +170,20 @@ def _holders(module: nn.Module, call: ModuleCall, labelling: Labelling, known: M
 
 
 def merge_repeated_calls(analysis: Analysis) -> None:
-    """Couple the channels in all calls of a module that is called several times, so that one rewritten forward will do.
+    """Couple the channels in those calls of a module that take the same way through its forward: one code serves them.
 
-    If its calls take different paths through its forward, no rewriting serves them all, and the channels are pinned.
+    Calls that take other ways are cases of their own. If their arguments don't tell them apart, channels are pinned.
     """
-    first: dict[tuple[str, bool], TracedForward] = {}
+    ways: dict[tuple[str, bool], dict[str, TracedForward]] = {}
     for traced, mode in ((one, mode) for one in analysis.traced for mode in one.modes):
-        other = first.setdefault((traced.path, mode), traced)
+        other = ways.setdefault((traced.path, mode), {}).setdefault(traced.code, traced)
         if other is not traced:
-            alike = str(other.graph) == str(traced.graph)
-            _merge_calls(analysis.labelling, other, traced) if alike else _pin_calls(analysis, other, traced)
+            _merge_calls(analysis.labelling, other, traced)
+    for cases in ways.values():
+        if not told_apart([one.graph for one in cases.values()]):
+            for traced in cases.values():
+                tensors = all_tensors(traced.graph)
+                analysis.labelling.pin_values(tensors, traced.known, traced.path, "forward", _UNLIKE)
 
 
 def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForward) -> None:
@@ -154,12 +191,6 @@ def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForwa
         for a, b in zip(leaves_of(one.meta.get("val")), leaves_of(other.meta.get("val")), strict=True):
             if isinstance(a, Tensor) and isinstance(b, Tensor):
                 labelling.merge_values(first.known.get(id(a)), second.known.get(id(b)), first.path)
-
-
-def _pin_calls(analysis: Analysis, *calls: TracedForward) -> None:
-    reason = "its calls take different paths, which would need different code"
-    for traced in calls:
-        analysis.labelling.pin_values(all_tensors(traced.graph), traced.known, traced.path, "forward", reason)
 
 
 def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
@@ -174,7 +205,7 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
         return False
     known, found = analysis.labelling.by_tensor(), list[TracedForward]()
     calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
-    modes = _own_modes(analysis.captures)
+    modes = _own_modes(analysis.recorded)
     try:
         with plain_statistics(model), without_caches(model), patches_held():
             for captured, call in calls:

@@ -5,9 +5,9 @@ from rewriters.cross_channel.installing import (
     find_statistics,
     gather_statistics,
     install_live_statistics,
-    one_site,
     plain_statistics,
     remove_live_statistics,
+    take_alike,
     write_live,
 )
 
@@ -16,8 +16,8 @@ __all__ = [
     "find_statistics",
     "gather_statistics",
     "install_live_statistics",
-    "one_site",
     "plain_statistics",
     "remove_live_statistics",
+    "take_alike",
     "write_live",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from rewriters.cross_channel.live_statistics import FORMS, FORMS_BY_POSITION, LiveStatistic
 from rewriters.errors import TraceError
-from rewriters.forwards import LiveForward, disable_fused_layers, set_forward
+from rewriters.forwards import Graphs, LiveForward, disable_fused_layers, set_forward
 from rewriters.labelling import ALWAYS, ChannelMap, Statistic
 from rewriters.labelling.rules import LabelledStatistic
 from rewriters.undo_log import UndoLog
@@ -31,15 +31,20 @@ class StatisticSite:
 
     Attributes:
         path: the module.
-        graphs: its forward, traced in eval mode (False) and train mode (True).
-        statistics: the statistics, in the order in which they are taken.
+        ways: its forward, traced in eval mode (False) and train mode (True), for each way in which it is called.
+        statistics: the statistics of all ways, in the order in which they are taken.
         names: names of the children that can take them instead.
     """
 
     path: str
-    graphs: Mapping[bool, fx.Graph]
+    ways: tuple[Mapping[bool, fx.Graph], ...]
     statistics: tuple[LabelledStatistic, ...]
     names: tuple[str, ...]
+
+    @property
+    def graphs(self) -> Graphs:
+        """The traced forwards of each mode."""
+        return {mode: tuple(way[mode] for way in self.ways if mode in way) for mode in (False, True)}
 
     def child(self, index: int) -> str:
         return f"{self.path}.{self.names[index]}".lstrip(".")
@@ -51,13 +56,29 @@ class StatisticSite:
         ]
 
 
-def find_statistics(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph], recorded: int) -> StatisticSite:
-    """The statistics in a module's traced forward, which has to hold as many as were recorded.
+def find_statistics(
+    module: nn.Module, path: str, ways: Sequence[Mapping[bool, fx.Graph]], recorded: Sequence[int]
+) -> StatisticSite:
+    """The statistics in a module's forward, which was traced for each way in which it is called.
+
+    Each trace has to hold as many as were recorded.
 
     Raises:
         TraceError: a statistic is taken by a call that has no form over live channels, or where the trace doesn't see
             it.
     """
+    found = [
+        statistic
+        for graphs, count in zip(ways, recorded, strict=True)
+        for statistic in _statistics_of(path, graphs, count)
+    ]
+    names = (f"live_statistic_{number}" if number else "live_statistic" for number in itertools.count())
+    free = itertools.islice((name for name in names if not hasattr(module, name)), len(found))
+    return StatisticSite(path, tuple(ways), tuple(found), tuple(free))
+
+
+def _statistics_of(path: str, graphs: Mapping[bool, fx.Graph], recorded: int) -> list[LabelledStatistic]:
+    """The statistics in both modes of one trace. Raises `TraceError`."""
     distinct = list(dict.fromkeys(graphs.values()))
     taken = [
         [statistic for node in _with_statistics(graph) for statistic in node.meta["statistics"]] for graph in distinct
@@ -70,28 +91,16 @@ def find_statistics(module: nn.Module, path: str, graphs: Mapping[bool, fx.Graph
     alike = all(_alike(first, other) for other in taken) and all(other == targets[0] for other in targets)
     if len(first) != recorded or not alike:
         raise TraceError("traced, it takes other statistics than it took when it was recorded", where=path)
-    names = (f"live_statistic_{number}" if number else "live_statistic" for number in itertools.count())
-    free = itertools.islice((name for name in names if not hasattr(module, name)), len(first))
-    return StatisticSite(path, graphs, tuple(first), tuple(free))
+    return first
 
 
-def one_site(sites: Sequence[StatisticSite]) -> StatisticSite:
-    """The site of all calls of a module, from those of each.
-
-    Raises:
-        TraceError: calls in the same mode take different paths, or take other statistics in train mode.
-    """
-    first, graphs = sites[0], dict(sites[0].graphs)
-    for other in sites[1:]:
-        alike = _alike(first.statistics, other.statistics) and _taken_by(first) == _taken_by(other)
-        if not alike or any(str(graphs.setdefault(mode, graph)) != str(graph) for mode, graph in other.graphs.items()):
-            raise TraceError("its calls take different paths, which would need different code", where=first.path)
-    return replace(first, graphs=graphs)
+def take_alike(site: StatisticSite, other: StatisticSite) -> bool:
+    """Whether two calls take their statistics by the same functions along the same dimensions."""
+    return _alike(site.statistics, other.statistics) and _taken_by(site) == _taken_by(other)
 
 
 def _taken_by(site: StatisticSite) -> list[Any]:
-    """The functions that take the statistics, which are the same in each of its graphs."""
-    return [node.target for node in _with_statistics(next(iter(site.graphs.values())))]
+    return [node.target for way in site.ways for node in _with_statistics(next(iter(way.values())))]
 
 
 def _forms(statistic: LabelledStatistic) -> Mapping[Any, Callable[[int, int, Tensor], LiveStatistic]]:
@@ -136,10 +145,9 @@ def install_live_statistics(
         disable_fused_layers(model, undo_log)
     for one, removable in found:
         module = model.get_submodule(one.path)
-        made = {graph: _with_children(graph, one, removable) for graph in one.graphs.values()}
-        graphs = {training: made[graph] for training, graph in one.graphs.items()}
+        graphs = _with_children(one, removable)
         forward = LiveForward(module, graphs, one.path, tuple(one.names[index] for index in removable))
-        nodes = _with_statistics(next(iter(one.graphs.values())))
+        nodes = [node for way in one.ways for node in _with_statistics(next(iter(way.values())))]
         for index in removable:
             statistic, node = one.statistics[index], nodes[index]
             form = _forms(statistic)[node.target](len(statistic.labels), statistic.dim, _like(module, node))
@@ -154,17 +162,30 @@ def _like(module: nn.Module, node: fx.Node) -> Tensor:
     return torch.empty(0, dtype=value.dtype, device=value.device)
 
 
-def _with_children(graph: fx.Graph, one: StatisticSite, indices: Sequence[int]) -> fx.Graph:
+def _with_children(one: StatisticSite, indices: Sequence[int]) -> Graphs:
+    """Copies of the graphs in which children take these of the statistics."""
+    made: dict[bool, list[fx.Graph]] = {False: [], True: []}
+    names = iter([name if index in indices else None for index, name in enumerate(one.names)])
+    for way in one.ways:
+        own = list(itertools.islice(names, len(_with_statistics(next(iter(way.values()))))))
+        copies = {graph: _with_calls(graph, own) for graph in dict.fromkeys(way.values())}
+        for mode, graph in way.items():
+            made[mode].append(copies[graph])
+    return made
+
+
+def _with_calls(graph: fx.Graph, names: Sequence[str | None]) -> fx.Graph:
+    """A copy in which children with these names take the statistics; None leaves a statistic as it is."""
     copied = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copied.output(copied.graph_copy(graph, copies))
-    taking = _with_statistics(graph)
-    for index in indices:
-        node = copies[taking[index]]
-        with copied.inserting_before(node):
-            call = copied.call_module(one.names[index], node.args, dict(node.kwargs))
-        node.replace_all_uses_with(call)
-        copied.erase_node(node)
+    for taking, name in zip(_with_statistics(graph), names, strict=True):
+        if name is not None:
+            node = copies[taking]
+            with copied.inserting_before(node):
+                call = copied.call_module(name, node.args, dict(node.kwargs))
+            node.replace_all_uses_with(call)
+            copied.erase_node(node)
     return copied
 
 

@@ -1,16 +1,17 @@
 """Trace a module's own forward and rewrite it for fewer channels. In: a module and its call. Out: a new `forward`."""
 
+from rewriters.forwards.cases import told_apart
 from rewriters.forwards.copies import set_forward
+from rewriters.forwards.guards import GUARDS, ShapeGuardError
 from rewriters.forwards.label_mask import LabelMask, labelled_dims
 from rewriters.forwards.moves import only_moves
 from rewriters.forwards.multi_head_attention import disable_fused_layers
 from rewriters.forwards.resizing import CannotResizeError, sweep
 from rewriters.forwards.rewritten_forward import (
-    GUARDS,
+    Graphs,
     InterpretedForward,
     LiveForward,
     RewrittenForward,
-    ShapeGuardError,
     bind_arguments,
     out_of_place,
     placeholder_values,
@@ -21,6 +22,7 @@ from rewriters.forwards.tracer_patches import patches_held
 __all__ = [
     "GUARDS",
     "CannotResizeError",
+    "Graphs",
     "InterpretedForward",
     "LabelMask",
     "LiveForward",
@@ -37,5 +39,6 @@ __all__ = [
     "placeholder_values",
     "set_forward",
     "sweep",
+    "told_apart",
     "trace_modes",
 ]

@@ -34,7 +34,7 @@ def line_of_caller() -> str:
 
 def compares_identity(frame: types.FrameType) -> bool:
     """Whether a frame's code asks `is` of something else than None."""
-    return _compares_identity(frame.f_code)
+    return code_compares_identity(frame.f_code)
 
 
 def asks_types(frame: types.FrameType) -> bool:
@@ -43,7 +43,8 @@ def asks_types(frame: types.FrameType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _compares_identity(code: types.CodeType) -> bool:
+def code_compares_identity(code: types.CodeType) -> bool:
+    """Whether code asks `is` of something else than None."""
     before = None
     for instruction in dis.get_instructions(code):
         if instruction.opname == "IS_OP" and not (before and before.opname == "LOAD_CONST" and before.argval is None):

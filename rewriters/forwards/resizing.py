@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from rewriters.errors import SurgeryError
 from rewriters.forwards.factors import is_product_with_others
+from rewriters.forwards.guards import GUARDS
 from rewriters.forwards.label_mask import LabelMask, SlimShapes
 from rewriters.forwards.moves import commutes, only_moves, swap_tensors
-from rewriters.forwards.rewritten_forward import GUARDS, in_positions
+from rewriters.forwards.rewritten_forward import in_positions
 from rewriters.forwards.sizes import FAMILIES, Resize, Scaled, scaled
 from rewriters.forwards.tracer_patches import AUTOCAST
 from rewriters.forwards.tracing import run_call
@@ -64,6 +65,7 @@ class Resizer:
         self._slim: dict[fx.Node, Any] = {}
         self._whole: set[fx.Node] = set()  # whose values lose nothing
         self._copies: dict[fx.Node, fx.Node] = {}
+        self._given: dict[int, Tensor] = {}
         self.graph = fx.Graph()
         self.changed = False
         self.constants: dict[str, Tensor] = {}
@@ -101,6 +103,8 @@ class Resizer:
             if node.op != "output":
                 self._slim[node] = self._expected(node)
             self._copy(node)
+            if node.op == "placeholder":
+                self._keep_identity(node)
         elif node.target in AUTOCAST:
             self._slim[node] = None
             self._copy(node)
@@ -119,6 +123,12 @@ class Resizer:
             self._keep_factors(node)
         else:
             self._rewrite(node)
+
+    def _keep_identity(self, node: fx.Node) -> None:
+        """Arguments that were one tensor stay one: a forward may ask for that."""
+        if isinstance(node.meta["val"], Tensor):
+            self._slim[node] = self._given.setdefault(id(node.meta["val"]), self._slim[node])
+        self._copies[node].meta["val"] = self._slim[node]
 
     def _is_whole(self, node: fx.Node) -> bool:
         """Whether slimming leaves a node's value as it is, every tensor in it with the same shape."""

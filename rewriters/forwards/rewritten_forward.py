@@ -2,64 +2,29 @@
 
 The rewritten forward shadows the module's own on the instance, for both train and eval mode. The module stays the same
 object, with its class, attributes, hooks and children; it can be deep-copied and pickled. (A GraphModule instead of it
-would lose all of these but the children.) Forwards with the same code, as a network's blocks have, share it compiled.
-Its lines, which tracebacks show, are dropped with the last of them.
+would lose all of these but the children.) A module that is called in several ways has several graphs, and its arguments
+choose one (`cases.py`).
 
 The dry run interprets rewritten forwards node by node instead (`InterpretedForward`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import inspect
-import linecache
+import itertools
 import operator
 import types
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import has_side_effect
 
+from rewriters.forwards.cases import accepts, chooser
+from rewriters.forwards.generated_code import GeneratedFunction
+from rewriters.forwards.guards import ShapeGuardError
 from rewriters.forwards.multi_head_attention import multi_head_attention
-
-
-class ShapeGuardError(RuntimeError):
-    """A rewritten forward ran with arguments or attributes for which its control flow differs from the traced one.
-
-    Attributes:
-        where: path of the module, once the error has left its forward.
-    """
-
-    where: str
-
-
-@has_side_effect
-def guard(value: Any, expected: Any, what: str = "a value") -> None:
-    """Raise unless `value` is the one that the control flow was traced with; `what` says what it is, and where."""
-    if (
-        not torch.jit.is_tracing() and value != expected
-    ):  # jit.trace turns sizes into tensors, and records one case anyway
-        remedy = "give prepare example inputs of the kind and shape that the model is run with"
-        raise ShapeGuardError(_differs(value, expected, what, remedy))
-
-
-@has_side_effect
-def guard_attribute(value: Any, expected: Any, what: str) -> None:
-    """As `guard`, for what only depends on attributes of modules."""
-    if value != expected:
-        raise ShapeGuardError(_differs(value, expected, what, "set it before prepare, and leave it as it was then"))
-
-
-GUARDS = (guard, guard_attribute)
-
-
-def _differs(value: Any, expected: Any, what: str, remedy: str) -> str:
-    return f"this forward was traced where {what} was {expected!r}, which now is {value!r}: {remedy}"
 
 
 def in_positions(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
@@ -99,31 +64,8 @@ def out_of_place(target: Any) -> Any:
     return _OUT_OF_PLACE.get(target, target)
 
 
-@dataclass(frozen=True)
-class _ModuleName:
-    name: str
-
-
-class _Code:
-    """Generated code; tracebacks show its lines as long as this object lives."""
-
-    def __init__(self, source: str):
-        name = f"<autogate rewritten forward {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
-        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-        weakref.finalize(self, linecache.cache.pop, name, None)
-        self.code = compile(source, name, "exec")
-
-
-_CODES: weakref.WeakValueDictionary[str, _Code] = weakref.WeakValueDictionary()
-"""By source: the blocks of a network, and both modes, mostly share theirs."""
-
-
-def _compiled(source: str) -> _Code:
-    """The compiled code of a source, shared with living forwards that have the same source."""
-    code = _CODES.get(source)
-    if code is None:
-        code = _CODES[source] = _Code(source)
-    return code
+Graphs = Mapping[bool, Sequence[fx.Graph]]
+"""A module's rewritten graphs in eval mode (False) and train mode (True): one for each case (`cases.py`), often one."""
 
 
 class RewrittenForward:
@@ -131,32 +73,49 @@ class RewrittenForward:
 
     Args:
         owner: the module.
-        graphs: the rewritten graph for each value of `owner.training`.
+        graphs: its rewritten graphs.
         path: where the module is in its model, for errors.
     """
 
-    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], path: str = ""):
-        codes = {graph: graph.python_code("self") for graph in graphs.values()}  # both modes may have the same
+    def __init__(self, owner: nn.Module, graphs: Graphs, path: str = ""):
+        every = dict.fromkeys(itertools.chain(*graphs.values()))  # both modes may have the same
+        made = {graph: GeneratedFunction(graph) for graph in every}
+        choosers = {
+            graph: GeneratedFunction(chooser(graph)) for cases in graphs.values() if cases[1:] for graph in cases
+        }
         self.owner, self.path = owner, path
-        self.sources = {training: codes[graph].src for training, graph in graphs.items()}
-        self.globals = {training: dict(codes[graph].globals) for training, graph in graphs.items()}
-        self._compile()
+        self.functions = {training: tuple(made[graph] for graph in cases) for training, cases in graphs.items()}
+        self._choosers = {
+            training: tuple(choosers[graph] for graph in cases) for training, cases in graphs.items() if cases[1:]
+        }
 
-    def _compile(self) -> None:
-        self._codes = {training: _compiled(source) for training, source in self.sources.items()}
-        self._functions = {training: self.function(training) for training in self.sources}
-        signature = inspect.signature(next(iter(self._functions.values())))  # the same in both modes
-        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    def source(self, training: bool) -> str:
+        """The code for a mode, of all cases."""
+        return "\n".join(case.source for case in self.functions[training])
 
-    def function(self, training: bool) -> Callable[..., Any]:
-        """The generated function, taking the module as its first argument."""
-        scope = dict(self.globals[training])
-        exec(self._codes[training].code, scope)
-        return scope.pop("forward")  # it keeps the scope as its globals
+    def function(self, training: bool, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """The generated function for a call, taking the module as its first argument.
+
+        Raises:
+            ShapeGuardError: the call is none of the cases.
+        """
+        cases = self.functions[training]
+        return cases[0].run if len(cases) == 1 else self._choose(training, args, kwargs or {})
+
+    def _choose(self, training: bool, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+        refusals = []
+        for case, choose in zip(self.functions[training], self._choosers[training], strict=True):
+            try:
+                choose.run(self.owner, *args, **kwargs)
+            except Exception as error:  # what another case takes for granted
+                refusals.append(str(error))
+            else:
+                return case.run
+        raise ShapeGuardError(f"the call is none of those that it was traced for. {'; '.join(refusals)}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return self._functions[self.owner.training](self.owner, *args, **kwargs)
+            return self.function(self.owner.training, args, kwargs)(self.owner, *args, **kwargs)
         except ShapeGuardError as error:
             if not hasattr(error, "where"):  # the innermost forward is where it was raised
                 error.where = self.path
@@ -164,30 +123,14 @@ class RewrittenForward:
             raise
 
     @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(next(iter(self.functions.values()))[0].run)  # the same in all of them
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
     def __code__(self) -> types.CodeType:
         # torch.export asks a model's forward for its file and line.
-        return self._functions[self.owner.training].__code__
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_codes", "_functions")}
-        # Python modules (torch, math) can't be pickled; their names are stored.
-        names = {
-            training: {key: _ModuleName(value.__name__) if isinstance(value, types.ModuleType) else value
-                       for key, value in scope.items()}
-            for training, scope in self.globals.items()
-        }  # fmt: skip
-        return {**state, "globals": names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.globals = {
-            training: {
-                key: importlib.import_module(value.name) if isinstance(value, _ModuleName) else value
-                for key, value in scope.items()
-            }
-            for training, scope in state["globals"].items()
-        }
-        self._compile()
+        return self.functions[self.owner.training][0].run.__code__
 
 
 class InterpretedForward:
@@ -200,14 +143,18 @@ class InterpretedForward:
         owner, graphs, path: as for a `RewrittenForward`.
     """
 
-    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], path: str = ""):
+    def __init__(self, owner: nn.Module, graphs: Graphs, path: str = ""):
         self.owner, self.graphs = owner, graphs
-        self.__signature__ = inspect.signature(types.MethodType(own_forward(owner), owner))
+        forward = owner.__dict__.get("forward")
+        own = forward if isinstance(forward, RewrittenForward) else types.MethodType(own_forward(owner), owner)
+        self.__signature__ = inspect.signature(own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
-        graph = self.graphs[self.owner.training]
+        graphs = self.graphs[self.owner.training]
+        given = [bound.arguments[node.target.lstrip("*")] for node in graphs[0].find_nodes(op="placeholder")]
+        graph = next((one for one in graphs if accepts(chooser(one), given)), graphs[0]) if graphs[1:] else graphs[0]
         interpreter = fx.Interpreter(self.owner, graph=graph)
         interpreter.extra_traceback = False
         return interpreter.run(initial_env=placeholder_values(graph, bound.arguments))
@@ -221,7 +168,7 @@ class LiveForward(RewrittenForward):
         names: the owner's children that take these statistics (see `rewriters.cross_channel.live_statistics`).
     """
 
-    def __init__(self, owner: nn.Module, graphs: Mapping[bool, fx.Graph], path: str, names: tuple[str, ...]):
+    def __init__(self, owner: nn.Module, graphs: Graphs, path: str, names: tuple[str, ...]):
         super().__init__(owner, graphs, path)
         self.names = names
         self.plain = owner.__dict__.get("forward")
@@ -234,11 +181,14 @@ _WRITTEN_OUT: dict[type[nn.Module], Callable[..., Any]] = {nn.MultiheadAttention
 
 def stands_in(module: nn.Module) -> bool:
     """Whether `own_forward` returns an equivalent that is written out, not the function that the module runs."""
-    return own_forward(module) is _WRITTEN_OUT.get(type(module))
+    forward = module.__dict__.get("forward")
+    return type(module) in _WRITTEN_OUT and (forward.plain if isinstance(forward, LiveForward) else forward) is None
 
 
-def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The function that a module runs, with the module as its first argument.
+def own_forward(
+    module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The function that a module runs for a call, with the module as its first argument.
 
     If the module's statistics are taken over the live channels, it is the forward that takes them over all.
     """
@@ -246,7 +196,7 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     if isinstance(forward, LiveForward):
         forward = forward.plain
     if isinstance(forward, RewrittenForward):
-        return forward.function(bool(module.training))
+        return forward.function(bool(module.training), args, kwargs)
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         return forward.__func__
     if forward is not None:
@@ -264,6 +214,6 @@ def placeholder_values(graph: fx.Graph, arguments: Mapping[str, Any]) -> dict[fx
 
 def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments by the parameter names of a module's forward, defaults included."""
-    bound = inspect.signature(own_forward(module)).bind(module, *args, **kwargs)
+    bound = inspect.signature(own_forward(module, args, kwargs)).bind(module, *args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)

@@ -6,6 +6,7 @@ A forward that doesn't ask for its mode while it is traced is traced once, for b
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +40,11 @@ class TracedForward:
     known: Mapping[int, Labelled]
     stands_in: bool = False
 
+    @functools.cached_property
+    def code(self) -> str:
+        """The graph as text, equal for calls that take the same way through the forward."""
+        return str(self.graph)
+
     def resize(self, mask: LabelMask) -> Resizer:
         """The forward rewritten for a label mask. Raises `CannotResizeError`."""
         resizer = Resizer(self.graph, self.known, mask, self.path)
@@ -47,9 +53,11 @@ class TracedForward:
         return resizer
 
 
-def graphs_by_mode(traced: Iterable[TracedForward], graph: Callable[[TracedForward], fx.Graph]) -> dict[bool, fx.Graph]:
-    """Graphs for eval mode (False) and train mode (True): the same one if the forward doesn't ask for its mode."""
-    return {mode: made for one in traced for made in [graph(one)] for mode in one.modes}
+def graphs_by_mode(
+    traced: Iterable[TracedForward], graph: Callable[[TracedForward], fx.Graph]
+) -> dict[bool, tuple[fx.Graph, ...]]:
+    """The graph of one call for eval mode (False) and train mode (True): the same if it doesn't ask for its mode."""
+    return {mode: (made,) for one in traced for made in [graph(one)] for mode in one.modes}
 
 
 def trace_modes(

@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import TraceError
 from rewriters.forwards.attribute_reads import AttributeReads, follows_input
+from rewriters.forwards.guards import GUARDS, guard, guard_attribute
 from rewriters.forwards.proxies import ValueProxy, ValueTracer
-from rewriters.forwards.read_code import line_of_caller
-from rewriters.forwards.rewritten_forward import guard, guard_attribute, own_forward
+from rewriters.forwards.read_code import code_compares_identity, line_of_caller
+from rewriters.forwards.rewritten_forward import own_forward
 from rewriters.forwards.traced_labels import TracedLabels
 from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
 from rewriters.interrupts import let_signals_in
@@ -105,7 +106,7 @@ class _Tracer(ValueTracer):
         self, root: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
         known: Mapping[int, Labelled], followed: bool,
     ):  # fmt: skip
-        super().__init__(autowrap_modules=(), autowrap_functions=MATH)  # type: ignore[arg-type]  # fx says: one module
+        super().__init__(autowrap_modules=(), autowrap_functions=(*MATH, *GUARDS))  # type: ignore[arg-type]  # fx: one module
         self.attributes = AttributeReads(root, self._read_attribute, self.guard, followed)
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
@@ -113,15 +114,18 @@ class _Tracer(ValueTracer):
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         # fx takes the forward from the class; the instance may have one that was rewritten before.
-        root_fn = own_forward(self.root)
+        root_fn = own_forward(self.root, self._call.args, self._call.kwargs)
         # Keep the signature, so that callers of the rewritten forward see no difference.
         signature = inspect.signature(root_fn)
         bound = signature.bind(self.root, *self._call.args, **self._call.kwargs)
         bound.apply_defaults()
+        asks = code_compares_identity(inspect.unwrap(root_fn).__code__)
         by_place: list[Any] = [self.root]
         by_name: dict[str, Any] = {}
         for name, parameter in list(signature.parameters.items())[1:]:
             given = self._placeholder(parameter, bound.arguments[name])
+            if asks and type(given) is ValueProxy:
+                given = self._told_apart(given, [*by_place[1:], *by_name.values()])
             if parameter.kind is parameter.VAR_POSITIONAL:
                 by_place.extend(given)
             elif parameter.kind is parameter.VAR_KEYWORD:
@@ -144,6 +148,15 @@ class _Tracer(ValueTracer):
             absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
             self.guard(absent, f"whether the argument {parameter.name} is None")
         return self._argument(proxy, parameter.name)
+
+    def _told_apart(self, given: ValueProxy, others: list[Any]) -> ValueProxy:
+        """An argument in a forward that asks `is`: where it is another argument too, that one's proxy."""
+        for other in (other for other in others if type(other) is ValueProxy):
+            same = self.create_proxy("call_function", operator.is_, (other, given), {})
+            self.guard(same, f"{other.node.target} is {given.node.target}")
+            if same.value:
+                return other
+        return given
 
     def _argument(self, proxy: ValueProxy, name: str) -> Any:
         """A proxy for a tensor or number, a container of proxies for a container, else the value itself.

@@ -30,8 +30,9 @@ def explain(error: Exception, where: str) -> CaptureError:
             where=where,
             remedy="Put that part into a module of its own, which is then kept whole, or write it with torch.where.",
         )
+    line = user_line(error)
     return CaptureError(
-        f"the forward fails on the example inputs: {type(error).__name__}: {error}, at {user_line(error)}.",
+        f"the forward fails on the example inputs: {type(error).__name__}: {error}{f', at {line}' if line else ''}.",
         where=where,
         remedy="Give example inputs of the shape, dtype and device that the model is run with.",
     )

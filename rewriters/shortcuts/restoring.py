@@ -7,7 +7,8 @@ other kernel stays a convolution.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from rewriters.analysis import Analysis
 from rewriters.errors import SurgeryError, TraceError
-from rewriters.forwards import CannotResizeError, LabelMask, graphs_by_mode, trace_modes
+from rewriters.forwards import CannotResizeError, Graphs, LabelMask, graphs_by_mode, trace_modes
 from rewriters.labelling import Side, keeps_classes
 from rewriters.shortcuts.replacing import Shortcut
 from rewriters.slimming import Decisions, SlimPlan
@@ -135,7 +136,7 @@ def _as_decided(decided: Decisions, shortcut: Shortcut, kernel: Tensor) -> Tenso
     return sources
 
 
-def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: str) -> Mapping[bool, fx.Graph] | None:
+def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: str) -> Graphs | None:
     """A module's forwards for the plan's live classes; None if they can't be rewritten."""
     captured, labelling = analysis.captures[0], analysis.labelling.fork()
     call = next(call for call in captured.calls() if call.path == path)
@@ -149,11 +150,9 @@ def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: s
         return None
 
 
-def _with_selections(
-    slim_plan: SlimPlan, path: str, graphs: Mapping[bool, fx.Graph], selections: list[_Selection]
-) -> SlimPlan:
+def _with_selections(slim_plan: SlimPlan, path: str, graphs: Graphs, selections: list[_Selection]) -> SlimPlan:
     for one in selections:
-        for graph in dict.fromkeys(graphs.values()):
+        for graph in dict.fromkeys(itertools.chain(*graphs.values())):
             one.put_into(graph)
     indices = {f"{path}.{one.index_name}".lstrip("."): one.sources for one in selections if not one.is_identity}
     return replace(

@@ -4,11 +4,15 @@ from rewriters.slimming.dead_branches import is_under
 from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.dry_run import dry_run
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
+from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
 from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
 
 __all__ = [
     "Decisions",
+    "Overlay",
+    "Place",
     "SlimPlan",
+    "TensorSlice",
     "apply",
     "dry_run",
     "fields_after",
@@ -18,4 +22,5 @@ __all__ = [
     "refresh_flat_weights",
     "take_indices",
     "tensor_slots",
+    "with_all_forwards",
 ]

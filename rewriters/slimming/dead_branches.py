@@ -12,6 +12,7 @@ stays, one channel wide.
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from rewriters.errors import SurgeryError, TraceError
 from rewriters.forwards import (
     GUARDS,
     CannotResizeError,
+    Graphs,
     LabelMask,
     TracedForward,
     bind_arguments,
@@ -57,7 +59,7 @@ class Pruned:
     """
 
     path: str
-    graphs: Mapping[bool, fx.Graph]
+    graphs: Graphs
     constants: Mapping[str, Tensor]
     removed: frozenset[str]
     uniform: tuple[bool, ...]
@@ -75,10 +77,11 @@ def prune_branches(
     mask = analysis.label_mask(live)
     constant, varying = constant_nodes(analysis, live)
     times = Counter(call.path for call in analysis.captures[0].calls())
+    unlike = _run_differently(analysis)
     found = [
         pruned
         for call in _meeting_calls(analysis, constant, mask)
-        if times[call.path] == 1 and (decided is None or call.path in decided)
+        if times[call.path] == 1 and call.path not in unlike and (decided is None or call.path in decided)
         for pruned in _prune(model, analysis, call, (constant, varying), live, args, kwargs, decided)
     ]
     gone = frozenset[str]().union(*(pruned.removed for pruned in found))
@@ -87,6 +90,20 @@ def prune_branches(
         return found
     missed = _read_elsewhere(model, found, args, kwargs)
     return [one for one in found if not one.removed & missed]
+
+
+def _run_differently(analysis: Analysis) -> set[str]:
+    """Modules that other example inputs have run otherwise than the first: a removed branch would be missing there."""
+    if len(analysis.recorded) == 1:
+        return set()
+    ran = [Counter((call.path, _ops_in(call)) for call in captured.calls()) for captured in analysis.in_eval_mode]
+    ways = {(traced.path, traced.code) for traced in analysis.traced if False in traced.modes}
+    several = {path for path, count in Counter(path for path, _ in ways).items() if count > 1}
+    return several | {path for other in ran[1:] for path, _ in (ran[0] - other) + (other - ran[0])}
+
+
+def _ops_in(call: ModuleCall) -> tuple[Any, ...]:
+    return tuple(node.target for inner in call.walk() for node in inner.nodes)
 
 
 def _read_elsewhere(
@@ -184,7 +201,7 @@ def _prune(
         graphs = graphs_by_mode(forwards, lambda one: _without_guards(one.resize(mask).graph, call))
     except CannotResizeError:  # an op fails on tensors without channels
         return
-    removed = _uncalled(call, analysis.captures, graphs.values())
+    removed = _uncalled(call, analysis.captures, itertools.chain(*graphs.values()))
     if removed:
         named = {_constant_name(index): value for index, value in enumerate(values) if value is not None}
         constants = {

@@ -7,7 +7,7 @@ it still fails, its channels are pinned, and the summary says so now, not at the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from rewriters.analysis import Analysis, pin_call, samples_in, trace_calls, trial_pattern
+from rewriters.analysis import Analysis, Inputs, pin_call, samples_in, trace_calls, trial_pattern
 from rewriters.errors import AutogateError, SurgeryError
 from rewriters.interrupts import let_signals_in
 from rewriters.recording import (
@@ -38,8 +38,9 @@ _SEED = 2
 
 
 def dry_run(
-    model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
-) -> Analysis:
+    model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
+    others: Sequence[Inputs] = (),
+) -> Analysis:  # fmt: skip
     """`analysis` with everything pinned that would not survive a slimming; the model is as it was.
 
     A random pattern of classes is removed from the live model, which runs without data and is then restored.
@@ -49,13 +50,14 @@ def dry_run(
         analysis: changed in place where something has to be pinned.
         args: example inputs by position.
         kwargs: example inputs by name.
+        others: the other example inputs that it was analysed with.
 
     Raises:
         SurgeryError: a module fails although all its channels stay.
     """
     pinned: set[str] = set()
     while analysis.channel_map.size:
-        refused = _refusal(model, analysis, args, kwargs)
+        refused = _refusal(model, analysis, [(args, kwargs or {}), *others])
         collect()
         if refused is None:
             return analysis
@@ -73,9 +75,7 @@ def dry_run(
     return analysis
 
 
-def _refusal(
-    model: nn.Module, analysis: Analysis, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
-) -> tuple[str, Exception] | None:
+def _refusal(model: nn.Module, analysis: Analysis, examples: Sequence[Inputs]) -> tuple[str, Exception] | None:
     """The path of the module that fails in the dry run, with its error; None if none does."""
     let_signals_in()
     undo_log = UndoLog()
@@ -83,16 +83,19 @@ def _refusal(
     try:
         channel_map = analysis.channel_map
         live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # without dead branches
-        slim = plan(model, analysis, live, args, kwargs)
+        slim = plan(model, analysis, live, *examples[0])
         collect()
         apply(model, slim, undo_log, with_values=False)
-        after = _output_shapes(model, args, kwargs or {}, analysis.captures[0].opaque)
+        after = [
+            _output_shapes(model, *inputs, captured.opaque)
+            for inputs, captured in zip(examples, analysis.in_eval_mode, strict=True)
+        ]
     except AutogateError as error:
         return error.where, error
     finally:
         undo_log.undo()
         set_modes(model, modes)
-    before = _shapes(analysis.captures[0].root.output)
+    before = [_shapes(captured.root.output) for captured in analysis.in_eval_mode]
     return None if before == after else ("", SurgeryError("the shapes of its outputs change"))
 
 

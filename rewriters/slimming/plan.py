@@ -15,7 +15,15 @@ from torch import Tensor, fx, nn
 from rewriters.analysis import Analysis
 from rewriters.cross_channel import remove_live_statistics
 from rewriters.errors import SurgeryError
-from rewriters.forwards import InterpretedForward, LabelMask, RewrittenForward, disable_fused_layers, set_forward
+from rewriters.forwards import (
+    Graphs,
+    InterpretedForward,
+    LabelMask,
+    RewrittenForward,
+    disable_fused_layers,
+    set_forward,
+    told_apart,
+)
 from rewriters.labelling import ChannelMap, Kernel, Side
 from rewriters.recording import drop_caches, without_caches
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
@@ -32,7 +40,7 @@ class SlimPlan:
     Attributes:
         live: classes that stay, bool of shape (classes,).
         kept: for each side that loses indices, those that stay (int64).
-        forwards: rewritten forwards by module path: a graph for eval mode (False) and train mode (True).
+        forwards: rewritten forwards by module path.
         constants: buffers that rewritten forwards read, by qualified name: constants that replace dead branches, and
             the positions that channels had.
         removed: paths of the modules that nothing calls any more.
@@ -45,7 +53,7 @@ class SlimPlan:
 
     live: Tensor
     kept: Mapping[Side, Tensor]
-    forwards: Mapping[str, Mapping[bool, fx.Graph]]
+    forwards: Mapping[str, Graphs]
     constants: Mapping[str, Tensor]
     removed: frozenset[str]
     kernels: tuple[Kernel, ...]
@@ -56,6 +64,13 @@ class SlimPlan:
     def flops(self, channel_map: ChannelMap) -> float:
         """Multiply-adds of what is left, for one sample."""
         return sum(channel_map.macs(kernel, self.live) for kernel in self.kernels)
+
+    def cuts(self) -> dict[str, list[tuple[int, Tensor]]]:
+        """For each tensor that loses indices: (dimension, indices that stay), by its qualified name."""
+        cuts: dict[str, list[tuple[int, Tensor]]] = {}
+        for side, indices in self.kept.items():
+            cuts.setdefault(side.tensor, []).append((side.dim, indices))
+        return cuts
 
 
 def plan(
@@ -120,14 +135,15 @@ def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
     return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
 
 
-def _rewrite(
-    analysis: Analysis, mask: LabelMask, pruned: list[Pruned]
-) -> tuple[dict[str, Mapping[bool, fx.Graph]], dict[str, Tensor]]:
-    """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read."""
-    done: dict[str, Mapping[bool, fx.Graph]] = {one.path: one.graphs for one in pruned}
+def _rewrite(analysis: Analysis, mask: LabelMask, pruned: list[Pruned]) -> tuple[dict[str, Graphs], dict[str, Tensor]]:
+    """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read.
+
+    Calls that took the same way through a module's forward have the same code there; others are cases of their own.
+    """
+    done: dict[str, Graphs] = {one.path: one.graphs for one in pruned}
     taken = [(one.path, one.constants) for one in pruned]
     gone = {path for one in pruned for path in one.removed}
-    graphs: dict[str, dict[bool, fx.Graph]] = {}
+    found: dict[str, dict[bool, dict[str, fx.Graph]]] = {}
     changed: set[str] = set()
     differing: set[str] = set()
     for traced in analysis.traced:
@@ -136,14 +152,21 @@ def _rewrite(
         resizer = traced.resize(mask)
         changed |= {traced.path} if resizer.changed else set()
         taken.append((traced.path, resizer.constants))
-        modes = graphs.setdefault(traced.path, {})
         for mode in traced.modes:
-            first = modes.setdefault(mode, resizer.graph)
+            ways = found.setdefault(traced.path, {}).setdefault(mode, {})
+            first = ways.setdefault(traced.code, resizer.graph)
             differing |= {traced.path} if first is not resizer.graph and _code(first) != _code(resizer.graph) else set()
-    for path in sorted(changed & differing):
-        raise SurgeryError("its calls take different paths, which would need different code", where=path)
+    graphs = {path: {mode: _distinct(ways) for mode, ways in found[path].items()} for path in sorted(changed)}
+    for path, modes in graphs.items():
+        if path in differing or not all(map(told_apart, modes.values())):
+            raise SurgeryError("its calls take different paths, which would need different code", where=path)
     constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
-    return done | {path: modes for path, modes in graphs.items() if path in changed}, constants
+    return done | graphs, constants
+
+
+def _distinct(ways: Mapping[str, fx.Graph]) -> tuple[fx.Graph, ...]:
+    graphs = tuple(ways.values())
+    return graphs if len(graphs) == 1 else tuple({_code(graph): graph for graph in graphs}.values())
 
 
 def _code(graph: fx.Graph) -> str:
@@ -173,14 +196,12 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
     remove_live_statistics(model, undo_log)
     drop_caches(model.modules(), undo_log)
     widths = fields_in_fusable_blocks(model)
-    cuts: dict[str, list[tuple[int, Tensor]]] = {}
-    for side, indices in slim_plan.kept.items():
-        cuts.setdefault(side.tensor, []).append((side.dim, indices))
     sliced: dict[int, Tensor] = {}  # a shared tensor stays shared
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
-    for name, dims in cuts.items():
+    for name, dims in slim_plan.cuts().items():
         tensor = first_name[name]
-        sliced[id(tensor)] = like(tensor, take_indices(tensor, dims) if with_values else _unfilled(tensor, dims))
+        taken = take_indices(tensor.detach(), dims) if with_values else _unfilled(tensor, dims)
+        sliced[id(tensor)] = like(tensor, taken)
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
@@ -199,7 +220,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
         set_forward(model.get_submodule(path), forward, undo_log)
     for name, value in slim_plan.constants.items():
         path, _, own_name = name.rpartition(".")
-        undo_log.set(model.get_submodule(path)._buffers, own_name, value)
+        undo_log.set_tensor(model.get_submodule(path), own_name, value)
     for path, width in slim_plan.bare_norms.items():
         undo_log.set_attribute(model.get_submodule(path), "num_features", width)
     for path in slim_plan.removed:
@@ -209,8 +230,8 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
 
 
 def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """The tensor with only these indices (int64) along these dimensions, in the same memory format."""
-    sliced = tensor.detach()
+    """The tensor with only these indices (int64) along these dimensions, in the same memory format; differentiable."""
+    sliced = tensor
     for dim, indices in dims:
         sliced = sliced.index_select(dim, indices.to(tensor.device))
     channels_last = tensor.ndim == 4 and not tensor.is_contiguous()

@@ -200,3 +200,47 @@ def test_inside_of_a_prepared_model():
         autogate.prepare(model.layer1, torch.randn(2, 32, 8, 8))
     assert not hasattr(model.layer1, "autogate")
     autogate.prepare(copy.deepcopy(model.layer1), torch.randn(2, 32, 8, 8))
+
+
+@pytest.mark.parametrize("share", ["0.5", True, [0.5]])
+def test_a_share_that_is_no_number(share):
+    message = refused(net(), example(), flops=share)
+    assert f"flops is {share!r}, a {type(share).__name__}; a share must be a number" in message
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, pixel_values):
+        return self.second(self.first(pixel_values))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"pixels": torch.randn(2, 3, 4, 4)}, "its forward doesn't take the keys ['pixels']: missing a required"),
+        ((torch.randn(2, 3, 4, 4), 1), "its forward doesn't take 2 arguments: too many positional arguments"),
+        ((2, 3, 32, 32), "example_inputs is a shape, (2, 3, 32, 32), and not a tensor. Pass torch.randn(2, 3, 32, 32)"),
+        ([2, 3], "example_inputs is a shape, (2, 3)"),
+        (("a",), "the forward fails on the example inputs"),
+    ],
+)
+def test_inputs_that_the_forward_does_not_take(inputs, message):
+    found = refused(Named(), inputs)
+    assert message in found and "at ." not in found
+
+
+def test_a_layer_replaced_by_a_wider_one_is_named():
+    model = autogate.prepare(net(), example())
+    model.layer2[0].conv2 = nn.Conv2d(64, 48, 3, padding=1)
+    with pytest.raises(AutogateError, match=r"layer2\.0\.conv2\.weight: its shape is \(48, 64, 3, 3\) now") as error:
+        autogate.finalize(model)
+    assert "Change layers before prepare" in str(error.value)
+    with pytest.raises(AutogateError, match="its shape is"):
+        model(example())
+    other = autogate.prepare(net(), example())  # it is nobody else's error
+    other(example()).sum().backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    assert autogate.gates(other).progress().step == 1

@@ -26,7 +26,7 @@ from torch import Tensor
 from rewriters.labelling.channel_map import Kernel, Side
 from rewriters.labelling.labels import Labelled, varying
 from rewriters.labelling.rules.elementwise import meet
-from rewriters.labelling.rules.registry import KernelCall, OpCall, Result, rule, unknown
+from rewriters.labelling.rules.registry import READS_KEPT, KernelCall, OpCall, Result, rule, unknown
 
 NORMED = "weight norm along these channels divides zeros by their norm"
 """Why the input channels of a kernel stay that is normed along them."""
@@ -65,7 +65,8 @@ def _consume(call: OpCall, data: Tensor | None, kernel: Labelled, dim: int) -> b
         return True
     for labels in (data, against):
         if labels is not None:
-            reason = "summed against channels that no layer owns" if source else "summed against a derived kernel"
+            reason = READS_KEPT if data is None else "summed against channels that no layer owns"
+            reason = reason if source else "summed against a derived kernel"
             call.pin(labels, NORMED if normed else reason)
     return False
 

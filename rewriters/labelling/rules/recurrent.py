@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rewriters.labelling.channel_map import Kernel, Side
 from rewriters.labelling.labels import Labelled
-from rewriters.labelling.rules.registry import KernelCall, OpCall, Result, rule, unknown
+from rewriters.labelling.rules.registry import READS_KEPT, KernelCall, OpCall, Result, rule, unknown
 
 
 @rule("aten.mkldnn_rnn_layer")
@@ -34,7 +34,7 @@ def lstm_layer(call: OpCall) -> Result:
             call.pin(hidden, "its initial state is an input of the model")
     data, into = x.layer(-1), _labels(w_input, 1, w_input.shape[1])
     if data is None:
-        call.pin(into, "summed against channels that no layer owns")
+        call.pin(into, READS_KEPT)
     else:
         rest = [dim for dim in range(x.ndim - 1) if data.shape[dim] > 1]
         call.space.merge(call.space.merge_along(data, rest).flatten(), into)

@@ -27,6 +27,9 @@ RULES: dict[Any, Rule] = {}
 _ABSENT: dict[str, Rule] = {}
 """Rules of ops that didn't exist when they were registered, by name."""
 
+READS_KEPT = "reads the model's input, or channels that are kept before it"
+"""Why a kernel's input side is pinned where no labels reach it."""
+
 
 @dataclass(frozen=True)
 class LabelledStatistic:

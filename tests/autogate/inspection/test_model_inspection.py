@@ -1,5 +1,6 @@
 """What `autogate inspect` reports, and its errors."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 import autogate
 from autogate.budget.products import Flops
 from autogate.cli import app, common
-from autogate.inspection import draw_coupling_graph, inspect_model
+from autogate.inspection import draw_coupling_graph, inspect_model, short
 from benchmarks.exactness import fvcore_flops
 
 SMALL = ("--image-size", "64", "--classes", "10")
@@ -81,6 +82,27 @@ def test_a_slim_file_can_be_inspected(tmp_path: Path):
     assert invoke(str(tmp_path / "slim.safetensors"), "--image-size", "64").exit_code == 0
 
 
+def test_a_slim_file_is_counted_at_the_size_that_it_was_prepared_with(slim: Path):
+    """64 pixels, where timm's configuration says 160."""
+    found = inspect_model(autogate.load(slim), torch.randn(2, 3, 64, 64))
+    told = invoke(str(slim))
+    assert f"of {short(found.all_flops)} FLOPs" in " ".join(told.output.split())
+
+
+def test_a_budget_out_of_reach_is_an_error_as_it_is_for_prepare():
+    words = ("resnet18", *SMALL, "--ignore", "layer1", "--flops", "0.1")
+    told = invoke(*words)
+    assert told.exit_code == 1 and "Removable channels" in told.output
+    text = " ".join(told.output.split())
+    least = re.search(r"10\.0% of the FLOPs can't be reached: (\d+\.\d)% are left with the fewest channels", text)
+    assert least and f"leave {least[1]}% of" in text
+    model, example = small()
+    with pytest.raises(autogate.AutogateError, match=f"{float(least[1]) / 100:.3f} are left"):
+        autogate.prepare(model, example, ignore=["layer1"], flops=0.1)
+    just = invoke(*words[:-1], str(float(least[1]) / 100 + 0.001))
+    assert just.exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
@@ -89,7 +111,9 @@ def test_a_slim_file_can_be_inspected(tmp_path: Path):
         (["resnet18", *SMALL, "--flops", "3"], 1, "flops is 3.0"),
         (["resnet18", *SMALL, "--ignore", "layer9"], 1, "Did you mean"),
         (["resnet18", *SMALL, "--shortcuts", "layer9"], 1, "it holds no identity shortcut"),
-        (["resnet18", *SMALL, "--graph", "groups.odd"], 1, "odd"),
+        (["resnet18", *SMALL, "--graph", "groups.odd"], 1, "groups.odd: no picture is drawn in the format '.odd'"),
+        (["nothere.safetensors"], 2, "there is no file nothere.safetensors"),
+        (["some/folder"], 2, "there is no file some/folder"),
         (["resnet18", *SMALL, "--graph", "no/such/folder/groups.svg"], 1, "No such file"),
     ],
 )

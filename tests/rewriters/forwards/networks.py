@@ -34,7 +34,7 @@ def traced_in(model: nn.Module, training: bool, args, kwargs):
 def rewritten(model: nn.Module, *args, **kwargs) -> nn.Module:
     """The model running its own forward as it was traced, nothing having been cut."""
     graph = traced(model, *args, **kwargs)
-    model.forward = RewrittenForward(model, {False: graph, True: graph})
+    model.forward = RewrittenForward(model, {False: (graph,), True: (graph,)})
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rewriters.forwards.rewritten_forward import ShapeGuardError
+from rewriters.forwards.guards import ShapeGuardError
 from rewriters.outputs import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, place_statistics, random_live, slim
 from tests.rewriters.forwards.networks import traced

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rewriters.forwards.rewritten_forward import ShapeGuardError
+from rewriters.forwards.guards import ShapeGuardError
 from rewriters.outputs import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, slim
 from tests.rewriters.helpers import Net, conv, mapped
@@ -87,7 +87,7 @@ def test_a_shape_of_as_many_dimensions_as_the_example_has():
 
 def test_the_parts_of_channels_need_no_guard():
     slim_model, _ = slim_and_gated(halves, values(2, 3, 4, 4))
-    assert slim_model.forward.sources[False].count("guard(") == 2  # of *args and **kwargs
+    assert slim_model.forward.source(False).count("guard(") == 2  # of *args and **kwargs
 
 
 class Causal(nn.Module):

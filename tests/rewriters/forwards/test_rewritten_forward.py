@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from rewriters.analysis.analyse import analyse
-from rewriters.forwards.rewritten_forward import InterpretedForward, RewrittenForward, ShapeGuardError
+from rewriters.forwards.generated_code import GeneratedFunction
+from rewriters.forwards.guards import ShapeGuardError
+from rewriters.forwards.rewritten_forward import InterpretedForward, RewrittenForward
 from rewriters.outputs import relative_error, run_eval
 from rewriters.slimming.dry_run import dry_run
 from tests.rewriters.exactness import TOLERANCE
@@ -39,7 +41,7 @@ def test_other_control_flow_than_the_traced_one_raises():
 
 def test_signature_defaults_and_keywords_survive():
     slim_model, gated = slim_and_gated(Split, image().double(), power=2.0)
-    parameters = inspect.signature(next(iter(slim_model.forward._functions.values()))).parameters
+    parameters = inspect.signature(slim_model.forward.functions[False][0].run).parameters
     assert list(inspect.signature(slim_model.forward).parameters) == list(parameters)[1:]
     assert list(parameters) == ["self", "x", "scale", "power"]
     assert parameters["scale"].default is None
@@ -72,7 +74,7 @@ def test_what_is_rewritten_for_a_trial_leaves_nothing_behind():
 def test_the_rehearsal_compiles_nothing(monkeypatch):
     model = Modes().eval()
     analysis = analyse(model, (image(),))
-    monkeypatch.setattr(RewrittenForward, "_compile", lambda self: pytest.fail("compiled"))
+    monkeypatch.setattr(GeneratedFunction, "_compile", lambda self: pytest.fail("compiled"))
     dry_run(model, analysis, (image(),))
     with pytest.raises(pytest.fail.Exception, match="compiled"):
         slim_and_gated(Modes, image().double())
@@ -120,8 +122,8 @@ def test_an_interpreted_forward_does_what_the_compiled_one_does():
 
     block = Block()
     given, options = (image(), image()), {"scale": 2.0, "shift": 1.0}
-    graphs = {training: traced_in(block, training, given, options) for training in (False, True)}
-    assert str(graphs[True]) != str(graphs[False])
+    graphs = {training: (traced_in(block, training, given, options),) for training in (False, True)}
+    assert str(graphs[True][0]) != str(graphs[False][0])
     plain = {training: block.train(training)(*given, **options) for training in (False, True)}
     for kind in (InterpretedForward, RewrittenForward):
         forward = kind(block, graphs)
@@ -132,8 +134,7 @@ def test_an_interpreted_forward_does_what_the_compiled_one_does():
 
 def test_train_and_eval_keep_their_own_graphs():
     slim_model, gated = slim_and_gated(Modes, image().double())
-    sources = slim_model.forward.sources
-    assert sources[True] != sources[False]
+    assert slim_model.forward.source(True) != slim_model.forward.source(False)
     example = image().double()
     assert relative_error(run_eval(slim_model, (example,)), run_eval(gated, (example,))) <= TOLERANCE
     out, mean = slim_model.train()(example)

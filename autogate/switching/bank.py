@@ -1,0 +1,154 @@
+"""The subnets of a model, one of which its modules are at a time.
+
+`Subnets` is a child of the model. It holds the tensors that subnets have for themselves, and hooks on the model's
+forward, which put the active subnet's tensors in place. Between two forwards the model's parameters and state_dict are
+the shared, dense ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from autogate.slim import PrepareRecord
+from autogate.switching.subnet import Subnet
+from rewriters import AutogateError, UndoLog
+from rewriters.recording import drop_caches
+
+SUBNETS = "autogate_subnets"
+"""Name of the model's child that holds its subnets."""
+
+
+def check_one_width(model: object) -> None:
+    """Raise if a model holds several subnets.
+
+    Raises:
+        AutogateError: it does.
+    """
+    if isinstance(model, nn.Module) and SUBNETS in model._modules:
+        raise AutogateError(
+            "it holds several subnets.",
+            where=type(model).__name__,
+            remedy="Take one out of it: slim = autogate.subnets.extract(model, flops=0.3).",
+        )
+
+
+class Subnets(nn.Module):
+    """The subnets of a model, the smallest first; the last one is the dense model itself.
+
+    Args:
+        subnets: each with the tree of its own tensors.
+        origin: how the model was analysed.
+    """
+
+    def __init__(self, subnets: Sequence[tuple[Subnet, nn.Module]], origin: PrepareRecord):
+        super().__init__()
+        for number, (_, tree) in enumerate(subnets):
+            self.add_module(str(number), tree)
+        self.subnets = [subnet for subnet, _ in subnets]
+        everywhere = {place for subnet in self.subnets for place in subnet.places if place.owns}
+        for subnet in self.subnets:
+            subnet.whole = sorted(everywhere - subnet.places, key=lambda place: place.name)
+        self.origin = origin
+        self.active = self.full
+        self.teacher: Any = None
+        self.teaches = False
+        self._running = _Count()
+
+    def attach(self, model: nn.Module) -> None:
+        """Add this to the model, active in the forwards of it and of its copies."""
+        model.add_module(SUBNETS, self)
+        before = model.register_forward_pre_hook(self._before_forward)
+        after = model.register_forward_hook(self._after_forward, always_call=True)
+        self._hooks = (before.id, after.id)
+        model.__dict__["__deepcopy__"] = _DeepCopy(model)
+
+    def detach(self, model: nn.Module) -> None:
+        """Take this off the model, which is the dense one again."""
+        self.subnet.remove()
+        model._forward_pre_hooks.pop(self._hooks[0])
+        model._forward_hooks.pop(self._hooks[1])
+        model._forward_hooks_always_called.pop(self._hooks[1])
+        model._modules.pop(SUBNETS)
+        model.__dict__.pop("__deepcopy__")
+
+    @property
+    def full(self) -> int:
+        """Number of the subnet that is the dense model."""
+        return len(self.subnets) - 1
+
+    @property
+    def subnet(self) -> Subnet:
+        """The active subnet."""
+        return self.subnets[self.active]
+
+    def switch(self, model: nn.Module, index: int) -> None:
+        """Make a subnet the active one.
+
+        Raises:
+            AutogateError: a forward is running, in this thread or another.
+        """
+        if self._running.value:
+            raise AutogateError(
+                "its forward is running, and would see two subnets.",
+                where=type(model).__name__,
+                remedy="Switch between forwards. Threads that need different subnets need copies of the model.",
+            )
+        if index == self.active:
+            return
+        self.subnet.remove()
+        drop_caches(model.modules(), UndoLog())
+        self.active = index
+        self.subnet.overlay.put_fields()
+        self.subnet.put()
+
+    @torch.compiler.disable
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        self._running.add(1)
+        self.subnet.put()
+
+    @torch.compiler.disable
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._running.add(-1)
+        if self.teaches and self.active == self.full:
+            self.teacher = tree_map_only(Tensor, torch.detach, output)
+
+
+class _Count:
+    """How many forwards are running, in all threads. A copy starts at none."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._lock = threading.Lock()
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            self.value = max(0, self.value + number)  # a hook of the user's may have raised before ours
+
+    def __reduce__(self) -> tuple[type[_Count], tuple[()]]:
+        return _Count, ()
+
+
+class _DeepCopy:
+    """The `__deepcopy__` of a switchable model."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        model, subnets = self.model, self.model._modules[SUBNETS]
+        assert isinstance(subnets, Subnets)
+        del model.__dict__["__deepcopy__"]
+        try:
+            with subnets.subnet.detached():
+                copied = copy.deepcopy(model, memo)
+        finally:
+            model.__dict__["__deepcopy__"] = self
+        copied.__dict__["__deepcopy__"] = _DeepCopy(copied)
+        return copied

@@ -1,0 +1,102 @@
+"""One subnet of a switchable network: an overlay, the tensors that are its own, and slices of the shared ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autogate.switching.own_tensors import OwnTensor
+from autogate.switching.structure import Structure
+from rewriters import UndoLog
+from rewriters.slimming import Overlay, Place, refresh_flat_weights
+
+
+class Subnet:
+    """A subnet that a model's modules can be switched to.
+
+    Slices of the shared tensors are kept until one of these changes. A forward that gradients come from needs slices
+    that lead back to the shared tensors; those taken without gradients are taken anew then.
+
+    Args:
+        structure: its channels.
+        overlay: what it has in another form than the dense model.
+        own: tensors that only it has.
+
+    Attributes:
+        whole: where it has the dense tensors, and other subnets don't. They stand in the modules' `__dict__` all the
+            same: compiled code looks at what is there, and would not notice if nothing were.
+    """
+
+    def __init__(self, structure: Structure, overlay: Overlay, own: list[OwnTensor]):
+        self.structure, self.overlay, self.own = structure, overlay, own
+        self.whole: list[Place] = []
+        places = {place for one in own for place in one.places}
+        self._shared = [one for one in overlay.slices if not places.intersection(one.places)]
+        self._recurrent = [one.module for one in overlay.fields if one.name == "_flat_weights"]
+        self._kept: tuple[Any, list[Tensor]] | None = None
+
+    @property
+    def places(self) -> set[Place]:
+        """Where it has another tensor than the dense model."""
+        of_slices = {place for one in self.overlay.slices for place in one.places}
+        return of_slices | {place for one in self.own for place in one.places}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+    def put(self) -> None:
+        """Put the subnet's tensors, as the shared ones are now, before those that the modules own."""
+        for one, tensor in zip(self._shared, self._slices(), strict=True):
+            for place in one.places:
+                place.put(tensor)
+        for own in self.own:
+            own.put()
+        for place in self.whole:
+            place.put(place.own())
+        for module in self._recurrent:
+            refresh_flat_weights(module, UndoLog())
+
+    def remove(self) -> None:
+        """Give the modules the dense model's tensors, sizes and forwards again."""
+        self.overlay.remove()
+        for place in (*self.whole, *self.places):
+            place.clear()
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[None]:
+        """Inside, the slices don't lead back to the shared tensors: PyTorch copies no tensor that was computed."""
+        put = [(place, place.module.__dict__.get(place.name)) for one in self._shared for place in one.places]
+        for place, tensor in put:
+            if tensor is not None:
+                place.put(tensor.detach())
+        try:
+            yield
+        finally:
+            for place, tensor in put:
+                if tensor is not None:
+                    place.put(tensor)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the slices that are kept now."""
+        return sum(tensor.nbytes for tensor in self._kept[1]) if self._kept is not None else 0
+
+    def _slices(self) -> list[Tensor]:
+        dense = [one.places[0].own() for one in self._shared]
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in dense)
+        version = tuple((id(tensor), tensor.data_ptr(), _version_of(tensor)) for tensor in dense)
+        if self._kept is not None:
+            found, tensors = self._kept
+            if found == version and (not learns or any(tensor.requires_grad for tensor in tensors)):
+                return tensors
+        tensors = [one.take() for one in self._shared]
+        self._kept = (version, tensors)
+        return tensors
+
+
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

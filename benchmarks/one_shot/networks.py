@@ -1,0 +1,73 @@
+"""The trained networks, and real images for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.accuracy.data import load, normalise
+from benchmarks.accuracy.models import MODELS
+
+SIDE = 96
+"""Pixels that images are enlarged to for a network trained on ImageNet."""
+
+CALIBRATION, BATCH = 256, 64
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network with its images.
+
+    Attributes:
+        model: in eval mode.
+        images: what agreement is measured on, in batches.
+        calibration: batches of images and labels for criteria, norms and compensation.
+        last: path of the layer that makes the outputs.
+    """
+
+    model: nn.Module
+    images: list[Tensor]
+    calibration: list[tuple[Tensor, Tensor]]
+    last: str
+
+
+@torch.no_grad()
+def predicted(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    """The most likely class of each image, in eval mode, int64."""
+    model.eval()
+    return torch.cat([model(batch).argmax(1) for batch in batches])
+
+
+def lite0(weights: Path, cifar: Path, count: int) -> Subject:
+    """EfficientNet-Lite0 trained on ImageNet, on enlarged images of CIFAR-10. Its own answers are the labels."""
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    state = torch.load(weights, weights_only=True)
+    theirs = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
+    names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
+    model.load_state_dict(dict(zip(names, theirs, strict=True)), strict=False)
+
+    def enlarged(images: Tensor) -> Tensor:
+        return F.interpolate(images.float() / 127.5 - 1, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
+
+    batches = [enlarged(part) for part in load(cifar, "train").images[:CALIBRATION].split(BATCH)]
+    images = [enlarged(part) for part in load(cifar, "test").images[:count].split(BATCH)]
+    return Subject(model, images, [(batch, predicted(model, [batch])) for batch in batches], "classifier")
+
+
+def resnet20(weights: Path, cifar: Path, count: int) -> Subject:
+    """A ResNet-20 that `benchmarks.accuracy run` has trained on CIFAR-10."""
+    model = MODELS["resnet20"]().eval()
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    train, test = load(cifar, "train"), load(cifar, "test")
+    parts = zip(train.images[:CALIBRATION].split(BATCH), train.labels[:CALIBRATION].split(BATCH), strict=True)
+    images = [normalise(part) for part in test.images[:count].split(BATCH)]
+    return Subject(model, images, [(normalise(images), labels) for images, labels in parts], "fc")
+
+
+NETWORKS: dict[str, Callable[[Path, Path, int], Subject]] = {"lite0": lite0, "resnet20": resnet20}

@@ -1,0 +1,105 @@
+"""Several example inputs: what each of them decides in a forward holds in the slim model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import autogate
+from autogate.slim.history import history_of
+from autogate.slim.record_replay import replay
+from rewriters import UndoLog, relative_error, run_eval
+from rewriters.slimming import tensor_slots
+
+TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+MASK = torch.ones(5, 5, dtype=torch.bool).tril()
+
+
+class Attention(nn.Module):
+    """Reads the same tokens, or those of a cache too, with a mask or without."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.out = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(16, 3)
+
+    def forward(self, x, mask=None, cache=None):
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(self.embed(x)).view(batch, tokens, 3, 8, 2).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and cache is None)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1)), y.mean(1)
+
+
+CACHE = tuple(torch.randn(2, 8, 3, 2, generator=torch.Generator().manual_seed(i)).double() for i in range(2))
+
+
+def prepared(*examples):
+    torch.manual_seed(0)
+    model = autogate.prepare(Attention().double().eval(), autogate.Examples(*examples), flops=0.9)
+    with torch.no_grad():
+        autogate.gates(model).alpha[-4:-1] = 0
+    autogate.gates(model).fold()
+    return model
+
+
+def others(call):
+    """The same call on other numbers of samples and tokens."""
+    x = TOKENS.repeat(2, 1, 1)[:3]
+    return (x, *((entry if entry is not MASK else ~MASK | MASK) for entry in call[1:]))
+
+
+def test_a_slim_model_runs_in_each_way():
+    model = prepared(TOKENS, (TOKENS, MASK))
+    gated, slim = copy.deepcopy(model), autogate.finalize(model, warn=False)
+    assert slim.qkv.out_features < 48
+    for one in (slim, copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+        for call in ((TOKENS,), (TOKENS, MASK), (TOKENS[:1],), (TOKENS[:1], ~MASK.T)):
+            assert relative_error(run_eval(one, call), run_eval(gated, call)) <= 1e-12
+    assert relative_error(run_eval(slim, (TOKENS,)), run_eval(slim, (TOKENS, MASK | True))) > 1e-6
+    with pytest.raises(RuntimeError, match="Attention: the call is none of those that it was traced for"):
+        slim(TOKENS, None, CACHE)
+
+
+def test_examples_that_take_one_way_have_one_graph():
+    model = prepared(TOKENS, TOKENS[:1, :3])
+    slim = autogate.finalize(model, warn=False)
+    assert len(slim.forward.functions[False]) == 1
+
+
+def test_a_record_of_several_examples_is_replayed():
+    model = prepared(TOKENS, (TOKENS, MASK))
+    slim = autogate.finalize(model, warn=False)
+    (record,) = history_of(slim).slimmings
+    assert len(record.others) == 1
+    again = Attention().double()
+    replay(again, record, [((TOKENS,), {}), ((TOKENS, MASK), {})], UndoLog())
+    again.load_state_dict(slim.state_dict())
+    for call in ((TOKENS,), (TOKENS, MASK)):
+        assert relative_error(run_eval(again, call), run_eval(slim, call)) == 0
+    assert {name for name, *_ in tensor_slots(again)} == {name for name, *_ in tensor_slots(slim)}
+
+
+def test_a_slim_model_is_slimmed_again_in_each_way():
+    slim = autogate.finalize(prepared(TOKENS, (TOKENS, MASK)), warn=False)
+    model = autogate.prepare(slim, autogate.Examples(TOKENS, (TOKENS, MASK)), flops=0.9)
+    with torch.no_grad():
+        autogate.gates(model).alpha[-2:] = 0
+    autogate.gates(model).fold()
+    gated = copy.deepcopy(model)
+    again = autogate.finalize(model, warn=False)
+    for call in ((TOKENS,), (TOKENS, MASK)):
+        assert relative_error(run_eval(again, call), run_eval(gated, call)) <= 1e-12
+
+
+def test_shortcuts_are_for_one_example():
+    with pytest.raises(autogate.AutogateError, match="is for one set of example inputs, and 2 are given"):
+        autogate.prepare(Attention(), autogate.Examples(TOKENS, (TOKENS, MASK)), shortcuts="conv")
+
+
+def test_no_example_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        autogate.Examples()

@@ -1,0 +1,122 @@
+"""The verbs of switchable networks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import autogate
+from autogate import subnets
+from autogate.switching import SUBNETS
+from tests.autogate.switching.nets import closed, fused, small_net
+
+
+@pytest.fixture
+def net():
+    model, example = small_net()
+    switchable, slim = fused(model, example, (0.2, 0.5))
+    return switchable, slim, example
+
+
+def test_in_place_distillation_has_the_largest_s_answer(net):
+    switchable, _, example = net
+    with torch.no_grad():
+        wanted = switchable(example)
+    for active in subnets.each(switchable):
+        output = switchable(example)
+        if active.number == 2:
+            assert active.teacher is None
+        else:
+            assert torch.equal(active.teacher, wanted) and not active.teacher.requires_grad
+            assert not torch.equal(output, wanted)
+    assert switchable._modules[SUBNETS].teacher is None
+
+
+def test_the_sandwich_has_both_ends():
+    switchable, _ = fused(*small_net(), (0.1, 0.2, 0.3, 0.4, 0.5))
+    drawn = [[one.number for one in subnets.each(switchable, "sandwich", between=2, seed=seed)] for seed in range(9)]
+    assert all(len(one) == 4 and one[0] == 5 and one[-1] == 0 and sorted(one, reverse=True) == one for one in drawn)
+    assert len(set(map(tuple, drawn))) > 1
+    assert drawn[3] == [one.number for one in subnets.each(switchable, "sandwich", between=2, seed=3)]
+    assert [one.number for one in subnets.each(switchable)] == [5, 4, 3, 2, 1, 0]
+
+
+def test_after_a_broken_loop_the_former_subnet_is_active(net):
+    switchable, _, _ = net
+    subnets.switch(switchable, 1)
+    for _ in subnets.each(switchable):
+        break
+    assert [row.active for row in subnets.status(switchable).rows] == [False, True, False]
+
+
+def test_a_subnet_is_taken_by_number_name_and_budget(net):
+    switchable, _, _ = net
+    rows = [row.structure for row in subnets.status(switchable).rows]
+    share = rows[1].shares["FLOPs"]
+    assert subnets.switch(switchable, -1).name == "full"
+    assert subnets.switch(switchable, rows[0].name) == rows[0]
+    assert subnets.switch(switchable, flops=share + 0.01) == rows[1]
+    assert subnets.switch(switchable, share - 0.01) == rows[0]
+    assert subnets.switch(switchable, flops=1.0) == rows[2]
+    assert subnets.switch(switchable, params=rows[1].shares["parameters"]) == rows[1]
+    with subnets.active(switchable, 0) as active:
+        assert active == rows[0]
+    assert subnets.switch(switchable, flops=1.0, params=rows[0].shares["parameters"]) == rows[0]
+
+
+def test_recalibrate_is_for_the_active_subnet(net):
+    switchable, _, example = net
+    state = {name: tensor.clone() for name, tensor in switchable.state_dict().items()}
+    subnets.switch(switchable, 0)
+    autogate.recalibrate(switchable, [example, example + 1])
+    changed = {name for name, tensor in switchable.state_dict().items() if not torch.equal(tensor, state[name])}
+    assert changed and all(name.startswith(f"{SUBNETS}.0.") for name in changed)
+
+
+def test_find_trains_a_copy_for_each_budget():
+    model, example = small_net(dtype=torch.float32)
+    seen = []
+
+    def train(gated):
+        seen.append(gated)
+        with torch.no_grad():
+            autogate.gates(gated).alpha[:: len(seen) + 1] = 0
+
+    before = copy.deepcopy(model.state_dict())
+    found = subnets.find(model, example, flops=(0.3, 0.6), train=train, steps=10)
+    assert [one.name for one in found.structures] == ["0.3", "0.6"]
+    assert [autogate.gates(one).progress().targets["FLOPs"] for one in seen] == [0.3, 0.6]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "0.3" in str(found)
+
+
+def test_misuse_is_refused_by_name(net):
+    switchable, _, example = net
+    model, _ = small_net()
+    other = closed(model, example, 0.5, 0, shortcuts="conv")
+    for call, message in (
+        (lambda: subnets.switch(model, 0), "no subnets.*fuse"),
+        (lambda: subnets.switch(switchable, "fulll"), "called 'fulll'.*full"),
+        (lambda: subnets.switch(switchable, 7), "no subnet 7"),
+        (lambda: subnets.switch(switchable), "no subnet is named"),
+        (lambda: subnets.switch(switchable, flops=1e-4), "no subnet fits 0.0% .*The smallest"),
+        (lambda: subnets.each(switchable, "alll"), "rule is 'alll'"),
+        (lambda: subnets.fuse(switchable, subnets.of(closed(model, example, 0.5, 0))), "has subnets already"),
+        (lambda: subnets.of(), "0 models"),
+        (lambda: subnets.of(model), "no gates"),
+        (lambda: subnets.of(closed(model, example, 0.5, 0), other), "other arguments"),
+        (lambda: subnets.find(model, example, flops=(), train=print), "no share"),
+        (lambda: subnets.fuse(model, subnets.of(closed(model, example, 0.5, 0)), norms="shared"), "norms is 'shared'"),
+    ):  # fmt: skip
+        with pytest.raises(autogate.AutogateError, match=f"(?s){message}"):
+            call()
+
+
+@pytest.mark.parametrize("verb", [autogate.prepare, autogate.finalize, lambda model: autogate.save(model, "x")])
+def test_other_verbs_refuse_a_switchable_model(net, verb):
+    switchable, _, _ = net
+    with pytest.raises(autogate.AutogateError, match="subnets"):
+        verb(switchable)
