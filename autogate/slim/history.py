@@ -67,6 +67,8 @@ class Slimming:
         layers: convolutions and linear layers, with their channels and multiply-adds before and after.
         params: number of parameters before, without those of convolutions on shortcuts.
         others: the other example inputs, as `inputs`.
+        refused: modules whose channels stay because a check of values found that they'd compute something else, and
+            whether all that is in them stays.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -84,6 +86,7 @@ class Slimming:
     layers: tuple[Layer, ...] = ()
     params: int = 0
     others: tuple[JsonValue, ...] = ()
+    refused: tuple[tuple[str, bool], ...] = ()
     method: str = ""
 
 
