@@ -105,6 +105,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
+    print("## Hugging Face's language models\n\nWritten by `python -m benchmarks.huggingface`, see there.\n")
     print("| model | reach | largest error | generated tokens |\n|---|---|---|---|")
     for name in parser.parse_args().models:
         print(row(name), flush=True)
