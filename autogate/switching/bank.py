@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.slim import PrepareRecord
 from autogate.switching.subnet import Subnet
 from rewriters import AutogateError, UndoLog
-from rewriters.recording import drop_caches
+from rewriters.recording import drop_caches, with_caches
 
 SUBNETS = "autogate_subnets"
 """Name of the model's child that holds its subnets."""
@@ -63,11 +63,14 @@ class Subnets(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Add this to the model, active in the forwards of it and of its copies."""
+        self._caching = with_caches(model.modules())
         model.add_module(SUBNETS, self)
         before = model.register_forward_pre_hook(self._before_forward)
         after = model.register_forward_hook(self._after_forward, always_call=True)
         self._hooks = (before.id, after.id)
         model.__dict__["__deepcopy__"] = _DeepCopy(model)
+        self.subnet.overlay.put_fields()
+        self.subnet.put()
 
     def detach(self, model: nn.Module) -> None:
         """Take this off the model, which is the dense one again."""
@@ -103,7 +106,7 @@ class Subnets(nn.Module):
         if index == self.active:
             return
         self.subnet.remove()
-        drop_caches(model.modules(), UndoLog())
+        drop_caches(self._caching, UndoLog())
         self.active = index
         self.subnet.overlay.put_fields()
         self.subnet.put()
