@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autogate.files.timm_builds import TimmBuild
-from autogate.slim import Slimming
+from autogate.slim import Analysed, Slimming
+from autogate.switching import Fusing
 from rewriters import AutogateError
 
 _HEADER, _CHECKSUM = "autogate", "autogate_checksum"
@@ -45,6 +46,7 @@ class Header:
         frozen: parameters that don't require gradients.
         training: modules in train mode.
         forwards: code of the rewritten forwards in eval and train mode, for people to read; it is never run.
+        subnets: how the model holds several widths; None if it has one.
     """
 
     format: Literal[1]
@@ -59,6 +61,11 @@ class Header:
     frozen: tuple[str, ...]
     training: tuple[str, ...]
     forwards: Mapping[str, Mapping[str, str]]
+    subnets: Fusing | None = None
+
+    def records(self) -> tuple[Analysed, ...]:
+        """What was done to the dense model, in order."""
+        return (*self.slimmings, *((self.subnets,) if self.subnets is not None else ()))
 
 
 _JSON = TypeAdapter(Header)
