@@ -119,7 +119,9 @@ def what_if(
         example_inputs: as for `prepare`; latency is measured on them as they are.
         shares: shares in (0, 1].
         of: the resource that the shares are of.
-        by, batches, loss: the criterion, see `autogate.close`.
+        by: the criterion, see `autogate.close`.
+        batches: batches, for criteria that need some.
+        loss: their loss, for criteria that need one.
         seconds: minimum time to measure each model for.
         options: further arguments of `prepare`: `round_to`, `ignore`, `limits`, `shortcuts`, `embed`.
 

@@ -46,6 +46,7 @@ class Header:
         frozen: parameters that don't require gradients.
         training: modules in train mode.
         forwards: code of the rewritten forwards in eval and train mode, for people to read; it is never run.
+        channels_last: tensors whose memory has channels last, in two or three dimensions of space.
         subnets: how the model holds several widths; None if it has one.
     """
 
@@ -61,6 +62,7 @@ class Header:
     frozen: tuple[str, ...]
     training: tuple[str, ...]
     forwards: Mapping[str, Mapping[str, str]]
+    channels_last: tuple[str, ...] = ()
     subnets: Fusing | None = None
 
     def records(self) -> tuple[Analysed, ...]:
@@ -69,6 +71,10 @@ class Header:
 
 
 _JSON = TypeAdapter(Header)
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Memory format of tensors with so many dimensions; safetensors stores contiguous ones only."""
 
 
 def metadata_of(header: Header) -> dict[str, str]:

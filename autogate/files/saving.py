@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autogate.files.atomic_write import atomic_write
-from autogate.files.file_format import Header, checksum, metadata_of
+from autogate.files.file_format import CHANNELS_LAST, Header, checksum, metadata_of
 from autogate.files.timm_builds import Dense, dense_of, find_timm_build
 from autogate.gating import BANK
 from autogate.lock import locked
@@ -59,9 +59,9 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
             model. Most can.
 
     Raises:
-        AutogateError: the model was not slimmed or fused; it was changed since in a way that the file can't record; it holds a
-            tensor that safetensors can't store; timm doesn't build the dense model with `model_args`; or the file
-            can't be written.
+        AutogateError: the model was not slimmed or fused; it was changed since in a way that the file can't record; it
+            holds a tensor that safetensors can't store; timm doesn't build the dense model with `model_args`; or the
+            file can't be written.
     """
     slim = unwrap(slim)
     dense, subnets = dense_of(slim), subnets_of(slim)
@@ -93,6 +93,7 @@ def _contents(
         frozen=tuple(name for name, parameter in slim.named_parameters() if not parameter.requires_grad),
         training=tuple(path for path, module in slim.named_modules() if module.training),
         forwards=_forwards(slim),
+        channels_last=_channels_last(slim, tensors),
         subnets=fusing,
     )
     return header, tensors
@@ -139,6 +140,14 @@ def _tensors_of(slim: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise AutogateError(f"safetensors can't store it: it is {value.layout} on {value.device}.", where=name)
         tensors[name] = value.detach().cpu().contiguous().clone()
     return tensors, aliases
+
+
+def _channels_last(slim: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    state = {name: tensor for name, tensor in slim.state_dict().items() if not tensor.is_contiguous()}
+    forms = {name: CHANNELS_LAST.get(state[name].ndim) for name in names if name in state}
+    return tuple(
+        name for name, form in forms.items() if form is not None and state[name].is_contiguous(memory_format=form)
+    )
 
 
 def _forwards(slim: nn.Module) -> dict[str, dict[str, str]]:

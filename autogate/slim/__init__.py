@@ -27,7 +27,8 @@ from autogate.slim.history import (
     slimming_from_json,
     slimming_to_json,
 )
-from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
+from autogate.slim.layers import Layer, layers_of
+from autogate.slim.optimizer_state import as_optimizers, parameters_of, take_along
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
@@ -43,7 +44,6 @@ from autogate.slim.record_replay import (
     replay,
     slim_and_record,
 )
-from autogate.slim.stale_optimizers import tell_of_steps_with
 
 __all__ = [
     "ATTRIBUTE",
@@ -51,6 +51,7 @@ __all__ = [
     "AnalysisOptions",
     "History",
     "KeptIndices",
+    "Layer",
     "PrepareRecord",
     "Slimming",
     "TensorSpec",
@@ -72,11 +73,11 @@ __all__ = [
     "history_of",
     "kept_by_side",
     "kept_indices",
+    "layers_of",
     "live_classes",
-    "parameter_replacements",
+    "parameters_of",
     "read_inputs",
     "recalibrate",
-    "replace_parameters",
     "replay",
     "signs_of_collapse",
     "slim_and_record",
@@ -84,6 +85,6 @@ __all__ = [
     "slim_verified",
     "slimming_from_json",
     "slimming_to_json",
-    "tell_of_steps_with",
+    "take_along",
     "verify",
 ]

@@ -16,6 +16,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from autogate.inputs import Inputs
+from autogate.slim.layers import Layer
 from rewriters import AutogateError, ChannelMap, Side, SlimPlan
 from rewriters.slimming import is_under, tensor_slots
 
@@ -80,6 +81,8 @@ class Slimming(Analysed):
         rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
             what it was before convolutions were put on its shortcuts.
         removed: modules that are no longer called and were removed.
+        layers: convolutions and linear layers, with their channels and multiply-adds before and after.
+        params: number of parameters before, without those of convolutions on shortcuts.
     """
 
     kept: tuple[KeptIndices, ...]
@@ -87,6 +90,8 @@ class Slimming(Analysed):
     selections: Mapping[str, tuple[int, ...]]
     rewritten: Mapping[str, str]
     removed: tuple[str, ...]
+    layers: tuple[Layer, ...] = ()
+    params: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from autogate.training.callbacks import Callback, StepMetrics, TensorBoard
 from autogate.training.distributed import World, join_world
 from autogate.training.finalize_checkpoint import FinalizedCheckpoint, finalize_checkpoint
 from autogate.training.network import build_network
+from autogate.training.pruning import Folder, Pruned, prune
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
 from autogate.training.runs import resume, start
@@ -19,11 +20,13 @@ __all__ = [
     "Distillation",
     "EpochRow",
     "FinalizedCheckpoint",
+    "Folder",
     "GateRow",
     "Images",
     "LayerSize",
     "Learning",
     "Network",
+    "Pruned",
     "Recipe",
     "Result",
     "RunFolder",
@@ -34,6 +37,7 @@ __all__ = [
     "build_network",
     "finalize_checkpoint",
     "join_world",
+    "prune",
     "resume",
     "start",
 ]
