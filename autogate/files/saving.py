@@ -105,6 +105,7 @@ def _check_unchanged(slim: nn.Module) -> None:
     if BANK in slim._modules:
         raise AutogateError("it has gates: it is prepared, and not slim yet.", where=where, remedy="Finalize it first.")
     subnets, now = subnets_of(slim), form_of(slim)
+    since = "when the model was finalized." if subnets is None else "when the model was fused."
     before = history_of(slim) if subnets is None else subnets.form
     assert before is not None  # `dense_of` has looked
     for here, there in ((now.shapes, before.shapes), (now.modules, before.modules)):
@@ -112,7 +113,7 @@ def _check_unchanged(slim: nn.Module) -> None:
         if different is not None:
             name, is_now, was = different
             raise AutogateError(
-                f"it is {is_now} now, and was {was} when the model was {'finalized' if subnets is None else 'fused'}.",
+                f"it is {is_now} now, and was {was} {since}",
                 where=name or where,
                 remedy="Make the change in the dense model, before prepare, or use torch.save.",
             )

@@ -33,7 +33,7 @@ from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
     add_shortcut_convolutions,
-    analyse_with_dry_run,
+    analyse_channels,
     as_described,
     cast,
     check_same,
@@ -41,6 +41,7 @@ from autogate.slim.record_replay import (
     describe,
     first_difference,
     live_classes,
+    prepared_analysis,
     replay,
     slim_and_record,
 )
@@ -56,7 +57,7 @@ __all__ = [
     "Slimming",
     "TensorSpec",
     "add_shortcut_convolutions",
-    "analyse_with_dry_run",
+    "analyse_channels",
     "as_described",
     "as_optimizers",
     "cast",
@@ -76,6 +77,7 @@ __all__ = [
     "layers_of",
     "live_classes",
     "parameters_of",
+    "prepared_analysis",
     "read_inputs",
     "recalibrate",
     "replay",

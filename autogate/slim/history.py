@@ -59,6 +59,8 @@ class Analysed:
         shortcuts, embed: arguments of `prepare`.
         convolutions: paths of the 1x1 convolutions that prepare put on shortcuts.
         others: the other example inputs, as `inputs`.
+        refused: modules whose channels stay because a check of values found that they'd compute something else, and
+            whether all that is in them stays.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -69,6 +71,7 @@ class Analysed:
     embed: bool
     convolutions: tuple[str, ...]
     others: tuple[JsonValue, ...] = field(default=(), kw_only=True)
+    refused: tuple[tuple[str, bool], ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
