@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from autogate.gating import GateBank
     from autogate.inputs import Examples
     from autogate.inspection import Summary
-    from autogate.methods import GDP
+    from autogate.methods import GDP, ClippedLasso
     from autogate.outlook import what_if
     from autogate.slim import recalibrate
     from rewriters import AutogateError, CaptureError, SurgeryError, VerificationError
@@ -36,7 +36,7 @@ _EXPORTS = {
     "autogate.gating": ("GateBank",),
     "autogate.inputs": ("Examples",),
     "autogate.inspection": ("Summary",),
-    "autogate.methods": ("GDP",),
+    "autogate.methods": ("GDP", "ClippedLasso"),
     "autogate.slim": ("recalibrate",),
     "autogate.outlook": ("what_if",),
     "autogate.subnets": (),
@@ -58,7 +58,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    folders = {home.removeprefix("autogate.") for home in _EXPORTS if home.startswith("autogate.")}
+    return sorted({*globals(), *_HOMES, *folders})
 
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "AutogateError",
     "BudgetNotMetWarning",
     "CaptureError",
+    "ClippedLasso",
     "CollapseWarning",
     "Examples",
     "GateBank",

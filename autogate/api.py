@@ -9,12 +9,12 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from autogate.budget import ResourceMaker, Shares
+from autogate.budget import ResourceMaker
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
 from autogate.inputs import as_calls, dtype_of_parameters, fitted
-from autogate.inspection import Summary, summarise
+from autogate.inspection import Summary, summarise, summarise_slim
 from autogate.lock import locked
-from autogate.methods import GDP, Learner, Method
+from autogate.methods import Learner, Method, as_method, budget_of
 from autogate.naming import Ignored, did_you_mean, named_by
 from autogate.slim import (
     AnalysisOptions,
@@ -25,13 +25,12 @@ from autogate.slim import (
     as_optimizers,
     check_finite,
     check_not_sharded,
-    kept_by_side,
-    parameter_replacements,
-    replace_parameters,
+    history_of,
+    parameters_of,
     signs_of_collapse,
     slim_unverified,
     slim_verified,
-    tell_of_steps_with,
+    take_along,
     verify,
 )
 from autogate.steering import Bounds, read_limits
@@ -124,12 +123,10 @@ def prepare(
     """
     check_preparable(model)
     check_one_width(model)
-    method = GDP() if method is None else method
-    if not isinstance(method, Method):
-        raise AutogateError(
-            f"method is {method!r}, which is no method.", where="prepare", remedy="Give a value such as autogate.GDP()."
-        )
-    shares = Shares(flops, params, activations, latency, resources or {})
+    method = as_method(method)
+    shares = budget_of(
+        method, flops=flops, params=params, activations=activations, latency=latency, resources=resources
+    )
     bounds = read_limits(model, limits or {})
     kept = [tensor for limit in bounds if limit.least == 1 for tensor in limit.tensors]
     ignored = dict.fromkeys([*named_by(model, ignore), *kept], "the caller asked for it")
@@ -230,9 +227,10 @@ def step(model: nn.Module, *, lr: float) -> None:
 
 @locked
 def summary(model: nn.Module) -> Summary:
-    """Summarise a prepared model: FLOPs, parameters and channels left, and what is pinned and why. Print the result.
+    """Summarise a prepared or slim model: FLOPs, parameters and channels left, and what is pinned and why.
 
-    Alphas that you set by hand count, whether or not the model has run since.
+    Print the result, or take its `table()` or `to_json()`. Alphas that you set by hand count. Of a slim model it tells
+    widths before and after, what was removed, and which forwards were rewritten.
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -241,12 +239,15 @@ def summary(model: nn.Module) -> Summary:
         (1814073344.0, 11689512, 1.0)
 
     Args:
-        model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
+        model: the model that `prepare`, `finalize` or `load` returned, or a compiled or distributed wrapper around it.
 
     Raises:
-        AutogateError: the model was not prepared.
+        AutogateError: the model was neither prepared nor slimmed.
     """
-    return summarise(unwrap(model), gates(model))
+    own = unwrap(model)
+    if isinstance(own, nn.Module) and BANK not in own._modules and history_of(own) is not None:
+        return summarise_slim(own)
+    return summarise(own, gates(model))
 
 
 @locked
@@ -310,9 +311,9 @@ def finalize(
     if warn and (signs := signs_of_collapse(model, bank.channel_map, bank.live.cpu(), calls[0])):
         remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
         warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
-    before = _parameters(model)
+    before = parameters_of(model)
     done = slim_verified(model, bank, calls)
-    _take_along(optimizers, before, model, done)
+    take_along(optimizers, before, model, done)
     return model
 
 
@@ -330,29 +331,15 @@ def finalize_as(model: M, slimming: Slimming, *, optimizer: Optimizer | Iterable
     """
     model, bank = unwrap(model), gates(model)
     optimizers = as_optimizers([*_listed(optimizer), *optimizers_of(bank)], model)
-    before = _parameters(model)
-    _take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
+    before = parameters_of(model)
+    take_along(optimizers, before, model, slim_unverified(model, bank, slimming))
     return model
-
-
-def _take_along(
-    optimizers: Iterable[Optimizer], before: Mapping[str, nn.Parameter], model: nn.Module, done: Slimming
-) -> None:
-    """Let optimizers continue with the slim model; others that still have its old parameters are told so."""
-    replacements = parameter_replacements(before, _parameters(model), kept_by_side(done.kept))
-    for one in optimizers:
-        replace_parameters(one, replacements)
-    tell_of_steps_with([parameter for parameter in before.values() if id(parameter) in replacements])
 
 
 def _listed(optimizer: Any) -> list[Any]:
     if optimizer is None:
         return []
     return list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _missed(bank: GateBank) -> str:

@@ -1,7 +1,7 @@
 """The command line: `autogate --help`.
 
 Each command is a file that reads options and prints tables. What it prints comes as plain values from
-`autogate.inspection` (inspect, bench), `autogate.files` (export), `autogate.demo`, `autogate.training` (train,
+`autogate.inspection` (inspect, summary, bench), `autogate.files` (export), `autogate.demo`, `autogate.training` (train,
 prune, finalize) and `autogate.reporting` (report).
 
 A command's file is imported when the command is called: PyTorch and timm take seconds, which the list of commands
@@ -24,8 +24,9 @@ from autogate.version import __version__
 COMMANDS = {
     "demo": "Train, slim and check a small timm network on scikit-learn's handwritten digits, in a minute.",
     "inspect": "Show which channels of a model could be removed, which are pinned and why, and what a budget leaves.",
+    "summary": "Show what is left of a slim model: widths before and after, layer by layer, and what was removed.",
     "train": "Fine-tune a timm model with gates and make it slim. Start from a trained model.",
-    "prune": "Slim a timm model at once, by a criterion, without training.",
+    "prune": "Slim a timm model at once: the channels that score lowest by a criterion go. Nothing is trained.",
     "finalize": "Make the slim model of a run from its last checkpoint, however far training is.",
     "report": "Write an HTML page about a run: what is left and accuracy over time, channels of each layer, gates.",
     "bench": "Measure latency and throughput of a slim model and of its dense model.",

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.files import dense_model, load
-from autogate.inspection import Comparison, Duration, compare, short
+from autogate.inspection import Comparison, Duration, Summary, compare, short, summarise_slim
 
 
 @one_line_errors
@@ -52,7 +52,16 @@ def bench(
         ):
             table.add_row(*_row(found))
     console.print(table)
+    console.print(_left(summarise_slim(models[1])), highlight=False, soft_wrap=True)
     console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
+
+
+def _left(found: Summary) -> str:
+    flops, params = found.flops / found.all_flops, found.params / found.all_params
+    return (
+        f"{short(found.flops)} of {short(found.all_flops)} FLOPs ({flops:.1%}), {short(found.params)} of "
+        f"{short(found.all_params)} parameters ({params:.1%}) are left; autogate summary has the layers"
+    )
 
 
 def _row(found: Comparison) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ class GateBank(BankBuffers):
         self.learner = learner
         self.origin = origin
         self.register(self.learner.start(), self.learner.method, channel_map.checksum())
-        self._kernels = GatedKernels(model, channel_map)
+        self._kernels = GatedKernels(model, channel_map, self.learner.method.scales_all)
         self._folding = Folding(self._kernels, channel_map, self.learner.method, self.state(), keeps=not follows)
         self._stepping = Stepping(self._kernels, self._folding, self.learner)
         self._first_steps = FirstSteps(looks_untrained(model))
@@ -178,7 +178,7 @@ class GateBank(BankBuffers):
             method_state={name: float(value) for name, value in state.method.items() if value.ndim == 0},
             classes=self.channel_map.size,
             dead=int((~live).sum()),
-            settled=counters.settled or self.targets.distance(live) <= 0,
+            settled=counters.settled or self.learner.standing(live).distance <= 0,
         )
 
     def __repr__(self) -> str:

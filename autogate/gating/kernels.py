@@ -38,17 +38,26 @@ class _Stacked(NamedTuple):
     stacks: list[Stack]
 
 
+def parameter_sides(model: nn.Module, channel_map: ChannelMap) -> list[Side]:
+    """The sides of a model's parameters that have classes."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [side for side in channel_map.classes if side.tensor in names]
+
+
 class GatedKernels:
     """The gated kernels of a model.
 
     Args:
         model: the model; it is not kept alive.
         channel_map: its classes of channels.
+        scales_all: every parameter that has a class counts as a kernel, along each side with one, not only the kernels
+            that sum over channels, along the sides that they read.
     """
 
-    def __init__(self, model: nn.Module, channel_map: ChannelMap):
+    def __init__(self, model: nn.Module, channel_map: ChannelMap, scales_all: bool = False):
         self._size = channel_map.size
-        self._sides = tuple(side for side in channel_map.gated if side in channel_map.classes)
+        sides = parameter_sides(model, channel_map) if scales_all else channel_map.gated
+        self._sides = tuple(side for side in sides if side in channel_map.classes)
         classes = [channel_map.classes[side].cpu() for side in self._sides]
         self._lengths = tuple(len(labels) for labels in classes)
         self._begins = tuple(accumulate(self._lengths, initial=0))
@@ -252,13 +261,16 @@ class GatedKernels:
             kernels[side.place] = kernel if kernel.shape == weight.shape else part_like(kernel, side.weight)
         return kernels
 
-    def products(self, sides: list[GatedSide], kernels: dict[int, Tensor], kind: torch.dtype) -> Tensor:
+    def products(
+        self, sides: list[GatedSide], kernels: dict[int, Tensor], kind: torch.dtype, squares: bool = False
+    ) -> Tensor:  # fmt: skip
         """<gradient, kernel> over the columns of each class, shape (classes + 1,); pinned columns come last.
 
         Args:
             sides: the gated sides.
             kernels: by place, the kernels that the gradients were taken at.
             kind: dtype to add in.
+            squares: <kernel, kernel> instead.
         """
         # Kernels of one layout are summed together: one all-reduce a step, in which every process takes part.
         by_layout: dict[Any, Tensor] = {}
@@ -266,10 +278,14 @@ class GatedKernels:
             flat = by_layout.get(stack.layout)
             if flat is None:
                 flat = by_layout[stack.layout] = torch.zeros(self._begins[-1], dtype=kind, device=self._labels.device)
-            gradients = {side.place: local(grad) for side in stack.sides if (grad := side.weight.grad) is not None}
-            if (learns := stack.only(gradients)) is not None:
-                at = [kernels[place] for place in gradients]
-                counted = column_products(list(gradients.values()), at, stack.dim)
+            others = {
+                side.place: local(other)
+                for side in stack.sides
+                if (other := side.weight if squares else side.weight.grad) is not None
+            }
+            if (learns := stack.only(others)) is not None:
+                at = [kernels[place] for place in others]
+                counted = column_products(list(others.values()), at, stack.dim)
                 flat.index_copy_(0, learns.positions.flatten(), counted.to(flat).flatten())
         whole = torch.zeros(self._size + 1, dtype=kind, device=self._labels.device)
         for where, flat in by_layout.items():

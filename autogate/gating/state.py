@@ -113,7 +113,7 @@ class BankBuffers(nn.Module):
         self.register_buffer("alpha", start.alpha)
         for name, value in start.state.items():
             self.register_buffer(name, value)
-        self.register_buffer("folded", method.factor(start.alpha, start.state))
+        self.register_buffer("folded", method.factor(start.alpha, start.state).clone())  # it may be alpha itself
         self.register_buffer("dead", torch.zeros_like(start.alpha))
         for name in ("step_count", "balance", "integral", "settled", "peak"):
             self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))

@@ -47,6 +47,9 @@ class _Sums:
             total = total / self.scale
         return torch.where(torch.isfinite(total).all(), total[:-1], torch.nan)
 
+    def squares(self) -> Tensor:
+        return self.kernels.products(self.sides, self.at, self.kind, squares=True)[:-1]
+
 
 class Stepping:
     """Measures and steps the gates of a bank. All that lasts is in the bank's buffers; here are caches.
@@ -81,14 +84,15 @@ class Stepping:
         if self.is_over(state):
             return
         sides = self._sides(state)
-        reading = None if later else self._read(state, sides, kernels, scale)
+        after = self.learner.method.reads_after
+        reading = None if later or after else self._read(state, sides, kernels, scale)
         part = self.learner.method.let_through(state.folded)
         held = hold_back(self._kernels, state.live & (part < 1), part, sides, kernels)
         self.pending = Measurement(reading, held)
 
     def read(self, state: BankState) -> None:
         """As `GateBank.read`."""
-        if self.pending is not None:
+        if self.pending is not None and not self.learner.method.reads_after:
             self.pending = replace(self.pending, reading=self._read_now(state))
 
     def step(self, state: BankState, lr: float) -> None:
@@ -100,7 +104,8 @@ class Stepping:
             for columns in measured.held:
                 columns.release()
             reading = self._read_now(state) if measured.reading is None else measured.reading
-            if torch.isfinite(reading).all() and (lr or reading.any()):
+            counts = lr or (not self.learner.method.reads_after and reading.any())
+            if torch.isfinite(reading).all() and counts:
                 after = self.learner.step(state.gates(self.counters(state)), reading, lr, self.standing(state))
                 self._note(state, state.write(after))
         elif lr:

@@ -3,7 +3,7 @@
 from autogate.inspection.comparison import Comparison, Duration, compare, time_in_turns
 from autogate.inspection.coupling_graph import check_drawable, draw_coupling_graph
 from autogate.inspection.model_inspection import Inspection, Stage, inspect_model
-from autogate.inspection.summary import Summary, short, summarise
+from autogate.inspection.summary import Summary, short, summarise, summarise_slim
 
 __all__ = [
     "Comparison",
@@ -17,5 +17,6 @@ __all__ = [
     "inspect_model",
     "short",
     "summarise",
+    "summarise_slim",
     "time_in_turns",
 ]

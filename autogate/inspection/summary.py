@@ -1,74 +1,84 @@
-"""What is left of a model under its gates, layer by layer, and what is pinned."""
+"""What is left of a gated or slim model, layer by layer, and what is pinned."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from autogate.gating import GateBank, Progress
-from rewriters import ChannelMap, Kernel, Pin, Side
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution or linear layer: its channels left and in all, on both sides, and its multiply-adds."""
-
-    module: str
-    inputs: int
-    all_inputs: int
-    outputs: int
-    all_outputs: int
-    macs: float
-    all_macs: float
+from autogate.slim import Layer, history_of, layers_of
+from rewriters import AutogateError, ChannelMap, Pin, Side
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The state of a prepared model. Print it for a table.
+    """What is left of a prepared or a slim model. Print it for tables; a notebook shows them.
 
     Counts are for one sample. FLOPs are multiply-adds of convolutions and linear layers, as fvcore counts them.
 
     Attributes:
-        flops, all_flops: FLOPs left under the gates, and of the model as it was given to `prepare`.
+        flops, all_flops: FLOPs left, and of the model as it was given to `prepare`: to the first one, if it was slimmed
+            several times.
         params, all_params: the same for parameters.
-        reach: part of `all_flops` in layers that have a gate on their input or output side.
+        reach: part of `all_flops` in layers that have a gate on their input or output side; None for a slim model.
         layers: all layers, in the order they run.
         shortcuts: the layers among them that `prepare` added for identity shortcuts. They count in `flops` and
             `params`, but not in `all_flops` and `all_params`.
-        pins: channels that always stay, by the op that needs them.
-        progress: how far the gates are.
+        pins: channels that always stay, by the op that needs them; none for a slim model, which has no gates.
+        progress: how far the gates are; None for a slim model.
+        removed: modules of a slim model that were removed, because nothing was left in them.
+        rewritten: modules of a slim model whose forward was rewritten, and why: for "sizes" that slimming changed, for
+            "branches" that are gone, for a "shortcut" that selects channels.
     """
 
     flops: float
     all_flops: float
     params: int
     all_params: int
-    reach: float
+    reach: float | None
     layers: tuple[Layer, ...]
     shortcuts: tuple[Layer, ...]
     pins: tuple[Pin, ...]
-    progress: Progress
+    progress: Progress | None
+    removed: tuple[str, ...] = ()
+    rewritten: Mapping[str, str] = field(default_factory=dict)
+
+    def table(self) -> Table:
+        """The layers, as a table of rich: channels and FLOPs before and after."""
+        return _layers(self)
+
+    def to_json(self) -> str:
+        """All of it as JSON, for other programs."""
+        return json.dumps(asdict(self), indent=1)
 
     def __str__(self) -> str:
+        return self._printed().export_text().rstrip()
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return self._printed().export_html(code_format='<pre style="line-height: 1.2">{code}</pre>', inline_styles=True)
+
+    def _printed(self) -> Console:
         console = Console(width=110, record=True, file=io.StringIO())
-        console.print(_totals(self))
-        console.print(_layers(self))
-        if self.shortcuts:
-            console.print(_shortcuts(self))
-        if self.pins:
-            console.print(_pins(self))
-        return console.export_text().rstrip()
+        for table in (_totals, _layers, _shortcuts, _pins, _changes):
+            found = table(self)
+            if found.row_count:
+                console.print(found)
+        return console
 
 
 def summarise(model: nn.Module, bank: GateBank) -> Summary:
     """Summarise `model` under the current state of `bank`'s gates, including alphas set by hand."""
     channel_map, live = bank.channel_map, bank.live.cpu()
-    layers = tuple(_layer(channel_map, live, kernel) for kernel in channel_map.kernels)
+    layers = layers_of(channel_map, live)
     added = {kernel.module for kernel in channel_map.kernels if kernel.weight in bank.added}
     shortcuts = tuple(layer for layer in layers if layer.module in added)
     total = sum(layer.all_macs for layer in layers if layer.module not in added)
@@ -89,14 +99,50 @@ def summarise(model: nn.Module, bank: GateBank) -> Summary:
     )
 
 
-def _layer(channel_map: ChannelMap, live: Tensor, kernel: Kernel) -> Layer:
-    everything = torch.ones_like(live)
-    inputs, outputs = (
-        (channel_map.width(side, live), channel_map.width(side, everything))
-        for side in (kernel.input_side, kernel.output_side)
+def summarise_slim(model: nn.Module) -> Summary:
+    """Summarise a slim model, from the records of its slimmings.
+
+    Raises:
+        AutogateError: it was never slimmed, or its file is from before records told of layers.
+    """
+    history = history_of(model)
+    if history is None or not history.slimmings[0].layers:
+        raise AutogateError(
+            "it has no record of its layers before they were slimmed.",
+            where=type(model).__name__,
+            remedy="Pass the model that autogate.finalize or autogate.load returned.",
+        )
+    first, last = history.slimmings[0], history.slimmings[-1]
+    added = {path for slimming in history.slimmings for path in slimming.convolutions}
+    kept = {layer.module: layer for layer in last.layers if layer.module not in added or _is_there(model, layer)}
+    layers = tuple(_since(layer, kept.get(layer.module)) for layer in first.layers if layer.module not in added)
+    shortcuts = tuple(replace(layer, all_macs=layer.macs) for path, layer in kept.items() if path in added)
+    return Summary(
+        flops=sum(layer.macs for layer in (*layers, *shortcuts)),
+        all_flops=sum(layer.all_macs for layer in layers),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        all_params=first.params,
+        reach=None,
+        layers=(*layers, *shortcuts),
+        shortcuts=shortcuts,
+        pins=(),
+        progress=None,
+        removed=tuple(path for slimming in history.slimmings for path in slimming.removed),
+        rewritten={
+            path: why for slimming in history.slimmings for path, why in slimming.rewritten.items() if why != "restored"
+        },
     )
-    macs = channel_map.macs(kernel, live), channel_map.macs(kernel, everything)
-    return Layer(kernel.module or kernel.weight, *inputs, *outputs, *macs)
+
+
+def _is_there(model: nn.Module, layer: Layer) -> bool:
+    return any(path == layer.module for path, _ in model.named_modules())
+
+
+def _since(before: Layer, now: Layer | None) -> Layer:
+    """A layer as it was before the first slimming and is after the last."""
+    if now is None:
+        return replace(before, inputs=0, outputs=0, macs=0.0)
+    return replace(before, inputs=now.inputs, outputs=now.outputs, macs=now.macs)
 
 
 def _left(channel_map: ChannelMap, live: Tensor, name: str, shape: torch.Size) -> int:
@@ -112,11 +158,13 @@ def _totals(summary: Summary) -> Table:
     table = Table(title="autogate", title_justify="left", show_header=False)
     table.add_row("FLOPs (multiply-adds)", _share(summary.flops, summary.all_flops))
     table.add_row("parameters", _share(summary.params, summary.all_params))
-    table.add_row("gates at zero", f"{now.dead} of {now.classes}")
-    for name, share in now.shares.items():
-        table.add_row("target", f"{now.targets[name]:.1%} of the {name}, {share:.1%} left")
-    table.add_row("steps", f"{now.step} of {now.steps}")
-    table.add_row("within reach of gates", f"{summary.reach:.1%} of the FLOPs")
+    if now is not None:
+        table.add_row("gates at zero", f"{now.dead} of {now.classes}")
+        for name, share in now.shares.items():
+            table.add_row("target", f"{now.targets[name]:.1%} of the {name}, {share:.1%} left")
+        table.add_row("steps", f"{now.step} of {now.steps}")
+    if summary.reach is not None:
+        table.add_row("within reach of gates", f"{summary.reach:.1%} of the FLOPs")
     return table
 
 
@@ -133,18 +181,33 @@ def short(number: float) -> str:
 
 
 def _layers(summary: Summary) -> Table:
-    table = Table("layer", "inputs", "outputs", "FLOPs left")
+    table = Table("layer", "inputs", "outputs", "FLOPs", "left")
     for column in table.columns[1:]:
         column.justify = "right"
     for layer in summary.layers:
-        if layer in summary.shortcuts:
-            continue
-        table.add_row(
-            layer.module,
-            f"{layer.inputs} / {layer.all_inputs}",
-            f"{layer.outputs} / {layer.all_outputs}",
-            f"{layer.macs / layer.all_macs:.0%}" if layer.all_macs else "-",
-        )
+        if layer not in summary.shortcuts:
+            table.add_row(
+                escape(layer.module), *_widths(layer), short(layer.all_macs),
+                f"{layer.macs / layer.all_macs:.0%}" if layer.all_macs else "-",
+            )  # fmt: skip
+    return table
+
+
+def _widths(layer: Layer) -> tuple[str, str]:
+    """Inputs and outputs, before and after if some are gone."""
+    return tuple(  # type: ignore[return-value]
+        str(whole) if left == whole else f"{whole} -> {left}"
+        for left, whole in ((layer.inputs, layer.all_inputs), (layer.outputs, layer.all_outputs))
+    )
+
+
+def _changes(summary: Summary) -> Table:
+    """Modules that were removed or rewritten."""
+    table = Table("module", "what was done")
+    for path in summary.removed:
+        table.add_row(escape(path), "removed: nothing was left in it")
+    for path, why in summary.rewritten.items():
+        table.add_row(escape(path) or "(the model)", f"its forward was rewritten: {why}")
     return table
 
 
@@ -154,14 +217,14 @@ def _shortcuts(summary: Summary) -> Table:
         column.justify = "right"
     for layer in summary.shortcuts:
         table.add_row(
-            layer.module,
-            f"{layer.inputs} / {layer.all_inputs}",
-            f"{layer.outputs} / {layer.all_outputs}",
+            escape(layer.module),
+            *_widths(layer),
             short(layer.macs),
             f"{layer.macs / summary.all_flops:.1%}",
         )
     cost = sum(layer.macs for layer in summary.shortcuts)
-    table.add_row("total", "", "", short(cost), f"{cost / summary.all_flops:.1%}")
+    if summary.shortcuts:
+        table.add_row("total", "", "", short(cost), f"{cost / summary.all_flops:.1%}")
     return table
 
 
@@ -169,5 +232,6 @@ def _pins(summary: Summary) -> Table:
     table = Table("pinned at", "op", "reason", "channels")
     for pin in summary.pins:
         more = f" and {len(pin.sides) - 1} more" if len(pin.sides) > 1 else ""
-        table.add_row(pin.module or "(outputs)", pin.op, pin.reason, f"{pin.sides[0]}{more}")
+        cells = pin.module or "(outputs)", pin.op, pin.reason, f"{pin.sides[0]}{more}"
+        table.add_row(*map(escape, cells))
     return table

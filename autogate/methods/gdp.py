@@ -35,8 +35,8 @@ class GDP(Method):
     on each gate (float64, shape (classes,); see `sensitivity.py`).
 
     Attributes:
-        reach, least_steps, short, keep, tolerance, patience, gain, integral_gain, deadline, escalation: how the run
-            goes to its targets, see `autogate.steering.Course`. Epsilon reaches its end with the targets.
+        lam, reach, least_steps, short, keep, tolerance, patience, gain, integral_gain, deadline, escalation: how the
+            run goes to its targets, see `autogate.steering.Course`. Epsilon reaches its end with the targets.
         bound: the longest way that a gradient or a price moves alpha in one step; in a short run four times the steady
             pace from 1 to 0, if that is larger.
         alpha_rate: alpha's learning rate when the kernels' is at its peak; it follows theirs.

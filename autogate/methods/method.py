@@ -15,7 +15,7 @@ state, takes its readings and folds its gates into the kernels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,6 +48,25 @@ class Gates:
     balance: float = 0.0
 
 
+class Grouping:
+    """Which classes lie on the same sides, on a device.
+
+    Args:
+        groups: the classes of each group; every class is in one.
+        device: where values per class are.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], device: torch.device):
+        self._order = torch.tensor([label for group in groups for label in group], device=device, dtype=torch.int64)
+        self._lengths = torch.tensor([len(group) for group in groups], device=device, dtype=torch.int64)
+        self._group = torch.empty_like(self._order)
+        self._group[self._order] = torch.arange(len(groups), device=device).repeat_interleave(self._lengths)
+
+    def means(self, values: Tensor) -> Tensor:
+        """For each class the mean over its group, shape (classes,), added in the same order in every run."""
+        return torch.segment_reduce(values[self._order], "mean", lengths=self._lengths)[self._group]
+
+
 @dataclass(frozen=True)
 class Step:
     """What a method is told about a step.
@@ -58,7 +77,9 @@ class Step:
         lr: learning rate of the kernels.
         peak: the largest learning rate so far, this step's included.
         price: price of each class relative to the mean price of live classes, shape (classes,).
-        movement: how far a class of mean price is pushed towards zero; 0 if there is no pressure.
+        movement: how far a class of mean price is pushed towards zero; 0 if there is no pressure. If the method's
+            lambda is fixed, all that it tells is whether there is pressure.
+        groups: which classes share a width.
     """
 
     number: int
@@ -67,6 +88,7 @@ class Step:
     peak: float
     price: Tensor
     movement: float
+    groups: Grouping
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,9 @@ class KernelSums(Protocol):
         NaN throughout if any kernel's gradient is not finite.
         """
 
+    def squares(self) -> Tensor:
+        """<V, V> of each class, shape (classes,)."""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Method(Course, ABC):
@@ -105,6 +130,16 @@ class Method(Course, ABC):
     A method holds settings alone: its own fields, and those of `Course`. What changes from step to step is in tensors,
     which the gate bank stores as buffers: checkpoints, copies and device moves include them.
     """
+
+    @property
+    def scales_all(self) -> bool:
+        """Whether a class's gate scales all its parameters, or the kernel columns that read its channels alone."""
+        return False
+
+    @property
+    def reads_after(self) -> bool:
+        """Whether the method reads the kernels after the optimizer has moved them, or before."""
+        return False
 
     @property
     def gate_state(self) -> tuple[str, ...]:
@@ -121,10 +156,10 @@ class Method(Course, ABC):
 
     @abstractmethod
     def read(self, sums: KernelSums, gate: Tensor, live: Tensor) -> Tensor:
-        """What the method reads before the optimizer moves the kernels, shape (classes,), zero for dead classes.
+        """What the method reads from the kernels, shape (classes,), zero for dead classes.
 
         Args:
-            sums: gives sums over kernel columns.
+            sums: gives sums over what each class's gate scales.
             gate: the gates folded into the kernels, shape (classes,).
             live: bool, shape (classes,).
         """

@@ -63,3 +63,19 @@ def alternating_relaxation(
     for _ in range(iterations):
         alpha = soft_threshold(target, weight * price(alpha != 0).to(target.dtype))
     return alpha
+
+
+def clipped_threshold(norm: Tensor, beta: Tensor | float, delta: Tensor | float) -> Tensor:
+    """The minimiser of (x - norm)^2 / 2 + beta min(x, delta) over x >= 0: the proximal step of a clipped norm.
+
+    Yang et al., "Non-uniform DNN Structured Subnets Sampling for Dynamic Inference", equation 3. With an infinite delta
+    it is the group Lasso's. Below delta a norm falls by beta. Above delta it stays, unless the way down is shorter than
+    what the penalty saves, which needs a beta that is large beside the norm.
+
+    Args:
+        norm: nonnegative, any shape.
+        beta, delta: nonnegative, of shapes that broadcast to the norm's.
+    """
+    shrunk = torch.minimum((norm - beta).clamp(min=0), torch.as_tensor(delta, dtype=norm.dtype, device=norm.device))
+    stays = (norm >= delta) & (beta * delta <= (norm - shrunk).square() / 2 + beta * shrunk)
+    return torch.where(stays, norm, shrunk)

@@ -25,7 +25,8 @@ from autogate.slim.history import (
     slimming_from_json,
     slimming_to_json,
 )
-from autogate.slim.optimizer_state import as_optimizers, parameter_replacements, replace_parameters
+from autogate.slim.layers import Layer, layers_of
+from autogate.slim.optimizer_state import as_optimizers, parameters_of, take_along
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
@@ -38,13 +39,13 @@ from autogate.slim.record_replay import (
     replay,
     slim_and_record,
 )
-from autogate.slim.stale_optimizers import tell_of_steps_with
 
 __all__ = [
     "ATTRIBUTE",
     "AnalysisOptions",
     "History",
     "KeptIndices",
+    "Layer",
     "PrepareRecord",
     "Slimming",
     "add_shortcut_convolutions",
@@ -62,11 +63,11 @@ __all__ = [
     "history_of",
     "kept_by_side",
     "kept_indices",
+    "layers_of",
     "live_classes",
-    "parameter_replacements",
+    "parameters_of",
     "read_inputs",
     "recalibrate",
-    "replace_parameters",
     "replay",
     "signs_of_collapse",
     "slim_and_record",
@@ -74,6 +75,6 @@ __all__ = [
     "slim_verified",
     "slimming_from_json",
     "slimming_to_json",
-    "tell_of_steps_with",
+    "take_along",
     "verify",
 ]

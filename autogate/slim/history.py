@@ -16,6 +16,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from autogate.inputs import Inputs
+from autogate.slim.layers import Layer
 from rewriters import AutogateError, ChannelMap, Side, SlimPlan
 from rewriters.slimming import is_under, tensor_slots
 
@@ -62,6 +63,8 @@ class Slimming:
         rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
             what it was before convolutions were put on its shortcuts.
         removed: modules that are no longer called and were removed.
+        layers: convolutions and linear layers, with their channels and multiply-adds before and after.
+        params: number of parameters before, without those of convolutions on shortcuts.
         others: the other example inputs, as `inputs`.
     """
 
@@ -77,6 +80,8 @@ class Slimming:
     selections: Mapping[str, tuple[int, ...]]
     rewritten: Mapping[str, str]
     removed: tuple[str, ...]
+    layers: tuple[Layer, ...] = ()
+    params: int = 0
     others: tuple[JsonValue, ...] = ()
 
 

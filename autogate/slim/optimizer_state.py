@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autogate.slim.history import KeptIndices
+from autogate.slim.history import KeptIndices, Slimming, kept_by_side
+from autogate.slim.stale_optimizers import tell_of_steps_with
 from rewriters import AutogateError, Side
 from rewriters.slimming import take_indices
 
@@ -59,6 +60,28 @@ def _unwrapped(optimizer: Any) -> Any:
         return optimizer
     within = getattr(optimizer, "optimizer", None)
     return within if isinstance(within, Optimizer) else optimizer
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name; those in several places under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def take_along(
+    optimizers: Iterable[Optimizer], before: Mapping[str, nn.Parameter], model: nn.Module, done: Slimming
+) -> None:
+    """Let optimizers continue with a slim model; others that still have its old parameters are told so.
+
+    Args:
+        optimizers: train the model.
+        before: its parameters before the slimming (`parameters_of`).
+        model: the slim model.
+        done: how it was slimmed.
+    """
+    replacements = parameter_replacements(before, parameters_of(model), kept_by_side(done.kept))
+    for one in optimizers:
+        replace_parameters(one, replacements)
+    tell_of_steps_with([parameter for parameter in before.values() if id(parameter) in replacements])
 
 
 def parameter_replacements(

@@ -38,6 +38,7 @@ from autogate.slim.history import (
     rewritten,
     write_inputs,
 )
+from autogate.slim.layers import layers_of
 from autogate.slim.state_hints import add_state_hint
 from rewriters import (
     ALWAYS,
@@ -56,7 +57,7 @@ from rewriters import (
 )
 from rewriters.cross_channel import plain_statistics
 from rewriters.recording import frozen_heap, generators_kept
-from rewriters.slimming import like, tensor_slots
+from rewriters.slimming import is_under, like, tensor_slots
 
 
 class AnalysisOptions(NamedTuple):
@@ -121,6 +122,7 @@ def slim_and_record(
     with plain_statistics(model):
         before, buffers = describe_tensors(model, added), describe_buffers(model)
         modules = describe_modules(model, added)
+        params = sum(p.numel() for name, p in model.named_parameters() if not is_under(name, set(added)))
     slim_plan = plan(model, analysis, live, *options.inputs, decided)
     slim_plan = restore(model, analysis, slim_plan, shortcuts, decided)
     follow = bookkeeping.widths(model)
@@ -140,6 +142,8 @@ def slim_and_record(
         selections=slim_plan.decisions.selections,
         rewritten=rewritten(slim_plan),
         removed=tuple(sorted(slim_plan.removed)),
+        layers=layers_of(analysis.channel_map, slim_plan.live.cpu()),
+        params=params,
     )
     earlier = history_of(model) or History((), modules, {}, {})
     shapes = {name: spec.shape for name, spec in describe_tensors(model).items()}

@@ -17,6 +17,8 @@ class Course:
     """How a run goes to its targets. Every method has these fields.
 
     Attributes:
+        lam: lambda, if it is fixed. There is no budget then: those classes die that this lambda takes to zero. If None,
+            lambda is steered to the targets.
         reach: part of the steps over which the wanted shares fall from 1 to the targets. Targets that are met early
             leave the remaining channels more time to learn; docs/benchmarks.md has the figures.
         least_steps: the way down takes at least so many steps, because one batch says little about which classes
@@ -39,6 +41,7 @@ class Course:
         AutogateError: for a value outside its range.
     """
 
+    lam: float | None = None
     reach: float = 0.1
     least_steps: int = 200
     short: float = 0.35
@@ -59,6 +62,7 @@ class Course:
 
     def _ranges(self) -> Iterator[Range]:
         """The range of each field."""
+        yield "lam", self.lam is None or self.lam > 0, "positive"
         yield "reach", 0 < self.reach <= 0.7, "in (0, 0.7]"
         yield "least_steps", self.least_steps >= 0, "0 or more"
         yield "short", 0 < self.short <= 0.7, "in (0, 0.7]"

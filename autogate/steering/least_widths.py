@@ -39,24 +39,32 @@ def keep_counts(groups: Sequence[Group], targets: Targets, schedule: Schedule) -
 
     The course's `keep` times what is left when all groups are narrowed uniformly until the targets are met; at least
     one class, in whole bundles. If the targets can't be met with every group alive: one bundle of the groups that are
-    needed, none of the others. Limits are kept in either case.
+    needed, none of the others; the same if lambda is fixed, for then there are no targets. Limits are kept in any case.
     """
     narrowing = Narrowing(groups)
-    alike = part_alike(narrowing, targets)
+    alike = None if schedule.course.lam is not None else part_alike(narrowing, targets)
     return _fewest(groups) if alike is None else narrowing.counts(schedule.course.keep * alike)
 
 
-def with_needed(groups: Sequence[Group], channel_map: ChannelMap, targets: Targets) -> list[Group]:
+def with_needed(
+    groups: Sequence[Group], channel_map: ChannelMap, targets: Targets, always: bool = False
+) -> list[Group]:  # fmt: skip
     """The groups, with those marked that are needed if the targets can't be met with every group alive.
 
     Branches may then die as a whole. If it is only `round_to` or the caller's limits that put the targets out of reach,
     they don't.
 
+    Args:
+        groups: the groups of the map.
+        channel_map: a model's classes of channels.
+        targets: what is to be left.
+        always: mark the groups in any case.
+
     Raises:
         AutogateError: the targets are out of reach because of `round_to` or limits, or with the needed groups alive.
     """
     live = Narrowing(groups).live(0.0)
-    if targets.distance(live) <= 0:
+    if targets.distance(live) <= 0 and not always:
         return list(groups)
     _check_bundles(groups, targets)
     marked = _marked(groups, channel_map)

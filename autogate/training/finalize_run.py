@@ -46,7 +46,7 @@ class Snapshot:
     def of(cls, model: nn.Module) -> Snapshot:
         """The snapshot of a model with gates."""
         bank, whole = gates(model), summary(model)
-        now = whole.progress
+        now = bank.progress()
         return cls(
             flops=whole.flops,
             params=whole.params,

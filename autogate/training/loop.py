@@ -292,6 +292,7 @@ def _info(
 ) -> RunInfo:  # fmt: skip
     """The content of run.json: the recipe, and what it means for this model and this data."""
     steps_per_epoch = _steps_per_epoch(recipe, loading)
+    assert whole.progress is not None  # of a gated model
     return RunInfo(
         format=1,
         versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},

@@ -8,7 +8,7 @@ import torch
 from autogate.gating.bank import GateBank
 from autogate.methods.gate_function import gate_slope
 from autogate.methods.gdp import GDP
-from autogate.methods.method import Step
+from autogate.methods.method import Grouping, Step
 from autogate.methods.sensitivity import observed
 from autogate.steering.schedule import Schedule
 from tests.autogate.gated_nets import backward, batch, gated_net
@@ -78,7 +78,9 @@ def test_gates_that_the_threshold_spared_open_again_without_pressure():
 def test_the_threshold_leaves_no_live_gate_too_small_to_scale_back_from():
     _net, bank = gated_net(0.5, steps=100)
     gates = replace(bank.learner.start(), alpha=torch.full((64,), 0.01 * (1 + 1e-4)))
-    proposal = GDP().propose(gates, torch.zeros(64), Step(1, bank.schedule, 0.1, 0.1, torch.ones(64), movement=0.01))
+    groups = Grouping([range(64)], torch.device("cpu"))
+    step = Step(1, bank.schedule, 0.1, 0.1, torch.ones(64), movement=0.01, groups=groups)
+    proposal = GDP().propose(gates, torch.zeros(64), step)
     assert not proposal.candidates.any() and (proposal.alpha < 1e-5).all()
     assert (GDP().hold_open(proposal.alpha, pressed=True) == torch.tensor(1e-5)).all()
 

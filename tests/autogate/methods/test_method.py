@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import autogate
 from autogate.gating.bank import GateBank
 from autogate.methods.gdp import GDP
-from autogate.methods.method import Gates, Method, Proposal, Step
+from autogate.methods.method import Gates, Grouping, Method, Proposal, Step
 from autogate.steering.schedule import Schedule
 from rewriters import relative_error, run_eval
 from tests.autogate.gated_nets import ConvNet, bank_of, batch, conv_net_map, gated_net, train
@@ -135,7 +135,8 @@ def test_the_settings_of_gdp_are_its_own():
     start = GDP(epsilon_start=0.5).start(3)
     assert float(GDP(epsilon_start=0.5).factor(torch.ones(1), start)) == pytest.approx(1 / 1.5)
     gates = replace(gated_net()[1].learner.start(), alpha=torch.full((64,), 0.5))
-    step = Step(1, Schedule(100), lr=0.1, peak=0.1, price=torch.ones(64), movement=0.0)
+    groups = Grouping([range(64)], torch.device("cpu"))
+    step = Step(1, Schedule(100), lr=0.1, peak=0.1, price=torch.ones(64), movement=0.0, groups=groups)
     slow, quick = (GDP(alpha_rate=rate).propose(gates, torch.ones(64), step) for rate in (1e-4, 1e-3))
     torch.testing.assert_close(0.5 - quick.alpha, 10 * (0.5 - slow.alpha), rtol=1e-3, atol=0)
     assert GDP(decay=0.5).propose(gates, torch.ones(64), step).state["sensitivity"][0] == 0.5
