@@ -21,12 +21,12 @@ from autogate.slim import (
     PrepareRecord,
     Slimming,
     add_shortcut_convolutions,
-    analyse_with_dry_run,
     as_optimizers,
     check_finite,
     check_not_sharded,
     history_of,
     parameters_of,
+    prepared_analysis,
     signs_of_collapse,
     slim_unverified,
     slim_verified,
@@ -65,6 +65,7 @@ def prepare(
     shortcuts: Literal["shared", "conv"] | Iterable[str] = "shared",
     hooks: bool = True,
     embed: bool = True,
+    probe: bool = True,
     method: Method | None = None,
     limits: Mapping[str, Bounds] | None = None,
 ) -> M:
@@ -110,6 +111,7 @@ def prepare(
         embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
             transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
             the live channels. If False, these channels stay.
+        probe: whether to slim the model once on trial. A module that computes something else keeps its channels.
         method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
             `autogate.GDP()` if None.
         limits: bounds on the share of their channels that layers keep, by the path of a layer or a stage, the name of a
@@ -137,17 +139,15 @@ def prepare(
     undo_log = UndoLog()
     try:
         replaced = _replace_shortcuts(model, options, undo_log)
-        analysis = analyse_with_dry_run(model, options)
+        analysis, options = prepared_analysis(model, options, probe, undo_log)
         if analysis.channel_map.size == 0:
             raise AutogateError(
                 f"none of its channels can be removed. {analysis.channel_map.why_pinned()}",
                 where=type(model).__name__,
-                remedy="Check `ignore`, and that the model has convolutions or linear layers between its first and its "
-                "last one.",
+                remedy="Check `ignore`, and that layers lie between the first and the last.",
             )
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
-        analysis.place_statistics(model, undo_log)
         origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
         learner = Learner.of(
             analysis.channel_map, targets, method, steps=steps, round_to=round_to,
@@ -293,7 +293,7 @@ def finalize(
             model.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than the tolerance (1e-5 of their size in float32; see
-            `autogate.slim.finalizing.TOLERANCE`), and not by float32's rounding
+            `rewriters.outputs.TOLERANCE`), and not by float32's rounding
             alone: they differ in float64 too.
     """
     check_one_width(unwrap(model))

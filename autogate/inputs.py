@@ -132,7 +132,16 @@ def fitted(inputs: Inputs, model: nn.Module, was: torch.dtype | None = None) -> 
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = dtype_of_parameters(model)
-    return tree_map_only(Tensor, lambda x: x.to(device, dtype if x.dtype == was else x.dtype), inputs)
+    return tree_map_only(Tensor, lambda x: _drawn(x, device).to(device, dtype if x.dtype == was else x.dtype), inputs)
+
+
+def _drawn(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor; if it has no values where some are needed, random ones, or zeros where numbers may mean classes."""
+    if not x.is_meta or device.type == "meta":
+        return x
+    if not x.is_floating_point():
+        return torch.zeros(x.shape, dtype=x.dtype)
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.dtype)
 
 
 def _from_timm(model: nn.Module) -> Tensor:

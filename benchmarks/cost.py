@@ -1,6 +1,7 @@
 """What gates cost: time of prepare, time and memory of a training step, and the slim model's latency.
 
     python -m benchmarks.cost
+    python -m benchmarks.cost --scaling     # only how prepare and the gates' step grow with layers and classes
 
 Times are medians of runs that take turns, so that a drifting machine is fair to both sides, and are printed as ratios.
 Peak memory is measured in a separate process for each side: resident memory on a CPU, allocated memory on a GPU.
@@ -9,6 +10,7 @@ Peak memory is measured in a separate process for each side: resident memory on 
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import resource
 import statistics
@@ -116,6 +118,83 @@ def gates_times(steps: int) -> tuple[float, float]:
     return statistics.median(learning), statistics.median(still)
 
 
+class MLPBlock(nn.Module):
+    """Adds a multilayer perceptron's output to its input."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.inner(x).relu())
+
+
+def cpu_seconds(run: Callable[[], object], rounds: int) -> float:
+    """The least processor time of several runs: other work on the machine makes a run longer, never shorter."""
+
+    def once() -> float:
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    return min(once() for _ in range(rounds))
+
+
+def by_depth(blocks: list[int], rounds: int) -> None:
+    """Processor time of prepare for more and more residual blocks."""
+    for count in blocks:
+        model = nn.Sequential(nn.Linear(8, 16), *(MLPBlock(16, 16) for _ in range(count)), nn.Linear(16, 4))
+        taken = cpu_seconds(lambda m=model: autogate.prepare(copy.deepcopy(m), torch.randn(2, 8)), rounds)
+        print(f"prepare, {count} residual blocks: {taken:.2f} s, {1000 * taken / count:.2f} ms per block")
+
+
+def by_classes(counts: list[int], rounds: int) -> None:
+    """Processor time of prepare and of the gates' step for one wide layer."""
+    for count in counts:
+        model = nn.Sequential(nn.Linear(8, count), nn.ReLU(), nn.Linear(count, 4))
+        taken = cpu_seconds(lambda m=model: autogate.prepare(copy.deepcopy(m), torch.randn(2, 8)), rounds)
+        step = cpu_seconds(own_step(autogate.prepare(model, torch.randn(2, 8), steps=1000)), 10)
+        print(f"{count:,} classes: prepare {taken:.2f} s, the gates' step {1000 * step:.0f} ms")
+
+
+def own_step(model: nn.Module) -> Callable[[], None]:
+    """The gates' part of an optimizer's step, while they learn."""
+    for parameter in model.parameters():
+        parameter.grad = 1e-3 * torch.randn_like(parameter)
+
+    def step() -> None:
+        bank = autogate.gates(model)  # it doesn't keep the model alive
+        bank.measure()
+        bank.step(1e-3)
+
+    return step
+
+
+def by_kernels(sizes: list[tuple[int, int]], rounds: int) -> None:
+    """Processor time of an optimizer's step, plain and gated, for so many layers of this width."""
+
+    def layers(count: int, width: int, gated: bool) -> nn.Module:
+        model = nn.Sequential(*(layer for _ in range(count) for layer in (nn.Linear(width, width), nn.ReLU())))
+        return autogate.prepare(model, torch.randn(2, width), flops=0.5, steps=1000) if gated else model
+
+    for count, width in sizes:
+        models = [layers(count, width, gated) for gated in (False, True)]
+        optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in models]
+        for parameter in (parameter for model in models for parameter in model.parameters()):
+            parameter.grad = 1e-3 * torch.randn_like(parameter)
+        plain, gated = (cpu_seconds(optimizer.step, rounds) for optimizer in optimizers)
+        print(f"optimizer step, {count} layers of {width}: {1000 * plain:.1f} ms plain, {1000 * gated:.1f} ms gated")
+    for name in ("resnet50", "efficientnet_b5"):
+        step = cpu_seconds(own_step(autogate.prepare(timm.create_model(name), steps=1000)), rounds)
+        print(f"the gates' step, {name}: {1000 * step:.0f} ms")
+
+
+def scaling(rounds: int) -> None:
+    by_depth([50, 100, 200, 400, 800], 2)
+    by_classes([10**5, 10**6], 2)
+    by_kernels([(300, 20), (1000, 100)], rounds)
+
+
 def _peak(gated: bool, batch: int, size: int, answer) -> None:
     step = training_step(resnet50(gated), batch, size)
     for _ in range(3):
@@ -180,7 +259,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--batch", type=int, default=64 if DEVICE == "cuda" else 32)
     parser.add_argument("--size", type=int, default=224 if DEVICE == "cuda" else 160)
+    parser.add_argument("--scaling", action="store_true")
     args = parser.parse_args()
+    scaling(args.rounds)
+    if args.scaling:
+        return
     prepare_times(["resnet18", "resnet50", "resnet101", "resnet152", "densenet161"], 3)
     found = in_turn(
         training_step(resnet50(False), args.batch, args.size),

@@ -41,4 +41,4 @@ class SurgeryError(AutogateError):
 
 
 class VerificationError(AutogateError):
-    """The slim model's outputs differ from the gated model's by more than `autogate.slim.finalizing.TOLERANCE`."""
+    """The slim model's outputs differ from the gated model's by more than `rewriters.outputs.TOLERANCE`."""

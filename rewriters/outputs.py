@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.recording import OneNumber, OtherRounding, generators_kept, set_modes, tensors_of
+from rewriters.recording import OneNumber, OtherRounding, generators_kept, set_modes, set_train_mode, tensors_of
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative difference that is accepted between the outputs of the gated and the slim model, by dtype."""
+
+EXACT_IN_FLOAT64 = 1e-10
+"""Largest relative difference in float64 if only rounding makes the float32 outputs differ."""
 
 
 def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -23,6 +29,24 @@ def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] 
     Its modes and the generators of random numbers are restored: two runs draw the same numbers.
     """
     return _run(model, args, kwargs or {})[0]
+
+
+def run_train(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """The tensors that the model returns in train mode (`set_train_mode`), with full float32 precision.
+
+    Every draw of random numbers gives one number, so that it is the same for a slim model. Modes, buffers and the
+    generators of random numbers are restored.
+    """
+    before = set_train_mode(model)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad(), full_precision(), generators_kept(model, args, kwargs), OneNumber(_SEEDS[0]):
+            return tensors_of(model(*args, **(kwargs or {})))
+    finally:
+        set_modes(model, before)
+        for buffer, values in buffers:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], bool]:
@@ -50,14 +74,20 @@ class Outputs:
     Attributes:
         values: the tensors that the model returns.
         alike: if it draws random numbers, the tensors for draws of one number each, and the shapes that were drawn.
+        training: whether it ran in train mode.
     """
 
     values: list[Tensor]
     alike: tuple[tuple[list[Tensor], list[Any]], ...] = ()
+    training: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Outputs:
-        """Run a model in eval mode. It and the generators of random numbers are afterwards as before."""
+    def of(
+        cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, training: bool = False
+    ) -> Outputs:
+        """Run a model in eval or train mode. It and the generators of random numbers are afterwards as before."""
+        if training:
+            return cls(run_train(model, args, kwargs), training=True)
         values, drawn = _run(model, args, kwargs or {})
         return cls(values, _with_numbers(model, args, kwargs or {}) if drawn else ())
 
@@ -72,7 +102,8 @@ class Outputs:
             allowed: the largest error that passes; only if it is exceeded, draws of one number are compared.
             rounding: `rounding_errors` of the model before the change.
         """
-        error = relative_error(run_eval(model, args, kwargs), self.values, rounding)
+        run = run_train if self.training else run_eval
+        error = relative_error(run(model, args, kwargs), self.values, rounding)
         if error <= allowed or not self.alike:
             return error
         now = _with_numbers(model, args, kwargs or {})

@@ -67,7 +67,7 @@ def inspect(
     console.print(_budget(found))
     if graph is not None:
         draw_coupling_graph(found.channel_map, graph)
-        console.print(f"coupling graph drawn to {graph.resolve()}", soft_wrap=True, highlight=False)
+        console.print(f"coupling graph drawn to {graph.resolve()}", soft_wrap=True, highlight=False, markup=False)
     if found.flops > flops * found.all_flops * (1 + ROUNDING):
         raise AutogateError(
             f"{flops:.1%} of the FLOPs can't be reached: {found.least:.1%} are left with the fewest channels.",

@@ -45,6 +45,7 @@ class Header:
         frozen: parameters that don't require gradients.
         training: modules in train mode.
         forwards: code of the rewritten forwards in eval and train mode, for people to read; it is never run.
+        channels_last: tensors whose memory has channels last, in two or three dimensions of space.
     """
 
     format: Literal[1]
@@ -59,9 +60,14 @@ class Header:
     frozen: tuple[str, ...]
     training: tuple[str, ...]
     forwards: Mapping[str, Mapping[str, str]]
+    channels_last: tuple[str, ...] = ()
 
 
 _JSON = TypeAdapter(Header)
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Memory format of tensors with so many dimensions; safetensors stores contiguous ones only."""
 
 
 def metadata_of(header: Header) -> dict[str, str]:

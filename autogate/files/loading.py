@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.files.file_format import Header, read_file
+from autogate.files.file_format import CHANNELS_LAST, Header, read_file
 from autogate.files.memory_limit import check_dense_model, check_inputs, default_limit
 from autogate.files.timm_builds import build_with_timm
 from autogate.gating import BANK
@@ -176,6 +176,7 @@ def _fill(
     odd = next((name for name in header.buffers if name in state), None)
     if odd is not None:
         raise AutogateError("the file's header lists it among the buffers that are not in the state_dict.", where=odd)
+    tensors = {**tensors, **_with_channels_last(header, tensors)}
     cast(model, header.buffers, undo_log)
     names = {id(tensor): name for name, tensor in reversed(state.items())}
     filled: dict[int, Tensor] = {}
@@ -190,3 +191,15 @@ def _fill(
         parameter.requires_grad_(name not in frozen)
     for path, module in model.named_modules():
         undo_log.set_attribute(module, "training", path in training)
+
+
+def _with_channels_last(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that had channels last when they were saved, with channels last."""
+    odd = next(
+        (name for name in header.channels_last if name not in tensors or tensors[name].ndim not in CHANNELS_LAST), None
+    )
+    if odd is not None:
+        raise AutogateError("the file's header lists it among the tensors with channels last.", where=odd)
+    return {
+        name: tensors[name].contiguous(memory_format=CHANNELS_LAST[tensors[name].ndim]) for name in header.channels_last
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autogate.files.atomic_write import atomic_write
-from autogate.files.file_format import Header, checksum, metadata_of
+from autogate.files.file_format import CHANNELS_LAST, Header, checksum, metadata_of
 from autogate.files.timm_builds import find_timm_build
 from autogate.gating import BANK
 from autogate.lock import locked
@@ -82,6 +82,7 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
         frozen=tuple(name for name, parameter in slim.named_parameters() if not parameter.requires_grad),
         training=tuple(path for path, module in slim.named_modules() if module.training),
         forwards=_forwards(slim),
+        channels_last=_channels_last(slim, tensors),
     )
     with atomic_write(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata_of(header))
@@ -134,6 +135,14 @@ def _tensors_of(slim: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise AutogateError(f"safetensors can't store it: it is {value.layout} on {value.device}.", where=name)
         tensors[name] = value.detach().cpu().contiguous().clone()
     return tensors, aliases
+
+
+def _channels_last(slim: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    state = {name: tensor for name, tensor in slim.state_dict().items() if not tensor.is_contiguous()}
+    forms = {name: CHANNELS_LAST.get(state[name].ndim) for name in names if name in state}
+    return tuple(
+        name for name, form in forms.items() if form is not None and state[name].is_contiguous(memory_format=form)
+    )
 
 
 def _forwards(slim: nn.Module) -> dict[str, dict[str, str]]:

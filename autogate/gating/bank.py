@@ -92,7 +92,7 @@ class GateBank(BankBuffers):
         self.added = frozenset(added)
         self.learner = learner
         self.origin = origin
-        self.register(self.learner.start(), self.learner.method, channel_map.checksum())
+        self.register(self.learner.start, self.learner.method, channel_map.checksum())
         self._kernels = GatedKernels(model, channel_map, self.learner.method.scales_all)
         self._folding = Folding(self._kernels, channel_map, self.learner.method, self.state(), keeps=not follows)
         self._stepping = Stepping(self._kernels, self._folding, self.learner)
@@ -174,7 +174,7 @@ class GateBank(BankBuffers):
             targets=self.targets.wanted(),
             step=counters.steps,
             steps=self.schedule.steps,
-            balance=float(self.balance),
+            balance=float(state.balance),
             method_state={name: float(value) for name, value in state.method.items() if value.ndim == 0},
             classes=self.channel_map.size,
             dead=int((~live).sum()),

@@ -128,7 +128,9 @@ class Folding:
 
     def _left_as(self, state: BankState) -> bool:
         """Whether only alpha was written to since the last folding, so that whoever wrote to it meant it."""
-        pairs = zip(self._own(state), self._left, strict=True)
+        pairs = list(zip(self._own(state), self._left, strict=True))
+        if any(left.is_meta for _, left in pairs):  # they had no values
+            return False
         return all(torch.equal(value, left.to(value.device)) for value, left in pairs)
 
     def _sides(self, state: BankState) -> list[GatedSide]:

@@ -97,7 +97,7 @@ class GatedKernels:
         Raises:
             AutogateError: a kernel is not a parameter of the model.
         """
-        if self._labels.device != device:
+        if self._labels.device != device and device.type != "meta":  # where they would lose their values
             self._labels, self._stacked = self._labels.to(device), None
         model = self._model()
         if model is None:

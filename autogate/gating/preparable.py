@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import jit, nn
 
 from autogate.gating import hooks
@@ -20,6 +21,7 @@ def check_preparable(model: Any) -> None:
         raise AutogateError("it is not a torch.nn.Module.", where=where, remedy="Pass the model itself.")
     if BANK in model._modules:
         raise AutogateError("it is already prepared.", where=where, remedy="Train it, or finalize it first.")
+    _check_parameters(model)
     within = gated_within(model)
     if within:
         raise AutogateError(
@@ -48,6 +50,25 @@ def check_preparable(model: Any) -> None:
         raise AutogateError(
             "it is a wrapper around the model.", where=where, remedy="Prepare the model first, then compile or wrap it."
         )
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Raise if no optimizer could ever write to one of the parameters."""
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter) or parameter.layout != torch.strided:
+            continue
+        if parameter.is_inference():
+            raise AutogateError(
+                "it was made inside of torch.inference_mode, so it can't be trained.",
+                where=name,
+                remedy="Build the model outside of it, or prepare a copy.deepcopy that was made outside of it.",
+            )
+        if 0 in (step for step, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1):
+            raise AutogateError(
+                "its elements share memory: it is an expanded tensor, which no optimizer can write to.",
+                where=name,
+                remedy="Store the tensor itself, and expand it in the forward; or store its clone.",
+            )
 
 
 def gated_within(model: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -102,14 +102,15 @@ class BankBuffers(nn.Module):
     peak: Tensor
     layout: Tensor
 
-    def register(self, start: Gates, method: Method, checksum: int) -> None:
+    def register(self, begin: Callable[[], Gates], method: Method, checksum: int) -> None:
         """Make the buffers.
 
         Args:
-            start: the gates before the first step.
+            begin: gives the gates before the first step.
             method: tells their factors.
             checksum: of which channels each class has.
         """
+        start = begin()
         self.register_buffer("alpha", start.alpha)
         for name, value in start.state.items():
             self.register_buffer(name, value)
@@ -118,10 +119,18 @@ class BankBuffers(nn.Module):
         for name in ("step_count", "balance", "integral", "settled", "peak"):
             self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("layout", torch.tensor(checksum, dtype=torch.float64))
-        self._method_state = tuple(start.state)
+        self._method_state, self._checksum = tuple(start.state), checksum
+        self._first = begin, method
 
     def state(self) -> BankState:
-        """The buffers as they are now: a module that is moved or loaded may get others."""
+        """The buffers as they are now: a module that is moved or loaded may get others.
+
+        On the meta device, where they have no values, the state is that before the first step.
+        """
+        if self.alpha.is_meta:
+            first = BankBuffers()
+            first.register(*self._first, self._checksum)
+            return first.state()
         method = {name: getattr(self, name) for name in self._method_state}
         return BankState(
             self.alpha, self.folded, self.dead, self.step_count, self.balance, self.integral, self.settled, self.peak,
@@ -139,7 +148,7 @@ class BankBuffers(nn.Module):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         layout = state_dict.get(f"{prefix}layout")
-        if layout is not None and not abs(float(layout) - float(self.layout)) < 0.5:  # infinite if cast to half
+        if layout is not None and not abs(float(layout) - self._checksum) < 0.5:  # infinite if cast to half
             wrong = (
                 "these gates belong to another model, or to this one prepared in another way (other inputs, `ignore`, "
                 "`shortcuts` or `embed`). Prepare it as for the checkpoint's run."
@@ -168,5 +177,10 @@ class BankBuffers(nn.Module):
         for name, buffer in self.named_buffers():
             if buffer.dtype != before[name].dtype:
                 setattr(self, name, before[name].to(buffer.device))
+        if before["alpha"].is_meta and not self.alpha.is_meta:  # to_empty gives memory with chance values
+            device = self.alpha.device
+            self.register(*self._first, self._checksum)
+            for name, buffer in self.named_buffers():
+                setattr(self, name, buffer.to(device))
         self._forget()
         return self

@@ -86,7 +86,7 @@ class Stepping:
         sides = self._sides(state)
         after = self.learner.method.reads_after
         reading = None if later or after else self._read(state, sides, kernels, scale)
-        part = self.learner.method.let_through(state.folded)
+        part = self.learner.method.let_through(state.folded, state.method)
         held = hold_back(self._kernels, state.live & (part < 1), part, sides, kernels)
         self.pending = Measurement(reading, held)
 

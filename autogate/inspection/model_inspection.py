@@ -15,7 +15,7 @@ from autogate.budget import Flops, Params, Shares, Target, Targets
 from autogate.inputs import as_call
 from autogate.lock import locked
 from autogate.naming import Ignored, named_by
-from autogate.slim import AnalysisOptions, add_shortcut_convolutions, analyse_with_dry_run
+from autogate.slim import AnalysisOptions, add_shortcut_convolutions, analyse_channels
 from autogate.steering import Narrowing, fewest_live, groups_of, part_alike
 from rewriters import ChannelMap, Pin, UndoLog
 
@@ -99,7 +99,7 @@ def inspect_model(
     undo_log = UndoLog()
     try:
         added = {shortcut.weight for shortcut in add_shortcut_convolutions(model, options, undo_log)}
-        channel_map = analyse_with_dry_run(model, options).channel_map
+        channel_map = analyse_channels(model, options).channel_map
         cost, params = Flops(channel_map, model, added), Params(channel_map, model)
     finally:
         undo_log.undo()

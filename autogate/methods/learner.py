@@ -44,7 +44,7 @@ class Learner:
         method: how gates move.
         targets: what is to be left; all of them are met.
         groups: classes that lie on the same sides.
-        steps: optimizer steps of the run; the schedule's default if None.
+        steps: optimizer steps of the run; the method's own length, or the schedule's default, if None.
 
     Attributes:
         method, targets, groups: as given.
@@ -56,6 +56,7 @@ class Learner:
         self.method = method
         self.targets = targets
         self.groups = tuple(groups)
+        steps = method.run_steps if steps is None else steps
         self.schedule = Schedule(course=method) if steps is None else Schedule(steps, method)
         self.selection = Selection(targets, self.schedule, groups)
         self._groups_on: tuple[torch.device, Grouping] | None = None
@@ -98,13 +99,14 @@ class Learner:
         """Where a model with these live classes (bool, shape (classes,)) is."""
         on_host = live.cpu()
         if self.method.lam is not None:
-            return Standing(1.0, self._fixed_price(on_host).to(live.device, torch.float32))
+            return Standing(1.0, self._fixed_price(live))
         return Standing(self.selection.distance(on_host), self.selection.price(on_host).to(live.device, torch.float32))
 
     def _fixed_price(self, live: Tensor) -> Tensor:
         """The price of each class if lambda is fixed, relative to the mean price in the dense model."""
-        resource = self.targets.targets[0].resource
-        return resource.price(live) / resource.price(torch.ones_like(live)).mean().clamp(min=1e-12)
+        resource, alive = self.targets.targets[0].resource, live.cpu()
+        price = resource.price(alive) / resource.price(torch.ones_like(alive)).mean().clamp(min=1e-12)
+        return price.to(live.device, torch.float32)
 
     def step(self, gates: Gates, reading: Tensor, lr: float, standing: Standing | None = None) -> Gates:
         """The gates after one step.
@@ -120,7 +122,8 @@ class Learner:
         pressure = self._pressure(gates, distance, number)
         peak = max(gates.peak, lr)
         groups = self._grouping(gates.alpha.device)
-        step = Step(number, self.schedule, lr, peak, price, pressure.movement, groups)
+        prices = None if self.method.lam is None else self._fixed_price
+        step = Step(number, self.schedule, lr, peak, price, pressure.movement, groups, prices)
         proposal = self.method.propose(gates, reading, step)
         deaths = self._deaths(proposal, gates.live, number)
         pressed = pressure.movement > 0

@@ -15,7 +15,7 @@ state, takes its readings and folds its gates into the kernels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,6 +80,7 @@ class Step:
         movement: how far a class of mean price is pushed towards zero; 0 if there is no pressure. If the method's
             lambda is fixed, all that it tells is whether there is pressure.
         groups: which classes share a width.
+        prices: the prices if only so much of each class is alive, shape (classes,), in [0, 1]; if lambda is fixed.
     """
 
     number: int
@@ -89,6 +90,7 @@ class Step:
     price: Tensor
     movement: float
     groups: Grouping
+    prices: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ class Method(Course, ABC):
     """
 
     @property
+    def run_steps(self) -> int | None:
+        """Length of the run in optimizer steps, if the method knows it."""
+        return None
+
+    @property
     def scales_all(self) -> bool:
         """Whether a class's gate scales all its parameters, or the kernel columns that read its channels alone."""
         return False
@@ -164,8 +171,13 @@ class Method(Course, ABC):
             live: bool, shape (classes,).
         """
 
-    def let_through(self, gate: Tensor) -> Tensor:
-        """The part of the optimizer's change to a column that takes effect, in [0, 1], shape (classes,)."""
+    def let_through(self, gate: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """The part of the optimizer's change to a column that takes effect, in [0, 1], shape (classes,).
+
+        Args:
+            gate: the gates folded into the kernels, shape (classes,).
+            state: the method's own tensors.
+        """
         return torch.ones_like(gate)
 
     @abstractmethod

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
 from autogate.slim.history import Slimming
-from autogate.slim.record_replay import AnalysisOptions, analyse_with_dry_run, slim_and_record, slim_as_recorded
+from autogate.slim.record_replay import AnalysisOptions, analyse_channels, slim_and_record, slim_as_recorded
 from autogate.wrappers import unwrap_accelerate
 from rewriters import (
     AutogateError,
@@ -31,12 +31,7 @@ from rewriters import (
     VerificationError,
     rounding_errors,
 )
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest relative difference that finalize accepts between the outputs of the gated and the slim model, by dtype."""
-
-EXACT_IN_FLOAT64 = 1e-10
-"""Largest relative difference in float64 if only rounding makes the float32 outputs differ."""
+from rewriters.outputs import EXACT_IN_FLOAT64, TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -169,7 +164,7 @@ def _in_float64(inputs: Inputs) -> Inputs:
 def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimming | None = None) -> Slimming:
     origin: PrepareRecord = bank.origin
     options = origin.options.on(origin.calls_for(model))
-    analysis = analyse_with_dry_run(model, options)
+    analysis = analyse_channels(model, options)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:
         raise AutogateError(

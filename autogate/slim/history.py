@@ -66,6 +66,8 @@ class Slimming:
         layers: convolutions and linear layers, with their channels and multiply-adds before and after.
         params: number of parameters before, without those of convolutions on shortcuts.
         others: the other example inputs, as `inputs`.
+        refused: modules whose channels stay because a check of values found that they'd compute something else, and
+            whether all that is in them stays.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -83,6 +85,7 @@ class Slimming:
     layers: tuple[Layer, ...] = ()
     params: int = 0
     others: tuple[JsonValue, ...] = ()
+    refused: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,11 @@ from rewriters import (
     plan,
     replace_shortcuts,
     restore,
+    samples_in,
 )
-from rewriters.cross_channel import plain_statistics
+from rewriters.cross_channel import plain_statistics, remove_live_statistics
 from rewriters.recording import frozen_heap, generators_kept
-from rewriters.slimming import is_under, like, tensor_slots
+from rewriters.slimming import Refused, check_values, is_under, like, pin_refused, tensor_slots
 
 
 class AnalysisOptions(NamedTuple):
@@ -69,6 +70,8 @@ class AnalysisOptions(NamedTuple):
         shortcuts: "shared", "conv" or paths of modules.
         embed: whether channels that cross-channel statistics are taken over can be removed.
         others: more example inputs.
+        refused: modules whose channels stay because a check of values found that they'd compute something else.
+        try_slimming: whether the dry run has something to say: a check of values that finds nothing spares it.
     """
 
     inputs: Inputs
@@ -76,6 +79,8 @@ class AnalysisOptions(NamedTuple):
     shortcuts: str | tuple[str, ...] = "shared"
     embed: bool = True
     others: tuple[Inputs, ...] = ()
+    refused: tuple[Refused, ...] = ()
+    try_slimming: bool = True
 
     def on(self, calls: Sequence[Inputs]) -> AnalysisOptions:
         """The same for these example inputs."""
@@ -83,11 +88,38 @@ class AnalysisOptions(NamedTuple):
 
 
 @frozen_heap()
-def analyse_with_dry_run(model: nn.Module, options: AnalysisOptions) -> Analysis:
+def analyse_channels(model: nn.Module, options: AnalysisOptions) -> Analysis:
     """Analyse the model's channels, and pin whatever the dry run shows can't be slimmed."""
     args, kwargs = options.inputs
     analysis = analyse(model, args, kwargs, options.ignored, options.embed, options.others)
-    return dry_run(model, analysis, args, kwargs, options.others)
+    if options.refused:
+        pin_refused(analysis, options.refused, samples_in(args, kwargs))
+    return dry_run(model, analysis, args, kwargs, options.others) if options.try_slimming else analysis
+
+
+@frozen_heap()
+def prepared_analysis(
+    model: nn.Module, options: AnalysisOptions, probe: bool, undo_log: UndoLog
+) -> tuple[Analysis, AnalysisOptions]:
+    """Analyse the model's channels, place its statistics over live channels, and pin what can't be slimmed.
+
+    If values are compared (`probe`), the dry run is only needed where that fails: it tells forwards that refuse fewer
+    channels, some of which can be rewritten, from those that compute something else.
+
+    Returns:
+        The analysis, and the options for which `analyse_channels` finds the same without a check of values.
+    """
+    options, examples = options._replace(try_slimming=not probe), (options.inputs, *options.others)
+    while True:
+        analysis = analyse_channels(model, options)
+        analysis.place_statistics(model, undo_log)
+        found = check_values(model, analysis, examples, options.refused) if probe else None
+        if found is None or found.fine or (options.try_slimming and found.refused is None):
+            return analysis, options
+        remove_live_statistics(model, undo_log)
+        if options.try_slimming and found.refused is not None:
+            options = options._replace(refused=(*options.refused, found.refused))
+        options = options._replace(try_slimming=True)
 
 
 def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
@@ -136,6 +168,7 @@ def slim_and_record(
         ignored=tuple(options.ignored),
         shortcuts=options.shortcuts,
         embed=options.embed,
+        refused=tuple((one.path, one.whole) for one in options.refused),
         convolutions=tuple(added),
         kept=kept_indices(analysis.channel_map, slim_plan.live),
         branches=slim_plan.decisions.branches,
@@ -171,10 +204,11 @@ def replay(model: nn.Module, slimming: Slimming, calls: Sequence[Inputs], undo_l
         raise AutogateError("the record lists it twice, in the state_dict and outside of it.", where=both)
     cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
     ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
-    options = AnalysisOptions(calls[0], ignored, slimming.shortcuts, slimming.embed, tuple(calls[1:]))
+    refused = tuple(Refused(path, "its slim forward computed other values", whole) for path, whole in slimming.refused)
+    options = AnalysisOptions(calls[0], ignored, slimming.shortcuts, slimming.embed, tuple(calls[1:]), refused)
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
     _check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
-    analysis = analyse_with_dry_run(model, options)
+    analysis = analyse_channels(model, options)
     slim_as_recorded(model, analysis, slimming, options, shortcuts, undo_log)
 
 

@@ -15,7 +15,7 @@ from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
     add_shortcut_convolutions,
-    analyse_with_dry_run,
+    analyse_channels,
     slim_and_record,
     verify,
 )
@@ -45,7 +45,7 @@ def fuse(model: nn.Module, structures: Sequence[Structure], origin: PrepareRecor
     undo_log, options = UndoLog(), origin.options
     try:
         shortcuts = add_shortcut_convolutions(model, options, undo_log)
-        analysis = analyse_with_dry_run(model, options)
+        analysis = analyse_channels(model, options)
         channel_map = analysis.channel_map
         added = {shortcut.weight for shortcut in shortcuts}
         resources = [Flops(channel_map, model, added), Params(channel_map, model, added)]
@@ -149,7 +149,7 @@ def extract(model: nn.Module, subnets: Subnets, index: int) -> nn.Module:
         return copied
     undo_log = UndoLog()
     options = own.origin.options.on(calls)
-    analysis = analyse_with_dry_run(copied, options)
+    analysis = analyse_channels(copied, options)
     live = subnet.structure.live(analysis.channel_map)
     _write_own(subnet)
     close_columns(copied, analysis.channel_map, live, undo_log)

@@ -52,14 +52,15 @@ def _analyse(
     embed: bool, others: Sequence[Inputs],
 ) -> Analysis:  # fmt: skip
     first, *more = (capture_modes(model, *inputs) for inputs in ((args, kwargs), *others))
-    captures = [captured for one in (first, *more) for captured in one]
+    captures = [captured for one in (first, *more) for captured in one.captures]
     labelling = _labelled(model, captures, ignore, embed)
     if labelling.findings.scattered:
-        larger = capture_larger(model, args, kwargs, first)
-        alone = _labelled(model, first, ignore, embed) if more else labelling
+        larger = capture_larger(model, args, kwargs, first.captures)
+        alone = _labelled(model, first.captures, ignore, embed) if more else labelling
         if larger and not same_classes(alone, _labelled(model, larger, ignore, embed)):
             labelling.space.notes += labelling.findings.scattered
-    analysis = Analysis([first, *more], labelling)
+    trains_otherwise = any(one.trains_otherwise for one in (first, *more))
+    analysis = Analysis([one.captures for one in (first, *more)], labelling, trains_otherwise)
     known = labelling.by_tensor()
     with patches_held():
         looking = trace_statistics(model, analysis, known)

@@ -8,6 +8,7 @@ large where the size of its input may decide which channels are coupled.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -32,8 +33,21 @@ def samples_in(args: Any, kwargs: Any) -> int:
     return max(1, tensors[0].shape[0]) if tensors else 1
 
 
-def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
-    """The model captured in eval mode, and in train mode if it does something else there."""
+@dataclass(frozen=True)
+class Recorded:
+    """A model's forward, recorded.
+
+    Attributes:
+        captures: in eval mode, and in train mode too if that is another forward which can be recorded.
+        trains_otherwise: whether it is another forward in train mode, recorded or not.
+    """
+
+    captures: list[Capture]
+    trains_otherwise: bool
+
+
+def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> Recorded:
+    """Record a model in each mode that it has a forward of its own for."""
     before = set_modes(model, False)
     try:
         captures = [capture(model, args, kwargs)]
@@ -41,14 +55,14 @@ def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> list[Capture]:
             run_eval(model, args, kwargs)  # now the buffers are those for these inputs
             captures = [capture(model, args, kwargs)]
         unseen = _has_unseen_parameters(model, captures[0])
-        if unseen or _differs_in_train_mode(model, captures[0]):
+        trains_otherwise = unseen or _differs_in_train_mode(model, captures[0])
+        if trains_otherwise:
             set_train_mode(model)
-            captures += (
-                [capture(model, args, kwargs)] if unseen else _try_capture(model, args, kwargs, captures[0].opaque)
-            )
+            known = captures[0].opaque
+            captures += [capture(model, args, kwargs)] if unseen else _try_capture(model, args, kwargs, known)
     finally:
         set_modes(model, before)
-    return captures
+    return Recorded(captures, trains_otherwise)
 
 
 def _try_capture(model: nn.Module, args: Any, kwargs: Any, opaque: Mapping[str, Opaque]) -> list[Capture]:

@@ -26,9 +26,10 @@ class Analysis:
     """All that is known of a model's channels.
 
     Attributes:
-        recorded: for each of the example inputs the captured forward, in eval mode, and in train mode too if it does
-            something else there.
+        recorded: for each of the example inputs the captured forward, in eval mode, and in train mode too if that is
+            another forward.
         labelling: labels of every tensor in them.
+        trains_otherwise: whether it is another forward in train mode, captured or not.
         traced: the traced forwards of modules that may hold a size.
         sites: modules whose own forward takes statistics across channels.
         channel_map: the partition of the channels.
@@ -36,6 +37,7 @@ class Analysis:
 
     recorded: Sequence[Sequence[Capture]]
     labelling: Labelling
+    trains_otherwise: bool = False
     traced: list[TracedForward] = field(default_factory=list)
     sites: list[StatisticSite] = field(default_factory=list)
     channel_map: ChannelMap = field(init=False)

@@ -38,6 +38,10 @@ _PARTITIONS = {
 """Calls that return as many parts as a dimension has room for."""
 
 
+_IN_PLACE = frozenset(("__iadd__", "__isub__", "__imul__", "__itruediv__"))
+"""Methods that a forward may call by name."""
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows the value it stands for.
 
@@ -48,6 +52,8 @@ class ValueProxy(fx.Proxy):
 
     tracer: ValueTracer
 
+    __array_priority__ = 1000.0  # a number of numpy leaves the operation to the proxy
+
     if TYPE_CHECKING:  # fx sets it
 
         def __getitem__(self, key: Any) -> Any: ...
@@ -57,7 +63,7 @@ class ValueProxy(fx.Proxy):
         return self.node.meta["val"]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
+        if name.startswith("__") and name.endswith("__") and name not in _IN_PLACE:
             raise AttributeError(name)
         if isinstance(self.value, Tensor) and name == "dim":
             return lambda: self.ndim
@@ -121,6 +127,12 @@ class ValueProxy(fx.Proxy):
 
     def __float__(self) -> float:
         return float(self.tracer.concrete(self))
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
 
     def __index__(self) -> int:
         return self.tracer.concrete(self).__index__()

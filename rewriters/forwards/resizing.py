@@ -21,7 +21,7 @@ from rewriters.forwards.label_mask import LabelMask, SlimShapes
 from rewriters.forwards.moves import commutes, only_moves, swap_tensors
 from rewriters.forwards.rewritten_forward import in_positions
 from rewriters.forwards.sizes import FAMILIES, Resize, Scaled, scaled
-from rewriters.forwards.tracer_patches import AUTOCAST
+from rewriters.forwards.tracer_patches import CONTEXTS
 from rewriters.forwards.tracing import run_call
 from rewriters.labelling import Labelled
 from rewriters.labelling.rules import LabelledStatistic, elementwise, find_rule
@@ -105,7 +105,7 @@ class Resizer:
             self._copy(node)
             if node.op == "placeholder":
                 self._keep_identity(node)
-        elif node.target in AUTOCAST:
+        elif node.target in CONTEXTS:
             self._slim[node] = None
             self._copy(node)
         elif node.target in _CHECKS:

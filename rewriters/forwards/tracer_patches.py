@@ -11,7 +11,11 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import inspect
+import linecache
 import math
+import re
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -37,12 +41,18 @@ _FACTORIES = {
 }  # fmt: skip
 """Functions of torch that make tensors from numbers: all their calls are recorded."""
 
+_LIMITS: dict[str, Callable[..., Any]] = {"finfo": torch.finfo, "iinfo": torch.iinfo}
+"""Types of torch that are called with a dtype."""
+
 
 @functools.cache
 def _builtins(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
     torch.overrides.get_overridable_functions()  # it reads these names once, so it has to run before they are patched
     builtins = {name: value for name, value in vars(space).items() if isinstance(value, types.BuiltinFunctionType)}
-    return {name: value for name, value in builtins.items() if not value.__name__.startswith("_")}
+    found: dict[str, Callable[..., Any]] = {
+        name: value for name, value in builtins.items() if not value.__name__.startswith("_")
+    }
+    return found | _LIMITS if space is torch else found
 
 
 MATH = tuple(_builtins(math).values())
@@ -162,9 +172,11 @@ def _functions_patched() -> Iterator[None]:
     """
     for space in (torch, F, math):
         vars(space).update(_recorders(space))
+    vars(torch)["Size"] = _Size
     try:
         yield
     finally:
+        vars(torch)["Size"] = _Size.plain
         for space in (torch, F, math):
             vars(space).update(_builtins(space))
 
@@ -182,6 +194,61 @@ def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) 
     if _thread.following is not None and (name in _FACTORIES or _hold_proxies(args, kwargs)):
         return _thread.following.tracer.create_proxy("call_function", function, args, kwargs)
     return function(*args, **kwargs)
+
+
+class _OfProxies(type):
+    """The class of a type's stand-in, which is called in its place with proxies among its arguments."""
+
+    plain: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if _thread.following is not None and _hold_proxies(args, kwargs):
+            return cls.follow(*args, **kwargs)
+        return cls.plain(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return _isinstance(instance, cls.plain)
+
+    def follow(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Size(metaclass=_OfProxies):
+    """torch.Size, which would read the sizes that are proxies."""
+
+    plain = torch.Size
+
+    @staticmethod
+    def follow(sizes: Any = ()) -> Any:
+        return sizes if type(sizes) is ValueProxy else tuple(sizes)
+
+
+class _Int(metaclass=_OfProxies):
+    """`int`, of which a proxy could only return the number itself."""
+
+    plain = int
+
+    @staticmethod
+    def follow(number: Any, *base: Any) -> Any:
+        return (
+            number
+            if type(number.value) is int and not base
+            else number.tracer.create_proxy("call_function", int, (number, *base), {})
+        )
+
+
+@contextlib.contextmanager
+def int_followed(function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `int(size)` is recorded in the file of a function, unless code there compares types with `is`."""
+    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    if "int" in scope or _COMPARES_TYPES.search("".join(linecache.getlines(scope.get("__file__") or ""))):
+        yield
+        return
+    with mock.patch.dict(scope, {"int": _Int}):
+        yield
+
+
+_COMPARES_TYPES = re.compile(r"\btype\(.*\)\s*(is|==|in|!=)\b|\bis int\b|dtype=int\b")
 
 
 @contextlib.contextmanager
@@ -214,18 +281,16 @@ def _modules_patched() -> Iterator[None]:
         yield
 
 
-AUTOCAST = (torch.amp._enter_autocast, torch.amp._exit_autocast)
-"""The calls in a graph where the forward enters and leaves torch.autocast. They don't run on fake tensors."""
+_is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
+
+CONTEXTS = (torch.amp._enter_autocast, torch.amp._exit_autocast, _is_grad_enabled, _set_grad_enabled)
+"""The calls in a graph where the forward enters and leaves torch.autocast or `no_grad`. They don't run on fakes."""
 
 
 @contextlib.contextmanager
 def _contexts_patched() -> Iterator[None]:
-    """Record where a forward enters and leaves torch.autocast, which torch.fx would lose.
-
-    A forward that turns gradients off is refused, because torch.fx would lose that.
-    """
+    """Record where a forward enters and leaves torch.autocast and `torch.no_grad`, which torch.fx would lose."""
     plain_init, plain_enter, plain_exit = (vars(torch.autocast)[name] for name in ("__init__", "__enter__", "__exit__"))
-    plain_set_grad = torch._C._set_grad_enabled
 
     def init(context: Any, device_type: Any, *args: Any, **kwargs: Any) -> None:
         of_value = type(device_type) is ValueProxy
@@ -245,14 +310,24 @@ def _contexts_patched() -> Iterator[None]:
         _thread.following.tracer.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {})
         return None
 
-    def set_grad(mode: bool) -> None:
-        if _thread.following is not None:
-            raise TraceError("it changes whether gradients are recorded")
-        plain_set_grad(mode)
+    def set_grad(mode: Any) -> None:
+        if _thread.following is None:
+            _set_grad_enabled(mode)
+        else:
+            _thread.following.tracer.create_proxy("call_function", _set_grad_enabled, (mode,), {})
+
+    def is_grad() -> Any:
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        if _thread.following is not None and not asker.startswith("torch."):
+            raise TraceError("it asks whether gradients are recorded")
+        if _thread.following is None or asker != "torch.autograd.grad_mode":
+            return _is_grad_enabled()
+        return _thread.following.tracer.create_proxy("call_function", _is_grad_enabled, (), {})
 
     with (
         mock.patch.multiple(torch.autocast, __init__=init, __enter__=enter, __exit__=leave),
         mock.patch.object(torch._C, "_set_grad_enabled", set_grad),
+        mock.patch.object(torch, "is_grad_enabled", is_grad),
     ):
         yield
 

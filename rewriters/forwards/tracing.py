@@ -28,7 +28,7 @@ from rewriters.forwards.proxies import ValueProxy, ValueTracer
 from rewriters.forwards.read_code import code_compares_identity, line_of_caller
 from rewriters.forwards.rewritten_forward import own_forward
 from rewriters.forwards.traced_labels import TracedLabels
-from rewriters.forwards.tracer_patches import AUTOCAST, MATH, followed, unfollowed
+from rewriters.forwards.tracer_patches import CONTEXTS, MATH, followed, int_followed, unfollowed
 from rewriters.interrupts import let_signals_in
 from rewriters.labelling import Labelled, Labelling
 from rewriters.recording import (
@@ -118,8 +118,10 @@ class _Tracer(ValueTracer):
         # Keep the signature, so that callers of the rewritten forward see no difference.
         signature = inspect.signature(root_fn)
         bound = signature.bind(self.root, *self._call.args, **self._call.kwargs)
+        passed = set(bound.arguments) if hasattr(root_fn, "__wrapped__") else set(signature.parameters)
         bound.apply_defaults()
         asks = code_compares_identity(inspect.unwrap(root_fn).__code__)
+        named = self._call.kwargs
         by_place: list[Any] = [self.root]
         by_name: dict[str, Any] = {}
         for name, parameter in list(signature.parameters.items())[1:]:
@@ -130,7 +132,9 @@ class _Tracer(ValueTracer):
                 by_place.extend(given)
             elif parameter.kind is parameter.VAR_KEYWORD:
                 by_name.update(given)
-            elif parameter.kind is parameter.KEYWORD_ONLY:
+            elif name not in passed:  # a decorator may set it
+                self._guard_default(given, name)
+            elif parameter.kind is parameter.KEYWORD_ONLY or (hasattr(root_fn, "__wrapped__") and name in named):
                 by_name[name] = given
             else:
                 by_place.append(given)
@@ -148,6 +152,10 @@ class _Tracer(ValueTracer):
             absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
             self.guard(absent, f"whether the argument {parameter.name} is None")
         return self._argument(proxy, parameter.name)
+
+    def _guard_default(self, given: Any, name: str) -> None:
+        if type(given) is ValueProxy and isinstance(given.value, _GUARDED):
+            self.guard(given, name)
 
     def _told_apart(self, given: ValueProxy, others: list[Any]) -> ValueProxy:
         """An argument in a forward that asks `is`: where it is another argument too, that one's proxy."""
@@ -180,6 +188,8 @@ class _Tracer(ValueTracer):
         """The value of a proxy, with a guard in the graph that it is the same whenever the graph runs."""
         if isinstance(proxy.value, Tensor):
             raise TraceError("its control flow depends on the values of a tensor")
+        if proxy.node.target is getattr and proxy.node.args[1:] == ("requires_grad",):
+            raise TraceError(f"it asks whether a tensor requires gradients, at {line_of_caller()}")
         if isinstance(proxy.value, _GUARDED):
             self.guard(proxy, f"a value at {line_of_caller()}")
         return proxy.value
@@ -202,6 +212,12 @@ class _Tracer(ValueTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A child's call is one node. A module that the forward made, or keeps in a list, is followed."""
+        if m not in (self.submodule_paths or {}):
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def create_arg(self, a: Any) -> Any:
         # By type, because `isinstance` answers for a proxy's value.
@@ -241,7 +257,7 @@ class _Tracer(ValueTracer):
     def _follow(self, node: fx.Node) -> None:
         """Note a new node's value, the ATen ops that it ran, and the labels of their results."""
         node.meta.update(val=None, ops=[], statistics=[])
-        if node.target in AUTOCAST:
+        if node.target in CONTEXTS:
             return
         if node.op == "get_attr":
             node.meta["val"] = self._attribute(str(node.target))
@@ -297,16 +313,22 @@ def _value_of(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
+_READS = (getattr, operator.getitem, torch.is_grad_enabled)
+
+
 def _drop_unused_reads(graph: fx.Graph) -> None:
     """Erase reads without a user: of a child's parameter, say, as the child may be removed."""
     for node in reversed(graph.nodes):
-        if not node.users and (node.op == "get_attr" or node.target in (getattr, operator.getitem)):
+        if not node.users and (node.op == "get_attr" or node.target in _READS):
             graph.erase_node(node)
 
 
 def _traced(tracer: _Tracer, module: nn.Module, path: str) -> fx.Graph:
     try:
-        with attributes_preserved(module.modules()), generators_kept(module), followed(tracer, tracer.attributes):
+        with (
+            attributes_preserved(module.modules()), generators_kept(module), followed(tracer, tracer.attributes),
+            int_followed(type(module).forward),
+        ):  # fmt: skip
             before = random_states()
             graph = tracer.trace(module)
             if drawn_since(before):

@@ -135,6 +135,7 @@ class LabelSpace:
     def __init__(self) -> None:
         self.count = 0
         self.blocks: dict[Side, tuple[int, int]] = {}
+        self._side_at: dict[int, Side] = {}  # by its first label
         self.notes: list[PinNote] = []
         self._roots = np.zeros(0, np.int32)
         self._merged: list[tuple[Tensor, Tensor]] = []  # since these roots were found
@@ -145,6 +146,7 @@ class LabelSpace:
         """A copy that can change without changing this space."""
         other = LabelSpace()
         other.count, other.blocks, other.notes = self.count, dict(self.blocks), list(self.notes)
+        other._side_at = dict(self._side_at)
         other._roots, other._merged = self._roots, list(self._merged)
         other._pinned = np.zeros(len(self._roots), bool)
         return other
@@ -166,6 +168,7 @@ class LabelSpace:
                 side = Side(name, dim)
                 if side not in self.blocks:
                     self.blocks[side] = (self.count, size)
+                    self._side_at[self.count] = side
                     self.fresh(size)
                 start, _ = self.blocks[side]
                 along = [size if other == dim else 1 for other in range(len(shape))]
@@ -194,11 +197,10 @@ class LabelSpace:
     def side_of(self, labels: Tensor) -> Side | None:
         """The side whose own labels these are, each once and in order, or None."""
         flat = labels.flatten()
-        first = int(flat[0])
-        for side, (start, size) in self.blocks.items():
-            if start == first and size == flat.numel():
-                return side if _counts_up(flat.numpy()) else None
-        return None
+        side = self._side_at.get(int(flat[0]))
+        if side is None or self.blocks[side][1] != flat.numel():
+            return None
+        return side if _counts_up(flat.numpy()) else None
 
     def sides_holding(self, labels: Tensor, tensor: str) -> list[Side]:
         """The sides of a tensor that hold any of these labels."""

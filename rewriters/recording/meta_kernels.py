@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
@@ -55,7 +56,10 @@ def _batch_norm(
         if tensor is not None and tuple(tensor.shape) != (channels,):
             raise RuntimeError(f"batch norm of {channels} channels with parameters of shape {tuple(tensor.shape)}")
     saved = channels if training else 0
-    return _like(x), _new(x, saved), _new(x, saved)
+    # Fake tensors have the memory order of `x`. The kernel's result is contiguous or channels_last, and may be viewed.
+    form = torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
+    values = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=form)
+    return values, _new(x, saved), _new(x, saved)
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:

@@ -6,18 +6,22 @@ from rewriters.slimming.dry_run import dry_run
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
 from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
 from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
+from rewriters.slimming.value_check import Refused, check_values, pin_refused
 
 __all__ = [
     "Decisions",
     "Overlay",
     "Place",
+    "Refused",
     "SlimPlan",
     "TensorSlice",
     "apply",
+    "check_values",
     "dry_run",
     "fields_after",
     "is_under",
     "like",
+    "pin_refused",
     "plan",
     "refresh_flat_weights",
     "take_indices",

@@ -85,7 +85,7 @@ def _refusal(model: nn.Module, analysis: Analysis, examples: Sequence[Inputs]) -
         live = channel_map.survivors(trial_pattern(channel_map.size, _SEED))  # without dead branches
         slim = plan(model, analysis, live, *examples[0])
         collect()
-        apply(model, slim, undo_log, with_values=False)
+        apply(model, slim, undo_log, with_values=False, compiled=False)
         after = [
             _output_shapes(model, *inputs, captured.opaque)
             for inputs, captured in zip(examples, analysis.in_eval_mode, strict=True)

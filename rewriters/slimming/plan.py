@@ -181,7 +181,9 @@ def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor
                 yield f"{path}.{name}".lstrip("."), module, name, tensor
 
 
-def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values: bool = True) -> None:
+def apply(
+    model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values: bool = True, compiled: bool = True
+) -> None:
     """Carry out a plan on the live model. Statistics across channels are the plain ones again.
 
     Caches that forwards filled in earlier calls are dropped, because they have the old sizes.
@@ -214,7 +216,7 @@ def apply(model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values:
         disable_fused_layers(model, undo_log)
     for path, graphs in slim_plan.forwards.items():
         module = model.get_submodule(path)
-        kind = RewrittenForward if with_values else InterpretedForward
+        kind = RewrittenForward if compiled else InterpretedForward
         set_forward(module, kind(module, graphs, path), undo_log)
     for path, forward in slim_plan.restored.items():
         set_forward(model.get_submodule(path), forward, undo_log)

@@ -50,6 +50,12 @@ def test_a_benchmark_finds_what_it_imports(path):
         pytest.skip(f"{error.name} is not installed")
 
 
+def test_every_dependency_has_a_lower_bound():
+    text = (ROOT / "pyproject.toml").read_text().split("[project.scripts]")[0].split("dependencies = ")[1]
+    named = [name for name in re.findall(r'"([^"]+)"', text) if not name.startswith("autogate[")]
+    assert len(named) > 20 and [name for name in named if not re.search(r"[>=]=", name)] == []
+
+
 def test_ruff_has_one_version():
     pinned = set(re.findall(r"ruff==([\d.]+)", (ROOT / "pyproject.toml").read_text()))
     assert len(pinned) == 1

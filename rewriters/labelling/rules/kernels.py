@@ -119,14 +119,22 @@ def _note_conv(call: OpCall, kernel: Labelled, macs: float, mixes: bool, made: T
         transposed, groups = call.args[6], call.args[8]
         pixels = call.shape[0] * prod(call.shape[2:])
         outputs: float = pixels
-        dims: tuple[int, ...] = (1 if transposed else 0,)
+        input_dim = _input_dim(call, kernel, 0 if transposed else 1) if groups == 1 else 0 if transposed else 1
+        dims: tuple[int, ...] = (1 - input_dim,)
         if transposed and groups > 1:
             by_group = groups >= kernel.shape[0] // groups
             outputs, dims = (pixels * groups / kernel.shape[0], (0, 1)) if by_group else (pixels * groups, (1,))
-        note = Kernel(call.module, kernel.source, macs, 0 if transposed else 1, mixes, outputs, dims)
+        note = Kernel(call.module, kernel.source, macs, input_dim, mixes, outputs, dims)
         call.findings.kernels.append(KernelCall(note, _rows([x for x in call.args[0].layers if varying(x) == (0,)])))
         if mixes:
             call.findings.gated.add(note.input_side)
+
+
+def _input_dim(call: OpCall, kernel: Labelled, dim: int) -> int:
+    """The dimension of the parameter that a kernel's inputs lie along: it may be used transposed."""
+    against = _vector(call, kernel, dim)
+    side = call.space.side_of(against) if against is not None else None
+    return side.dim if side is not None and side.tensor == kernel.source and side.dim < 2 else dim
 
 
 def _grouped(

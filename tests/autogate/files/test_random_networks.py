@@ -12,7 +12,7 @@ from autogate.slim.history import history_of
 from autogate.slim.record_replay import (
     AnalysisOptions,
     add_shortcut_convolutions,
-    analyse_with_dry_run,
+    analyse_channels,
     slim_and_record,
 )
 from rewriters import AutogateError, UndoLog, run_eval
@@ -31,7 +31,7 @@ def slim(network: Network, share: float, seed: int) -> None:
         weight = model.get_parameter(shortcut.weight)
         with torch.no_grad():
             weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 10)
-    analysis = analyse_with_dry_run(model, options)
+    analysis = analyse_channels(model, options)
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(model, analysis.channel_map, live)
     slim_and_record(model, analysis, live, options, shortcuts, UndoLog())

@@ -308,3 +308,12 @@ def test_what_is_no_slim_model_is_not_saved(tmp_path: Path):
     with pytest.raises(AutogateError, match=r"fc\.weight"):
         autogate.save(classifier, path)
     assert not list(tmp_path.iterdir())
+
+
+def test_channels_last_comes_back(tmp_path):
+    model = slim_small().to(memory_format=torch.channels_last)
+    autogate.save(model, tmp_path / "slim")
+    loaded = autogate.load(tmp_path / "slim", small())
+    strides = {name: tensor.stride() for name, tensor in model.state_dict().items()}
+    assert {name: tensor.stride() for name, tensor in loaded.state_dict().items()} == strides
+    assert any(not tensor.is_contiguous() for tensor in loaded.state_dict().values())

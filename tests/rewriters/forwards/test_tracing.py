@@ -259,12 +259,12 @@ def partly_without_gradients(m, x):
     return m.b(y.reshape(x.shape[0], 8, *x.shape[2:]))
 
 
-def test_what_is_computed_without_gradients_is_not_traced():
+def test_what_is_computed_without_gradients_is_in_the_graph():
     model = Net(partly_without_gradients, a=conv(3, 8), b=conv(8, 2)).eval()
-    with pytest.raises(TraceError, match="whether gradients"):
-        traced(model, image())
-    analysis = analyse(model, (image(),))
-    assert analysis.channel_map.size == 0
+    modes = [node.args[0] for node in traced(model, image()).nodes if node.target is torch._C._set_grad_enabled]
+    assert modes[0] is False and modes[-1].target is torch.is_grad_enabled
+    slimmed = assert_exact(model.double(), (image().double(),))
+    assert slimmed.analysis.channel_map.size == 4
     assert torch.is_grad_enabled()
 
 

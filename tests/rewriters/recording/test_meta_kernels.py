@@ -189,3 +189,24 @@ def test_a_tensor_of_known_values_keeps_them():
     with FakeTensorMode() as mode:
         number = torch.tensor(3.0)
         assert run_on_fakes(mode, aten.mul.Tensor, (number, number), {}).item() == 9
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 5, 6).transpose(1, 2),
+        torch.zeros(6, 2).t(),
+        torch.zeros(4, 6, 2, 5).permute(2, 1, 0, 3),
+        *(LAYOUTS[name] for name in ("plain", "channels last", "transposed")),
+        torch.zeros(2, 12, 4, 5).to(memory_format=torch.channels_last)[:, :6],
+    ],
+    ids=lambda x: f"{tuple(x.shape)} {x.stride()}" if isinstance(x, Tensor) else None,
+)
+def test_a_batch_norm_has_the_memory_order_of_the_real_one(x, training):
+    vectors = [torch.ones(x.shape[1]) for _ in range(4)]
+    real = aten.native_batch_norm(x, *vectors, training, 0.1, 1e-5)[0]
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (x, *vectors)]
+        fake = run_on_fakes(mode, aten.native_batch_norm.default, (*fakes, training, 0.1, 1e-5), {})[0]
+    assert fake.stride() == real.stride()
