@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autogate.api import BudgetNotMetWarning, CollapseWarning, finalize, gates, prepare, step, summary
     from autogate.budget import Resource, SideCounts
     from autogate.closing import close
-    from autogate.files import load, save, to_timm_text
+    from autogate.files import load, save, to_onnx, to_timm_text, to_torch_export
     from autogate.gating import GateBank
     from autogate.inputs import Examples
     from autogate.inspection import Summary
@@ -32,7 +32,7 @@ _EXPORTS = {
     "autogate.api": ("BudgetNotMetWarning", "CollapseWarning", "finalize", "gates", "prepare", "step", "summary"),
     "autogate.budget": ("Resource", "SideCounts"),
     "autogate.closing": ("close",),
-    "autogate.files": ("load", "save", "to_timm_text"),
+    "autogate.files": ("load", "save", "to_onnx", "to_timm_text", "to_torch_export"),
     "autogate.gating": ("GateBank",),
     "autogate.inputs": ("Examples",),
     "autogate.inspection": ("Summary",),
@@ -87,6 +87,8 @@ __all__ = [
     "step",
     "subnets",
     "summary",
+    "to_onnx",
     "to_timm_text",
+    "to_torch_export",
     "what_if",
 ]

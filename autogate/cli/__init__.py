@@ -29,6 +29,7 @@ COMMANDS = {
     "prune": "Slim a timm model at once: the channels that score lowest by a criterion go. Nothing is trained.",
     "finalize": "Make the slim model of a run from its last checkpoint, however far training is.",
     "report": "Write an HTML page about a run: what is left and accuracy over time, channels of each layer, gates.",
+    "validate": "Measure the accuracy of a slim model on the validation images of a folder.",
     "bench": "Measure latency and throughput of a slim model and of its dense model.",
     "export": "Export a slim model to ONNX or torch.export, for batches of any size.",
 }

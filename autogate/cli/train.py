@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings, timm_name
+from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings, timm_name, written_model
 from autogate.inspection import short
 from autogate.training import (
     SCHEDULES,
@@ -33,13 +33,17 @@ from autogate.training import (
     RunInfo,
     StepMetrics,
     TensorBoard,
+    is_slim_file,
     join_world,
     resume,
     start,
 )
 
-MOVABLE = ("data", "data_dir", "workers", "device")
+MOVABLE = ("data", "data_dir", "workers", "device", "log_interval")
 """Options that can be given together with --resume."""
+
+LOG_INTERVAL = 50
+"""Steps between two lines where there is no terminal, and so no bar."""
 
 
 def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
@@ -55,7 +59,7 @@ _L, _I = Learning, Images  # the options have the defaults of these
 @one_line_errors
 def train(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="Name of a timm model.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Name of a timm model, or a slim file to slim further.")] = None,
     data: Annotated[str | None, _data("Folder with train/ and validation/, or a name (see above).")] = None,
     flops: Annotated[float | None, _budget("Share of the FLOPs to keep, in (0, 1]; 0.5 if no share is given.")] = None,
     params: Annotated[float | None, _budget("Share of the parameters to keep.")] = None,
@@ -108,6 +112,7 @@ def train(
     resume_run: Annotated[Path | None, _run("Folder of a run to resume.", "--resume")] = None,
     seed: Annotated[int, _run("Random seed.", min=0)] = 42,
     device: Annotated[str | None, _run("cpu or cuda. Default: a GPU if there is one.")] = None,
+    log_interval: Annotated[int | None, _run("Steps between lines, 10 or more; 50 without a terminal.", min=10)] = None,
     tensorboard: Annotated[bool, _run("Log for TensorBoard too.", "--tensorboard")] = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -123,14 +128,14 @@ def train(
     """
     asked = context.params
     if resume_run is None:
-        recipe, folder = _recipe(asked), out or Path("runs") / str(model).replace("/", "_")
+        recipe, folder = _recipe(asked), out or Path("runs") / _folder_of(str(model))
     else:
         recipe, folder = _resumed(resume_run, context), resume_run
     stopped = _Signals()
     with join_world(recipe.device) as world, stopped:
         callbacks: list[Callback] = []
         if world.main:
-            callbacks.append(_Bar(console))
+            callbacks.append(_Bar(console, log_interval))
             if recipe.tensorboard:
                 callbacks.append(TensorBoard(folder / "tensorboard"))
         with one_line_warnings():
@@ -144,6 +149,11 @@ def train(
         raise typer.Exit(128 + (stopped.number or signal.SIGTERM))
 
 
+def _folder_of(model: str) -> str:
+    """Name of the run's folder."""
+    return f"{Path(model).stem}-again" if is_slim_file(model) else model.replace("/", "_")
+
+
 def _recipe(asked: dict[str, Any]) -> Recipe:
     """The recipe that the options ask for."""
     if asked["model"] is None:
@@ -151,13 +161,17 @@ def _recipe(asked: dict[str, Any]) -> Recipe:
     if asked["data"] is None:
         raise typer.BadParameter("name a folder of images, or a data set.", param_hint="--data")
     network = _filled(
-        Network, asked, name=timm_name(asked["model"]), initial_checkpoint=_text(asked["initial_checkpoint"])
+        Network, asked, name=_model_name(asked["model"]), initial_checkpoint=_text(asked["initial_checkpoint"])
     )
     images = _filled(Images, asked, download=asked["data_download"], scale=tuple(asked["scale"]))
     budget = _filled(Budget, asked, ignore=tuple(asked["ignore"] or ()))
     teacher = Distillation(asked["distill_weight"], asked["distill_temperature"]) if asked["distill"] else None
     parts = {"network": network, "images": images, "budget": budget, "learning": _filled(Learning, asked)}
     return _filled(Recipe, asked, **parts, distillation=teacher)
+
+
+def _model_name(name: str) -> str:
+    return str(written_model(Path(name)).resolve()) if is_slim_file(name) else timm_name(name)
 
 
 def _filled(kind: Any, asked: dict[str, Any], **known: Any) -> Any:
@@ -217,9 +231,11 @@ class _Signals:
 
 
 class _Bar(Callback):
-    """A progress bar, and a line for each epoch."""
+    """A progress bar, and a line for each epoch; lines within an epoch if asked for, or if there is no terminal."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, interval: int | None = None):
+        self.interval = interval or (None if console.is_terminal else LOG_INTERVAL)
+        self.told = 0
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")
         self.progress = Progress(*columns, TimeRemainingColumn(), console=console)
         self.task: TaskID | None = None
@@ -234,6 +250,7 @@ class _Bar(Callback):
             soft_wrap=True,
         )
         self.progress.start()
+        self.told = step
         self.task = self.progress.add_task("evaluating", total=info.steps, completed=step)
 
     def stepped(self, metrics: StepMetrics) -> None:
@@ -243,6 +260,10 @@ class _Bar(Callback):
                 f"{metrics.flops:.1%}, gates {metrics.live}/{self.info.gates}"
             )
             self.progress.update(self.task, completed=metrics.step, description=words)
+            if self.interval is not None and metrics.step >= self.told + self.interval:
+                self.told = metrics.step
+                line = f"step {metrics.step}/{self.info.steps}, {words}, lr {metrics.lr:.2g}"
+                self.progress.console.print(line, highlight=False, soft_wrap=True)
 
     def evaluated(self, row: EpochRow) -> None:
         loss = "" if row.train_loss is None else f"loss {row.train_loss:.3f}, "

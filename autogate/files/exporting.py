@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
 
 
 @locked
-def to_torch_export(slim: nn.Module, path: Path, side: int | None = None) -> float:
+def to_torch_export(slim: nn.Module, path: str | os.PathLike[str], side: int | None = None) -> float:
     """Write a slim model in eval mode as a torch.export program, for batches of any size.
 
     Args:
@@ -74,6 +75,7 @@ def to_torch_export(slim: nn.Module, path: Path, side: int | None = None) -> flo
         AutogateError: torch.export can't export the model, or the file can't be written.
         VerificationError: the outputs of the program differ; no file is written.
     """
+    path = Path(path)
     program = _program(slim, side)
     with atomic_write(path) as temporary:
         torch.export.save(program, temporary)
@@ -82,7 +84,7 @@ def to_torch_export(slim: nn.Module, path: Path, side: int | None = None) -> flo
 
 
 @locked
-def to_onnx(slim: nn.Module, path: Path, side: int | None = None) -> float:
+def to_onnx(slim: nn.Module, path: str | os.PathLike[str], side: int | None = None) -> float:
     """Write a slim model in eval mode as an ONNX file, for batches of any size.
 
     Args:
@@ -103,6 +105,7 @@ def to_onnx(slim: nn.Module, path: Path, side: int | None = None) -> float:
         raise AutogateError(f"ONNX needs {' and '.join(missing)}.", remedy="pip install 'autogate[onnx]'")
     import onnxruntime
 
+    path = Path(path)
     args, kwargs = inputs_of(slim, 2, side)
     program = _program(slim, side)
     try:

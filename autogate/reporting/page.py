@@ -120,6 +120,7 @@ def write_report(report: Report, out: Path) -> Path:
         report=report,
         pictures=_pictures(report, out),
         numbers=_numbers(report),
+        layers=_layers(report),
         latency=[_timing(row) for row in report.latency],
         options=_options(report.info),
         last=report.rows[-1],
@@ -175,6 +176,19 @@ def _numbers(report: Report) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def _layers(report: Report) -> list[tuple[str, str, str, str]]:
+    """The rows of the table of layers: a name, channels before and after on both sides, FLOPs before."""
+    last = report.gates[-1]
+
+    def change(before: int, after: int) -> str:
+        return str(before) if before == after else f"{before} → {after}"
+
+    return [
+        (layer.module, change(layer.inputs, inputs), change(layer.outputs, outputs), short(layer.flops))
+        for layer, inputs, outputs in zip(report.info.layers, last.inputs, last.outputs, strict=True)
+    ]
+
+
 def _timing(row: Comparison) -> tuple[str, ...]:
     ratio = "-"
     if isinstance(row.dense, Duration) and isinstance(row.slim, Duration):
@@ -189,12 +203,23 @@ def _milliseconds(time: Duration | str) -> str:
 
 
 def _options(info: RunInfo) -> list[tuple[str, Any]]:
-    """The options of the run, without those that are off."""
+    """The options of the run, without those that are off or have nothing to act on."""
+    recipe, learning = info.recipe, info.recipe.learning
+    idle = {
+        "amp_dtype": not learning.amp,
+        "model_ema_decay": not learning.model_ema,
+        "warmup_lr": not learning.warmup_epochs,
+        "decay_epochs": learning.sched != "step",
+        "decay_rate": learning.sched not in ("step", "poly"),
+        "momentum": "sgd" not in learning.opt and learning.opt not in ("momentum", "rmsprop", "nesterov"),
+    }
     found: list[tuple[str, Any]] = []
-    for name, value in asdict(info.recipe).items():
+    for name, value in asdict(recipe).items():
         parts = value.items() if isinstance(value, dict) else [(name, value)]
         words = {"name": "model"} | ({"weight": "distill weight"} if name == "distillation" else {})
         found += [
-            (words.get(part, part).replace("_", " "), shown) for part, shown in parts if shown not in (None, False, ())
+            (words.get(part, part).replace("_", " "), shown)
+            for part, shown in parts
+            if shown not in (None, False, (), 0.0) and not idle.get(part, False)
         ]
     return found

@@ -6,11 +6,12 @@
 from autogate.training.callbacks import Callback, StepMetrics, TensorBoard
 from autogate.training.distributed import World, join_world
 from autogate.training.finalize_checkpoint import FinalizedCheckpoint, finalize_checkpoint
-from autogate.training.network import build_network
+from autogate.training.network import build_network, is_slim_file
 from autogate.training.pruning import Folder, Pruned, prune
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
 from autogate.training.runs import resume, start
+from autogate.training.validating import Validation, validate
 
 __all__ = [
     "BINS",
@@ -33,11 +34,14 @@ __all__ = [
     "RunInfo",
     "StepMetrics",
     "TensorBoard",
+    "Validation",
     "World",
     "build_network",
     "finalize_checkpoint",
+    "is_slim_file",
     "join_world",
     "prune",
     "resume",
     "start",
+    "validate",
 ]

@@ -154,7 +154,7 @@ def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: Wo
     Raises:
         AutogateError: there are fewer images than in one batch.
     """
-    train, val = _train_loader(data, images, config, world), _val_loader(data, images, config, world)
+    train, val = _train_loader(data, images, config, world), val_loader(data, images, config, world)
     if len(train) == 0:
         raise AutogateError(
             f"{len(data.train)} training images for {world.size} process(es) don't fill a batch of "
@@ -182,7 +182,8 @@ def _train_loader(data: DataSets, images: Images, config: Mapping[str, Any], wor
     )
 
 
-def _val_loader(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Any:
+def val_loader(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Any:
+    """A loader of the validation part; see `loaders`."""
     return create_loader(
         data.val,
         batch_size=images.validation_batch_size or images.batch_size,

@@ -1,16 +1,19 @@
-"""The model of a run: the dense model from timm, and the prepared one."""
+"""The model of a run: the dense model from timm, or a slim one from a file, and the prepared one."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
 from autogate.api import prepare
+from autogate.files import inputs_of, load
+from autogate.slim import history_of
 from autogate.training.recipe import Budget, Network
 from rewriters import AutogateError
 
@@ -26,6 +29,8 @@ def build_network(network: Network, num_classes: int | None, weights: bool = Tru
     Raises:
         AutogateError: timm can't build it.
     """
+    if is_slim_file(network.name):
+        return _slim_again(network, num_classes)
     arguments: dict[str, Any] = {"drop_rate": network.drop, "drop_path_rate": network.drop_path}
     arguments = {name: rate for name, rate in arguments.items() if rate}
     if num_classes is not None:
@@ -33,18 +38,82 @@ def build_network(network: Network, num_classes: int | None, weights: bool = Tru
     config = get_pretrained_cfg(network.name, allow_unregistered=True)
     if network.img_size is not None and config is not None and config.fixed_input_size:
         arguments["img_size"] = network.img_size
-    if weights:
-        arguments |= {"pretrained": network.pretrained, "checkpoint_path": network.initial_checkpoint or ""}
+    arguments["pretrained"] = weights and network.pretrained
     try:
-        return timm.create_model(network.name, **arguments)
+        model = timm.create_model(network.name, **arguments)
     except Exception as error:  # timm's entry points and downloads raise errors of all kinds
         raise AutogateError(f"timm can't build it with {arguments}: {error}", where=network.name) from error
+    if weights and network.initial_checkpoint is not None:
+        load_weights(model, network.initial_checkpoint)
+    return model
+
+
+def is_slim_file(name: str) -> bool:
+    """Whether a network's name is a file of a slim model, and not a model of timm's."""
+    return name.endswith(".safetensors")
+
+
+def _slim_again(network: Network, num_classes: int | None) -> nn.Module:
+    """A slim model out of its file, to be slimmed further. A resumed run needs the file too."""
+    model = load(network.name)
+    outputs = getattr(model, "num_classes", None)
+    if num_classes is not None and outputs != num_classes:
+        raise AutogateError(
+            f"the model in this file has {outputs} outputs, and {num_classes} are needed.",
+            where=network.name,
+            remedy="A slim model keeps its classes. Start from the dense model for other data.",
+        )
+    given = {"--drop": network.drop, "--drop-path": network.drop_path, "--pretrained": network.pretrained,
+             "--initial-checkpoint": network.initial_checkpoint}  # fmt: skip
+    for option, value in given.items():
+        if value:
+            raise AutogateError(f"{option} is for models that timm builds.", where=network.name)
+    return model
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a file of weights into a timm model. A classifier for another number of classes stays as it is, new.
+
+    Raises:
+        AutogateError: the file can't be read, or its weights are not this model's.
+
+    Warns:
+        UserWarning: the classifier is new.
+    """
+    try:
+        state = dict(load_state_dict(path))
+    except Exception as error:  # damaged files and pickles of other things raise errors of all kinds
+        raise AutogateError(f"no weights can be read from it: {error}", where=path) from error
+    own = model.state_dict()
+    config = getattr(model, "pretrained_cfg", None) or {}
+    heads = config.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    other = [
+        name for name in state
+        if name.startswith(tuple(f"{head}." for head in heads)) and name in own and own[name].shape != state[name].shape
+    ]  # fmt: skip
+    if other:
+        there = state[other[0]].shape[0]
+        warnings.warn(
+            f"the classifier is new: {path} has {there} classes, and the model has {own[other[0]].shape[0]}.",
+            stacklevel=3,
+        )
+    try:
+        model.load_state_dict({**state, **{name: own[name] for name in other}})
+    except RuntimeError as error:
+        raise AutogateError(f"its weights are not those of this model: {error}", where=path) from error
 
 
 def data_config(model: nn.Module, network: Network) -> dict[str, Any]:
-    """Size and normalisation of the images: "input_size", "mean", "std", "interpolation", "crop_pct"."""
-    asked = {} if network.img_size is None else {"img_size": network.img_size}
-    return resolve_data_config(asked, model=model)
+    """Size and normalisation of the images: "input_size", "mean", "std", "interpolation", "crop_pct".
+
+    The size is the one that is asked for, or that a slim model was prepared with, or timm's.
+    """
+    size = network.img_size
+    if size is None and history_of(model) is not None:
+        args, _ = inputs_of(model, 1)
+        size = int(args[0].shape[-1])
+    return resolve_data_config({} if size is None else {"img_size": size}, model=model)
 
 
 def with_gates(model: nn.Module, budget: Budget, input_size: tuple[int, int, int], steps: int) -> nn.Module:

@@ -22,10 +22,11 @@ WORKERS = min(4, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Network:
-    """The dense model, built by timm.
+    """The model to slim.
 
     Attributes:
-        name: name of the model, with a tag if timm has several sets of pretrained weights.
+        name: name of a timm model, with a tag if timm has several sets of pretrained weights; or the file of a slim
+            model ("*.safetensors"), to slim it further.
         pretrained: whether to load timm's weights.
         initial_checkpoint: a file of weights to start from.
         num_classes: number of outputs; the number of classes in the data if None.

@@ -99,3 +99,8 @@ def test_what_is_exported_is_compared_in_full_precision(slim: Path, tmp_path: Pa
 
     assert exporting._compare(model, None, tmp_path, run) == 0
     assert told == [False, False] and torch.backends.cudnn.allow_tf32
+
+
+def test_export_is_public(slim: Path, tmp_path: Path):
+    assert autogate.to_torch_export(autogate.load(slim), str(tmp_path / "slim.pt2")) <= 1e-4
+    assert torch.export.load(tmp_path / "slim.pt2").module()(torch.randn(3, 3, 64, 64)).shape == (3, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -158,3 +159,18 @@ def test_a_browser_draws_it(page: Path, browser: Any, width: int, height: int):
     for drawing in seen["drawings"]:
         assert drawing["shapes"] > 15 and drawing["wide"] > 0.75 * min(width, 500), drawing
     assert browser.get_log("browser") == []
+
+
+def test_layers_are_listed_with_their_widths(page: Path, run: Path):
+    text, folder = page.read_text(encoding="utf-8"), RunFolder(run)
+    last = folder.gates()[-1]
+    for layer, outputs in zip(folder.info().layers, last.outputs, strict=True):
+        shown = str(outputs) if outputs == layer.outputs else f"{layer.outputs} → {outputs}"
+        assert re.search(rf"<td>{layer.module}</td><td>[^<]*</td><td>{shown}</td>", text), layer
+    assert any(outputs < layer.outputs for layer, outputs in zip(folder.info().layers, last.outputs, strict=True))
+
+
+def test_options_that_are_not_in_force_are_left_out(page: Path, run: Path):
+    names = re.findall(r"<tr><th>([^<]*)</th>", page.read_text(encoding="utf-8").split('id="options"')[1])
+    assert {"model ema decay", "momentum", "lr"} <= set(names)
+    assert not {"amp dtype", "warmup lr", "decay epochs", "decay rate", "mixup", "drop"} & set(names)
