@@ -88,8 +88,8 @@ def trial(
     arrived: list[int] = []
     ctrl_c = threading.Timer(after, lambda: (arrived.append(1), os.kill(os.getpid(), signal.SIGINT)))
     interrupted = False
-    ctrl_c.start()
     try:
+        ctrl_c.start()  # the signal may come before this returns
         verb(model)
         ctrl_c.join()
         time.sleep(1e-3)  # it arrives here at the latest
