@@ -33,10 +33,10 @@ def check_drawable(path: Path) -> None:
 def draw_coupling_graph(channel_map: ChannelMap, path: Path) -> None:
     """Draw which kernels are coupled through which groups of channels.
 
-    Kernels are on the left in the order they run, groups on the right, each as a circle whose size grows with its number
-    of channels. Beside it are the group's number, as `autogate inspect` lists it, and its number of channels. Lines
-    connect a kernel to the groups that it outputs (blue) and reads (orange). If graphviz (and pydot or pygraphviz) is
-    installed, its layout is used.
+    Kernels are on the left in the order they run, groups on the right, each as a circle whose size grows with its
+    number of channels. Beside it are the group's number, as `autogate inspect` lists it, and its number of channels.
+    Lines connect a kernel to the groups that it outputs (blue) and reads (orange). If graphviz (and pydot or
+    pygraphviz) is installed, its layout is used.
 
     Args:
         channel_map: the model's channels.
