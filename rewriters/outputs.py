@@ -22,6 +22,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, to
 EXACT_IN_FLOAT64 = 1e-10
 """Largest relative difference in float64 if only rounding makes the float32 outputs differ."""
 
+PLAINLY = 1e-3
+"""Relative difference that isn't rounding where a model doesn't run in float64."""
+
 
 def run_eval(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
     """The tensors that the model returns in eval mode, with full float32 precision.

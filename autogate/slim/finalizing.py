@@ -24,14 +24,17 @@ from autogate.slim.history import Slimming
 from autogate.slim.record_replay import AnalysisOptions, analyse_channels, slim_and_record, slim_as_recorded
 from autogate.wrappers import unwrap_accelerate
 from rewriters import (
+    Analysis,
     AutogateError,
     Outputs,
     Shortcut,
     UndoLog,
     VerificationError,
+    plan,
     rounding_errors,
 )
-from rewriters.outputs import EXACT_IN_FLOAT64, TOLERANCE
+from rewriters.outputs import EXACT_IN_FLOAT64, PLAINLY, TOLERANCE
+from rewriters.slimming import ValuesOfModules
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ def slim_verified(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> 
     """
     try:
         done = _slim_compared(model, bank, calls, TOLERANCE)
-    except VerificationError:
+    except VerificationError as error:
         if not _is_exact_in_float64(model, bank, calls):
-            raise
+            raise _with_module(error, _first_module(model, bank, calls)) from None
         done = _slim_compared(model, bank, calls, dict.fromkeys(TOLERANCE, float("inf")))
     bank.detach()
     return done
@@ -130,24 +133,33 @@ def _slim_once(
         unwrap_accelerate(model, undo_log)
         wanted = [Outputs.of(model, *call) for call in calls]
         _remove_gates(model, bank, undo_log)
-        done = _slim(model, bank, undo_log)
+        analysis, options = _analysed(model, bank)
+        trained = [_trained(model, call) if analysis.trains_otherwise else None for call in calls]
+        done = slim_and_record(model, analysis, bank.live, options, bank.origin.shortcuts, undo_log)
         for call, outputs, allowed in zip(calls, wanted, rounding or [()] * len(calls), strict=True):
             verify(model, call, outputs, "the slim model", tolerance, allowed)
+        for call, trains in zip(calls, trained, strict=True):
+            if trains is not None:
+                verify(model, call, trains, "the slim model in train mode", tolerance)
     except BaseException:
         undo_log.undo()
         raise
     return done
 
 
+def _trained(model: nn.Module, call: Inputs) -> Outputs | None:
+    """What the model returns in train mode; None if it doesn't run on these inputs then (it may want targets)."""
+    try:
+        return Outputs.of(model, *call, training=True)
+    except Exception:  # of the user's own code
+        return None
+
+
 def _is_exact_in_float64(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> bool:
     """Whether slimming a float64 copy of a float32 model is exact; False for models that don't run in float64."""
     if any(tensor.dtype != torch.float32 for tensor in model.parameters() if tensor.is_floating_point()):
         return False
-    twin = copy.deepcopy(model).double()
-    gates: GateBank = getattr(twin, BANK)
-    origin: PrepareRecord = gates.origin
-    in_float64 = [*map(_in_float64, (origin.options.inputs, *origin.options.others))]
-    gates.origin = replace(origin, options=origin.options.on(in_float64))
+    twin, gates = _float64_twin(model)
     try:
         _slim_compared(twin, gates, [*map(_in_float64, calls)], {torch.float64: EXACT_IN_FLOAT64})
     except Exception:  # a forward written for float32 can fail in any way
@@ -157,11 +169,69 @@ def _is_exact_in_float64(model: nn.Module, bank: GateBank, calls: Sequence[Input
     return True
 
 
+def _float64_twin(model: nn.Module) -> tuple[nn.Module, GateBank]:
+    """A copy of a prepared model in float64, and its gate bank, which has to be detached."""
+    twin = copy.deepcopy(model).double()
+    gates: GateBank = getattr(twin, BANK)
+    origin: PrepareRecord = gates.origin
+    in_float64 = [*map(_in_float64, (origin.options.inputs, *origin.options.others))]
+    gates.origin = replace(origin, options=origin.options.on(in_float64))
+    return twin, gates
+
+
 def _in_float64(inputs: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
 
 
-def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimming | None = None) -> Slimming:
+def _first_module(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> str | None:
+    """Path of the module whose own code first computes something else when the model is slim; None if unknown."""
+    twin, gates = _float64_twin(model)
+    try:
+        return _bisected(twin, gates, [*map(_in_float64, calls)], EXACT_IN_FLOAT64)
+    except Exception:  # a forward written for float32 can fail in any way
+        return _bisected(model, bank, calls, PLAINLY)
+    finally:
+        gates.detach()
+
+
+def _bisected(model: nn.Module, bank: GateBank, calls: Sequence[Inputs], allowed: float) -> str | None:
+    undo_log = UndoLog()
+    try:
+        unwrap_accelerate(model, undo_log)
+        _remove_gates(model, bank, undo_log)
+        analysis, options = _analysed(model, bank)
+        live = plan(model, analysis, bank.live, *options.inputs).live
+        modes = (False, True) if analysis.trains_otherwise else (False,)
+        examples = [(call, min(number, len(analysis.recorded) - 1)) for number, call in enumerate(calls)]
+        runs = [(call, ValuesOfModules(model, analysis, live, call, mode, number))
+                for mode in modes for call, number in examples]  # fmt: skip
+        slim_and_record(model, analysis, bank.live, options, bank.origin.shortcuts, undo_log)
+        found = (values.first_difference(model, call, allowed) for call, values in runs)
+        return next((path for path in found if path is not None), None)
+    finally:
+        undo_log.undo()
+
+
+def _with_module(error: VerificationError, path: str | None) -> VerificationError:
+    """The error, with the module that is to blame and how to keep its channels."""
+    if path is None:
+        return error
+    place = f"The first module to compute something else is {path!r}." if path else "Its own forward is to blame."
+    kept = f"ignore=[{path!r}]" if path else "ignore=[...]"
+    return VerificationError(
+        f"{error.cause} {place}",
+        where=error.where,
+        remedy=f"To work around it, keep channels with `prepare(..., {kept})`. Please report the model.",
+    )
+
+
+def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimming) -> Slimming:
+    analysis, options = _analysed(model, bank)
+    return slim_as_recorded(model, analysis, recorded, options, bank.origin.shortcuts, undo_log)
+
+
+def _analysed(model: nn.Module, bank: GateBank) -> tuple[Analysis, AnalysisOptions]:
+    """Analyse a model whose gates were removed, and make sure that its channels are those that were prepared."""
     origin: PrepareRecord = bank.origin
     options = origin.options.on(origin.calls_for(model))
     analysis = analyse_channels(model, options)
@@ -172,9 +242,7 @@ def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimmin
             where=changed,
             remedy="Change layers before prepare, or prepare the changed model again.",
         )
-    if recorded is not None:
-        return slim_as_recorded(model, analysis, recorded, options, origin.shortcuts, undo_log)
-    return slim_and_record(model, analysis, bank.live, options, origin.shortcuts, undo_log)
+    return analysis, options
 
 
 def verify(
@@ -199,7 +267,12 @@ def verify(
         VerificationError: the outputs differ by more.
     """
     allowed = max((tolerance.get(value.dtype, 0.0) for value in wanted.values), default=0.0)
-    error = wanted.error(model, *inputs, allowed, rounding)
+    try:
+        error = wanted.error(model, *inputs, allowed, rounding)
+    except Exception as failure:
+        if not wanted.training:
+            raise
+        raise VerificationError(f"{what} fails ({failure}).", where=type(model).__name__) from failure
     if not error <= allowed:
         raise VerificationError(
             f"the outputs of {what} differ by {error:.1e} of their size, more than {allowed:.0e}; "

@@ -3,6 +3,7 @@
 from rewriters.slimming.dead_branches import is_under
 from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.dry_run import dry_run
+from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
 from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
 from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
@@ -15,6 +16,7 @@ __all__ = [
     "Refused",
     "SlimPlan",
     "TensorSlice",
+    "ValuesOfModules",
     "apply",
     "check_values",
     "dry_run",

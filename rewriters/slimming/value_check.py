@@ -20,7 +20,7 @@ from rewriters.cross_channel import write_live
 from rewriters.errors import AutogateError
 from rewriters.interrupts import let_signals_in
 from rewriters.labelling import ChannelMap
-from rewriters.outputs import EXACT_IN_FLOAT64, TOLERANCE, Outputs, rounding_errors
+from rewriters.outputs import EXACT_IN_FLOAT64, PLAINLY, TOLERANCE, Outputs, rounding_errors
 from rewriters.recording import (
     RunningModules,
     attributes_preserved,
@@ -41,9 +41,6 @@ _SECONDS, _PER_SECOND = 10.0, 2e10
 
 _MOST_PARAMETERS = 500_000_000
 """Copies of the kernels of larger models may not fit into memory."""
-
-_PLAINLY = 1e-3
-"""Relative difference that isn't rounding where a model doesn't run in float64."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ class _Trial:
         try:
             return self._compared(inputs, EXACT_IN_FLOAT64, in_float64=True)
         except _DoesNotRunError:
-            return self._compared(inputs, _PLAINLY, bisect=True)
+            return self._compared(inputs, PLAINLY, bisect=True)
 
     def _compared(self, inputs: Inputs, allowed: float, in_float64: bool = False, bisect: bool = False) -> _Compared:
         """Compare gated and slim. Raises `_DoesNotRunError` if the gated model doesn't run on these inputs."""
