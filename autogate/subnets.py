@@ -38,7 +38,7 @@ from autogate.switching import SUBNETS, Structure, Subnets
 from autogate.switching import extract as extract_subnet
 from autogate.switching import fuse as fuse_structures
 from autogate.wrappers import unwrap
-from rewriters import AutogateError
+from rewriters import AutogateError, UndoLog
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -152,7 +152,12 @@ def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own",
         raise AutogateError("it is wrapped.", where=where, remedy="Fuse the model, then compile or wrap it.")
     calls = found.origin.calls_for(model) if example_inputs is None else as_calls(example_inputs, model)
     options = found.origin.options.on(calls)
-    fuse_structures(model, found.structures, replace(found.origin, options=options), norms == "own")
+    undo_log = UndoLog()
+    try:
+        fuse_structures(model, found.structures, replace(found.origin, options=options), norms == "own", undo_log)
+    except BaseException:
+        undo_log.undo()
+        raise
     return model
 
 
@@ -184,11 +189,8 @@ def active(
 ) -> Iterator[Structure]:
     """Inside, another subnet is active. Arguments are those of `switch`."""
     model, subnets = _with_subnets(model)
-    before = subnets.active
-    try:
-        yield switch(model, which, flops=flops, params=params)
-    finally:
-        subnets.switch(model, before)
+    with subnets.switched(model, _index(subnets, which, flops, params)):
+        yield subnets.subnet.structure
 
 
 @dataclass(frozen=True)

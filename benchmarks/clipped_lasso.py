@@ -4,8 +4,9 @@
     python -m benchmarks.clipped_lasso cifar10 --data FOLDER --out runs/clipped_lasso --epochs 30
 
 `digits` prints the table of docs/methods.md. `cifar10` trains a ResNet-20 (FOLDER as in
-`benchmarks.accuracy.data.load`), writes results.json, and draws norms.svg: how far the norms of live classes are from their group's mean (Yang et al.,
-"Non-uniform DNN Structured Subnets Sampling for Dynamic Inference", figure 10). Needs matplotlib.
+`benchmarks.accuracy.data.load`), writes results.json, and draws norms.svg: how far the norms of live classes are from
+their group's mean (Yang et al., "Non-uniform DNN Structured Subnets Sampling for Dynamic Inference", figure 10). Needs
+matplotlib.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autogate.files.timm_builds import TimmBuild
-from autogate.slim import Slimming
+from autogate.slim import Analysed, Slimming
+from autogate.switching import Fusing
 from rewriters import AutogateError
 
 _HEADER, _CHECKSUM = "autogate", "autogate_checksum"
@@ -46,6 +47,7 @@ class Header:
         training: modules in train mode.
         forwards: code of the rewritten forwards in eval and train mode, for people to read; it is never run.
         channels_last: tensors whose memory has channels last, in two or three dimensions of space.
+        subnets: how the model holds several widths; None if it has one.
     """
 
     format: Literal[1]
@@ -61,6 +63,11 @@ class Header:
     training: tuple[str, ...]
     forwards: Mapping[str, Mapping[str, str]]
     channels_last: tuple[str, ...] = ()
+    subnets: Fusing | None = None
+
+    def records(self) -> tuple[Analysed, ...]:
+        """What was done to the dense model, in order."""
+        return (*self.slimmings, *((self.subnets,) if self.subnets is not None else ()))
 
 
 _JSON = TypeAdapter(Header)

@@ -25,6 +25,7 @@ from autogate.inputs import Inputs, as_calls
 from autogate.lock import locked
 from autogate.slim import (
     ATTRIBUTE,
+    Analysed,
     History,
     Slimming,
     cast,
@@ -34,6 +35,7 @@ from autogate.slim import (
     read_inputs,
     replay,
 )
+from autogate.switching import Fusing, fuse_again, subnets_of
 from rewriters import AutogateError, UndoLog
 from rewriters.slimming import like, refresh_flat_weights, tensor_slots
 
@@ -73,7 +75,7 @@ def load(
     limit = default_limit(Path(path).stat().st_size) if max_bytes is None else max_bytes
     if model is None:
         model = _built(header, path, limit)
-    elif history_of(model) is not None or BANK in model._modules:
+    elif history_of(model) is not None or BANK in model._modules or subnets_of(model) is not None:
         raise AutogateError(
             "it is already prepared or slim.", where=type(model).__name__, remedy="Pass the dense model."
         )
@@ -83,7 +85,11 @@ def load(
             check_inputs(header, limit, model)
         _slim_again(model, header, example_inputs, undo_log)
         _fill(model, header, tensors, device, undo_log)
+        if (subnets := subnets_of(model)) is not None:
+            subnets.subnet.put()
     except BaseException as error:
+        if (subnets := subnets_of(model)) is not None:
+            subnets.detach(model)
         undo_log.undo()
         if isinstance(error, Exception):
             raise _not_carried_out(error, header, type(model).__name__, path) from error
@@ -131,19 +137,24 @@ def _not_carried_out(error: Exception, header: Header, model: str, path: str | o
 def _slim_again(model: nn.Module, header: Header, example_inputs: Any, undo_log: UndoLog) -> None:
     dense = describe_modules(model)
     at = next((tensor.device for *_, tensor in tensor_slots(model)), torch.device("cpu"))
-    for slimming in header.slimmings:
-        calls = tree_map_only(Tensor, lambda tensor: tensor.to(at), _calls(slimming, example_inputs, model))
-        replay(model, slimming, calls, undo_log)
+    for record in header.records():
+        calls = tree_map_only(Tensor, lambda tensor: tensor.to(at), _calls(record, example_inputs, model))
+        if isinstance(record, Fusing):
+            fuse_again(model, record, calls, undo_log)
+        else:
+            assert isinstance(record, Slimming)
+            replay(model, record, calls, undo_log)
     made = history_of(model)
-    if made is None:
+    if made is not None:
+        undo_log.set_attribute(model, ATTRIBUTE, History(header.slimmings, dense, made.modules, made.shapes))
+    elif header.subnets is None:
         raise AutogateError("the file's header lists no slimming.")
-    undo_log.set_attribute(model, ATTRIBUTE, History(header.slimmings, dense, made.modules, made.shapes))
 
 
-def _calls(slimming: Slimming, example_inputs: Any, model: nn.Module) -> tuple[Inputs, ...]:
+def _calls(record: Analysed, example_inputs: Any, model: nn.Module) -> tuple[Inputs, ...]:
     if example_inputs is not None:
         return as_calls(example_inputs, model)
-    written = (slimming.inputs, *slimming.others)
+    written = (record.inputs, *record.others)
     if None in written:
         raise AutogateError(
             "its example inputs are of a type that the file can't store.",

@@ -35,16 +35,16 @@ def check_dense_model(header: Header, limit: int) -> None:
     outline = None if header.build is None else outline_with_timm(header.build)
     if outline is None:
         return
-    if header.slimmings:
-        check_tensors(outline, header.slimmings[0].tensors)
+    for record in header.records()[:1]:
+        check_tensors(outline, record.tensors)
     tensors = {id(tensor): tensor for *_, tensor in tensor_slots(outline)}
     _check("the dense model", sum(tensor.nbytes for tensor in tensors.values()), limit, type(outline).__name__)
 
 
 def check_inputs(header: Header, limit: int, model: nn.Module) -> None:
     """Raise unless the example inputs that a header describes are within the limit."""
-    for slimming in header.slimmings:
-        _check("the example inputs", sum(_bytes_in([slimming.inputs, *slimming.others])), limit, type(model).__name__)
+    for record in header.records():
+        _check("the example inputs", sum(_bytes_in([record.inputs, *record.others])), limit, type(model).__name__)
 
 
 def _bytes_in(written: Any) -> Iterator[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,15 @@ from torch import Tensor, nn
 
 from autogate.files.atomic_write import atomic_write
 from autogate.files.file_format import CHANNELS_LAST, Header, checksum, metadata_of
-from autogate.files.timm_builds import find_timm_build
+from autogate.files.timm_builds import Dense, dense_of, find_timm_build
 from autogate.gating import BANK
 from autogate.lock import locked
 from autogate.slim import (
-    History,
     describe_buffers,
-    describe_modules,
-    describe_tensors,
     first_difference,
     history_of,
 )
-from autogate.switching import check_one_width
+from autogate.switching import Fusing, form_of, subnets_of
 from autogate.version import __version__
 from autogate.wrappers import unwrap
 from rewriters import AutogateError
@@ -35,7 +34,7 @@ from rewriters.slimming import tensor_slots
 
 @locked
 def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[str, Any] | None = None) -> None:
-    """Write a slim model to a safetensors file, from which `load` restores it to the last bit.
+    """Write a slim or switchable model to a safetensors file, from which `load` restores it to the last bit.
 
     The file says how timm's `create_model` builds the dense model, if it does (that is checked by building it), and
     which of its channels stay. The file is written under a temporary name and then moved into place: if writing fails,
@@ -53,29 +52,41 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
         True
 
     Args:
-        slim: the model that `finalize` returned, trained further or not, or a compiled or distributed wrapper around
-            it.
+        slim: the model that `finalize` or `subnets.fuse` returned, trained further or not, or a compiled or distributed
+            wrapper around it.
         path: path of the file, by convention "*.safetensors".
         model_args: arguments of `timm.create_model` that the dense model was built with and that can't be read off the
             model. Most can.
 
     Raises:
-        AutogateError: the model was not slimmed; it was changed since in a way that the file can't record; it holds a
-            tensor that safetensors can't store; timm doesn't build the dense model with `model_args`; or the file
-            can't be written.
+        AutogateError: the model was not slimmed or fused; it was changed since in a way that the file can't record; it
+            holds a tensor that safetensors can't store; timm doesn't build the dense model with `model_args`; or the
+            file can't be written.
     """
     slim = unwrap(slim)
-    check_one_width(slim)
-    history = _unchanged_history(slim)
+    dense, subnets = dense_of(slim), subnets_of(slim)
+    fusing = None if subnets is None else replace(subnets.record, active=subnets.active)
+    with contextlib.nullcontext() if subnets is None else subnets.switched(slim, subnets.full):
+        header, tensors = _contents(slim, dense, fusing, model_args)
+    with atomic_write(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=metadata_of(header))
+
+
+def _contents(
+    slim: nn.Module, dense: Dense, fusing: Fusing | None, model_args: Mapping[str, Any] | None
+) -> tuple[Header, dict[str, Tensor]]:
+    """What is written of a model; of a switchable one its largest subnet is active."""
+    _check_unchanged(slim)
+    history = history_of(slim)
     tensors, aliases = _tensors_of(slim)
-    how, why_not = find_timm_build(slim, history, model_args)
+    how, why_not = find_timm_build(slim, dense, model_args)
     header = Header(
         format=1,
         versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
         model=f"{type(slim).__module__}.{type(slim).__qualname__}",
         build=how,
         why_not=why_not,
-        slimmings=history.slimmings,
+        slimmings=() if history is None else history.slimmings,
         tensors={name: checksum(tensor) for name, tensor in tensors.items()},
         aliases=aliases,
         buffers=describe_buffers(slim),
@@ -83,34 +94,29 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
         training=tuple(path for path, module in slim.named_modules() if module.training),
         forwards=_forwards(slim),
         channels_last=_channels_last(slim, tensors),
+        subnets=fusing,
     )
-    with atomic_write(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata=metadata_of(header))
+    return header, tensors
 
 
-def _unchanged_history(slim: nn.Module) -> History:
-    """The model's history, once nothing but the history and the weights sets the model apart from the dense one."""
+def _check_unchanged(slim: nn.Module) -> None:
+    """Raise unless nothing but the records and the weights sets a model apart from the dense one."""
     where = type(slim).__name__
-    history = history_of(slim) if isinstance(slim, nn.Module) else None
-    if history is None:
-        raise AutogateError(
-            "it was not slimmed: it has no record of a slimming.",
-            where=where,
-            remedy="Save the model that autogate.finalize returned. For other models use torch.save.",
-        )
     if BANK in slim._modules:
         raise AutogateError("it has gates: it is prepared, and not slim yet.", where=where, remedy="Finalize it first.")
-    shapes = {name: spec.shape for name, spec in describe_tensors(slim).items()}
-    for here, there in ((shapes, history.shapes), (describe_modules(slim), history.modules)):
+    subnets, now = subnets_of(slim), form_of(slim)
+    since = "when the model was finalized." if subnets is None else "when the model was fused."
+    before = history_of(slim) if subnets is None else subnets.form
+    assert before is not None  # `dense_of` has looked
+    for here, there in ((now.shapes, before.shapes), (now.modules, before.modules)):
         different = first_difference(here, there)
         if different is not None:
             name, is_now, was = different
             raise AutogateError(
-                f"it is {is_now} now, and was {was} when the model was finalized.",
+                f"it is {is_now} now, and was {was} {since}",
                 where=name or where,
                 remedy="Make the change in the dense model, before prepare, or use torch.save.",
             )
-    return history
 
 
 def _tensors_of(slim: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

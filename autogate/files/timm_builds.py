@@ -19,7 +19,8 @@ from timm.layers import DropPath
 from timm.models import FeatureInfo
 from torch import nn
 
-from autogate.slim import History, describe_modules, describe_tensors, first_difference
+from autogate.slim import TensorSpec, describe_modules, describe_tensors, first_difference, history_of
+from autogate.switching import subnets_of
 from rewriters import AutogateError
 
 _WEIGHTS_FROM_ELSEWHERE = ("pretrained", "checkpoint_path", "cache_dir", "weights")
@@ -32,6 +33,37 @@ class TimmBuild:
 
     name: str
     arguments: Mapping[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What a record says of the dense model.
+
+    Attributes:
+        tensors: its parameters and buffers, by name.
+        modules: its modules by path, each as a line of text (`describe_modules`).
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    modules: Mapping[str, str]
+
+
+def dense_of(model: nn.Module) -> Dense:
+    """The dense model that a slim or a switchable one was made from.
+
+    Raises:
+        AutogateError: it is neither.
+    """
+    history, subnets = history_of(model), subnets_of(model)
+    if history is not None:
+        return Dense(history.slimmings[0].tensors, history.dense_modules)
+    if subnets is not None:
+        return Dense(subnets.record.tensors, subnets.record.modules)
+    raise AutogateError(
+        "it was not slimmed: it has no record of a slimming.",
+        where=type(model).__name__,
+        remedy="Save the model that autogate.finalize returned. For other models use torch.save.",
+    )
 
 
 def build_with_timm(how: TimmBuild) -> nn.Module:
@@ -88,13 +120,13 @@ def _created(how: TimmBuild) -> nn.Module:
 
 
 def find_timm_build(
-    model: nn.Module, history: History, arguments: Mapping[str, Any] | None = None
+    model: nn.Module, dense: Dense, arguments: Mapping[str, Any] | None = None
 ) -> tuple[TimmBuild | None, str]:
-    """Find out how timm builds the dense model that `model` was slimmed from, by building it.
+    """Find out how timm builds the dense model that `model` was made from, by building it.
 
     Args:
-        model: the slim model.
-        history: its history.
+        model: slim, or with subnets.
+        dense: what is known of the dense model.
         arguments: arguments of `timm.create_model` that the caller knows of.
 
     Returns:
@@ -115,7 +147,7 @@ def find_timm_build(
     name = ".".join(part for part in (config["architecture"], config.get("tag")) if part)
     how = TimmBuild(name, {**_arguments(model, config), **(arguments or {})})
     try:
-        wrong = _difference(build_with_timm(how), history)
+        wrong = _difference(build_with_timm(how), dense)
     except AutogateError as error:
         wrong = str(error)
     if not wrong:
@@ -153,17 +185,16 @@ def _arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _difference(built: nn.Module, history: History) -> str:
+def _difference(built: nn.Module, dense: Dense) -> str:
     """The first difference between a model that timm built and the dense one, in words; empty if there is none."""
-    before = history.slimmings[0].tensors
     shapes = first_difference(
         {name: spec.shape for name, spec in describe_tensors(built).items()},
-        {name: spec.shape for name, spec in before.items()},
+        {name: spec.shape for name, spec in dense.tensors.items()},
     )
     if shapes is not None:
         name, here, there = shapes
         return f"{name} is {here} there, and was {there} in the dense model"
-    modules = first_difference(describe_modules(built), history.dense_modules)
+    modules = first_difference(describe_modules(built), dense.modules)
     if modules is not None:
         name, here, there = modules
         return f"{name or 'the model'} is {here} there, and was {there} in the dense model"

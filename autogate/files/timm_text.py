@@ -10,7 +10,7 @@ from __future__ import annotations
 from timm.models import adapt_model_from_string
 from torch import nn
 
-from autogate.files.timm_builds import build_with_timm, find_timm_build
+from autogate.files.timm_builds import build_with_timm, dense_of, find_timm_build
 from autogate.lock import locked
 from autogate.slim import describe_tensors, first_difference, history_of
 from autogate.wrappers import unwrap
@@ -105,7 +105,7 @@ def _dense(slim: nn.Module) -> nn.Module:
     history = history_of(slim)
     if history is None:
         return slim
-    how, why_not = find_timm_build(slim, history)
+    how, why_not = find_timm_build(slim, dense_of(slim))
     if how is None:
         raise AutogateError(
             f"the dense model is needed to check the text, and timm can't build it: {why_not}.",

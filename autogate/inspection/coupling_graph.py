@@ -33,9 +33,10 @@ def check_drawable(path: Path) -> None:
 def draw_coupling_graph(channel_map: ChannelMap, path: Path) -> None:
     """Draw which kernels are coupled through which groups of channels.
 
-    Kernels are on the left in the order they run, groups on the right, each as a dot whose size grows with its number
-    of channels. Lines connect a kernel to the groups that it outputs (blue) and reads (orange). If graphviz (and pydot
-    or pygraphviz) is installed, its layout is used.
+    Kernels are on the left in the order they run, groups on the right, each as a circle whose size grows with its
+    number of channels. Beside it are the group's number, as `autogate inspect` lists it, and its number of channels.
+    Lines connect a kernel to the groups that it outputs (blue) and reads (orange). If graphviz (and pydot or
+    pygraphviz) is installed, its layout is used.
 
     Args:
         channel_map: the model's channels.
@@ -65,8 +66,10 @@ def draw_coupling_graph(channel_map: ChannelMap, path: Path) -> None:
     nx.draw_networkx_nodes(graph, places, nodelist=kernels, node_size=12, node_shape="s", node_color="k", ax=axes)
     for node in kernels:
         axes.annotate(node[1], places[node], (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=7)
-    for node, width in zip(groups, widths, strict=True):
-        axes.annotate(str(width), places[node], (9, 0), textcoords="offset points", va="center", fontsize=7)
+    for node, width, size in zip(groups, widths, sizes, strict=True):
+        beside = (size**0.5 / 2 + 3, 0)  # points, from the circle's centre
+        label = f"{node[1]}: {width}"
+        axes.annotate(label, places[node], beside, textcoords="offset points", va="center", fontsize=7)
     axes.plot([], [], color="tab:blue", label="the kernel outputs these channels")
     axes.plot([], [], color="tab:orange", label="the kernel reads these channels")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)

@@ -153,7 +153,7 @@ def _pictures(report: Report, out: Path) -> list[_Picture]:
         _Picture("gates", "Gates", "Number of gates by value, after each epoch.", drawn["gates"]),
         _Picture(
             "groups", "Coupled channels",
-            "Left: kernels, in the order they run. Right: groups of coupled channels.",
+            "Left: kernels, in the order they run. Right: groups of coupled channels, number: channels.",
             drawn["groups"], "wide",
         ),
     ]  # fmt: skip

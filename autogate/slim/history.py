@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,24 +48,16 @@ class KeptIndices:
 
 
 @dataclass(frozen=True)
-class Slimming:
-    """One slimming of a model, as plain data.
+class Analysed:
+    """A model before its channels were removed, and how it was analysed, as plain data.
 
     Attributes:
-        tensors: parameters and buffers before the slimming, without those of convolutions on shortcuts.
+        tensors: parameters and buffers, without those of convolutions on shortcuts.
         buffers: dtypes of the buffers that are not in the state_dict.
         inputs: shapes and dtypes of the example inputs; None if they hold what JSON can't (`write_inputs`).
         ignored: tensors whose channels all stay because the caller asked for it.
         shortcuts, embed: arguments of `prepare`.
         convolutions: paths of the 1x1 convolutions that prepare put on shortcuts.
-        kept: indices that stay, for all sides that lose any.
-        branches, selections: what was decided by the weights (`rewriters.Decisions`).
-        rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
-            what it was before convolutions were put on its shortcuts.
-        removed: modules that are no longer called and were removed.
-        method: what decided which channels died, as the call that makes it; empty if no gate has learned.
-        layers: convolutions and linear layers, with their channels and multiply-adds before and after.
-        params: number of parameters before, without those of convolutions on shortcuts.
         others: the other example inputs, as `inputs`.
         refused: modules whose channels stay because a check of values found that they'd compute something else, and
             whether all that is in them stays.
@@ -78,6 +70,25 @@ class Slimming:
     shortcuts: str | tuple[str, ...]
     embed: bool
     convolutions: tuple[str, ...]
+    others: tuple[JsonValue, ...] = field(default=(), kw_only=True)
+    refused: tuple[tuple[str, bool], ...] = field(default=(), kw_only=True)
+
+
+@dataclass(frozen=True)
+class Slimming(Analysed):
+    """One slimming of a model, as plain data.
+
+    Attributes:
+        kept: indices that stay, for all sides that lose any.
+        branches, selections: what was decided by the weights (`rewriters.Decisions`).
+        rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
+            what it was before convolutions were put on its shortcuts.
+        removed: modules that are no longer called and were removed.
+        layers: convolutions and linear layers, with their channels and multiply-adds before and after.
+        params: number of parameters before, without those of convolutions on shortcuts.
+        method: what decided which channels died, as the call that makes it; empty if no gate has learned.
+    """
+
     kept: tuple[KeptIndices, ...]
     branches: Mapping[str, tuple[bool, ...]]
     selections: Mapping[str, tuple[int, ...]]
@@ -85,8 +96,6 @@ class Slimming:
     removed: tuple[str, ...]
     layers: tuple[Layer, ...] = ()
     params: int = 0
-    others: tuple[JsonValue, ...] = ()
-    refused: tuple[tuple[str, bool], ...] = ()
     method: str = ""
 
 

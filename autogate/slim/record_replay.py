@@ -24,6 +24,7 @@ from autogate.inputs import Inputs
 from autogate.slim import timm_fields as bookkeeping
 from autogate.slim.history import (
     ATTRIBUTE,
+    Analysed,
     History,
     KeptIndices,
     Slimming,
@@ -151,26 +152,15 @@ def slim_and_record(
     Returns:
         The record.
     """
-    added = [shortcut.path for shortcut in shortcuts]
-    with plain_statistics(model):
-        before, buffers = describe_tensors(model, added), describe_buffers(model)
-        modules = describe_modules(model, added)
-        params = sum(p.numel() for name, p in model.named_parameters() if not is_under(name, set(added)))
+    before, modules = describe(model, options, shortcuts)
+    params = sum(p.numel() for name, p in model.named_parameters() if not is_under(name, set(before.convolutions)))
     slim_plan = plan(model, analysis, live, *options.inputs, decided)
     slim_plan = restore(model, analysis, slim_plan, shortcuts, decided)
     follow = bookkeeping.widths(model)
     apply(model, slim_plan, undo_log)
     bookkeeping.update(model, follow, undo_log)
     done = Slimming(
-        tensors=before,
-        buffers=buffers,
-        inputs=write_inputs(options.inputs),
-        others=tuple(map(write_inputs, options.others)),
-        ignored=tuple(options.ignored),
-        shortcuts=options.shortcuts,
-        embed=options.embed,
-        refused=tuple((one.path, one.whole) for one in options.refused),
-        convolutions=tuple(added),
+        **vars(before),
         kept=kept_indices(analysis.channel_map, slim_plan.live),
         branches=slim_plan.decisions.branches,
         selections=slim_plan.decisions.selections,
@@ -188,6 +178,28 @@ def slim_and_record(
     return done
 
 
+def describe(
+    model: nn.Module, options: AnalysisOptions, shortcuts: tuple[Shortcut, ...]
+) -> tuple[Analysed, dict[str, str]]:
+    """A model as it was given to `prepare`, for a record, and its modules as text (`describe_modules`)."""
+    added = [shortcut.path for shortcut in shortcuts]
+    with plain_statistics(model):
+        tensors, buffers = describe_tensors(model, added), describe_buffers(model)
+        modules = describe_modules(model, added)
+    described = Analysed(
+        tensors=tensors,
+        buffers=buffers,
+        inputs=write_inputs(options.inputs),
+        ignored=tuple(options.ignored),
+        shortcuts=options.shortcuts,
+        embed=options.embed,
+        convolutions=tuple(added),
+        others=tuple(map(write_inputs, options.others)),
+        refused=tuple((one.path, one.whole) for one in options.refused),
+    )
+    return described, modules
+
+
 def replay(model: nn.Module, slimming: Slimming, calls: Sequence[Inputs], undo_log: UndoLog) -> None:
     """Slim `model` as a record says.
 
@@ -200,18 +212,27 @@ def replay(model: nn.Module, slimming: Slimming, calls: Sequence[Inputs], undo_l
     Raises:
         AutogateError: it is another model, or its channels are coupled in another way.
     """
-    check_tensors(model, slimming.tensors)
-    both = next((name for name in slimming.buffers if name in slimming.tensors), None)
-    if both is not None:
-        raise AutogateError("the record lists it twice, in the state_dict and outside of it.", where=both)
-    cast(model, {name: spec.dtype for name, spec in slimming.tensors.items()} | dict(slimming.buffers), undo_log)
-    ignored = dict.fromkeys(slimming.ignored, "the caller asked for it")
-    refused = tuple(Refused(path, "its slim forward computed other values", whole) for path, whole in slimming.refused)
-    options = AnalysisOptions(calls[0], ignored, slimming.shortcuts, slimming.embed, tuple(calls[1:]), refused)
+    options = as_described(model, slimming, calls, undo_log)
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
-    _check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
+    check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_channels(model, options)
     slim_as_recorded(model, analysis, slimming, options, shortcuts, undo_log)
+
+
+def as_described(model: nn.Module, record: Analysed, calls: Sequence[Inputs], undo_log: UndoLog) -> AnalysisOptions:
+    """Give a model the dtypes of the recorded one. Returns how that was analysed.
+
+    Raises:
+        AutogateError: it is another model.
+    """
+    check_tensors(model, record.tensors)
+    both = next((name for name in record.buffers if name in record.tensors), None)
+    if both is not None:
+        raise AutogateError("the record lists it twice, in the state_dict and outside of it.", where=both)
+    cast(model, {name: spec.dtype for name, spec in record.tensors.items()} | dict(record.buffers), undo_log)
+    ignored = dict.fromkeys(record.ignored, "the caller asked for it")
+    refused = tuple(Refused(path, "its slim forward computed other values", whole) for path, whole in record.refused)
+    return AnalysisOptions(calls[0], ignored, record.shortcuts, record.embed, tuple(calls[1:]), refused)
 
 
 def slim_as_recorded(
@@ -229,10 +250,10 @@ def slim_as_recorded(
     mine, theirs = kept_by_side(done.kept), kept_by_side(slimming.kept)
     for side in {**theirs, **mine}:
         here, there = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
-        _check_same(f"the set of indices kept of {side}", here, there)
-    _check_same("the set of removed branches", done.branches, slimming.branches)
-    _check_same("the set of shortcut convolutions that became selections", done.selections, slimming.selections)
-    _check_same("the set of removed modules", done.removed, slimming.removed)
+        check_same(f"the set of indices kept of {side}", here, there)
+    check_same("the set of removed branches", done.branches, slimming.branches)
+    check_same("the set of shortcut convolutions that became selections", done.selections, slimming.selections)
+    check_same("the set of removed modules", done.removed, slimming.removed)
     return done
 
 
@@ -246,14 +267,15 @@ def live_classes(channel_map: ChannelMap, recorded: Collection[KeptIndices]) -> 
     kept = kept_by_side(recorded)
     for side, classes in channel_map.classes.items():
         if side in kept:
-            _check_same(f"the length of {side}", len(classes), kept[side].size)
+            check_same(f"the length of {side}", len(classes), kept[side].size)
             gone = set(range(len(classes))) - set(kept[side].kept)
             labels = classes[sorted(gone)]
             live[labels[labels != ALWAYS]] = False
     return live
 
 
-def _check_same(what: str, here: object, there: object) -> None:
+def check_same(what: str, here: object, there: object) -> None:
+    """Raise, with `what` as the subject, unless a value is the recorded one."""
     if here != there:
         raise AutogateError(
             f"{what} differs from the one recorded.",

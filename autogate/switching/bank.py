@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.slim import PrepareRecord
+from autogate.slim import PrepareRecord, describe_modules, describe_tensors
+from autogate.switching.record import Fusing
 from autogate.switching.subnet import Subnet
 from rewriters import AutogateError, UndoLog
-from rewriters.recording import drop_caches
+from rewriters.recording import drop_caches, with_caches
 
 SUBNETS = "autogate_subnets"
 """Name of the model's child that holds its subnets."""
@@ -31,12 +34,32 @@ def check_one_width(model: object) -> None:
     Raises:
         AutogateError: it does.
     """
-    if isinstance(model, nn.Module) and SUBNETS in model._modules:
+    if subnets_of(model) is not None:
         raise AutogateError(
             "it holds several subnets.",
             where=type(model).__name__,
             remedy="Take one out of it: slim = autogate.subnets.extract(model, flops=0.3).",
         )
+
+
+def subnets_of(model: object) -> Subnets | None:
+    """The subnets of a model; None if it has one width."""
+    found = model._modules.get(SUBNETS) if isinstance(model, nn.Module) else None
+    return found if isinstance(found, Subnets) else None
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model's shapes and modules as text, without its subnets: what nobody may change between `fuse` and `save`."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, str]
+
+
+def form_of(model: nn.Module) -> Form:
+    """The form of a model; of a switchable one that of its largest subnet, if that is active."""
+    shapes = {name: spec.shape for name, spec in describe_tensors(model, [SUBNETS]).items()}
+    return Form(shapes, describe_modules(model, [SUBNETS]))
 
 
 class Subnets(nn.Module):
@@ -45,9 +68,10 @@ class Subnets(nn.Module):
     Args:
         subnets: each with the tree of its own tensors.
         origin: how the model was analysed.
+        record: how the subnets are made again.
     """
 
-    def __init__(self, subnets: Sequence[tuple[Subnet, nn.Module]], origin: PrepareRecord):
+    def __init__(self, subnets: Sequence[tuple[Subnet, nn.Module]], origin: PrepareRecord, record: Fusing):
         super().__init__()
         for number, (_, tree) in enumerate(subnets):
             self.add_module(str(number), tree)
@@ -55,7 +79,7 @@ class Subnets(nn.Module):
         everywhere = {place for subnet in self.subnets for place in subnet.places if place.owns}
         for subnet in self.subnets:
             subnet.whole = sorted(everywhere - subnet.places, key=lambda place: place.name)
-        self.origin = origin
+        self.origin, self.record = origin, record
         self.active = self.full
         self.teacher: Any = None
         self.teaches = False
@@ -63,11 +87,15 @@ class Subnets(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         """Add this to the model, active in the forwards of it and of its copies."""
+        self._caching = with_caches(model.modules())
+        self.form = form_of(model)
         model.add_module(SUBNETS, self)
         before = model.register_forward_pre_hook(self._before_forward)
         after = model.register_forward_hook(self._after_forward, always_call=True)
         self._hooks = (before.id, after.id)
         model.__dict__["__deepcopy__"] = _DeepCopy(model)
+        self.subnet.overlay.put_fields()
+        self.subnet.put()
 
     def detach(self, model: nn.Module) -> None:
         """Take this off the model, which is the dense one again."""
@@ -77,6 +105,10 @@ class Subnets(nn.Module):
         model._forward_hooks_always_called.pop(self._hooks[1])
         model._modules.pop(SUBNETS)
         model.__dict__.pop("__deepcopy__")
+
+    def forward(self, x: Any) -> Any:
+        """Return `x`: a `nn.Sequential` runs all of its children."""
+        return x
 
     @property
     def full(self) -> int:
@@ -103,10 +135,20 @@ class Subnets(nn.Module):
         if index == self.active:
             return
         self.subnet.remove()
-        drop_caches(model.modules(), UndoLog())
+        drop_caches(self._caching, UndoLog())
         self.active = index
         self.subnet.overlay.put_fields()
         self.subnet.put()
+
+    @contextmanager
+    def switched(self, model: nn.Module, index: int) -> Iterator[None]:
+        """Inside, another subnet is the active one."""
+        before = self.active
+        self.switch(model, index)
+        try:
+            yield
+        finally:
+            self.switch(model, before)
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any) -> None:

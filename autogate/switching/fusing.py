@@ -6,31 +6,40 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from autogate.budget import Flops, Params
+from autogate.budget import Flops, Params, Resource
+from autogate.inputs import Inputs, dtype_of_parameters
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
     add_shortcut_convolutions,
     analyse_channels,
+    as_described,
+    check_same,
+    describe,
     slim_and_record,
     verify,
 )
 from autogate.switching.bank import SUBNETS, Subnets
 from autogate.switching.own_tensors import own_tensors
+from autogate.switching.record import Fusing
 from autogate.switching.structure import Structure
 from autogate.switching.subnet import Subnet
-from rewriters import Analysis, AutogateError, ChannelMap, Outputs, SlimPlan, UndoLog, plan
+from rewriters import Analysis, AutogateError, ChannelMap, Decisions, Outputs, SlimPlan, UndoLog, plan
 from rewriters.slimming import Overlay, Place, tensor_slots, with_all_forwards
 
 FULL = "full"
 """Name of the subnet that is the dense model."""
 
 
-def fuse(model: nn.Module, structures: Sequence[Structure], origin: PrepareRecord, affine: bool) -> Subnets:
+def fuse(
+    model: nn.Module, structures: Sequence[Structure], origin: PrepareRecord, affine: bool,
+    undo_log: UndoLog, decided: Sequence[Decisions] | None = None,
+) -> Subnets:  # fmt: skip
     """Give a model subnets of these structures.
 
     Args:
@@ -38,37 +47,65 @@ def fuse(model: nn.Module, structures: Sequence[Structure], origin: PrepareRecor
         structures: at least one, in any order.
         origin: how the model is analysed.
         affine: whether weights and biases of batch norms are each subnet's own, beside the statistics.
+        undo_log: takes changes, also if this raises.
+        decided: for each structure, what was read from the weights before; they aren't looked at then.
 
     Raises:
-        AutogateError: a structure belongs to another model, or two have the same name. The model is left as it was.
+        AutogateError: a structure belongs to another model, or two have the same name.
     """
-    undo_log, options = UndoLog(), origin.options
-    try:
-        shortcuts = add_shortcut_convolutions(model, options, undo_log)
-        analysis = analyse_channels(model, options)
-        channel_map = analysis.channel_map
-        added = {shortcut.weight for shortcut in shortcuts}
-        resources = [Flops(channel_map, model, added), Params(channel_map, model, added)]
-        lives = [one.live(channel_map) for one in structures]
-        shares = [{one.name: one.share(live) for one in resources} for live in lives]
-        order = sorted(range(len(structures)), key=lambda i: tuple(shares[i].values()))
-        named = [Structure(structures[i].name, structures[i].kept, shares[i]) for i in order]
-        _check_names([*(one.name for one in named), FULL], model)
-        everything = torch.ones(channel_map.size, dtype=torch.bool)
-        full = Structure.of(FULL, channel_map, everything, {one.name: one.share(everything) for one in resources})
-        plans = [_plan(model, analysis, lives[i], options) for i in order]
-        overlays = [Overlay.of(model, one, channel_map, lives[i]) for one, i in zip(plans, order, strict=True)]
-        *overlays, of_full = with_all_forwards([*overlays, Overlay((), (), ())])
-        made = []
-        for structure, slim_plan, overlay in zip(named, plans, overlays, strict=True):
-            tree, own = own_tensors(model, overlay, slim_plan.removed, affine)
-            made.append((Subnet(structure, overlay, own), tree))
-    except BaseException:
-        undo_log.undo()
-        raise
-    subnets = Subnets([*made, (Subnet(full, of_full, []), nn.Module())], replace(origin, shortcuts=shortcuts))
+    options = origin.options
+    shortcuts = add_shortcut_convolutions(model, options, undo_log)
+    analysis = analyse_channels(model, options)
+    channel_map = analysis.channel_map
+    added = {shortcut.weight for shortcut in shortcuts}
+    resources = [Flops(channel_map, model, added), Params(channel_map, model, added)]
+    wanted = _by_size(structures, decided or [None] * len(structures), channel_map, resources)
+    full = _structure(FULL, channel_map, torch.ones(channel_map.size, dtype=torch.bool), resources)
+    _check_names([*(one.structure.name for one in wanted), FULL], model)
+    plans = [_plan(model, analysis, one, options) for one in wanted]
+    overlays = [Overlay.of(model, done, channel_map, one.live) for done, one in zip(plans, wanted, strict=True)]
+    *overlays, of_full = with_all_forwards([*overlays, Overlay((), (), ())])
+    made = []
+    for one, slim_plan, overlay in zip(wanted, plans, overlays, strict=True):
+        tree, own = own_tensors(model, overlay, slim_plan.removed, affine)
+        made.append((Subnet(one.structure, overlay, own), tree))
+    made.append((Subnet(full, of_full, []), nn.Module()))
+    before, modules = describe(model, options, shortcuts)
+    record = Fusing(
+        **vars(before),
+        modules=modules,
+        structures=tuple(one.structure for one in wanted),
+        branches=tuple(slim_plan.decisions.branches for slim_plan in plans),
+        affine=affine,
+        active=len(wanted),
+    )
+    subnets = Subnets(made, replace(origin, shortcuts=shortcuts), record)
     subnets.attach(model)
     return subnets
+
+
+class _Wanted(NamedTuple):
+    """A structure, its live classes (bool, shape (classes,)), and what was decided for it before."""
+
+    structure: Structure
+    live: Tensor
+    decided: Decisions | None
+
+
+def _by_size(
+    structures: Sequence[Structure], decided: Sequence[Decisions | None], channel_map: ChannelMap,
+    resources: Sequence[Resource],
+) -> list[_Wanted]:  # fmt: skip
+    """The structures with their shares in this model, the smallest first."""
+    found = []
+    for structure, decisions in zip(structures, decided, strict=True):
+        live = structure.live(channel_map)
+        found.append(_Wanted(_structure(structure.name, channel_map, live, resources), live, decisions))
+    return sorted(found, key=lambda one: tuple(one.structure.shares.values()))
+
+
+def _structure(name: str, channel_map: ChannelMap, live: Tensor, resources: Sequence[Resource]) -> Structure:
+    return Structure.of(name, channel_map, live, {one.name: one.share(live) for one in resources})
 
 
 def _check_names(names: Sequence[str], model: nn.Module) -> None:
@@ -79,9 +116,40 @@ def _check_names(names: Sequence[str], model: nn.Module) -> None:
             )
 
 
-def _plan(model: nn.Module, analysis: Analysis, live: Tensor, options: AnalysisOptions) -> SlimPlan:
-    with dead_columns_closed(model, analysis.channel_map, live):
-        return plan(model, analysis, live, *options.inputs)
+def fuse_again(model: nn.Module, record: Fusing, calls: Sequence[Inputs], undo_log: UndoLog) -> Subnets:
+    """Give `model` subnets as a record says.
+
+    Args:
+        model: a model like the one that had them, apart from its weights.
+        record: the record.
+        calls: example inputs on the model's device, all those that `prepare` got.
+        undo_log: takes changes, also if this raises.
+
+    Raises:
+        AutogateError: it is another model, or its channels are coupled in another way.
+    """
+    options = as_described(model, record, calls, undo_log)
+    origin = PrepareRecord(options, dtype_of_parameters(model))
+    decided = [Decisions(branches=one) for one in record.branches]
+    subnets = fuse(model, record.structures, origin, record.affine, undo_log, decided)
+    try:
+        made = subnets.record
+        check_same("the set of convolutions on shortcuts", made.convolutions, record.convolutions)
+        for mine, theirs in zip(made.structures, record.structures, strict=True):
+            check_same("the set of subnets", mine.name, theirs.name)
+        check_same("the set of removed branches", made.branches, record.branches)
+        subnets.switch(model, record.active)
+    except BaseException:
+        subnets.detach(model)
+        raise
+    return subnets
+
+
+def _plan(model: nn.Module, analysis: Analysis, wanted: _Wanted, options: AnalysisOptions) -> SlimPlan:
+    if wanted.decided is not None:
+        return plan(model, analysis, wanted.live, *options.inputs, wanted.decided)
+    with dead_columns_closed(model, analysis.channel_map, wanted.live):
+        return plan(model, analysis, wanted.live, *options.inputs)
 
 
 @contextmanager
@@ -134,14 +202,10 @@ def extract(model: nn.Module, subnets: Subnets, index: int) -> nn.Module:
     Raises:
         VerificationError: its outputs aren't those of the subnet.
     """
-    before = subnets.active
-    subnets.switch(model, index)
-    try:
+    with subnets.switched(model, index):
         calls = subnets.origin.calls_for(model)
         wanted = [Outputs.of(model, *call) for call in calls]
         copied = copy.deepcopy(model)
-    finally:
-        subnets.switch(model, before)
     own: Subnets = copied._modules[SUBNETS]  # type: ignore[assignment]
     subnet = own.subnet
     own.detach(copied)

@@ -5,6 +5,7 @@
     python -m benchmarks.one_shot run --cifar CIFAR --network lite0 --weights .../efficientnet-lite0-57934424.pth
     python -m benchmarks.one_shot run --cifar CIFAR --network resnet20 --weights runs/test/resnet20_dense_0.pt
     python -m benchmarks.one_shot table
+    python -m benchmarks.one_shot cost
 
 Agreement is the share of test images to which the slim model gives the dense model's top-1 answer: right after closing,
 with batch norms recalibrated on 256 images, and compensated (an experiment, see compensation.py). Each case appends a
@@ -22,6 +23,7 @@ import json
 import time
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,6 +131,15 @@ def table(args: argparse.Namespace) -> None:
             print(f"| {method} |" + "".join(f" {_cell(row)} |" for row in cells))
 
 
+def cost(args: argparse.Namespace) -> None:
+    """Processor seconds that closing a resnet50 takes, for each criterion that reads weights alone."""
+    model = autogate.prepare(timm.create_model("resnet50"), flops=0.5)
+    for by in (name for name, found in CRITERIA.items() if found.needs == "weights"):
+        twin, start = copy.deepcopy(model), time.process_time()
+        autogate.close(twin, by)
+        print(f"{by}: {time.process_time() - start:.2f} s of processor time")
+
+
 def _cell(row: dict | None) -> str:
     if row is None:
         return "-"
@@ -148,6 +159,8 @@ def main() -> None:
     running.add_argument("--images", type=int, default=2000)
     running.add_argument("--threads", type=int, default=1)
     running.set_defaults(command=run)
+    costing = commands.add_parser("cost", help="time closing of a resnet50")
+    costing.set_defaults(command=cost)
     tabling = commands.add_parser("table", help="print the tables")
     tabling.set_defaults(command=table)
     for command in (running, tabling):

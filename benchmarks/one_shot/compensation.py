@@ -50,6 +50,7 @@ def compensated(closed: nn.Module, dense: nn.Module, images: Tensor, stride: int
     bank, reads = autogate.gates(closed), dict[Side, Tensor]()
     channel_map = bank.channel_map
     live = torch.cat([bank.live, bank.live.new_ones(1)])
+    behind = {side: Constant(closed, side) for side in channel_map.gated}
 
     def note(side: Side, index: Tensor, rows: Tensor) -> None:
         reads.setdefault(side, rows[::stride].clone())
@@ -63,7 +64,7 @@ def compensated(closed: nn.Module, dense: nn.Module, images: Tensor, stride: int
         columns = torch.zeros_like(kernel)
         columns[..., keep] = kernel @ taken.T
         closed.get_parameter(side.tensor).copy_(columns.movedim(-1, side.dim))
-        add_behind(closed.get_submodule(side.tensor.removesuffix(".weight")), kernel @ constant)
+        behind[side].value = (kernel @ constant).reshape(len(kernel), -1).sum(1)
 
     with Observer(dense, channel_map, note):
         dense(images)
@@ -72,11 +73,14 @@ def compensated(closed: nn.Module, dense: nn.Module, images: Tensor, stride: int
     return closed
 
 
-def add_behind(layer: nn.Module, each_place: Tensor) -> None:
-    """Add constants to what a layer returns; shape (outputs, ...), summed over the places of a kernel."""
-    constants = each_place.flatten(1).sum(1) if each_place.ndim > 1 else each_place
+class Constant:
+    """What is added behind a layer; nothing at first. The layer must know it before it is called."""
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + constants.view(-1, *[1] * (output.ndim - 2))
+    def __init__(self, model: nn.Module, side: Side):
+        self.value: Tensor | None = None
+        model.get_submodule(side.tensor.removesuffix(".weight")).register_forward_hook(self.add)
 
-    layer.register_forward_hook(add)
+    def add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self.value is None:
+            return None
+        return output + self.value.view(-1, *[1] * (output.ndim - 2))

@@ -24,6 +24,7 @@ from rewriters.recording.side_effects import (
     random_states,
     set_modes,
     set_train_mode,
+    with_caches,
     without_caches,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "set_train_mode",
     "tensors_at",
     "tensors_of",
+    "with_caches",
     "without_caches",
     "without_fast_paths",
 ]

@@ -177,6 +177,15 @@ def _differ(one: Any, other: Any) -> bool:
     return not np.array_equal(one, other)
 
 
+def with_caches(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the modules that may keep something between calls: they have a plain dict, or a cached function."""
+    return [
+        module for module in modules
+        if any(type(value) is dict or any(_cached_in(value)) for _, value in _plain(module))
+        or any(_cached_beside(cls) for cls in type(module).__mro__)
+    ]  # fmt: skip
+
+
 def drop_caches(modules: Iterable[nn.Module], undo_log: UndoLog) -> None:
     """Empty the caches that forwards filled in earlier calls, and note every change in `undo_log`.
 

@@ -18,7 +18,13 @@ PUBLIC = [name for name in autogate.__all__ if name != "__version__"]
 
 @pytest.mark.parametrize("package", [autogate, rewriters], ids=lambda package: package.__name__)
 def test_public_names_are_in_the_reference(package):
-    assert set(package.__all__) - {"__version__"} <= SHOWN
+    names = set(package.__all__) - {"__version__"}
+    faces = {name for name in names if inspect.ismodule(getattr(package, name))}  # their functions are shown instead
+    verbs = {
+        name for face in faces for name, value in vars(getattr(package, face)).items()
+        if inspect.isfunction(value) and value.__module__ == f"autogate.{face}" and not name.startswith("_")
+    }  # fmt: skip
+    assert names - faces | verbs <= SHOWN
 
 
 @pytest.mark.parametrize("function", [name for name in PUBLIC if inspect.isfunction(getattr(autogate, name))])

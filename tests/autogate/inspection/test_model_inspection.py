@@ -68,7 +68,11 @@ def test_the_command_tells_groups_pins_stages_and_the_budget(tmp_path: Path):
     for words in ("layer1.0.conv1", "the model returns it", "layer4", "of its channels, ", "groups.svg"):
         assert words in told.output
     picture = (tmp_path / "groups.svg").read_text()
-    assert "layer4.1.conv2" in picture and "512" in picture
+    assert "layer4.1.conv2" in picture
+    model, example = small()
+    groups = inspect_model(model, example).groups
+    labels = [f"{number}: {group.width}" for number, group in enumerate(groups)]  # as in the table
+    assert [label for label in labels if not re.search(rf"\b{label}\b", picture)] == []
     by_layer = invoke("resnet18", *SMALL, "--layers", "--ignore", "layer4")
     rows = [[line.startswith("│ layer3.0.conv1 ") for line in one.output.splitlines()] for one in (told, by_layer)]
     assert [sum(found) for found in rows] == [0, 1]

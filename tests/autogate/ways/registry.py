@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import autogate
+from autogate.criteria import CRITERIA
 from autogate.methods import Method
 from tests.autogate.gated_nets import ConvNet
 
@@ -26,14 +27,20 @@ class Way:
     Attributes:
         close: does so; the model is trained by the first argument, `train(model, steps)`, if the way needs it.
         method: the method that the model is prepared with; the default if None.
+        nets: the networks that it can bring to their budget; all of them if None.
     """
 
     close: Callable[[Callable[[nn.Module, int], None], nn.Module], None]
     method: Method | None = None
+    nets: tuple[str, ...] | None = None
 
     @property
     def trains(self) -> bool:
         return self.method is not None
+
+
+BATCH_NORMS = ("plain", "residual", "depthwise")
+"""Networks with batch norms behind enough of their layers."""
 
 
 def learned(method: Method) -> Way:
@@ -49,13 +56,14 @@ def scored(by: str) -> Way:
         data = [(batch.to(device), labels.to(device)) for batch, labels in batches(3)]
         autogate.close(model, by, batches=data, loss=nn.functional.cross_entropy)
 
-    return Way(close)
+    return Way(close, nets=BATCH_NORMS if by == "bn_scale" else None)
 
 
 WAYS: dict[str, Way] = {
     "GDP": learned(autogate.GDP()),
     "ClippedLasso": learned(autogate.ClippedLasso()),
     "group Lasso": learned(autogate.ClippedLasso(a=math.inf)),
+    **{by: scored(by) for by in CRITERIA},
 }
 
 

@@ -69,6 +69,8 @@ def widths(slim: nn.Module) -> dict[str, tuple[int, ...]]:
 @all_ways
 @pytest.mark.parametrize("net", [net if net == "residual" else pytest.param(net, marks=slow) for net in NETS])
 def test_the_budget_is_met_and_the_slim_model_is_exact(way, net):
+    if way.nets is not None and net not in way.nets:
+        pytest.skip("the channels of this network have no batch norms")
     model = prepared(way, net)
     way.close(train, model)
     assert_on_budget(model)

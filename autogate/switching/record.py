@@ -1,0 +1,28 @@
+"""What a file says of a switchable network: how its subnets are made of the dense model again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autogate.slim import Analysed
+from autogate.switching.structure import Structure
+
+
+@dataclass(frozen=True)
+class Fusing(Analysed):
+    """A model that was given subnets, as plain data.
+
+    Attributes:
+        modules: the model's modules by path, each as a line of text, without convolutions on shortcuts.
+        structures: the subnets' channels, the smallest first, without the dense model.
+        branches: for each of them, what was decided of dead branches (`rewriters.Decisions`).
+        affine: whether weights and biases of batch norms are each subnet's own.
+        active: number of the active subnet.
+    """
+
+    modules: Mapping[str, str]
+    structures: tuple[Structure, ...]
+    branches: tuple[Mapping[str, tuple[bool, ...]], ...]
+    affine: bool
+    active: int
