@@ -246,10 +246,10 @@ def main() -> None:
     parser.add_argument(
         "--options", nargs="+", default=["--out runs/coverage.jsonl"], help="options of each run, in one string"
     )
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="files of text to append")
     args = parser.parse_args()
-    args.out.write_text(
-        document(joined(line for path in args.results for line in lines(path)), args.options, args.results)
-    )
+    text = document(joined(line for path in args.results for line in lines(path)), args.options, args.results)
+    args.out.write_text("\n".join([text, *(path.read_text() for path in args.more)]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from rewriters.errors import CaptureError
 
 _ASKS_FOR_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-_OWN_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_OWN_CODE = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+"""Folders with a separator at the end: torchvision isn't in torch."""
 
 
 def user_line(error: BaseException) -> str:
@@ -22,17 +24,21 @@ def user_line(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
 
 
+def _at(error: BaseException) -> str:
+    line = user_line(error)
+    return f", at {line}" if line else ""
+
+
 def explain(error: Exception, where: str) -> CaptureError:
     """The error to raise for an exception in a forward."""
     if isinstance(error, _ASKS_FOR_VALUES):
         return CaptureError(
-            f"the forward depends on the values of a tensor, at {user_line(error)}.",
+            f"the forward depends on the values of a tensor{_at(error)}.",
             where=where,
             remedy="Put that part into a module of its own, which is then kept whole, or write it with torch.where.",
         )
-    line = user_line(error)
     return CaptureError(
-        f"the forward fails on the example inputs: {type(error).__name__}: {error}{f', at {line}' if line else ''}.",
+        f"the forward fails on the example inputs: {type(error).__name__}: {error}{_at(error)}.",
         where=where,
         remedy="Give example inputs of the shape, dtype and device that the model is run with.",
     )
@@ -43,4 +49,4 @@ def why_unrecordable(error: Exception) -> str:
     asks = isinstance(error, _ASKS_FOR_VALUES)
     text = str(error).strip().partition("\n")[0].rstrip(".")
     what = "the forward depends on the values of a tensor" if asks else f"{type(error).__name__}: {text}"
-    return f"its forward can't be recorded: {what}, at {user_line(error)}"
+    return f"its forward can't be recorded: {what}{_at(error)}"
