@@ -17,7 +17,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings, timm_name, written_model
+from autogate.cli.method_options import asked_method, read_limits, with_method_options
 from autogate.inspection import short
+from autogate.methods import METHODS
 from autogate.training import (
     SCHEDULES,
     Budget,
@@ -56,6 +58,7 @@ _budget, _data, _learn, _run = (functools.partial(_option, panel) for panel in (
 _L, _I = Learning, Images  # the options have the defaults of these
 
 
+@with_method_options
 @one_line_errors
 def train(
     context: typer.Context,
@@ -68,6 +71,8 @@ def train(
     round_to: Annotated[int, _budget("Make widths multiples of this.", min=1)] = 1,
     shortcuts: Annotated[str, _budget('"shared", or "conv": 1x1 convolutions on shortcuts.')] = "shared",
     ignore: Annotated[list[str] | None, _budget("Module whose channels all stay; can be repeated.")] = None,
+    limit: Annotated[list[str] | None, _budget("NAME=LEAST[:MOST], shares of channels; can be repeated.")] = None,
+    method: Annotated[str, _option("Method", f"What decides which channels die: {', '.join(METHODS)}.")] = "gdp",
     pretrained: Annotated[bool, _learn("Start from timm's weights.", "--pretrained")] = False,
     initial_checkpoint: Annotated[Path | None, _learn("Start from the weights in a file.", exists=True)] = None,
     num_classes: Annotated[int | None, _learn("Number of classes. Default: the data's.", min=1)] = None,
@@ -115,6 +120,7 @@ def train(
     log_interval: Annotated[int | None, _run("Steps between lines, 10 or more; 50 without a terminal.", min=10)] = None,
     tensorboard: Annotated[bool, _run("Log for TensorBoard too.", "--tensorboard")] = False,
     debug: Debug = False,
+    **settings: Any,
 ) -> None:  # fmt: skip
     """Fine-tune a timm model with gates and make it slim. Start from a trained model.
 
@@ -164,10 +170,11 @@ def _recipe(asked: dict[str, Any]) -> Recipe:
         Network, asked, name=_model_name(asked["model"]), initial_checkpoint=_text(asked["initial_checkpoint"])
     )
     images = _filled(Images, asked, download=asked["data_download"], scale=tuple(asked["scale"]))
-    budget = _filled(Budget, asked, ignore=tuple(asked["ignore"] or ()))
+    limits = read_limits(asked["limit"] or [])
+    budget = _filled(Budget, asked, ignore=tuple(asked["ignore"] or ()), limits=limits)
     teacher = Distillation(asked["distill_weight"], asked["distill_temperature"]) if asked["distill"] else None
     parts = {"network": network, "images": images, "budget": budget, "learning": _filled(Learning, asked)}
-    return _filled(Recipe, asked, **parts, distillation=teacher)
+    return _filled(Recipe, asked, **parts, distillation=teacher, method=asked_method(asked))
 
 
 def _model_name(name: str) -> str:

@@ -5,9 +5,11 @@ from autogate.methods.clipped_lasso import ClippedLasso
 from autogate.methods.gdp import GDP
 from autogate.methods.learner import Learner, Standing
 from autogate.methods.method import Gates, Grouping, KernelSums, Method, Proposal, Step
+from autogate.methods.text import METHODS, method_of
 
 __all__ = [
     "GDP",
+    "METHODS",
     "ClippedLasso",
     "Gates",
     "Grouping",
@@ -19,4 +21,5 @@ __all__ = [
     "Step",
     "as_method",
     "budget_of",
+    "method_of",
 ]

@@ -135,7 +135,9 @@ def _slim_once(
         _remove_gates(model, bank, undo_log)
         analysis, options = _analysed(model, bank)
         trained = [_trained(model, call) if analysis.trains_otherwise else None for call in calls]
-        done = slim_and_record(model, analysis, bank.live, options, bank.origin.shortcuts, undo_log)
+        method = repr(bank.learner.method) if float(bank.step_count) else ""
+        live, shortcuts = bank.live, bank.origin.shortcuts
+        done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, method=method)
         for call, outputs, allowed in zip(calls, wanted, rounding or [()] * len(calls), strict=True):
             verify(model, call, outputs, "the slim model", tolerance, allowed)
         for call, trains in zip(calls, trained, strict=True):

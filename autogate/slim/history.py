@@ -86,6 +86,7 @@ class Slimming(Analysed):
         removed: modules that are no longer called and were removed.
         layers: convolutions and linear layers, with their channels and multiply-adds before and after.
         params: number of parameters before, without those of convolutions on shortcuts.
+        method: what decided which channels died, as the call that makes it; empty if no gate has learned.
     """
 
     kept: tuple[KeptIndices, ...]
@@ -95,6 +96,7 @@ class Slimming(Analysed):
     removed: tuple[str, ...]
     layers: tuple[Layer, ...] = ()
     params: int = 0
+    method: str = ""
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_l
 
 def slim_and_record(
     model: nn.Module, analysis: Analysis, live: Tensor, options: AnalysisOptions, shortcuts: tuple[Shortcut, ...],
-    undo_log: UndoLog, decided: Decisions | None = None,
+    undo_log: UndoLog, decided: Decisions | None = None, method: str = "",
 ) -> Slimming:  # fmt: skip
     """Slim `model` to the live classes, and store a record of it on the model.
 
@@ -147,6 +147,7 @@ def slim_and_record(
         shortcuts: convolutions that were put on its shortcuts.
         undo_log: takes all changes.
         decided: decisions from an earlier slimming; the weights aren't looked at then.
+        method: what decided which channels died, for the record.
 
     Returns:
         The record.
@@ -167,6 +168,7 @@ def slim_and_record(
         removed=tuple(sorted(slim_plan.removed)),
         layers=layers_of(analysis.channel_map, slim_plan.live.cpu()),
         params=params,
+        method=method,
     )
     earlier = history_of(model) or History((), modules, {}, {})
     shapes = {name: spec.shape for name, spec in describe_tensors(model).items()}

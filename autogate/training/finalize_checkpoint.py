@@ -46,7 +46,7 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpo
         found = load_checkpoint(path)
     info, recipe = found.info, found.info.recipe
     model = build_network(recipe.network, info.num_classes, weights=False)
-    model = with_gates(model, recipe.budget, info.input_size, info.steps)
+    model = with_gates(model, recipe.budget, info.input_size, info.steps, recipe.method)
     used = 0 if found.ema is None else -1
     try:
         taken = None if found.gates is None else finalize_run_again(model, found.gates, found.slimmings[used:])

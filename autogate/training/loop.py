@@ -82,7 +82,7 @@ class Loop:
         config = data_config(model, recipe.network)
         loading = loaders(data, recipe.images, config, world)
         steps = recipe.learning.epochs * _steps_per_epoch(recipe, loading)
-        model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps)
+        model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps, recipe.method)
         info = _info(recipe, data, loading, world, summary(model), classes, tuple(config["input_size"]))
         stepper = Stepper(model, recipe.learning, info.steps_per_epoch)
         bank = gates(model)

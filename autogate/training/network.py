@@ -13,6 +13,7 @@ from torch import nn
 
 from autogate.api import prepare
 from autogate.files import inputs_of, load
+from autogate.methods import method_of
 from autogate.slim import history_of
 from autogate.training.recipe import Budget, Network
 from rewriters import AutogateError
@@ -116,7 +117,9 @@ def data_config(model: nn.Module, network: Network) -> dict[str, Any]:
     return resolve_data_config({} if size is None else {"img_size": size}, model=model)
 
 
-def with_gates(model: nn.Module, budget: Budget, input_size: tuple[int, int, int], steps: int) -> nn.Module:
+def with_gates(
+    model: nn.Module, budget: Budget, input_size: tuple[int, int, int], steps: int, method: str = "GDP()"
+) -> nn.Module:  # fmt: skip
     """Prepare the model for its budget.
 
     Args:
@@ -124,6 +127,7 @@ def with_gates(model: nn.Module, budget: Budget, input_size: tuple[int, int, int
         budget: the budget.
         input_size: channels, height and width of an image.
         steps: number of optimizer steps that it is going to be trained for.
+        method: what decides which channels die, as in `Recipe`.
     """
     device = next(model.parameters()).device
     shares: dict[str, Any] = {
@@ -131,5 +135,5 @@ def with_gates(model: nn.Module, budget: Budget, input_size: tuple[int, int, int
     }  # fmt: skip
     return prepare(
         model, torch.randn(2, *input_size, device=device), **shares, steps=steps, round_to=budget.round_to,
-        shortcuts=budget.shortcuts, ignore=budget.ignore,
+        shortcuts=budget.shortcuts, ignore=budget.ignore, limits=budget.limits, method=method_of(method),
     )  # fmt: skip

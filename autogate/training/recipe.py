@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from timm.optim import list_optimizers
 
 from autogate.budget import Shares
+from autogate.methods import method_of
 from rewriters import AutogateError
 
 SCHEDULES = ("cosine", "tanh", "poly", "step", "constant", "none")
@@ -94,6 +95,7 @@ class Budget:
     round_to: int = 1
     shortcuts: str | tuple[str, ...] = "shared"
     ignore: tuple[str, ...] = ()
+    limits: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         Shares(self.flops, self.params, self.activations, self.latency)  # raises if a share is outside of (0, 1]
@@ -177,6 +179,7 @@ class Recipe:
     Attributes:
         network, images, budget, learning: see the classes.
         distillation: None to train with the labels alone.
+        method: what decides which channels die, as the call that makes it: "GDP(reach=0.2)".
         seed: seed of the weights, the order of images and all other random numbers.
         device: "cpu", "cuda"; a GPU if there is one, if None.
         tensorboard: whether to log for TensorBoard too.
@@ -187,11 +190,13 @@ class Recipe:
     budget: Budget = field(default_factory=Budget)
     learning: Learning = field(default_factory=Learning)
     distillation: Distillation | None = None
+    method: str = "GDP()"
     seed: int = 42
     device: str | None = None
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        method_of(self.method)
         if self.images.mixes and self.images.batch_size % 2:
             raise AutogateError("mixup and cutmix need an even batch size.", where="batch_size")
 

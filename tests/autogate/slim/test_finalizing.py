@@ -46,8 +46,8 @@ def test_rounding_is_no_reason_to_refuse(monkeypatch):
 
 
 def test_a_difference_that_float64_has_too_is_refused(monkeypatch):
-    def carry_out_wrongly(model, *args):
-        slim_and_record(model, *args)
+    def carry_out_wrongly(model, *args, **more):
+        slim_and_record(model, *args, **more)
         args[-1].set_attribute(model, "second", nn.Linear(32, 8, dtype=model.first.weight.dtype))
 
     model, slim_and_record = prepared(), finalizing.slim_and_record
@@ -130,8 +130,8 @@ class RoundingAlone(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_outputs_that_are_rounding_alone_are_no_reason_to_refuse(dtype, monkeypatch):
-    def carry_out_wrongly(model, *args):
-        done = slim_and_record(model, *args)
+    def carry_out_wrongly(model, *args, **more):
+        done = slim_and_record(model, *args, **more)
         with torch.no_grad():
             model.third.weight.mul_(1.001)
         return done

@@ -63,6 +63,8 @@ WAYS: dict[str, Way] = {
     "GDP": learned(autogate.GDP()),
     "ClippedLasso": learned(autogate.ClippedLasso()),
     "group Lasso": learned(autogate.ClippedLasso(a=math.inf)),
+    "l1": scored("l1"),
+    "taylor": scored("taylor"),
     **{by: scored(by) for by in CRITERIA},
 }
 
