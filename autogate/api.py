@@ -35,7 +35,7 @@ from autogate.slim import (
 )
 from autogate.steering import Bounds, read_limits
 from autogate.switching import check_one_width
-from autogate.wrappers import unwrap
+from autogate.wrappers import child_of, unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
 
 M = TypeVar("M", bound=nn.Module)
@@ -181,7 +181,7 @@ def gates(model: nn.Module) -> GateBank:
         AutogateError: the model was not prepared, or is already finalized.
     """
     model = unwrap(model)
-    bank = model._modules.get(BANK) if isinstance(model, nn.Module) else None
+    bank = child_of(model, BANK)
     if not isinstance(bank, GateBank):
         within = gated_within(model)
         raise AutogateError(

@@ -34,7 +34,7 @@ from autogate.inputs import as_calls
 from autogate.lock import locked
 from autogate.naming import did_you_mean
 from autogate.slim import PrepareRecord
-from autogate.switching import SUBNETS, Structure, Subnets
+from autogate.switching import SUBNETS, Structure, Subnets, subnets_of
 from autogate.switching import extract as extract_subnet
 from autogate.switching import fuse as fuse_structures
 from autogate.wrappers import unwrap
@@ -310,8 +310,8 @@ def status(model: nn.Module) -> Status:
 
 def _with_subnets(model: nn.Module) -> tuple[nn.Module, Subnets]:
     model = unwrap(model)
-    found = model._modules.get(SUBNETS) if isinstance(model, nn.Module) else None
-    if not isinstance(found, Subnets):
+    found = subnets_of(model)
+    if found is None:
         raise AutogateError(
             "it has no subnets.", where=type(model).__name__, remedy="Call autogate.subnets.fuse(model, found) first."
         )

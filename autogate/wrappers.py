@@ -15,6 +15,11 @@ _PREPARED = "_is_accelerate_prepared"
 """Attribute that Accelerate sets too: it doesn't prepare such a model again."""
 
 
+def child_of(model: Any, name: str) -> Any:
+    """The child module of this name; None if there is none. (The children of a scripted module have no `get`.)"""
+    return model._modules[name] if isinstance(model, nn.Module) and name in model._modules else None
+
+
 def unwrap(model: Any) -> Any:
     """The model inside torch.compile's and the distributed wrappers."""
     while True:

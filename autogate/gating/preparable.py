@@ -10,7 +10,7 @@ from torch import jit, nn
 from autogate.gating import hooks
 from autogate.gating.bank import BANK, GateBank
 from autogate.gating.sharding import has_shards
-from autogate.wrappers import is_wrapped
+from autogate.wrappers import child_of, is_wrapped
 from rewriters import AutogateError
 
 
@@ -74,4 +74,4 @@ def _check_parameters(model: nn.Module) -> None:
 def gated_within(model: Any) -> str | None:
     """Path of a prepared submodule, for instance a LightningModule's network; None if there is none."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    return next((path for path, module in modules if isinstance(module._modules.get(BANK), GateBank)), None)
+    return next((path for path, module in modules if isinstance(child_of(module, BANK), GateBank)), None)

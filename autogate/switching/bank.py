@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.slim import PrepareRecord, describe_modules, describe_tensors
 from autogate.switching.record import Fusing
 from autogate.switching.subnet import Subnet
+from autogate.wrappers import child_of
 from rewriters import AutogateError, UndoLog
 from rewriters.recording import drop_caches, with_caches
 
@@ -44,7 +45,7 @@ def check_one_width(model: object) -> None:
 
 def subnets_of(model: object) -> Subnets | None:
     """The subnets of a model; None if it has one width."""
-    found = model._modules.get(SUBNETS) if isinstance(model, nn.Module) else None
+    found = child_of(model, SUBNETS)
     return found if isinstance(found, Subnets) else None
 
 

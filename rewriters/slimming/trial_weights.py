@@ -32,6 +32,8 @@ def put_trial_weights(
     generator = torch.Generator().manual_seed(0)
     made: dict[int, Tensor] = {}
     for name, module, own_name, tensor in list(tensor_slots(model)):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # its tensors can't be exchanged; what it reads is pinned
         if id(tensor) not in made:
             value = tensor.detach()
             if isinstance(tensor, nn.Parameter):
