@@ -2,10 +2,10 @@
 
 from rewriters.forwards.cases import told_apart
 from rewriters.forwards.copies import set_forward
+from rewriters.forwards.fused_layers import disable_fused_layers
 from rewriters.forwards.guards import GUARDS, ShapeGuardError
 from rewriters.forwards.label_mask import LabelMask, labelled_dims
 from rewriters.forwards.moves import only_moves
-from rewriters.forwards.multi_head_attention import disable_fused_layers
 from rewriters.forwards.resizing import CannotResizeError, sweep
 from rewriters.forwards.rewritten_forward import (
     Graphs,

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewriters.undo_log import UndoLog
-
 
 def multi_head_attention(
     self: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
@@ -78,12 +76,3 @@ def _to_add(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
-
-
-def disable_fused_layers(model: nn.Module, undo_log: UndoLog) -> None:
-    """Make torch's transformer layers call their submodules instead of a fused kernel that reads their parameters."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            undo_log.set_attribute(module, "use_nested_tensor", False)
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            undo_log.set_attribute(module, "activation_relu_or_gelu", 0)

@@ -154,9 +154,9 @@ class Resample(nn.Module):
     def __init__(self, rng: random.Random, shape: Shape):
         super().__init__()
         dims = dims_of(shape)
-        self.pool = rng.choice([
-            MAX_POOL[dims](3, 1, 1), AVG_POOL[dims](3, 1, 1), AVG_POOL[dims](3, 1, 1, count_include_pad=False),
-        ])  # fmt: skip
+        averages = [AVG_POOL[dims](3, 1, 1), AVG_POOL[dims](3, 1, 1, count_include_pad=False)]
+        small = dims == 3 and min(shape[1:]) < 3  # avg_pool3d takes nothing smaller than its kernel, padded or not
+        self.pool = rng.choice([MAX_POOL[dims](3, 1, 1), *([] if small else averages)])
         self.conv1 = conv_norm_act(rng, shape, width(rng))
         self.conv2 = conv_norm_act(rng, shape, width(rng))
         self.mode = rng.choice(["nearest", LINEAR_MODE[dims]])
