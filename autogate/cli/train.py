@@ -41,7 +41,7 @@ from autogate.training import (
     start,
 )
 
-MOVABLE = ("data", "data_dir", "workers", "device", "log_interval")
+MOVABLE = ("data", "data_dir", "workers", "device", "log_interval", "epochs")
 """Options that can be given together with --resume."""
 
 LOG_INTERVAL = 50
@@ -78,7 +78,7 @@ def train(
     num_classes: Annotated[int | None, _learn("Number of classes. Default: the data's.", min=1)] = None,
     drop: Annotated[float, _learn("Dropout rate.", min=0.0, max=1.0)] = 0.0,
     drop_path: Annotated[float, _learn("Stochastic depth rate.", min=0.0, max=1.0)] = 0.0,
-    epochs: Annotated[int, _learn("Epochs, including the warm-up.", min=1)] = _L.epochs,
+    epochs: Annotated[int, _learn("Epochs in all, including the warm-up.", min=1)] = _L.epochs,
     opt: Annotated[str, _learn("Name of a timm optimizer.")] = _L.opt,
     lr: Annotated[float, _learn("Peak learning rate.", min=0.0)] = _L.lr,
     weight_decay: Annotated[float, _learn("Weight decay.", min=0.0)] = _L.weight_decay,
@@ -127,8 +127,9 @@ def train(
     --data is a folder with train/ and validation/, each with one folder per class; or cifar10 or cifar100; or a name
     that timm.data.create_dataset accepts (torch/..., tfds/..., hfds/..., wds/...).
 
-    Ctrl-C stops the run and leaves a checkpoint; --resume continues from it. For distributed training use torchrun:
-    torchrun --nproc-per-node 2 -m autogate.cli train ...
+    Ctrl-C stops the run and leaves a checkpoint; --resume continues from it. With more --epochs than planned the run
+    goes on longer, a finished one too: the learning rate follows the schedule of the longer run. For distributed
+    training use torchrun: torchrun --nproc-per-node 2 -m autogate.cli train ...
 
     Example: autogate train resnet50 --pretrained --data imagenet/ --flops 0.5 --epochs 30 --amp
     """
@@ -208,7 +209,8 @@ def _resumed(run: Path, context: typer.Context) -> Recipe:
     images = dataclasses.replace(
         recipe.images, **{name: given[name] for name in ("data", "data_dir", "workers") if name in given}
     )
-    return dataclasses.replace(recipe, images=images, device=given.get("device", recipe.device))
+    learning = dataclasses.replace(recipe.learning, epochs=given.get("epochs", recipe.learning.epochs))
+    return dataclasses.replace(recipe, images=images, learning=learning, device=given.get("device", recipe.device))
 
 
 class _Signals:

@@ -97,6 +97,8 @@ class Loop:
                     self.model, found.gates, found.slimmings, self._average, self.stepper.optimizer
                 )
             self.model.load_state_dict(found.model)
+            if self.final_gates is None and found.position.step >= found.info.steps < self.info.steps:
+                gates(self.model).settled.zero_()  # the steps were over, and now there are more
             self.stepper.optimizer.load_state_dict(dict(found.optimizer))
             if found.scaler is not None:
                 self.stepper.scaler.load_state_dict(dict(found.scaler))

@@ -16,7 +16,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -226,6 +226,12 @@ class RunFolder:
         if not self.info_file.is_file():
             raise AutogateError("there is no run in this folder: it has no run.json.", where=str(self.path))
         return from_json(RunInfo, self.info_file.read_text(), str(self.info_file))
+
+    def lengthen(self, epochs: int) -> None:
+        """Record that the run has so many epochs. What else the recipe says stays."""
+        info = self.info()
+        recipe = replace(info.recipe, learning=replace(info.recipe.learning, epochs=epochs))
+        self._write(self.info_file, to_json(replace(info, recipe=recipe, steps=epochs * info.steps_per_epoch)))
 
     def metrics(self) -> tuple[EpochRow, ...]:
         """Read the rows of all epochs so far."""

@@ -62,20 +62,30 @@ def resume(
 
     Args:
         path, world, callbacks, stop: as for `start`.
-        change: changes the recipe from now on: where the images are, the number of workers, the device. Another number
-            of workers draws other random crops.
+        change: changes the recipe from now on: where the images are, the number of workers, the device, the epochs.
+            Another number of workers draws other random crops. More epochs than planned make the run longer, a
+            finished one too: the learning rate follows the schedule of the longer run from where it is, and targets
+            that are not met yet have its steps. run.json then has the longer run.
 
     Raises:
         AutogateError: as for `start`; or there is no run or no checkpoint, or it is damaged and so is the one before
-            it, or it doesn't fit the data or the number of processes.
+            it, or it doesn't fit the data or the number of processes, or the epochs are fewer than planned.
 
     Warns:
         UserWarning: the newest checkpoint is damaged; the run goes on from the one before it.
     """
     world, folder = world or World(), RunFolder(path)
     info = folder.info()
+    recipe, planned = change(info.recipe), info.recipe.learning.epochs
+    if recipe.learning.epochs < planned:
+        raise AutogateError(
+            f"epochs={recipe.learning.epochs} is fewer than the {planned} of the run; it can only be made longer.",
+            where=str(path),
+            remedy="autogate finalize makes the slim model of an unfinished run.",
+        )
     result = folder.result()
-    if result is not None and result.complete and folder.slim_file.is_file():
+    steps = recipe.learning.epochs * info.steps_per_epoch  # an older result may be that of a shorter run
+    if result is not None and result.complete and result.steps == steps and folder.slim_file.is_file():
         return result
     if world.size != info.processes:
         raise AutogateError(
@@ -89,7 +99,6 @@ def resume(
         raise AutogateError(
             "the run has no checkpoint yet.", where=str(path), remedy="Delete the folder and start the run again."
         ) from error
-    recipe = change(info.recipe)
     seed_at(recipe.seed)
     data = find_data(recipe.images)
     model = build_network(recipe.network, info.num_classes, weights=False).to(world.device)
@@ -98,7 +107,7 @@ def resume(
         teacher = copy.deepcopy(model)
         teacher.load_state_dict(read_tensors(folder.teacher_file))
     loop = Loop.prepare(recipe, data, model, teacher, folder, world)
-    for name in ("num_classes", "train_images", "val_images", "batches", "steps", "gates"):
+    for name in ("num_classes", "train_images", "val_images", "batches", "steps_per_epoch", "gates"):
         now, then = getattr(loop.info, name), getattr(info, name)
         if now != then:
             raise AutogateError(
@@ -108,6 +117,8 @@ def resume(
     loop.load(found)
     if world.main:
         folder.rewind(found.position.epoch)
+        if recipe.learning.epochs > planned:
+            folder.lengthen(recipe.learning.epochs)
     world.wait()
     if world.main and file != folder.checkpoint_file:  # else the damaged one would become the previous one
         os.replace(file, folder.checkpoint_file)

@@ -45,11 +45,15 @@ def test_a_run_from_the_first_word_to_the_last(pictures: Path, tmp_path: Path, m
     assert again.exit_code == 1 and "--resume runs/test_resnet" in again.output
     finished = invoke("train", "--resume", folder.path, "--workers", 0)
     assert finished.exit_code == 0 and "slim / dense" in finished.output
-    fixed = invoke("train", "--resume", folder.path, "--lr", 1, "--epochs", 3)
-    assert fixed.exit_code == 2 and "epochs, lr" in " ".join(fixed.output.replace("│", " ").split())
+    fixed = invoke("train", "--resume", folder.path, "--lr", 1, "--opt", "adamw")
+    assert fixed.exit_code == 2 and "lr, opt" in " ".join(fixed.output.replace("│", " ").split())
+    longer = invoke("train", "--resume", folder.path, "--epochs", 2)
+    assert longer.exit_code == 0 and "epoch 2: loss" in longer.output and "8 steps" in longer.output, longer.output
+    shorter = invoke("train", "--resume", folder.path, "--epochs", 1)
+    assert shorter.exit_code == 1 and "fewer than the 2 of the run" in shorter.output
     slim = invoke("finalize", folder.checkpoint_file, "--out", "slim.safetensors")
     assert slim.exit_code == 0, slim.output
-    assert "after 4 of 4 steps" in slim.output
+    assert "after 8 of 8 steps" in slim.output
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(autogate.load("slim.safetensors")(x), autogate.load(folder.slim_file)(x))
 

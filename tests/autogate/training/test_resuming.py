@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import autogate
-from autogate.training import Callback, EpochRow, Images, Learning, RunFolder, resume, start
+from autogate.training import Callback, EpochRow, Images, Learning, Recipe, RunFolder, resume, start
 from autogate.training.checkpoint import load_checkpoint
 from autogate.training.distributed import World
 from tests.autogate.conftest import paint
-from tests.autogate.training.runs import After, Diary, everything, recipe
+from tests.autogate.training.runs import After, Diary, InEpoch, everything, recipe
 
 
 @pytest.mark.parametrize(("workers", "steps"), [(0, 2), pytest.param(1, 1, marks=pytest.mark.slow)])
@@ -64,3 +66,36 @@ def test_a_run_is_not_gone_on_with_on_other_data(pictures: Path, tmp_path: Path)
         resume(tmp_path / "run", change=change)
     with pytest.raises(autogate.AutogateError, match="there are 2 processes now, and there were 1"):
         resume(tmp_path / "run", world=World(size=2))
+
+
+@pytest.mark.parametrize(("batch", "met"), [(8, True), (24, False)])  # one step is too short for any target
+@pytest.mark.filterwarnings("ignore::autogate.BudgetNotMetWarning")
+def test_a_finished_run_goes_on_longer(pictures: Path, tmp_path: Path, batch: int, met: bool):
+    """Stopped on the way, too: the run is the longer one from then on."""
+    images, folder = Images(str(pictures), batch_size=batch, workers=0), RunFolder(tmp_path / "run")
+    first = start(recipe(pictures, images=images, learning=Learning(epochs=1)), folder.path)
+    per_epoch, told, stop = folder.info().steps, folder.metrics(), InEpoch(5)
+    assert first is not None and (first.shares["FLOPs"] <= 0.7) == met
+    assert resume(folder.path, change=epochs(8), callbacks=[stop], stop=stop) is None
+    assert folder.info().recipe.learning.epochs == 8 and folder.result() == first
+    result = resume(folder.path)
+    assert result is not None and result.complete and result.steps == 8 * per_epoch and result.shares["FLOPs"] <= 0.7
+    assert folder.result() == result == resume(folder.path)
+    rows = folder.metrics()
+    assert rows[:2] == (told[0], dataclasses.replace(told[1], settled=met)) and [row.epoch for row in rows] == list(
+        range(9)
+    )
+    for row in rows[2:]:  # the cosine of eight epochs
+        assert row.lr == pytest.approx(0.01 * (1 + math.cos(math.pi * (row.step - 1) / (8 * per_epoch))))
+    sizes = [gates.outputs for gates in folder.gates()]
+    assert (sizes[1] == sizes[-1]) == met
+
+
+def test_a_run_is_not_made_shorter(plain: tuple[RunFolder, Diary]):
+    with pytest.raises(autogate.AutogateError, match="epochs=1 is fewer than the 2 of the run"):
+        resume(plain[0].path, change=epochs(1))
+
+
+def epochs(count: int) -> Callable[[Recipe], Recipe]:
+    """Changes the epochs of a recipe."""
+    return lambda asked: dataclasses.replace(asked, learning=dataclasses.replace(asked.learning, epochs=count))
