@@ -24,12 +24,13 @@ from torch.optim import Optimizer
 
 from autogate.budget import Targets
 from autogate.gating import hooks
-from autogate.gating.first_steps import FirstSteps, looks_untrained
+from autogate.gating.first_steps import looks_untrained
 from autogate.gating.folding import Folding
 from autogate.gating.kernels import GatedKernels
 from autogate.gating.progress import Progress
 from autogate.gating.state import BankBuffers
 from autogate.gating.stepping import Stepping
+from autogate.gating.watch import Watch
 from autogate.methods import KernelSums, Learner
 from autogate.steering import Schedule
 from rewriters import ChannelMap, Side
@@ -96,7 +97,7 @@ class GateBank(BankBuffers):
         self._kernels = GatedKernels(model, channel_map, self.learner.method.scales_all)
         self._folding = Folding(self._kernels, channel_map, self.learner.method, self.state(), keeps=not follows)
         self._stepping = Stepping(self._kernels, self._folding, self.learner)
-        self._first_steps = FirstSteps(looks_untrained(model))
+        self._watch = Watch(self._kernels, self.added, looks_untrained(model))
         self.to(next(iter(self.kernels()), self.alpha).device)
         self.hook = model.register_forward_pre_hook(self._before_forward)
         if follows:
@@ -122,11 +123,10 @@ class GateBank(BankBuffers):
 
     def _loaded(self) -> None:
         self._folding.write_live(self.dead)
-        self._first_steps.untrained = False
+        self._watch.loaded()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._first_steps = FirstSteps(self._first_steps.untrained)
         if self.follows:
             hooks.register(self)
 
@@ -200,10 +200,9 @@ class GateBank(BankBuffers):
 
     def about_to_step(self, optimizer: Optimizer) -> None:
         """Called before each step of an optimizer that trains some of the model: warns in the first steps."""
-        if not self._first_steps.over:
-            self._first_steps.starts(self.schedule.steps, self._stepping.counters(self.state()).steps)
-            named = self._kernels.named(self.alpha.device)
-            self._first_steps.steps(optimizer, named, self._kernels.learning(self.added))
+        if not self._watch.first_steps.over:
+            taken = self._stepping.counters(self.state()).steps
+            self._watch.before(self.alpha.device, self.schedule.steps, taken, optimizer)
 
     @torch.no_grad()
     def fold(self, stepped: bool = False) -> None:
@@ -277,13 +276,15 @@ class GateBank(BankBuffers):
         If a gradient is not finite, nothing moves and the step doesn't count. Nor does a step without gradient and
         learning rate, which torch.distributed.checkpoint takes to create an optimizer's state. Once the targets are met
         and live gates are open, or the budget's steps are over, alpha stays as it is and nothing is read from
-        gradients. In every case the dead columns are exactly zero afterwards.
+        gradients. In every case the dead columns are exactly zero afterwards. Weights that are not finite are warned
+        of, once.
 
         Args:
             lr: the kernels' learning rate; alpha's follows it (see `GDP.alpha_rate`).
         """
         if not self.follows:
-            self._first_steps.starts(self.schedule.steps, self._stepping.counters(self.state()).steps)
-        self._stepping.step(self.state(), lr)
+            taken = self._stepping.counters(self.state()).steps
+            self._watch.before(self.alpha.device, self.schedule.steps, taken, None)
+        finite = self._stepping.step(self.state(), lr)
         self.fold(stepped=True)
-        self._first_steps.stepped(self.kernels())
+        self._watch.after(self.alpha.device, finite)

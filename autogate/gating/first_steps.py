@@ -80,12 +80,12 @@ class FirstSteps:
             return
         self._told_of_start = True
         if not taken and self.untrained:
-            _warn(
+            warn(
                 "the model looks untrained: all its norms are as they were initialised, and in such a model nothing "
                 "tells useful channels from useless ones yet. Train it, or load its weights, before autogate.prepare."
             )
         if not taken and steps < FEW_STEPS:
-            _warn(
+            warn(
                 f"the run has {steps} steps, too few to learn which channels matter. `steps` of autogate.prepare "
                 "counts optimizer steps, not epochs: epochs * batches per epoch."
             )
@@ -111,15 +111,15 @@ class FirstSteps:
         self._told_of_optimizers = True
         missing = [name for name, weight in added if id(weight) not in self._held]
         if missing:
-            _warn(
-                f"no optimizer trains {_some(missing)}: prepare has added these layers on shortcuts. Build the "
+            warn(
+                f"no optimizer trains {some(missing)}: prepare has added these layers on shortcuts. Build the "
                 "optimizer after autogate.prepare."
             )
         frozen = [name for name, weight in kernels.items() if id(weight) not in self._held]
         share = _count(kernels[name] for name in frozen) / max(1, _count(kernels.values()))
         if frozen:
-            _warn(
-                f"no optimizer trains {share:.0%} of the gated weights ({_some(frozen)}). Their gates close all the "
+            warn(
+                f"no optimizer trains {share:.0%} of the gated weights ({some(frozen)}). Their gates close all the "
                 "same, and what is left of these layers can't make up for it. Train them too, or keep their channels: "
                 "autogate.prepare(..., ignore=[...])."
             )
@@ -134,17 +134,20 @@ class FirstSteps:
             return
         self._blind += 1
         if self._blind == BLIND_STEPS:
-            _warn(
+            warn(
                 "no gated kernel has had a gradient in the first steps: gates close by what channels cost alone. Is "
-                "the loss computed with the prepared model, and do its layers require gradients?"
+                "the loss computed with the prepared model, and do its layers require gradients?",
+                after=True,
             )
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=7)  # the line that calls optimizer.step()
+def warn(message: str, after: bool = False) -> None:
+    """Warn of the line that calls `optimizer.step()`, from a function that the bank calls before or after the step."""
+    warnings.warn(message, stacklevel=9 if after else 8)  # after it, `torch.no_grad()` is one call more
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three names."""
     return f"{', '.join(names[:3])}{' and others' if names[3:] else ''}"
 
 

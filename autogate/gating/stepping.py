@@ -95,21 +95,23 @@ class Stepping:
         if self.pending is not None and not self.learner.method.reads_after:
             self.pending = replace(self.pending, reading=self._read_now(state))
 
-    def step(self, state: BankState, lr: float) -> None:
-        """As `GateBank.step`, without the folding."""
+    def step(self, state: BankState, lr: float) -> bool | None:
+        """As `GateBank.step`, without the folding. Tells whether the reading was finite, None if gates stand still."""
         if self.pending is None:
             self.measure(state)
         measured, self.pending = self.pending, None
-        if measured is not None:
-            for columns in measured.held:
-                columns.release()
-            reading = self._read_now(state) if measured.reading is None else measured.reading
-            counts = lr or (not self.learner.method.reads_after and reading.any())
-            if torch.isfinite(reading).all() and counts:
-                after = self.learner.step(state.gates(self.counters(state)), reading, lr, self.standing(state))
-                self._note(state, state.write(after))
-        elif lr:
-            self._count(state)
+        if measured is None:
+            if lr:
+                self._count(state)
+            return None
+        for columns in measured.held:
+            columns.release()
+        reading = self._read_now(state) if measured.reading is None else measured.reading
+        finite = bool(torch.isfinite(reading).all())
+        if finite and (lr or (not self.learner.method.reads_after and reading.any())):
+            after = self.learner.step(state.gates(self.counters(state)), reading, lr, self.standing(state))
+            self._note(state, state.write(after))
+        return finite
 
     def _count(self, state: BankState) -> None:
         """A step in which no gate learns: it counts while the run lasts."""

@@ -142,7 +142,7 @@ def test_of_a_model_without_norms_nothing_is_said():
 
 def test_the_watch_ends():
     model = autogate.prepare(trained(), EXAMPLE, steps=100)
-    watch: FirstSteps = autogate.gates(model)._first_steps
+    watch: FirstSteps = autogate.gates(model)._watch.first_steps
     assert not watch.over
     told(model, model.parameters())
     assert watch.over
