@@ -42,7 +42,7 @@ def _is_size(node: fx.Node) -> bool:
         return bool(tensors_of(node.args[0].meta["val"]))  # type: ignore[union-attr]  # its tensor
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _is_size(node.args[0])
-    return node.target is getattr and node.args[1] == "shape"
+    return node.target is getattr and "shape" in node.args
 
 
 def _any_stays(slim: Any, dense: Any) -> bool:
