@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.table import Table
+from torch import nn
 
 from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.files import dense_model, load
-from autogate.inspection import Comparison, Duration, Summary, compare, short, summarise_slim
+from autogate.inspection import Comparison, Duration, Summary, compare, compare_onnx, short, summarise_slim
+from rewriters import AutogateError
 
 
 @one_line_errors
@@ -33,6 +36,8 @@ def bench(
 ) -> None:
     """Measure latency and throughput of a slim model and of its dense model.
 
+    On the CPU the slim model's ONNX file is timed in onnxruntime too, where that is installed.
+
     The dense model has random weights. Prints the median of all measurements, with quartiles.
 
     Example: autogate bench slim.safetensors --batch-size 1 --batch-size 64 --device cpu
@@ -51,9 +56,23 @@ def bench(
             *models, batches=batch_size or (1, 64), devices=device, compiled=modes, seconds=seconds, side=image_size
         ):
             table.add_row(*_row(found))
+        if not device or "cpu" in device:
+            for found in _in_onnxruntime(models[1], batch_size or (1, 64), seconds, image_size):
+                table.add_row(*_row(found))
     console.print(table)
     console.print(_left(summarise_slim(models[1])), highlight=False, soft_wrap=True)
     console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
+
+
+def _in_onnxruntime(
+    slim: nn.Module, batches: Sequence[int], seconds: float, side: int | None
+) -> tuple[Comparison, ...]:
+    """The timings in onnxruntime; none, with a line that says why, where it is missing or can't run the model."""
+    try:
+        return tuple(compare_onnx(slim, batches=batches, seconds=seconds, side=side))
+    except AutogateError as error:
+        console.print(f"not timed in onnxruntime: {error}", markup=False, highlight=False, soft_wrap=True)
+        return ()
 
 
 def _left(found: Summary) -> str:
@@ -65,7 +84,7 @@ def _left(found: Summary) -> str:
 
 
 def _row(found: Comparison) -> tuple[str, ...]:
-    place = f"{found.device}, {'compiled' if found.compiled else 'eager'}"
+    place = f"{found.device}, {found.runner}"
     ratio = speed = "-"
     if isinstance(found.slim, Duration):
         speed = short(found.batch / found.slim.median)

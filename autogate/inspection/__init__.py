@@ -1,6 +1,6 @@
 """Tables about a model: what is left under gates, what could be removed, how long it takes."""
 
-from autogate.inspection.comparison import Comparison, Duration, compare, time_in_turns
+from autogate.inspection.comparison import Comparison, Duration, compare, compare_onnx, time_in_turns
 from autogate.inspection.coupling_graph import check_drawable, draw_coupling_graph
 from autogate.inspection.model_inspection import Inspection, Stage, inspect_model
 from autogate.inspection.summary import Summary, short, summarise, summarise_slim
@@ -13,6 +13,7 @@ __all__ = [
     "Summary",
     "check_drawable",
     "compare",
+    "compare_onnx",
     "draw_coupling_graph",
     "inspect_model",
     "short",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from autogate.files import inputs_of
+from autogate.files import inputs_of, to_onnx
 from autogate.inputs import Inputs
+from rewriters.recording import tensors_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class Comparison:
 
     Attributes:
         device: "cpu" or "cuda".
-        compiled: whether by torch.compile.
+        runner: "eager", "compiled" by torch.compile, or "onnxruntime".
         batch: number of samples.
         dense, slim: seconds per batch, or why the model could not be run.
     """
 
     device: str
-    compiled: bool
+    runner: str
     batch: int
     dense: Duration | str
     slim: Duration | str
@@ -65,16 +68,51 @@ def compare(
             for batch in batches:
                 inputs = inputs_of(slim, batch, side)
                 found = time_in_turns([dense, slim], inputs, seconds, by_compiler)
-                yield Comparison(device, by_compiler, batch, *found)
+                yield Comparison(device, "compiled" if by_compiler else "eager", batch, *found)
+
+
+def compare_onnx(
+    slim: nn.Module, *, batches: Sequence[int] = (1, 64), seconds: float = 1.0, side: int | None = None
+) -> Iterator[Comparison]:
+    """Time the ONNX file of a slim model in onnxruntime, on the CPU with as many threads as torch has.
+
+    Args:
+        slim: the slim model; it is moved to the CPU and put in eval mode.
+        batches, seconds, side: as for `compare`.
+
+    Yields:
+        A comparison for each batch, whose `dense` is "-": only slim models are exported.
+
+    Raises:
+        AutogateError: as for `autogate.to_onnx`.
+    """
+    slim = slim.to("cpu").eval()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "slim.onnx"
+        to_onnx(slim, path, side)
+        import onnxruntime  # not above: it is optional
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+
+    def run(*arrays: Any) -> Any:
+        return session.run(None, dict(zip(names, arrays, strict=True)))
+
+    for batch in batches:
+        arrays = tuple(tensor.numpy() for tensor in tensors_of(inputs_of(slim, batch, side)))
+        (found,) = time_in_turns([run], (arrays, {}), seconds)
+        yield Comparison("cpu", "onnxruntime", batch, "-", found)
 
 
 def time_in_turns(
-    models: Sequence[nn.Module], inputs: Inputs, seconds: float, by_compiler: bool = False
+    models: Sequence[Callable[..., Any]], inputs: Inputs, seconds: float, by_compiler: bool = False
 ) -> list[Duration | str]:
     """Time the forwards of models that take turns, so that all see the machine in the same state.
 
     Args:
-        models: models in eval mode.
+        models: models in eval mode, or functions.
         inputs: what each is run on.
         seconds: minimum time to measure each model for.
         by_compiler: whether to use torch.compile.
@@ -92,7 +130,7 @@ def time_in_turns(
     return [timer if isinstance(timer, str) else _latency(found) for timer, found in zip(timers, times, strict=True)]
 
 
-def _timer(model: nn.Module, inputs: Inputs, by_compiler: bool) -> Any:
+def _timer(model: Callable[..., Any], inputs: Inputs, by_compiler: bool) -> Any:
     """A timer for a model that has run once, or why the model doesn't run."""
     args, kwargs = inputs
     try:

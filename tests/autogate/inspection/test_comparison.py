@@ -1,5 +1,6 @@
 """A slim model is timed beside the dense one: what is measured and reported, not how long it takes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 import autogate
 from autogate.cli import app, common
-from autogate.files import dense_model
+from autogate.files import dense_model, exporting
 from autogate.inspection.comparison import Duration, compare
 
 
@@ -38,7 +39,7 @@ def test_every_batch_in_both_modes():
     )
     seen.clear()
     found = list(compare(nn.Linear(3, 2), model, batches=(1, 5), devices=["cpu"], compiled=[False], seconds=0.01))
-    assert [(one.device, one.compiled, one.batch) for one in found] == [("cpu", False, 1), ("cpu", False, 5)]
+    assert [(one.device, one.runner, one.batch) for one in found] == [("cpu", "eager", 1), ("cpu", "eager", 5)]
     assert set(seen) == {(False, 1), (False, 5)}
     for one in found:
         for latency in (one.dense, one.slim):
@@ -53,11 +54,26 @@ def test_what_does_not_run_is_told_in_its_place(slim: Path):
     assert isinstance(found.slim, Duration)
 
 
+EAGER = ("--batch-size", 2, "--batch-size", 3, "--device", "cpu", "--eager", "--seconds", "0.01")
+
+
 def test_the_command_tells_a_row_for_each(slim: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(common.console, "width", 200)
-    told = invoke(slim, "--batch-size", 2, "--batch-size", 3, "--device", "cpu", "--eager", "--seconds", "0.01")
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)  # nothing of ONNX is installed
+    told = invoke(slim, *EAGER)
     assert told.exit_code == 0, told.output
     assert told.output.count("cpu, eager") == 2 and "compiled" not in told.output
+    assert "not timed in onnxruntime: ONNX needs onnx and onnxscript and onnxruntime" in told.output
+
+
+@pytest.mark.slow
+def test_the_command_tells_a_row_for_each_in_onnxruntime(slim: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(common.console, "width", 200)
+    told = invoke(slim, *EAGER)
+    assert told.exit_code == 0, told.output
+    rows = [re.split(r" *│ *", line) for line in told.output.splitlines() if "cpu, onnxruntime" in line]
+    assert [row[2] for row in rows] == ["2", "3"]
+    assert all(row[3] == "-" and float(row[4].split()[0]) > 0 for row in rows)
 
 
 def test_what_is_wrong_is_told_without_a_traceback(slim: Path):
