@@ -240,8 +240,10 @@ class GateBank(BankBuffers):
         return self._stepping.sums(self.state())
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        recorded = torch.compiler.is_compiling() or hooks.is_capturing()
-        if not recorded and self._folding.wanted(self.state()):
+        if torch.compiler.is_compiling() or hooks.is_capturing():
+            return
+        self._watch.processes.forward()
+        if self._folding.wanted(self.state()):
             self.fold()
 
     @torch.no_grad()
@@ -279,6 +281,9 @@ class GateBank(BankBuffers):
         gradients. In every case the dead columns are exactly zero afterwards. Weights that are not finite are warned
         of, once.
 
+        Raises:
+            AutogateError: alpha is not finite; or processes of DistributedDataParallel have other gates than others.
+
         Args:
             lr: the kernels' learning rate; alpha's follows it (see `GDP.alpha_rate`).
         """
@@ -287,4 +292,5 @@ class GateBank(BankBuffers):
             self._watch.before(self.alpha.device, self.schedule.steps, taken, None)
         finite = self._stepping.step(self.state(), lr)
         self.fold(stepped=True)
-        self._watch.after(self.alpha.device, finite)
+        state = self.state()
+        self._watch.after(state, self._stepping.counters(state).steps, finite, lambda: self.kernel_sums().squares())

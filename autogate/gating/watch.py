@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from autogate.gating.finite_weights import FiniteWeights
 from autogate.gating.first_steps import FirstSteps
 from autogate.gating.kernels import GatedKernels
+from autogate.gating.processes import Processes
+from autogate.gating.state import BankState
 
 
 class Watch:
@@ -27,15 +30,16 @@ class Watch:
         self._added = added
         self.first_steps = FirstSteps(untrained)
         self._finite_weights = FiniteWeights()
+        self.processes = Processes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.first_steps, self._finite_weights = FirstSteps(self.first_steps.untrained), FiniteWeights()
+        self.__init__(state["_kernels"], state["_added"], state["first_steps"].untrained)  # type: ignore[misc]
 
     def loaded(self) -> None:
         """Called when a checkpoint was loaded."""
         self.first_steps.untrained = False
         self._finite_weights = FiniteWeights()
+        self.processes.loaded()
 
     def before(self, device: torch.device, steps: int, taken: int, optimizer: Optimizer | None) -> None:
         """Called before each step, at least until `first_steps.over`.
@@ -50,12 +54,18 @@ class Watch:
         if optimizer is not None:
             self.first_steps.steps(optimizer, self._kernels.named(device), self._kernels.learning(self._added))
 
-    def after(self, device: torch.device, finite: bool | None) -> None:
+    def after(self, state: BankState, steps: int, finite: bool | None, squares: Callable[[], Tensor]) -> None:
         """Called after each step.
 
         Args:
-            device: where values per class are.
+            state: the bank's buffers.
+            steps: steps that the gates have taken.
             finite: whether the step's reading of kernels and gradients was finite; None if nothing was read.
+            squares: gives the sum over each class's columns of the kernels' squares, shape (classes,).
+
+        Raises:
+            AutogateError: see `Processes.stepped`.
         """
-        self.first_steps.stepped(self._kernels.all(device))
+        self.first_steps.stepped(self._kernels.all(state.alpha.device))
         self._finite_weights.stepped(finite, self._kernels.model())
+        self.processes.stepped(state, steps, squares)
