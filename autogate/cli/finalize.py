@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings
+from autogate.cli.functions import FunctionOption, model_function
 from autogate.inspection import short
 from autogate.training import finalize_checkpoint
 
@@ -18,6 +19,7 @@ def finalize(
     out: Annotated[
         Path | None, typer.Option(help="File for the slim model. Default: slim.safetensors next to the checkpoint.")
     ] = None,
+    model: FunctionOption = None,
     debug: Debug = False,
 ) -> None:
     """Make the slim model of a run from its last checkpoint, however far training is.
@@ -29,7 +31,7 @@ def finalize(
     if not checkpoint.exists():
         raise typer.BadParameter(f"there is nothing at {checkpoint}.", param_hint="CHECKPOINT")
     with one_line_warnings(), console.status("finalizing"):
-        found = finalize_checkpoint(checkpoint, out)
+        found = finalize_checkpoint(checkpoint, out, model_function(model, "--model"))
     result = found.result
     console.print(
         f"{found.file.resolve()}: {short(result.flops)} of {short(result.dense_flops)} FLOPs "

@@ -11,9 +11,11 @@ from rich.table import Table
 from torch import nn
 
 from autogate.cli.common import Debug, console, images, one_line_errors, timm_model
+from autogate.cli.functions import model_function
 from autogate.files import inputs_of, load
 from autogate.inspection import Inspection, Stage, check_drawable, draw_coupling_graph, inspect_model, short
 from autogate.outlook import what_if
+from autogate.training import Network, build_network
 from rewriters import AutogateError
 
 ROUNDING = 1e-9
@@ -22,7 +24,7 @@ ROUNDING = 1e-9
 
 @one_line_errors
 def inspect(
-    model: Annotated[str, typer.Argument(help="Name of a timm model, or a file that autogate.save wrote.")],
+    model: Annotated[str, typer.Argument(help="Name of a timm model, a slim file, or package.module:function.")],
     flops: Annotated[float, typer.Option(help="Share of the FLOPs to keep, in (0, 1].")] = 0.5,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images in pixels. Default: the model's own.")
@@ -114,7 +116,8 @@ def _stages(found: Inspection, kind: str) -> Table:
 def _network(model: str, classes: int | None, side: int | None) -> tuple[nn.Module, Any]:
     """The model, and example inputs: for a slim file those that it was prepared with."""
     if not Path(model).is_file():
-        network = timm_model(model, classes)
+        function = model_function(model)
+        network = build_network(Network(model), classes, function=function) if function else timm_model(model, classes)
         return network, images(network, side)
     network = load(model)
     args, kwargs = inputs_of(network, 2, side)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from autogate.cli.common import Debug, console, errors, one_line_errors, one_line_warnings, timm_name
+from autogate.cli.functions import model_function
 from autogate.criteria import CRITERIA, Allocation
 from autogate.inspection import short
 from autogate.training import Budget, Folder, Network, Pruned
@@ -20,7 +21,7 @@ from autogate.training import prune as pruned_by
 
 @one_line_errors
 def prune(
-    model: Annotated[str, typer.Argument(help="Name of a timm model.")],
+    model: Annotated[str, typer.Argument(help="Name of a timm model, or package.module:function.")],
     by: Annotated[str, typer.Option(help=f"Criterion: {', '.join(CRITERIA)}.")] = "l1",
     allocation: Annotated[str, typer.Option(help='"global", or "uniform": the same part of all layers.')] = "global",
     flops: Annotated[float | None, typer.Option(help="Share of the FLOPs to keep; 0.5 if no share is given.")] = None,
@@ -53,15 +54,17 @@ def prune(
     Example: autogate prune resnet50 --pretrained --by taylor --flops 0.6 --data imagenet/ --out slim.safetensors
     """
     _check(by, allocation, weights, pretrained, data, recalibrate)
-    network = Network(timm_name(model), pretrained, None if weights is None else str(weights), classes, image_size)
-    if not (pretrained or weights):
+    function = model_function(model)
+    name = model if function else timm_name(model)
+    network = Network(name, pretrained, None if weights is None else str(weights), classes, image_size)
+    if not (pretrained or weights or function):
         errors.print("[yellow]warning:[/] without --pretrained or --weights the weights are random")
     budget = Budget(flops, params, activations, latency, round_to, ignore=tuple(ignore or ()))
     folder = None if data is None else Folder(data, batches, batch_size, workers)
     with one_line_warnings():
         found = pruned_by(
             network, budget, out, by=by, allocation=allocation,  # type: ignore[arg-type]
-            folder=folder, recalibrated=recalibrate, device=device,
+            folder=folder, recalibrated=recalibrate, device=device, function=function,
         )  # fmt: skip
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=1))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from autogate.cli.common import Debug, console, one_line_errors
+from autogate.cli.functions import FunctionOption, model_function
 from autogate.reporting import read_report, write_report
 
 
@@ -22,6 +23,7 @@ def report(
         list[int] | None,
         typer.Option(min=1, help="Samples per batch for --latency; can be repeated. Default: 1 and 64."),
     ] = None,
+    model: FunctionOption = None,
     debug: Debug = False,
 ) -> None:
     """Write an HTML page about a run: what is left and accuracy over time, channels of each layer, gates.
@@ -32,6 +34,7 @@ def report(
     """
     if not run.is_dir():
         raise typer.BadParameter(f"there is no folder {run}.", param_hint="RUN")
+    function = model_function(model, "--model")
     with console.status("drawing"):
-        page = write_report(read_report(run, latency, batch_size or (1, 64)), out or run / "report")
+        page = write_report(read_report(run, latency, batch_size or (1, 64), function), out or run / "report")
     console.print(f"report: {page.resolve()}", soft_wrap=True, highlight=False)

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings, timm_name, written_model
+from autogate.cli.functions import model_function
 from autogate.cli.method_options import asked_method, read_limits, with_method_options
 from autogate.inspection import short
 from autogate.methods import METHODS
@@ -37,6 +38,7 @@ from autogate.training import (
     TensorBoard,
     is_slim_file,
     join_world,
+    names_function,
     resume,
     start,
 )
@@ -62,7 +64,7 @@ _L, _I = Learning, Images  # the options have the defaults of these
 @one_line_errors
 def train(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="Name of a timm model, or a slim file to slim further.")] = None,
+    model: Annotated[str | None, typer.Argument(help="A timm model, package.module:function, or a slim file.")] = None,
     data: Annotated[str | None, _data("Folder with train/ and validation/, or a name (see above).")] = None,
     flops: Annotated[float | None, _budget("Share of the FLOPs to keep, in (0, 1]; 0.5 if no share is given.")] = None,
     params: Annotated[float | None, _budget("Share of the parameters to keep.")] = None,
@@ -138,7 +140,7 @@ def train(
         recipe, folder = _recipe(asked), out or Path("runs") / _folder_of(str(model))
     else:
         recipe, folder = _resumed(resume_run, context), resume_run
-    stopped = _Signals()
+    function, stopped = model_function(model), _Signals()
     with join_world(recipe.device) as world, stopped:
         callbacks: list[Callback] = []
         if world.main:
@@ -147,9 +149,9 @@ def train(
                 callbacks.append(TensorBoard(folder / "tensorboard"))
         with one_line_warnings():
             if resume_run is None:
-                result = start(recipe, folder, world, callbacks, stopped)
+                result = start(recipe, folder, world, callbacks, stopped, function)
             else:
-                result = resume(folder, world, callbacks, stopped, lambda _: recipe)
+                result = resume(folder, world, callbacks, stopped, lambda _: recipe, function)
         if world.main:
             _print_result(result, folder, world.size)
     if result is None:
@@ -158,7 +160,7 @@ def train(
 
 def _folder_of(model: str) -> str:
     """Name of the run's folder."""
-    return f"{Path(model).stem}-again" if is_slim_file(model) else model.replace("/", "_")
+    return f"{Path(model).stem}-again" if is_slim_file(model) else model.replace("/", "_").replace(":", ".")
 
 
 def _recipe(asked: dict[str, Any]) -> Recipe:
@@ -179,7 +181,9 @@ def _recipe(asked: dict[str, Any]) -> Recipe:
 
 
 def _model_name(name: str) -> str:
-    return str(written_model(Path(name)).resolve()) if is_slim_file(name) else timm_name(name)
+    if is_slim_file(name):
+        return str(written_model(Path(name)).resolve())
+    return name if names_function(name) else timm_name(name)
 
 
 def _filled(kind: Any, asked: dict[str, Any], **known: Any) -> Any:
@@ -199,13 +203,15 @@ def _resumed(run: Path, context: typer.Context) -> Recipe:
         for name, value in context.params.items()
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
+    recipe = RunFolder(run).info().recipe
+    if given.get("model") == recipe.network.name and names_function(recipe.network.name):
+        del given["model"]  # imported because it is named here, not because the run's folder names it
     fixed = sorted(set(given) - {"resume_run", "debug", *MOVABLE})
     if fixed:
         raise typer.BadParameter(
             f"a resumed run keeps its options; omit {', '.join(name.replace('_', '-') for name in fixed)}.",
             param_hint="--resume",
         )
-    recipe = RunFolder(run).info().recipe
     images = dataclasses.replace(
         recipe.images, **{name: given[name] for name in ("data", "data_dir", "workers") if name in given}
     )
@@ -292,7 +298,8 @@ class _Bar(Callback):
 
 def _print_result(result: Result | None, folder: Path, processes: int) -> None:
     if result is None:
-        command = ["autogate", "train", "--resume", str(folder)]
+        name = RunFolder(folder).info().recipe.network.name
+        command = ["autogate", "train", *([name] if names_function(name) else []), "--resume", str(folder)]
         if processes > 1:
             command = ["torchrun", "--nproc-per-node", str(processes), "-m", "autogate.cli", *command[1:]]
         console.print(f"stopped; resume with: {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)

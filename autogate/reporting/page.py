@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from autogate.files import atomic_write, dense_model, load
 from autogate.inspection import Comparison, Duration, compare, draw_coupling_graph, inspect_model, short
-from autogate.training import EpochRow, GateRow, Result, RunFolder, RunInfo, build_network
+from autogate.training import EpochRow, GateRow, ModelFunction, Result, RunFolder, RunInfo, build_network
 from rewriters import AutogateError, ChannelMap
 
 
@@ -55,7 +55,9 @@ class _Picture:
     shape: str = ""
 
 
-def read_report(run: Path, latency: bool = False, batches: Sequence[int] = (1, 64)) -> Report:
+def read_report(
+    run: Path, latency: bool = False, batches: Sequence[int] = (1, 64), function: ModelFunction | None = None
+) -> Report:
     """Read a run's folder.
 
     Args:
@@ -63,6 +65,7 @@ def read_report(run: Path, latency: bool = False, batches: Sequence[int] = (1, 6
         latency: whether to measure the latency of the slim and the dense model, in eager mode. This takes some seconds
             for each batch size.
         batches: batch sizes to measure.
+        function: as for `autogate.training.start`.
 
     Raises:
         AutogateError: there is no run, its first evaluation is not done, or it has no slim model to measure.
@@ -74,7 +77,7 @@ def read_report(run: Path, latency: bool = False, batches: Sequence[int] = (1, 6
             "there is nothing to report yet: the evaluation of the dense model isn't done.", where=str(run)
         )
     network, budget = info.recipe.network, info.recipe.budget
-    model = build_network(network, info.num_classes, weights=False)
+    model = build_network(network, info.num_classes, weights=False, function=function)
     example = torch.randn(2, *info.input_size)
     found = inspect_model(model, example, ignore=budget.ignore, shortcuts=budget.shortcuts)
     timed: tuple[Comparison, ...] = ()

@@ -6,7 +6,7 @@
 from autogate.training.callbacks import Callback, StepMetrics, TensorBoard
 from autogate.training.distributed import World, join_world
 from autogate.training.finalize_checkpoint import FinalizedCheckpoint, finalize_checkpoint
-from autogate.training.network import build_network, is_slim_file
+from autogate.training.network import ModelFunction, build_network, is_slim_file, names_function
 from autogate.training.pruning import Folder, Pruned, prune
 from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
 from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
@@ -26,6 +26,7 @@ __all__ = [
     "Images",
     "LayerSize",
     "Learning",
+    "ModelFunction",
     "Network",
     "Pruned",
     "Recipe",
@@ -40,6 +41,7 @@ __all__ = [
     "finalize_checkpoint",
     "is_slim_file",
     "join_world",
+    "names_function",
     "prune",
     "resume",
     "start",

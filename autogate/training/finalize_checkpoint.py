@@ -8,7 +8,7 @@ from pathlib import Path
 from autogate.files import save
 from autogate.training.checkpoint import load_checkpoint, load_newest
 from autogate.training.finalize_run import finalize_run, finalize_run_again
-from autogate.training.network import build_network, with_gates
+from autogate.training.network import ModelFunction, build_network, with_gates
 from autogate.training.run_folder import Result, RunFolder
 from rewriters import AutogateError
 
@@ -21,7 +21,9 @@ class FinalizedCheckpoint:
     result: Result
 
 
-def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpoint:
+def finalize_checkpoint(
+    path: Path, out: Path | None = None, function: ModelFunction | None = None
+) -> FinalizedCheckpoint:
     """Remove the dead channels from a run's model as it is in the checkpoint, if they aren't removed yet, and save it.
 
     If the run averages its weights, the average is used. The run can be resumed afterwards. If the newest checkpoint of
@@ -30,6 +32,7 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpo
     Args:
         path: path of a checkpoint or of a run's folder.
         out: path of the slim model; slim.safetensors next to the checkpoint if None.
+        function: as for `start`.
 
     Raises:
         AutogateError: there is no checkpoint, or it is damaged.
@@ -45,7 +48,7 @@ def finalize_checkpoint(path: Path, out: Path | None = None) -> FinalizedCheckpo
     else:
         found = load_checkpoint(path)
     info, recipe = found.info, found.info.recipe
-    model = build_network(recipe.network, info.num_classes, weights=False)
+    model = build_network(recipe.network, info.num_classes, weights=False, function=function)
     model = with_gates(model, recipe.budget, info.input_size, info.steps, recipe.method)
     used = 0 if found.ema is None else -1
     try:

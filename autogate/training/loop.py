@@ -29,7 +29,7 @@ from autogate.training.data import DataSets, Loaders, loaders, on_device, set_ep
 from autogate.training.distributed import World
 from autogate.training.finalize_run import FinalGates, Snapshot, finalize_run, finalize_run_again
 from autogate.training.learning import Loss, Stepper, accuracy, seed_at
-from autogate.training.network import data_config, with_gates
+from autogate.training.network import data_config, outputs_of, with_gates
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import EpochRow, LayerSize, Result, RunFolder, RunInfo
 from autogate.version import __version__
@@ -72,14 +72,14 @@ class Loop:
         world: World,
     ) -> Loop:  # fmt: skip
         """Prepare a model, and everything else for a run that has not started."""
-        classes = int(getattr(model, "num_classes", 0))
+        config = data_config(model, recipe.network)
+        classes = outputs_of(model, tuple(config["input_size"]))
         if data.num_classes is not None and classes < data.num_classes:
             raise AutogateError(
                 f"the model has {classes} outputs, but the data has {data.num_classes} classes.",
                 where="num_classes",
                 remedy="Omit --num-classes, or give at least as many as the data has.",
             )
-        config = data_config(model, recipe.network)
         loading = loaders(data, recipe.images, config, world)
         steps = recipe.learning.epochs * _steps_per_epoch(recipe, loading)
         model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps, recipe.method)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -16,22 +19,34 @@ from autogate.files import inputs_of, load
 from autogate.methods import method_of
 from autogate.slim import history_of
 from autogate.training.recipe import Budget, Network
-from rewriters import AutogateError
+from rewriters import AutogateError, run_eval
+
+ModelFunction = Callable[..., nn.Module]
+"""Returns a dense model. It is called with `num_classes=` if it has such a parameter, else without arguments."""
 
 
-def build_network(network: Network, num_classes: int | None, weights: bool = True) -> nn.Module:
+def build_network(
+    network: Network, num_classes: int | None, weights: bool = True, function: ModelFunction | None = None
+) -> nn.Module:
     """Build the dense model.
 
     Args:
         network: what to build.
         num_classes: number of outputs; the model's default if None.
         weights: whether to load the weights that `network` asks for. If False, the weights are random.
+        function: what builds the model, if its name is that of a function. A name alone is never imported, because
+            it may come from a file.
 
     Raises:
-        AutogateError: timm can't build it.
+        AutogateError: timm or the function can't build it.
     """
     if is_slim_file(network.name):
         return _slim_again(network, num_classes)
+    if names_function(network.name):
+        model = _called(network, num_classes, function)
+        if weights and network.initial_checkpoint is not None:
+            load_weights(model, network.initial_checkpoint)
+        return model
     arguments: dict[str, Any] = {"drop_rate": network.drop, "drop_path_rate": network.drop_path}
     arguments = {name: rate for name, rate in arguments.items() if rate}
     if num_classes is not None:
@@ -54,6 +69,71 @@ def is_slim_file(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
+def names_function(name: str) -> bool:
+    """Whether a network's name is that of a function, `package.module:function`.
+
+    >>> names_function("models.small:build"), names_function("hf_hub:timm/resnet18"), names_function("resnet18")
+    (True, False, False)
+    """
+    return re.fullmatch(r"(?!hf_hub:)\w+(\.\w+)*:\w+", name) is not None
+
+
+def _called(network: Network, num_classes: int | None, function: ModelFunction | None) -> nn.Module:
+    """The model that a function returns."""
+    if function is None:
+        raise AutogateError(
+            "a function builds this model, and only the command line may name code.",
+            where=network.name,
+            remedy=f"Name it there: autogate train {network.name} --resume RUN, autogate finalize RUN --model "
+            f"{network.name}, or the same for autogate report.",
+        )
+    _check_no_timm_options(
+        network, {"--drop": network.drop, "--drop-path": network.drop_path, "--pretrained": network.pretrained}
+    )
+    takes = inspect.signature(function).parameters
+    arguments = {} if num_classes is None or "num_classes" not in takes else {"num_classes": num_classes}
+    try:
+        model: Any = function(**arguments)
+    except Exception as error:  # it is the user's
+        raise AutogateError(f"it raised {type(error).__name__}: {error}", where=network.name) from error
+    if not isinstance(model, nn.Module):
+        raise AutogateError(f"it returned a {type(model).__name__}, and not a torch.nn.Module.", where=network.name)
+    return model
+
+
+def outputs_of(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """The number of outputs for an image: as the model says in `num_classes`, or counted.
+
+    Raises:
+        AutogateError: the output for images (N, C, H, W) is not one tensor (N, outputs), or it can't be run on them.
+    """
+    known = getattr(model, "num_classes", None)
+    if isinstance(known, int):
+        return known
+    images = torch.randn(2, *input_size, device=next(model.parameters()).device)
+    try:
+        found = run_eval(model, (images,))
+    except Exception as error:  # it is the user's
+        raise AutogateError(
+            f"it can't be run on images of shape {tuple(images.shape)}: {error}",
+            where=type(model).__name__,
+            remedy="Give the side of its images.",
+        ) from error
+    if len(found) != 1 or found[0].ndim != 2:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
+        raise AutogateError(
+            f"its outputs have shapes {shapes}; a classifier returns one tensor (N, classes).",
+            where=type(model).__name__,
+        )
+    return int(found[0].shape[1])
+
+
+def _check_no_timm_options(network: Network, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value:
+            raise AutogateError(f"{option} is for models that timm builds.", where=network.name)
+
+
 def _slim_again(network: Network, num_classes: int | None) -> nn.Module:
     """A slim model out of its file, to be slimmed further. A resumed run needs the file too."""
     model = load(network.name)
@@ -66,9 +146,7 @@ def _slim_again(network: Network, num_classes: int | None) -> nn.Module:
         )
     given = {"--drop": network.drop, "--drop-path": network.drop_path, "--pretrained": network.pretrained,
              "--initial-checkpoint": network.initial_checkpoint}  # fmt: skip
-    for option, value in given.items():
-        if value:
-            raise AutogateError(f"{option} is for models that timm builds.", where=network.name)
+    _check_no_timm_options(network, given)
     return model
 
 

@@ -20,7 +20,7 @@ from autogate.files import save
 from autogate.slim import recalibrate
 from autogate.training.data import on_device
 from autogate.training.learning import accuracy
-from autogate.training.network import build_network, data_config
+from autogate.training.network import ModelFunction, build_network, data_config, outputs_of
 from autogate.training.recipe import Budget, Network
 from rewriters import AutogateError
 
@@ -82,6 +82,7 @@ def prune(
     folder: Folder | None = None,
     recalibrated: bool = False,
     device: str | None = None,
+    function: ModelFunction | None = None,
 ) -> Pruned:
     """Build a timm model, close gates by a criterion, make it slim and save it.
 
@@ -93,20 +94,22 @@ def prune(
         folder: images; for criteria that need some, and for the accuracy before and after.
         recalibrated: recompute the statistics of batch norms on the batches of the folder.
         device: where to run; CUDA if there is some, else the CPU, if None.
+        function: as for `start`.
 
     Raises:
         AutogateError: as for `autogate.prepare` and `autogate.close`; or the folder has no images, or none with labels
             where the criterion needs them.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = build_network(network, network.num_classes).to(place).eval()
+    model = build_network(network, network.num_classes, function=function).to(place).eval()
     config = data_config(model, network)
-    images = None if folder is None else _load(folder, model, config)
+    classes = 0 if folder is None else outputs_of(model, config["input_size"])
+    images = None if folder is None else _load(folder, classes, config)
     if images is not None and CRITERIA[by].needs == "loss" and images.labelled is None:
         raise AutogateError(
             f"the criterion {by!r} needs labels.",
             where=f"--data {folder.path if folder else ''}",
-            remedy=f"Put the images of each of the model's {_outputs(model)} classes into a folder of its own.",
+            remedy=f"Put the images of each of the model's {classes} classes into a folder of its own.",
         )
     before = _measure(model, images)
     shares: dict[str, Any] = {
@@ -144,14 +147,14 @@ def _measure(model: nn.Module, images: _Images | None) -> float | None:
     return 100 * right / seen
 
 
-def _load(folder: Folder, model: nn.Module, config: Mapping[str, Any]) -> _Images:
+def _load(folder: Folder, classes: int, config: Mapping[str, Any]) -> _Images:
     """Open the images of a folder, transformed as for timm's evaluation."""
     try:
         train, val = (create_dataset("", root=str(folder.path), split=split) for split in ("train", "validation"))
     except RuntimeError as error:  # timm's message names the folder and the file suffixes it looks for
         raise AutogateError(f"{error}.", where=f"--data {folder.path}") from error
     names = dict(train.reader.class_to_idx)
-    fits = len(names) == _outputs(model) > 1 and set(val.reader.class_to_idx) <= set(names)
+    fits = len(names) == classes > 1 and set(val.reader.class_to_idx) <= set(names)
     if fits:  # timm numbers the classes of each part by itself
         val = create_dataset("", root=val.reader.root, search_split=False, class_map=names)
     for part in (train, val):
@@ -164,7 +167,3 @@ def _load(folder: Folder, model: nn.Module, config: Mapping[str, Any]) -> _Image
     calibration = DataLoader(some, folder.batch_size, num_workers=folder.workers)
     labelled = DataLoader(val, folder.batch_size, num_workers=folder.workers) if fits else None
     return _Images(calibration, labelled)
-
-
-def _outputs(model: nn.Module) -> int:
-    return int(getattr(model, "num_classes", 0))

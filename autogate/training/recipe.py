@@ -27,7 +27,8 @@ class Network:
 
     Attributes:
         name: name of a timm model, with a tag if timm has several sets of pretrained weights; or the file of a slim
-            model ("*.safetensors"), to slim it further.
+            model ("*.safetensors"), to slim it further; or "package.module:function", a function that is then
+            passed beside the recipe.
         pretrained: whether to load timm's weights.
         initial_checkpoint: a file of weights to start from.
         num_classes: number of outputs; the number of classes in the data if None.

@@ -13,7 +13,7 @@ from autogate.training.data import find_data
 from autogate.training.distributed import World
 from autogate.training.learning import seed_at
 from autogate.training.loop import Loop, Stop
-from autogate.training.network import build_network
+from autogate.training.network import ModelFunction, build_network
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import Result, RunFolder
 from autogate.training.tensor_files import read_tensors, write_tensors
@@ -22,7 +22,7 @@ from rewriters import AutogateError
 
 def start(
     recipe: Recipe, path: Path, world: World | None = None, callbacks: Sequence[Callback] = (),
-    stop: Stop = lambda: False,
+    stop: Stop = lambda: False, function: ModelFunction | None = None,
 ) -> Result | None:  # fmt: skip
     """Train a model with gates and finalize it.
 
@@ -32,6 +32,7 @@ def start(
         world: the processes that train; all of them call this. A single process on the CPU if None.
         callbacks: called with the progress of the run.
         stop: whether to write a checkpoint and stop; called after every step.
+        function: what builds the model, if its name is "package.module:function".
 
     Returns:
         The result for the slim model; None if the run was stopped.
@@ -44,7 +45,8 @@ def start(
         folder.check_free()
     seed_at(recipe.seed)
     data = find_data(recipe.images)
-    model = build_network(recipe.network, recipe.network.num_classes or data.num_classes).to(world.device)
+    model = build_network(recipe.network, recipe.network.num_classes or data.num_classes, function=function)
+    model = model.to(world.device)
     teacher = copy.deepcopy(model) if recipe.distillation is not None else None
     loop = Loop.prepare(recipe, data, model, teacher, folder, world)
     if world.main:
@@ -56,12 +58,12 @@ def start(
 
 def resume(
     path: Path, world: World | None = None, callbacks: Sequence[Callback] = (), stop: Stop = lambda: False,
-    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe, function: ModelFunction | None = None,
 ) -> Result | None:  # fmt: skip
     """Continue a run from its checkpoint. On a CPU the weights are the same, bit for bit, as without the interruption.
 
     Args:
-        path, world, callbacks, stop: as for `start`.
+        path, world, callbacks, stop, function: as for `start`.
         change: changes the recipe from now on: where the images are, the number of workers, the device, the epochs.
             Another number of workers draws other random crops. More epochs than planned make the run longer, a
             finished one too: the learning rate follows the schedule of the longer run from where it is, and targets
@@ -101,7 +103,7 @@ def resume(
         ) from error
     seed_at(recipe.seed)
     data = find_data(recipe.images)
-    model = build_network(recipe.network, info.num_classes, weights=False).to(world.device)
+    model = build_network(recipe.network, info.num_classes, weights=False, function=function).to(world.device)
     teacher = None
     if recipe.distillation is not None:
         teacher = copy.deepcopy(model)

@@ -10,6 +10,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+HINTS = {
+    nn.MultiheadAttention: {"is_causal"},
+    nn.TransformerEncoderLayer: {"is_causal"},
+    nn.TransformerDecoderLayer: {"tgt_is_causal", "memory_is_causal"},
+}
+"""Arguments of torch's layers that say whether a mask is causal; these layers only pass them on, to `attend`."""
 
 
 def multi_head_attention(
@@ -40,8 +48,7 @@ def multi_head_attention(
     if self.add_zero_attn:
         key, value, added = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1)), added + 1
     query, key, value = (x.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
-    causal = is_causal and key_padding_mask is None and not need_weights and added == 0
-    mask = None if causal else _mask(attn_mask, key_padding_mask, query, added)
+    mask = _mask(attn_mask, key_padding_mask, query, added)
     dropout = self.dropout if self.training else 0.0
     weights = None
     if need_weights:
@@ -52,11 +59,22 @@ def multi_head_attention(
         weights = weights.mean(1) if average_attn_weights else weights
         weights = weights if batched else weights.squeeze(0)
     else:
-        heads = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
+        hinted = key_padding_mask is None and added == 0
+        heads = attend(query, key, value, mask, dropout, is_causal if hinted else False)
     output = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
     if not batched:
         return output.squeeze(0), weights
     return output if self.batch_first else output.transpose(0, 1), weights
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+    """Scaled dot-product attention that takes no mask where it is told that the mask is causal.
+
+    It is one call in a trace, which so holds for both: `nn.TransformerEncoder` finds out from the mask's values.
+    """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(attend, (query, key, value), query, key, value, mask, dropout, causal)
+    return F.scaled_dot_product_attention(query, key, value, None if causal else mask, dropout, causal)
 
 
 def _mask(attention: Tensor | None, padding: Tensor | None, query: Tensor, added: int) -> Tensor | None:

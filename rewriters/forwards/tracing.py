@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.errors import TraceError
 from rewriters.forwards.attribute_reads import AttributeReads, follows_input
 from rewriters.forwards.guards import GUARDS, guard, guard_attribute
+from rewriters.forwards.multi_head_attention import HINTS
 from rewriters.forwards.proxies import ValueProxy, ValueTracer
 from rewriters.forwards.read_code import code_compares_identity, line_of_caller
 from rewriters.forwards.rewritten_forward import own_forward
@@ -148,6 +149,8 @@ class _Tracer(ValueTracer):
         node = self.create_node("placeholder", f"{stars}{parameter.name}", default, {})
         node.meta["val"] = _plain(value)
         proxy = self.proxy(node)
+        if parameter.name in HINTS.get(type(self.root), ()):
+            return proxy
         if parameter.default is None and value is not None:
             absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
             self.guard(absent, f"whether the argument {parameter.name} is None")

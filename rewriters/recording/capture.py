@@ -16,11 +16,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
+from torch.nn.modules import transformer
 from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
@@ -89,13 +91,21 @@ def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping
     }
 
 
+def _as_hinted(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
 @contextlib.contextmanager
 def without_fast_paths() -> Iterator[None]:
-    """Inside, attention runs as its parts, not as one fused kernel that hides them."""
+    """Inside, attention runs as its parts, not as one fused kernel that hides them.
+
+    Nor do torch's transformers look into a mask for whether it is causal. A mask does the same without that.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with mock.patch.object(transformer, "_detect_is_causal_mask", _as_hinted):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
