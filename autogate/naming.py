@@ -78,6 +78,28 @@ def tensors_named(model: nn.Module, name: str, argument: str) -> list[str]:
     return [tensor for tensor in tensors if tensor in exact or tensor.startswith(under)]
 
 
+class ToldKey(str):
+    """A key of a state_dict that PyTorch shows with a remark when it lists keys; it is equal to the key."""
+
+    remark: str
+
+    def __new__(cls, key: str, remark: str) -> ToldKey:
+        told = super().__new__(cls, key)
+        told.remark = remark
+        return told
+
+    def __format__(self, spec: str) -> str:
+        return f"{self!s} ({self.remark})"
+
+
+def tell_beside(keys: list[str], ending: str, remark: str) -> None:
+    """Put a remark on the first of PyTorch's missing or unexpected keys with this ending, if there is one."""
+    for index, key in enumerate(keys):
+        if key.endswith(ending):
+            keys[index] = ToldKey(key, remark)
+            return
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
     """A remedy for an unknown name: the known names that look like it."""
     near = difflib.get_close_matches(name, known, n=3)

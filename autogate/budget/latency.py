@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 
 from autogate.budget.products import Activations
@@ -156,10 +158,23 @@ def _table(layer: _Layer, calls: Sequence[Tensor], timings: Timings) -> list[lis
 
 
 def _measure(model: nn.Module, layers: Sequence[_Layer], inputs: Inputs) -> tuple[float, list[list[list[float]]]]:
-    """Seconds of the whole model, and the table of each layer."""
-    whole, calls = time_model(model, [layer.module for layer in layers], inputs)
-    with Timings(machine(model)) as timings:
-        return whole, [_table(layer, calls[layer.module], timings) for layer in layers]
+    """Seconds of the whole model, and the table of each layer. A terminal sees a progress bar."""
+    console, tables = Console(stderr=True), []
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+    # It is drawn between timings only: a thread that draws it would take time from what is timed.
+    with Progress(
+        *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("latency: timing the whole model", total=len(layers))
+        progress.refresh()
+        whole, calls = time_model(model, [layer.module for layer in layers], inputs)
+        with Timings(machine(model)) as timings:
+            for layer in layers:
+                name = layer.kernel.weight.removesuffix(".weight")
+                progress.update(task, description=f"latency: timing {name} at several widths", refresh=True)
+                tables.append(_table(layer, calls[layer.module], timings))
+                progress.advance(task)
+    return whole, tables
 
 
 def _from_first_process(make: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autogate.methods import Gates, Method
+from autogate.naming import tell_beside
 from autogate.steering import Pressure
 
 
@@ -163,11 +164,12 @@ class BankBuffers(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if layout is None:  # in PyTorch's list of keys: whether these are an error is the caller's choice (`strict`)
-            missing_keys.append(
+        if layout is None:  # beside PyTorch's keys: whether these are an error is the caller's choice (`strict`)
+            remark = (
                 "this model has gates, and the state has none. Load a dense state before autogate.prepare, a slim "
                 "model with autogate.load"
             )
+            tell_beside(missing_keys, f"{prefix}alpha", remark)
         self._loaded()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BankBuffers:

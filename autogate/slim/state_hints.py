@@ -7,17 +7,30 @@ from typing import Any
 from torch import nn
 
 from autogate.gating import BANK
+from autogate.naming import tell_beside
 from autogate.slim.history import history_of
 from rewriters import UndoLog
+
+_GATED = (
+    "this model is slim, and the state is of one with gates. Load it into the prepared model, then call "
+    "autogate.finalize"
+)
 
 
 def add_state_hint(model: nn.Module, undo_log: UndoLog) -> None:
     """Let a slim model's `load_state_dict` name the form of a state that doesn't fit."""
-    hooks = model._load_state_dict_pre_hooks
-    if any(getattr(one, "hook", None) is _tell_of_other_forms for one in hooks.values()):
+    before, after = model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks
+    if _tell_of_gates in after.values():
         return
     handle = model.register_load_state_dict_pre_hook(_tell_of_other_forms)
-    undo_log.set(hooks, handle.id, hooks.pop(handle.id))
+    undo_log.set(before, handle.id, before.pop(handle.id))
+    handle = model.register_load_state_dict_post_hook(_tell_of_gates)
+    undo_log.set(after, handle.id, after.pop(handle.id))
+
+
+def _tell_of_gates(model: nn.Module, keys: Any) -> None:
+    if BANK not in model._modules:
+        tell_beside(keys.unexpected_keys, f"{BANK}.alpha", _GATED)
 
 
 def _tell_of_other_forms(
@@ -30,11 +43,8 @@ def _tell_of_other_forms(
     gated = f"{prefix}{BANK}.alpha" in state and BANK not in model._modules
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     given = {name: tuple(getattr(state.get(f"{prefix}{name}"), "shape", own[name])) for name in own}
-    if gated:
-        (unexpected if given == own else errors).append(
-            "this model is slim, and the state is of one with gates. Load it into the prepared model, then call "
-            "autogate.finalize"
-        )
+    if gated and given != own:
+        errors.append(_GATED)
     elif given != own:
         dense = history.slimmings[0].tensors
         is_dense = all(shape == dense[name].shape for name, shape in given.items() if name in dense)

@@ -28,7 +28,7 @@ def is_product_with_others(number: fx.Node, slim: Mapping[fx.Node, Any]) -> bool
         elif node.target == "numel":
             others = True
         elif _is_size(node):
-            others |= slim[node] == node.meta["val"]
+            others |= _any_stays(slim[node], node.meta["val"])
         elif node.op == "get_attr":
             pass  # a number that is an attribute stays what it is
         else:
@@ -37,10 +37,14 @@ def is_product_with_others(number: fx.Node, slim: Mapping[fx.Node, Any]) -> bool
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether a number is read from a tensor's shape."""
+    """Whether a number, or several in a tuple, are read from a tensor's shape."""
     if node.target == "size":
         return bool(tensors_of(node.args[0].meta["val"]))  # type: ignore[union-attr]  # its tensor
-    if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
-        return False
-    shape = node.args[0]
-    return shape.target == "size" or (shape.target is getattr and "shape" in shape.args)
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _is_size(node.args[0])
+    return node.target is getattr and "shape" in node.args
+
+
+def _any_stays(slim: Any, dense: Any) -> bool:
+    """Whether a size is what it was before slimming; of several, whether any is."""
+    return any(map(operator.eq, slim, dense)) if isinstance(dense, tuple) else bool(slim == dense)

@@ -112,7 +112,7 @@ class Resizer:
             if self._holds(node):
                 self._copy(node)
             else:
-                self.changed = True  # it guarded a size that has changed
+                self._keep_guard(node)
         elif (statistic := self._by_position(node)) is not None:
             self._put_in_positions(node, statistic)
         elif self._is_untouched(node):
@@ -184,6 +184,13 @@ class Resizer:
             given = fx.node.map_arg((node.args, node.kwargs), lambda source: kept.get(source, self._copies[source]))
             copy.args, copy.kwargs = given
             self.changed = True
+
+    def _keep_guard(self, node: fx.Node) -> None:
+        """A guard of a size that has changed is left out, but not what it says of sizes other than channels."""
+        self.changed = True
+        number = node.args[0]
+        if node.target in GUARDS and isinstance(number, fx.Node) and is_product_with_others(number, self._slim):
+            self.graph.call_function(node.target, (self._kept_factor(number), *node.args[1:]))  # type: ignore[arg-type]
 
     def _kept_factor(self, number: fx.Node) -> Any:
         """A number as it was before slimming; an expression if it depends on other sizes than channels."""

@@ -212,7 +212,8 @@ class _Trial:
         rounding: list[float] = []
         values = None
         try:
-            wanted = Outputs.of(model, *inputs, training=self.training)
+            with attributes_preserved(model.modules()):  # what it keeps from one call to the next has gated sizes
+                wanted = Outputs.of(model, *inputs, training=self.training)
             if bisect:
                 values = ValuesOfModules(model, analysis, live, inputs, self.training, self.number)
                 rounding = [] if self.training else rounding_errors(model, *inputs)

@@ -100,4 +100,4 @@ def trained_without_what_was_added() -> None:
 def test_warnings_name_the_line_that_called(call):
     with pytest.warns(UserWarning) as told:
         call()
-    assert [warning.filename for warning in told] == [__file__]
+    assert {warning.filename for warning in told} == {__file__}

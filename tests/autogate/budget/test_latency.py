@@ -1,14 +1,17 @@
 """Latency as a resource: tables between measured widths, and timings kept on disk."""
 
+import io
 import json
 from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
+from torch.utils import benchmark
 
 import autogate
-from autogate.budget import timing
+from autogate.budget import latency, timing
 from autogate.budget.latency import Latency
 from autogate.budget.products import Activations, Products
 from autogate.budget.resource import SideCounts
@@ -135,7 +138,7 @@ def test_a_call_is_warmed_up_and_its_median_counts(monkeypatch):
     def call() -> None:
         spent.append(60.0 if not spent else 5.0 if len(spent) % 3 == 0 else 1.0)
 
-    monkeypatch.setattr(timing, "Timer", partial(timing.Timer, timer=lambda: sum(spent)))
+    monkeypatch.setattr(benchmark, "Timer", partial(benchmark.Timer, timer=lambda: sum(spent)))
     monkeypatch.setattr(timing, "SECONDS", 20.0)
     assert timing.seconds(call) == 1
     assert sum(spent[1:]) >= 20 and 5 in spent
@@ -195,3 +198,17 @@ def test_measuring_leaves_the_model_as_it_was():
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     assert not any(module._forward_pre_hooks for module in net[:4])
     assert autogate.gates(net).progress().targets == {"latency": 1.0}
+
+
+def test_a_terminal_sees_what_is_timed(cache, monkeypatch, capfd):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    inputs = as_call(torch.randn(2, 3, 6, 6), net)
+    channel_map = analyse(net, *inputs).channel_map
+    Latency.measure(channel_map, net, inputs)
+    assert capfd.readouterr() == ("", "")
+    seen = io.StringIO()
+    terminal = Console(file=seen, force_terminal=True, width=120)
+    monkeypatch.setattr(latency, "Console", lambda **_: terminal)
+    Latency.measure(channel_map, net, inputs)
+    for words in ("timing the whole model", "0/2", "timing 0 at several widths", "timing 3 at several widths", "1/2"):
+        assert words in seen.getvalue()

@@ -83,6 +83,15 @@ def test_a_record_of_several_examples_is_replayed():
     assert {name for name, *_ in tensor_slots(again)} == {name for name, *_ in tensor_slots(slim)}
 
 
+def test_a_file_keeps_every_way(tmp_path):
+    slim, path = autogate.finalize(prepared(TOKENS, (TOKENS, MASK)), warn=False), tmp_path / "slim.safetensors"
+    autogate.save(slim, path)
+    loaded = autogate.load(path, Attention().double())
+    for call in ((TOKENS,), (TOKENS, MASK), (TOKENS[:1],), (TOKENS[:1], ~MASK.T)):
+        assert relative_error(run_eval(loaded, call), run_eval(slim, call)) == 0
+    assert history_of(loaded) == history_of(slim)
+
+
 def test_a_slim_model_is_slimmed_again_in_each_way():
     slim = autogate.finalize(prepared(TOKENS, (TOKENS, MASK)), warn=False)
     model = autogate.prepare(slim, autogate.Examples(TOKENS, (TOKENS, MASK)), flops=0.9)

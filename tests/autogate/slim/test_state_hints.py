@@ -67,3 +67,16 @@ def test_gates_start_anew_where_the_caller_says_so(forms):
 def test_a_slim_model_with_gates_again_takes_its_own_state(forms):
     again = autogate.prepare(copy.deepcopy(forms["slim"]), torch.randn(2, 3, 32, 32))
     copy.deepcopy(again).load_state_dict(again.state_dict())
+
+
+def test_pytorch_s_lists_hold_keys_and_no_sentences(forms):
+    """They are what `strict=False` returns, for programs to read."""
+    without = copy.deepcopy(forms["gated"]).load_state_dict(forms["dense"].state_dict(), strict=False)
+    assert "autogate.alpha" in without.missing_keys
+    assert all(key.startswith("autogate.") and " " not in key for key in without.missing_keys)
+    whole = slim(0)
+    with_gates = whole.load_state_dict(forms["gated"].state_dict(), strict=False)
+    assert "autogate.alpha" in with_gates.unexpected_keys and not with_gates.missing_keys
+    assert all(key.startswith("autogate.") and " " not in key for key in with_gates.unexpected_keys)
+    with pytest.raises(RuntimeError, match="this model is slim, and the state is of one with gates"):
+        whole.load_state_dict(forms["gated"].state_dict())

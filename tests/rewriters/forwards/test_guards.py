@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 import random
 
 import numpy as np
@@ -189,6 +190,8 @@ def test_numbers_of_numpy(scaled):
 @pytest.mark.parametrize("factor", [
     lambda y: y.shape[1] * y.shape[2] * y.shape[3], lambda y: y.numel(), lambda y: (y.shape[1] * y.size(2)) ** -0.5,
     lambda y: math.sqrt(y.shape[0] * y.shape[1]), lambda y: y.size(1), lambda y: y.shape[1] / y.shape[2],
+    lambda y: math.prod(y.shape[1:]), lambda y: np.prod(y.shape[1:]), lambda y: math.prod(y.size()),
+    lambda y: operator.mul(*y.shape[1:3]),
 ])  # fmt: skip
 def test_only_the_channels_in_a_factor_are_a_constant(factor):
     def forward(m, x):
@@ -198,6 +201,18 @@ def test_only_the_channels_in_a_factor_are_a_constant(factor):
     slim_model, gated = slim_and_gated(forward, values(2, 3, 4, 4))
     agree(slim_model, gated, values(2, 3, 4, 4))
     agree(slim_model, gated, values(3, 3, 6, 5))
+
+
+@pytest.mark.parametrize("number", [int, float])
+def test_a_factor_of_channels_and_other_sizes_that_is_a_plain_number_is_guarded(number):
+    def forward(m, x):
+        first, second = m.a(x).chunk(2, 1)
+        return m.head(torch.tanh(first) * m.b(second) * 50 / number(np.prod(second.shape[1:])))
+
+    slim_model, gated = slim_and_gated(forward, values(2, 3, 4, 4))
+    agree(slim_model, gated, values(3, 3, 4, 4))
+    with pytest.raises(ShapeGuardError, match=r"test_guards.*number\(np\.prod.* was 128.*, which now is 288"):
+        run_eval(slim_model, (values(2, 3, 6, 6),))
 
 
 def test_a_mask_of_bools_in_a_rewritten_attention():
