@@ -97,7 +97,7 @@ class GateBank(BankBuffers):
         self._kernels = GatedKernels(model, channel_map, self.learner.method.scales_all)
         self._folding = Folding(self._kernels, channel_map, self.learner.method, self.state(), keeps=not follows)
         self._stepping = Stepping(self._kernels, self._folding, self.learner)
-        self._watch = Watch(self._kernels, self.added, looks_untrained(model))
+        self._watch = Watch(self._kernels, self._stepping, self.added, looks_untrained(model))
         self.to(next(iter(self.kernels()), self.alpha).device)
         self.hook = model.register_forward_pre_hook(self._before_forward)
         if follows:
@@ -200,9 +200,7 @@ class GateBank(BankBuffers):
 
     def about_to_step(self, optimizer: Optimizer) -> None:
         """Called before each step of an optimizer that trains some of the model: warns in the first steps."""
-        if not self._watch.first_steps.over:
-            taken = self._stepping.counters(self.state()).steps
-            self._watch.before(self.alpha.device, self.schedule.steps, taken, optimizer)
+        self._watch.before(self.state(), optimizer)
 
     @torch.no_grad()
     def fold(self, stepped: bool = False) -> None:
@@ -240,9 +238,10 @@ class GateBank(BankBuffers):
         return self._stepping.sums(self.state())
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        recorded = torch.compiler.is_compiling() or hooks.is_capturing()
-        if not recorded and self._folding.wanted(self.state()):
-            self.fold()
+        if not (torch.compiler.is_compiling() or hooks.is_capturing()):
+            self._watch.processes.forward()
+            if self._folding.wanted(self.state()):
+                self.fold()
 
     @torch.no_grad()
     def measure(self, *, scale: Tensor | float | None = None, later: bool = False) -> None:
@@ -279,12 +278,14 @@ class GateBank(BankBuffers):
         gradients. In every case the dead columns are exactly zero afterwards. Weights that are not finite are warned
         of, once.
 
+        Raises:
+            AutogateError: alpha is not finite; or processes of DistributedDataParallel have other gates than others.
+
         Args:
             lr: the kernels' learning rate; alpha's follows it (see `GDP.alpha_rate`).
         """
         if not self.follows:
-            taken = self._stepping.counters(self.state()).steps
-            self._watch.before(self.alpha.device, self.schedule.steps, taken, None)
+            self._watch.before(self.state(), None)
         finite = self._stepping.step(self.state(), lr)
         self.fold(stepped=True)
-        self._watch.after(self.alpha.device, finite)
+        self._watch.after(self.state(), finite)

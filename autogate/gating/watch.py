@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from autogate.gating.finite_weights import FiniteWeights
 from autogate.gating.first_steps import FirstSteps
 from autogate.gating.kernels import GatedKernels
+from autogate.gating.processes import Processes
+from autogate.gating.state import BankState
+from autogate.gating.stepping import Stepping
 
 
 class Watch:
@@ -18,44 +20,55 @@ class Watch:
 
     Args:
         kernels: the gated kernels.
+        stepping: takes the gates' steps.
         added: weights of layers that were not in the user's model.
         untrained: the model looked untrained when it was prepared.
     """
 
-    def __init__(self, kernels: GatedKernels, added: Collection[str], untrained: bool):
+    def __init__(self, kernels: GatedKernels, stepping: Stepping, added: Collection[str], untrained: bool):
         self._kernels = kernels
+        self._stepping = stepping
         self._added = added
         self.first_steps = FirstSteps(untrained)
         self._finite_weights = FiniteWeights()
+        self.processes = Processes()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.first_steps, self._finite_weights = FirstSteps(self.first_steps.untrained), FiniteWeights()
+        untrained = state["first_steps"].untrained
+        self.__init__(state["_kernels"], state["_stepping"], state["_added"], untrained)  # type: ignore[misc]
 
     def loaded(self) -> None:
         """Called when a checkpoint was loaded."""
         self.first_steps.untrained = False
         self._finite_weights = FiniteWeights()
+        self.processes.loaded()
 
-    def before(self, device: torch.device, steps: int, taken: int, optimizer: Optimizer | None) -> None:
-        """Called before each step, at least until `first_steps.over`.
+    def before(self, state: BankState, optimizer: Optimizer | None) -> None:
+        """Called before each step.
 
         Args:
-            device: where values per class are.
-            steps: of the whole run.
-            taken: steps that were taken before.
+            state: the bank's buffers.
             optimizer: about to step, if it is known.
         """
-        self.first_steps.starts(steps, taken)
+        if self.first_steps.over:
+            return
+        self.first_steps.starts(self._stepping.learner.schedule.steps, self._stepping.counters(state).steps)
         if optimizer is not None:
-            self.first_steps.steps(optimizer, self._kernels.named(device), self._kernels.learning(self._added))
+            named = self._kernels.named(state.alpha.device)
+            self.first_steps.steps(optimizer, named, self._kernels.learning(self._added))
 
-    def after(self, device: torch.device, finite: bool | None) -> None:
+    def after(self, state: BankState, finite: bool | None) -> None:
         """Called after each step.
 
         Args:
-            device: where values per class are.
+            state: the bank's buffers.
             finite: whether the step's reading of kernels and gradients was finite; None if nothing was read.
+
+        Raises:
+            AutogateError: see `Processes.stepped`.
         """
-        self.first_steps.stepped(self._kernels.all(device))
+        self.first_steps.stepped(self._kernels.all(state.alpha.device))
         self._finite_weights.stepped(finite, self._kernels.model())
+        self.processes.stepped(
+            state, self._stepping.counters(state).steps, lambda: self._stepping.sums(state).squares()
+        )
