@@ -37,6 +37,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 EXTRAS = ("typer", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime", "lightning", "tensorboard")
 
 
+@pytest.mark.slow
 def test_the_library_needs_no_extras():
     code = """
 import autogate, timm, torch
@@ -83,7 +84,7 @@ def test_a_command_is_listed_as_it_describes_itself(name):
 
 def test_every_command_is_listed():
     files = {path.stem for path in (ROOT / "autogate" / "cli").glob("*.py")}
-    assert files - {"__init__", "__main__", "common", "method_options"} == set(COMMANDS)
+    assert files - {"__init__", "__main__", "common", "functions", "method_options"} == set(COMMANDS)
 
 
 def test_an_unknown_command_is_wrong_usage():
@@ -103,6 +104,7 @@ def test_what_type_checkers_see_is_what_is_exported():
     assert all(getattr(autogate, name) is not None for name in autogate.__all__)
 
 
+@pytest.mark.slow
 def test_folders_are_there_as_if_they_were_imported():
     code = "import autogate; print(autogate.methods.GDP.__name__, autogate.budget.timing.__name__)"
     done = in_a_new_process(code)

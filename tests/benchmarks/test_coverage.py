@@ -32,6 +32,7 @@ def test_a_model_gets_one_line_which_tells_that_it_is_exact(tmp_path, monkeypatc
     assert "| slim model runs | 1 | 1 |" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_model_that_was_prepared_again_stays_exact(tmp_path, monkeypatch):
     whole = measured(monkeypatch, tmp_path / "whole.jsonl")
     prepared = measured(monkeypatch, tmp_path / "prepared.jsonl", "--method", "prepare")

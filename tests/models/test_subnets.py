@@ -8,7 +8,7 @@ from tests.autogate.switching.nets import fused
 from tests.models.test_timm_families import FAMILIES, NORMS_IN_FLOAT32, build
 from tests.slow import slow_but
 
-QUICKEST = ("starnet_s050", "pit_ti_224")
+QUICKEST = ("starnet_s050",)
 """Those that run by default."""
 
 TAKEN = [name for number, name in enumerate(FAMILIES) if number % 2 or name in QUICKEST]

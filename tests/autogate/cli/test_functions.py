@@ -47,6 +47,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_function_of_ones_own(pictures: Path):
     asks = "--data", pictures, *DATA, "--img-size", 32, "--flops", 0.7, "--epochs", 1
     told = invoke("train", "own.models:small", *asks, "--out", "run")

@@ -97,6 +97,7 @@ def test_a_budget_out_of_reach_and_random_weights(tmp_path: Path):
     assert not (tmp_path / "slim.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_what_budgets_would_come_to():
     words = ["inspect", "test_resnet", "--image-size", "32", "--what-if", "--by", "random"]
     told = CliRunner().invoke(app, words)

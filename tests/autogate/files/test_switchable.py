@@ -70,6 +70,7 @@ def test_a_slim_model_with_subnets_comes_back(tmp_path):
         assert torch.equal(loaded(EXAMPLE), switchable(EXAMPLE))
 
 
+@pytest.mark.slow
 def test_constants_of_emptied_branches_come_back(tmp_path):
     model, x = built("test_vit", img_size=32), EXAMPLE
     found = closed(model, x, 0.1, 0)

@@ -102,8 +102,8 @@ def test_draws_whose_shape_stays_are_the_same_in_the_slim_model():
 
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_a_model_that_draws_and_is_slimmed_wrongly_is_refused(forward, monkeypatch):
-    def carry_out_wrongly(model, *args):
-        done = slim_and_record(model, *args)
+    def carry_out_wrongly(model, *args, **kwargs):
+        done = slim_and_record(model, *args, **kwargs)
         with torch.no_grad():
             model.b.weight.mul_(1.001)
         return done

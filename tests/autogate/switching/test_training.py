@@ -75,6 +75,7 @@ def test_gradient_checkpointing_reaches_the_shared_weights(net):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_autocast_accumulation_and_clipping(net):
     switchable, _, example = net
     switchable, example = switchable.float().train(), example.float()
@@ -141,6 +142,7 @@ def _train_distributed(rank: int, world: int, port: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     _train_distributed(0, 1, 0, str(tmp_path))
     run_in_processes(_train_distributed, 2, 2, free_port(), str(tmp_path))

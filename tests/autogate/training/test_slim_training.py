@@ -36,6 +36,7 @@ def test_channels_are_taken_out_once_the_targets_are_met(slim_early: RunFolder):
     assert any(not torch.equal(slim[name], value) for name, value in found.model.items())
 
 
+@pytest.mark.slow
 def test_it_comes_to_what_gates_to_the_end_come_to(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No dropout here, which draws a number for each channel, and no limit of the gradients' norm."""
     asks = recipe(pictures, learning=Learning(epochs=4, model_ema=True))
