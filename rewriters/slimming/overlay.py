@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriters.labelling import ChannelMap
+from rewriters.slimming.dead_branches import is_under
 from rewriters.slimming.plan import SlimPlan, apply, take_indices, tensor_slots
 from rewriters.undo_log import UndoLog
 
@@ -171,9 +172,13 @@ class Overlay:
         for name, module, own_name, tensor in tensor_slots(model):
             slots.setdefault(id(tensor), []).append(Place(module, own_name))
             tensors[name] = tensor
+        cuts = slim_plan.cuts()
+        gated = (side.tensor for side in channel_map.gated if not is_under(side.tensor, slim_plan.removed))
         slices = tuple(
-            TensorSlice(name, tuple(slots[id(tensors[name])]), tuple(cuts), _closed(name, cuts, channel_map, live))
-            for name, cuts in slim_plan.cuts().items()
+            TensorSlice(name, tuple(slots[id(tensors[name])]), tuple(cuts.get(name, ())), closed)
+            for name in dict.fromkeys([*cuts, *gated])
+            for closed in [_closed(name, cuts.get(name, ()), channel_map, live)]
+            if name in cuts or closed  # a layer may lose no index and all that it reads
         )
         constants = []
         for name, value in slim_plan.constants.items():

@@ -99,3 +99,31 @@ def test_forwards_that_others_rewrite_stand_in_every_overlay():
         overlay.remove()
         assert "forward" not in vars(model)
     assert torch.equal(model(example), wanted)
+
+
+class AllOrNone(nn.Module):
+    """Its channels can only go together, so the one class that is kept for the sake of a layer is all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x + x.roll(1, 1))
+
+
+def test_a_layer_that_loses_all_that_it_reads_and_no_index():
+    model, x = AllOrNone().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    analysis = analyse(model, (x,))
+    assert analysis.channel_map.size == 1
+    dead = torch.tensor([False])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    zero_kernels(model, analysis.channel_map, dead)
+    wanted, slim_plan = model(x), plan(model, analysis, dead, (x,))
+    model.load_state_dict(state)
+    assert not torch.equal(model(x), wanted)
+    overlay = Overlay.of(model, slim_plan, analysis.channel_map, dead)
+    assert [one.cuts for one in overlay.slices] == [()]
+    put(model, overlay)
+    assert torch.equal(model(x), wanted)
