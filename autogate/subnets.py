@@ -80,10 +80,12 @@ def of(*prepared: nn.Module, names: Sequence[str] | None = None) -> Found:
         raise AutogateError(f"{len(prepared)} models and {len(names or ())} names.", where="subnets.of")
     banks = [gates(model) for model in prepared]
     origins: list[PrepareRecord] = [bank.origin for bank in banks]
-    for bank, origin in zip(banks, origins, strict=True):
+    first = origins[0].options
+    for bank, options in zip(banks, (origin.options for origin in origins), strict=True):
         bank.fold()
         differs = banks[0].channel_map.difference(bank.channel_map)
-        if differs is not None or origin.options[1:] != origins[0].options[1:]:
+        alike = (options.ignored, options.shortcuts, options.embed) == (first.ignored, first.shortcuts, first.embed)
+        if differs is not None or not alike:
             raise AutogateError(
                 "the models were prepared with other arguments, or their channels differ.",
                 where=differs or "prepare",

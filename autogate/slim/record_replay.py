@@ -247,10 +247,7 @@ def slim_as_recorded(
     live = live_classes(analysis.channel_map, slimming.kept)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
-    mine, theirs = kept_by_side(done.kept), kept_by_side(slimming.kept)
-    for side in {**theirs, **mine}:
-        here, there = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
-        check_same(f"the set of indices kept of {side}", here, there)
+    check_kept(done.kept, slimming.kept)
     check_same("the set of removed branches", done.branches, slimming.branches)
     check_same("the set of shortcut convolutions that became selections", done.selections, slimming.selections)
     check_same("the set of removed modules", done.removed, slimming.removed)
@@ -272,6 +269,14 @@ def live_classes(channel_map: ChannelMap, recorded: Collection[KeptIndices]) -> 
             labels = classes[sorted(gone)]
             live[labels[labels != ALWAYS]] = False
     return live
+
+
+def check_kept(here: Collection[KeptIndices], recorded: Collection[KeptIndices]) -> None:
+    """Raise, with the name of a side, unless the indices that stay are the recorded ones."""
+    mine, theirs = kept_by_side(here), kept_by_side(recorded)
+    for side in {**theirs, **mine}:
+        own, other = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
+        check_same(f"the set of indices kept of {side}", own, other)
 
 
 def check_same(what: str, here: object, there: object) -> None:

@@ -178,11 +178,10 @@ def close_columns(model: nn.Module, channel_map: ChannelMap, live: Tensor, undo_
         places.setdefault(id(tensor), []).append(Place(module, own_name))
         by_name[name] = tensor
     closed: dict[int, Tensor] = {}
-    for side in channel_map.gated:
-        tensor = by_name[side.tensor]
-        is_open = torch.cat([live, live.new_ones(1)])[channel_map.classes[side]]
-        if not is_open.all():
-            shape = [-1 if dim == side.dim else 1 for dim in range(tensor.ndim)]
+    for name, columns in channel_map.open_columns(live).items():
+        tensor = by_name[name]
+        for own_dim, is_open in columns:
+            shape = [-1 if dim == own_dim else 1 for dim in range(tensor.ndim)]
             before = closed.get(id(tensor), tensor.detach())
             closed[id(tensor)] = before * is_open.to(before).view(shape)
     for key, value in closed.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from autogate.slim import KeptIndices, check_same, kept_by_side, kept_indices, live_classes
+from autogate.slim import KeptIndices, check_kept, kept_indices, live_classes
 from rewriters import ChannelMap
 
 
@@ -40,8 +40,5 @@ class Structure:
             AutogateError: it is the structure of a model whose channels are coupled in another way.
         """
         live = live_classes(channel_map, self.kept)
-        mine, theirs = kept_by_side(kept_indices(channel_map, live)), kept_by_side(self.kept)
-        for side in {**theirs, **mine}:
-            here, there = (one and (one.size, one.kept) for one in (mine.get(side), theirs.get(side)))
-            check_same(f"the set of indices kept of {side}", here, there)
+        check_kept(kept_indices(channel_map, live), self.kept)
         return live

@@ -200,6 +200,7 @@ class _OfProxies(type):
     """The class of a type's stand-in, which is called in its place with proxies among its arguments."""
 
     plain: type
+    follow: Callable[..., Any]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if _thread.following is not None and _hold_proxies(args, kwargs):
@@ -208,9 +209,6 @@ class _OfProxies(type):
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return _isinstance(instance, cls.plain)
-
-    def follow(cls, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
 
 
 class _Size(metaclass=_OfProxies):

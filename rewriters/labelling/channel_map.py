@@ -188,6 +188,23 @@ class ChannelMap:
         classes = self.classes[side]
         return torch.nonzero(torch.cat([live, live.new_ones(1)])[classes]).flatten()
 
+    def open_columns(self, live: Tensor) -> dict[str, list[tuple[int, Tensor]]]:
+        """Which columns of a kernel aren't a dead class's, if only the classes in `live` live.
+
+        Args:
+            live: bool, shape (size,).
+
+        Returns:
+            By the name of each kernel that sums over a dead class: (dimension, bool of that length).
+        """
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        stays = torch.cat([live, live.new_ones(1)])
+        for side in self.gated:
+            is_open = stays[self.classes[side]]
+            if not is_open.all():
+                found.setdefault(side.tensor, []).append((side.dim, is_open))
+        return found
+
     def width(self, side: Side, live: Tensor) -> int:
         """How many indices along `side` stay."""
         return len(self.kept(side, live)) if side in self.classes else self.sizes.get(side, 1)

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map, tree_map_only
 
 from rewriters.recording.pytrees import leaves_of
+from rewriters.recording.running_modules import RunningModules
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
 
@@ -153,12 +154,13 @@ def run_for_real(
     present = [*tensors.values(), *tensors_in(args, kwargs)]
     if any(tensor.is_meta for tensor in present):
         return None
-    noting = _Noting(names)
+    noting = _Noting()
+    running = RunningModules(model, noting.seen)
     try:
-        with attributes_preserved(names), generators_kept(model, present), torch.no_grad(), noting.calls():
+        with attributes_preserved(names), generators_kept(model, present), torch.no_grad(), running.followed():
             functional_call(model, _buffers_copied(tensors), args, kwargs, tie_weights=False)
     except Exception as error:
-        raise FailsForRealError(noting.failed_in(error)) from error
+        raise FailsForRealError(running.failed_in(error)) from error
     return noting.roots[0]
 
 
@@ -169,40 +171,21 @@ def _buffers_copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Noting:
-    """Notes the module calls of a forward, and where an error comes from."""
+    """Notes the module calls of a forward."""
 
-    def __init__(self, names: Mapping[nn.Module, list[str]]):
+    def __init__(self) -> None:
         self.roots: list[RealCall] = []
-        self._names = names
         self._open: list[RealCall] = []
-        self._failed: tuple[Exception | None, str] = (None, "")
 
-    def failed_in(self, error: Exception) -> str:
-        """Path of the innermost module that the error came through."""
-        return self._failed[1] if self._failed[0] is error else ""
-
-    @contextlib.contextmanager
-    def calls(self) -> Iterator[None]:
-        plain_call = nn.Module.__call__
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if module not in self._names:
-                return plain_call(module, *args, **kwargs)
-            inner = RealCall(self._names[module][0], [tuple(tensor.shape) for tensor in tensors_in(args, kwargs)])
+    def seen(self, path: str, number: int, what: str, value: Any) -> None:
+        """As `RunningModules` calls it."""
+        if what == "input":
+            inner = RealCall(path, [tuple(tensor.shape) for tensor in tensors_in(*value)])
             (self._open[-1].children if self._open else self.roots).append(inner)
             self._open.append(inner)
-            try:
-                output = plain_call(module, *args, **kwargs)
-            except Exception as error:
-                self._failed = self._failed if self._failed[0] is error else (error, inner.path)
-                raise
-            finally:
-                self._open.pop()
-            inner.output = _noted(output)
-            return output
-
-        with mock.patch.object(nn.Module, "__call__", call):
-            yield
+        else:
+            inner = self._open.pop()
+            inner.output = _noted(value) if what == "output" else None
 
 
 def _noted(output: Any) -> Any:

@@ -17,8 +17,8 @@ class RunningModules:
 
     Args:
         model: the model whose modules are followed.
-        seen: called with (path, number of the call, "input" or "output", arguments or result) whenever a module is
-            called and when it has returned.
+        seen: called with (path, number of the call, "input", arguments) whenever a module is called, and with
+            "output" and the result, or "failed" and the error, when it is left.
     """
 
     def __init__(self, model: nn.Module, seen: Seen | None = None):
@@ -49,6 +49,8 @@ class RunningModules:
                 output = plain_call(module, *args, **kwargs)
             except Exception as error:
                 self._failed = self._failed if self._failed[0] is error else (error, path)
+                if self._seen is not None:
+                    self._seen(path, number, "failed", error)
                 raise
             finally:
                 self.running.pop()

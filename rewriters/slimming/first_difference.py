@@ -54,7 +54,7 @@ class ValuesOfModules:
 
     def _note(self, path: str, number: int, end: str, value: Any) -> None:
         call = self._calls.get((path, number))
-        if call is None:
+        if call is None or end == "failed":
             return
         recorded = tensors_of((call.args, call.kwargs) if end == "input" else call.output)
         found = tensors_of(value)

@@ -173,12 +173,15 @@ class Overlay:
             slots.setdefault(id(tensor), []).append(Place(module, own_name))
             tensors[name] = tensor
         cuts = slim_plan.cuts()
-        gated = (side.tensor for side in channel_map.gated if not is_under(side.tensor, slim_plan.removed))
+        columns = {  # a layer may lose no index and all that it reads
+            name: found
+            for name, found in channel_map.open_columns(live).items()
+            if not is_under(name, slim_plan.removed)
+        }
         slices = tuple(
-            TensorSlice(name, tuple(slots[id(tensors[name])]), tuple(cuts.get(name, ())), closed)
-            for name in dict.fromkeys([*cuts, *gated])
-            for closed in [_closed(name, cuts.get(name, ()), channel_map, live)]
-            if name in cuts or closed  # a layer may lose no index and all that it reads
+            TensorSlice(name, tuple(slots[id(tensors[name])]), tuple(own), _among(columns.get(name, ()), own))
+            for name in dict.fromkeys([*cuts, *columns])
+            for own in [cuts.get(name, ())]
         )
         constants = []
         for name, value in slim_plan.constants.items():
@@ -222,19 +225,11 @@ def with_all_forwards(overlays: Iterable[Overlay]) -> list[Overlay]:
     ]
 
 
-def _closed(
-    name: str, cuts: Iterable[tuple[int, Tensor]], channel_map: ChannelMap, live: Tensor
-) -> tuple[tuple[int, Tensor], ...]:
-    """Along the input sides of a kernel, which of the indices that stay aren't there for a dead class."""
-    found = []
+def _among(columns: Iterable[tuple[int, Tensor]], cuts: Iterable[tuple[int, Tensor]]) -> tuple[tuple[int, Tensor], ...]:
+    """Which columns are open among those that stay, for each dimension where some aren't."""
     kept = dict(cuts)
-    for side in channel_map.gated:
-        if side.tensor == name:
-            is_open = torch.cat([live, live.new_ones(1)])[channel_map.classes[side]]
-            is_open = is_open[kept[side.dim]] if side.dim in kept else is_open
-            if not is_open.all():
-                found.append((side.dim, is_open))
-    return tuple(found)
+    left = [(dim, is_open[kept[dim]] if dim in kept else is_open) for dim, is_open in columns]
+    return tuple((dim, is_open) for dim, is_open in left if not is_open.all())
 
 
 class _BesideLog(UndoLog):

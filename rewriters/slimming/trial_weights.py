@@ -28,7 +28,7 @@ def put_trial_weights(
         undo_log: notes every change.
         in_float64: whether all that is floating-point becomes float64.
     """
-    cuts = _cuts(analysis, live)
+    columns = analysis.channel_map.open_columns(live)
     generator = torch.Generator().manual_seed(0)
     made: dict[int, Tensor] = {}
     for name, module, own_name, tensor in list(tensor_slots(model)):
@@ -40,24 +40,13 @@ def put_trial_weights(
                 value = _drawn(value, generator)
             if in_float64 and value.is_floating_point():
                 value = value.double()
-            if value.data_ptr() == tensor.data_ptr() and (name in cuts or not isinstance(tensor, nn.Parameter)):
+            if value.data_ptr() == tensor.data_ptr() and (name in columns or not isinstance(tensor, nn.Parameter)):
                 value = value.clone()
-            for dim, gone in cuts.get(name, ()):
-                value.index_fill_(dim, gone.to(value.device), 0)
+            for dim, is_open in columns.get(name, ()):
+                value.index_fill_(dim, (~is_open).nonzero().flatten().to(value.device), 0)
             made[id(tensor)] = tensor if value.data_ptr() == tensor.data_ptr() else like(tensor, value)
         if made[id(tensor)] is not tensor:
             undo_log.set_tensor(module, own_name, made[id(tensor)])
-
-
-def _cuts(analysis: Analysis, live: Tensor) -> dict[str, list[tuple[int, Tensor]]]:
-    """For each kernel that sums over dead classes the (dimension, indices) where they are."""
-    dead = torch.cat([~live, torch.zeros(1, dtype=torch.bool)])
-    cuts: dict[str, list[tuple[int, Tensor]]] = {}
-    for side in analysis.channel_map.gated:
-        gone = dead[analysis.channel_map.classes[side]].nonzero().flatten()
-        if len(gone):
-            cuts.setdefault(side.tensor, []).append((side.dim, gone))
-    return cuts
 
 
 def _drawn(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of files and of training runs."""
+"""Fixtures of the tests of files, of training runs and of switchable models."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import autogate
+from tests.autogate.switching.nets import fused, small_net
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,11 @@ def paint(folder: Path, counts: dict[str, int]) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 images to train on and 15 to evaluate on, of three classes."""
     return paint(tmp_path_factory.mktemp("pictures"), {"train": 8, "validation": 5})
+
+
+@pytest.fixture
+def net():
+    """A switchable model with two subnets beside the whole, the slim models that these equal, and inputs."""
+    model, example = small_net()
+    switchable, slim = fused(model, example, (0.2, 0.5))
+    return switchable, slim, example

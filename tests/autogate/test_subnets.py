@@ -7,18 +7,12 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import nn
 
 import autogate
 from autogate import subnets
 from autogate.switching import SUBNETS
 from tests.autogate.switching.nets import closed, fused, small_net
-
-
-@pytest.fixture
-def net():
-    model, example = small_net()
-    switchable, slim = fused(model, example, (0.2, 0.5))
-    return switchable, slim, example
 
 
 def test_in_place_distillation_has_the_largest_s_answer(net):
@@ -120,3 +114,29 @@ def test_other_verbs_refuse_a_switchable_model(net, verb):
     switchable, _, _ = net
     with pytest.raises(autogate.AutogateError, match="subnets"):
         verb(switchable)
+
+
+def test_models_that_take_several_ways_have_subnets():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x, mask=None):
+            y = self.first(x)
+            first, second = y[:, :4], y[:, 4:]
+            y = torch.cat([first if mask is None else first * mask, second], 1)
+            return self.second(y.relu())
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 4), torch.tensor([[1.0], [0.0], [2.0]])
+    model = Masked()
+    prepared = (
+        closed(model, autogate.Examples(x.clone(), (x.clone(), mask.clone())), share, 0) for share in (0.4, 0.7)
+    )
+    switchable = subnets.fuse(model, subnets.of(*prepared))
+    slim = [subnets.extract(switchable, number) for number in (0, 1)]
+    for number, one in enumerate(slim):
+        subnets.switch(switchable, number)
+        for call in ((x,), (x, mask), (x[:1],), (x[:1], mask[2:])):
+            torch.testing.assert_close(switchable(*call), one(*call))

@@ -18,13 +18,6 @@ from autogate.switching.bank import SUBNETS
 from tests.autogate.switching.nets import closed, fused, small_net
 
 
-@pytest.fixture
-def net():
-    model, example = small_net()
-    switchable, slim = fused(model, example, (0.2, 0.5))
-    return switchable, slim, example
-
-
 def test_switching_leaves_every_bit(net):
     switchable, _, example = net
     before = {name: tensor.clone() for name, tensor in switchable.state_dict().items()}

@@ -12,13 +12,6 @@ from autogate.switching.bank import SUBNETS
 from tests.autogate.switching.nets import closed, fused, small_net
 
 
-@pytest.fixture
-def net():
-    model, example = small_net()
-    switchable, slim = fused(model, example, (0.2, 0.5))
-    return switchable, slim, example
-
-
 def both(model, slim, x, train=False):
     """Outputs of a switchable and a slim model, with the same random numbers."""
     outputs = []

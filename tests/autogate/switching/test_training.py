@@ -15,13 +15,6 @@ from tests.processes import free_port, run_in_processes
 from tests.slow import slow_but
 
 
-@pytest.fixture
-def net():
-    model, example = small_net()
-    switchable, slim = fused(model, example, (0.2, 0.5))
-    return switchable, slim, example
-
-
 def test_gradients_of_all_subnets_add_up(net):
     switchable, _, example = net
     weight = next(p for name, p in switchable.named_parameters() if name.endswith("conv2.weight"))
