@@ -98,7 +98,7 @@ def main() -> None:
     running.add_argument("--dense-epochs", type=int, help="epochs of dense training; as many if not given")
     running.add_argument("--peak", type=float, help="peak learning rate; half of it after dense training")
     running.add_argument("--batch", type=int)
-    running.add_argument("--samples", type=int, help="train on the first so many samples")
+    running.add_argument("--samples", type=int, help="train on so many samples, drawn from all")
     running.add_argument("--compiled", action="store_true", help="use torch.compile")
     running.add_argument("--held-out", action="store_true", help="measure scores on a fifth of the training samples")
     running.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")

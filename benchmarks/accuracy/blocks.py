@@ -98,7 +98,7 @@ def set_up(options: Options, name: str) -> tuple[Setting, Data, Data]:
     setting = SETTINGS[name]
     if setting.needs_weights and options.sources.weights is None:
         raise SystemExit(f"{name} needs --weights: see benchmarks/accuracy/settings.py")
-    train = setting.load(options.sources, "train").first(options.samples)
+    train = setting.load(options.sources, "train").some(options.samples)
     train, test = held_out(train) if options.held_out else (train, setting.load(options.sources, "test"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe: Recipe = replace(setting.recipe, **dict(options.recipe))

@@ -26,9 +26,12 @@ class Data(NamedTuple):
     def to(self, device: str) -> Data:
         return Data(*(tensor.to(device) for tensor in self))
 
-    def first(self, count: int | None) -> Data:
-        """The first samples; all if None."""
-        return Data(*(tensor[:count] for tensor in self))
+    def some(self, count: int | None) -> Data:
+        """So many samples, drawn from all, always the same ones; all if None."""
+        if count is None:
+            return self
+        chosen = _shuffled(len(self.labels))[:count]
+        return Data(self.inputs[chosen], self.labels[chosen])
 
 
 def packed(folder: Path, split: str) -> Data | None:
@@ -60,9 +63,13 @@ def load(folder: Path, split: str) -> Data:
 
 def held_out(train: Data) -> tuple[Data, Data]:
     """Split off a fifth of the training set: always the same samples, drawn from all classes."""
-    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
+    order = _shuffled(len(train.labels))
     cut = len(order) // HOLD_OUT
     return tuple(Data(train.inputs[part], train.labels[part]) for part in (order[cut:], order[:cut]))
+
+
+def _shuffled(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def layout(device: torch.device) -> torch.memory_format:

@@ -79,6 +79,13 @@ def test_the_held_out_samples_are_no_training_samples():
     assert torch.equal(train.inputs[:, 0, 0, 0], train.labels)
 
 
+def test_some_samples_are_drawn_from_all():
+    sorted_by_class = Data(torch.arange(100), torch.arange(100) // 10)
+    some = sorted_by_class.some(50)
+    assert len(some.labels.unique()) > 5 and torch.equal(some.inputs // 10, some.labels)
+    assert torch.equal(some.inputs, sorted_by_class.some(50).inputs) and sorted_by_class.some(None) is sorted_by_class
+
+
 def leave_rows(folder: Path, method: str, target: float, scores: list[float], **others: Any) -> None:
     """A row in each of the blocks 0, 1, ..."""
     for seed, score in enumerate(scores):
