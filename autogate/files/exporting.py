@@ -43,7 +43,11 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
     """
     history = history_of(slim)
     if not isinstance(history, History) or history.slimmings[-1].inputs is None:
-        raise AutogateError("it has no record of its example inputs.", where=type(slim).__name__)
+        raise AutogateError(
+            "it has no record of its example inputs: it was not slimmed, or with inputs that no file holds.",
+            where=type(slim).__name__,
+            remedy="Pass the model that autogate.finalize or autogate.load returned.",
+        )
     inputs = read_inputs(history.slimmings[-1].inputs)
     tensors = tensors_of(inputs)
     if side is not None and (len(tensors) != 1 or tensors[0].ndim != 4):
