@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autogate.gating.sharding import local
+from rewriters.recording import modules_of
 
 FEW_STEPS = 50
 """A run of fewer steps is told of. The way down takes a third of a short run: a dozen batches would have to tell which
@@ -29,7 +30,10 @@ def looks_untrained(model: nn.Module) -> bool:
     False for a model without norms, about which nothing can be said.
     """
     tensors = [
-        tensor for module in model.modules() for name, tensor in _norm_tensors(module) if name != "num_batches_tracked"
+        tensor
+        for module in modules_of(model)
+        for name, tensor in _norm_tensors(module)
+        if name != "num_batches_tracked"
     ]
     return bool(tensors) and all(_is_initial(tensor) for tensor in tensors)
 

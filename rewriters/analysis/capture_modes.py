@@ -19,7 +19,16 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis.same_forward import same_forward
 from rewriters.errors import AutogateError
 from rewriters.outputs import run_eval
-from rewriters.recording import Capture, ModuleCall, Opaque, capture, set_modes, set_train_mode, tensors_of
+from rewriters.recording import (
+    Capture,
+    ModuleCall,
+    Opaque,
+    capture,
+    named_modules,
+    set_modes,
+    set_train_mode,
+    tensors_of,
+)
 
 _COMPARED = (bool, int, float, str, type(None))
 
@@ -136,6 +145,6 @@ def _has_unseen_parameters(model: nn.Module, captured: Capture) -> bool:
     used = {node.target for node in captured.graph.nodes if node.op == "get_attr" and node.users}
     return any(
         path not in seen and own and used.isdisjoint(own)
-        for path, module in model.named_modules()
-        for own in [{f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}]
+        for path, module in named_modules(model)
+        for own in [{f"{path}.{name}".lstrip(".") for name, one in module._parameters.items() if one is not None}]
     )

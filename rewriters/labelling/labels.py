@@ -166,13 +166,14 @@ class LabelSpace:
         for dim, size in enumerate(shape):
             if size > 1:
                 side = Side(name, dim)
-                if side not in self.blocks:
+                if side in self.blocks:
+                    start, _ = self.blocks[side]
+                    labels = torch.arange(start, start + size, dtype=torch.int32)
+                else:
                     self.blocks[side] = (self.count, size)
                     self._side_at[self.count] = side
-                    self.fresh(size)
-                start, _ = self.blocks[side]
-                along = [size if other == dim else 1 for other in range(len(shape))]
-                layers.append(torch.arange(start, start + size, dtype=torch.int32).view(along))
+                    labels = self.fresh(size)
+                layers.append(labels.view([size if other == dim else 1 for other in range(len(shape))]))
         return Labelled(tuple(shape), tuple(layers), source=name)
 
     def labels_of(self, side: Side) -> Tensor:

@@ -30,6 +30,7 @@ from rewriters.interrupts import let_signals_in
 from rewriters.recording.error_messages import explain, why_unrecordable
 from rewriters.recording.meta_kernels import fakify
 from rewriters.recording.mode_reads import mode_reads
+from rewriters.recording.module_walk import named_tensors, tensor_slots
 from rewriters.recording.opaque import (
     FailsForRealError,
     Opaque,
@@ -71,11 +72,6 @@ class Capture:
         return self.root.walk()
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by qualified name; a shared one once, under its first name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Map every name of every parameter and buffer to its replacement in `others`, for `functional_call`.
 
@@ -83,12 +79,7 @@ def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping
     time it takes the replacements for the originals that it has to put back.
     """
     other = {id(tensor): others[name] for name, tensor in real.items()}
-    return {
-        f"{path}.{name}".lstrip("."): other[id(tensor)]
-        for path, module in model.named_modules()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
+    return {name: other[id(tensor)] for name, _, _, tensor in tensor_slots(model)}
 
 
 def _as_hinted(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
@@ -203,7 +194,7 @@ def _record(
     fake_args, fake_kwargs = tree_map_only(Tensor, partial(_as_input, mode), (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
     for name, fake in fakes.items():
-        recorder.own(recorder.graph.create_node("get_attr", name), fake)
+        recorder.own(recorder.graph.create_node("get_attr", name, name="tensor"), fake)
     names = _names(model)
     replies = RecordedOutputs(opaque, lambda noted: noted.fake(mode))
     try:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_map, tree_map_only
 
+from rewriters.recording.module_walk import named_modules
 from rewriters.recording.pytrees import leaves_of
 from rewriters.recording.running_modules import RunningModules
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
@@ -240,7 +241,7 @@ def opaque_modules_stubbed(model: nn.Module, opaque: Mapping[str, Opaque]) -> It
     if not opaque:
         yield
         return
-    paths = {module: path for path, module in model.named_modules() if path in opaque}
+    paths = {module: path for path, module in named_modules(model) if path in opaque}
     replies = RecordedOutputs(opaque, TensorSpec.meta)
     plain_call = nn.Module.__call__
 

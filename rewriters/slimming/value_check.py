@@ -25,6 +25,7 @@ from rewriters.recording import (
     RunningModules,
     attributes_preserved,
     collect,
+    modules_of,
     set_modes,
     tensors_of,
 )
@@ -116,7 +117,8 @@ def check_values(
         for number, example in enumerate(examples):
             let_signals_in()
             found = trial.found(number, example, training)
-            collect()
+            if trial.plan is not None and trial.plan.forwards:
+                collect()
             if found is not None and found.reason:
                 return Checked(True, _escalated(found.path or "", found.reason, known))
             compared &= found is not None or training  # a forward may want targets to train
@@ -148,12 +150,12 @@ def _has_values(model: nn.Module, examples: Sequence[Inputs]) -> bool:
 
 def _pattern(channel_map: ChannelMap) -> Tensor:
     """Half of the classes at random, but some and not all of each group: no branch is dead."""
-    live = trial_pattern(channel_map.size, _SEED)
+    live = trial_pattern(channel_map.size, _SEED).numpy()
     for group in channel_map.groups():
         classes = list(group.classes)
         if live[classes].all():
             live[classes[len(classes) // 2]] = False
-    return channel_map.survivors(live)
+    return channel_map.survivors(torch.from_numpy(live))
 
 
 class _Trial:
@@ -194,7 +196,7 @@ class _Trial:
         """Compare gated and slim. Raises `_DoesNotRunError` if the gated model doesn't run on these inputs."""
         model, undo_log = self.model, UndoLog()
         modes = set_modes(model, False)
-        with attributes_preserved(model.modules()):
+        with attributes_preserved(modules_of(model)):
             try:
                 put_trial_weights(model, self.analysis, self.live, undo_log, in_float64)
                 if in_float64:
@@ -212,7 +214,7 @@ class _Trial:
         rounding: list[float] = []
         values = None
         try:
-            with attributes_preserved(model.modules()):  # what it keeps from one call to the next has gated sizes
+            with attributes_preserved(modules_of(model)):  # what it keeps from one call to the next has gated sizes
                 wanted = Outputs.of(model, *inputs, training=self.training)
             if bisect:
                 values = ValuesOfModules(model, analysis, live, inputs, self.training, self.number)
