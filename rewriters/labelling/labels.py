@@ -65,7 +65,7 @@ class Labelled:
 
 def varying(layer: Tensor) -> tuple[int, ...]:
     """The dimensions along which a layer's labels vary."""
-    return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
+    return tuple([dim for dim, size in enumerate(layer.shape) if size > 1])  # faster than from a generator
 
 
 def compress(labels: Tensor) -> Tensor:
@@ -212,7 +212,8 @@ class LabelSpace:
 
     def merge(self, first: Tensor, second: Tensor) -> None:
         """Couple labels that meet, so that they live or die together. The tensors are broadcast."""
-        first, second = torch.broadcast_tensors(first, second)
+        if first.shape != second.shape:
+            first, second = torch.broadcast_tensors(first, second)
         if not torch.equal(first, second):
             self._merged.append((first, second))
 

@@ -1,5 +1,6 @@
 """Run a model once without data. In: a model and example inputs. Out: a graph of its ATen calls (`Capture`)."""
 
+from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.capture import (
     Capture,
     capture,
@@ -29,6 +30,7 @@ from rewriters.recording.side_effects import (
 )
 
 __all__ = [
+    "AnsweredCalls",
     "Capture",
     "MetaMode",
     "ModuleCall",

@@ -45,6 +45,10 @@ class TensorSpec:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
     def meta(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
@@ -194,15 +198,11 @@ def _noted(output: Any) -> Any:
     plain = all(leaf is None or _is_plain(leaf) for leaf in leaves)
     if not plain or all(leaf is None for leaf in leaves):
         return None
-    return tree_map(lambda leaf: None if leaf is None else _note(leaf), output)
+    return tree_map(lambda leaf: None if leaf is None else TensorSpec.of(leaf), output)
 
 
 def _is_plain(leaf: Any) -> bool:
     return type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not leaf.is_quantized
-
-
-def _note(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
 def innermost_opaque(paths: list[str], run: RealCall, opaque: Collection[str]) -> str | None:

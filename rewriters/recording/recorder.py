@@ -15,7 +15,7 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -27,6 +27,9 @@ from torch.utils._pytree import tree_map_only
 from rewriters.recording.meta_kernels import constant, has_real, run_on_fakes
 from rewriters.recording.opaque import Opaque, RecordedOutputs, opaque_call, tensors_in
 from rewriters.recording.pytrees import tensors_of
+
+if TYPE_CHECKING:
+    from rewriters.recording.answered_calls import AnsweredCalls
 
 
 @dataclass(eq=False)
@@ -71,10 +74,13 @@ class Recorder(TorchDispatchMode):
         self.roots: list[ModuleCall] = []
         self.exchanged: list[str] = []
         self.failed: list[ModuleCall] = []
+        self.written: set[str] = set()
+        self.answered: dict[fx.Node, ModuleCall] = {}
         self._error: Exception | None = None
         self._real = real
         self._constants: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
+        self._reserves: dict[Any, Tensor] = {}
 
     def began_with(self, tensor: Tensor) -> bool:
         """Whether the tensor is a parameter or buffer that the model had before it ran."""
@@ -91,6 +97,11 @@ class Recorder(TorchDispatchMode):
         """Note that the running call's code asks for its mode."""
         if self.call is not None:
             self.call.asks_mode = True
+
+    def note_write(self, path: str) -> None:
+        """Note that code sets an attribute on the module at `path`, if that isn't the running call's module."""
+        if self.call is not None and path != self.call.path:
+            self.written.add(path)
 
     def add_input(self, name: str, value: Tensor) -> fx.Node:
         node = self.graph.placeholder(name)
@@ -112,6 +123,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is _EMPTY and tuple(args[0]) == (0,) and kwargs.get("dtype") is torch.uint8:
+            return self._reserve(func, args, kwargs)
         if has_real(args):
             args = tree_map_only(Tensor, self._known, args)
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._real:
@@ -128,6 +141,13 @@ class Recorder(TorchDispatchMode):
             return out  # not a step of the forward, or a query of a tensor's device or layout
         self._write(func, args, kwargs, out)
         return out
+
+    def _reserve(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The tensor without elements that each batch norm makes for its backward: no step of the forward."""
+        device = kwargs.get("device")
+        if device not in self._reserves:
+            self._reserves[device] = run_on_fakes(self._mode, func, args, kwargs)
+        return self._reserves[device]
 
     def _known(self, tensor: Tensor) -> Tensor:
         """The fake tensor for one of a call's arguments."""
@@ -156,7 +176,17 @@ class Recorder(TorchDispatchMode):
         given, own = ([*{id(tensor): tensor for tensor in tensors}.values()] for tensors in (given, own))
         self._write(opaque_call, (reason, given, own), {}, tuple(tensors_of(output)))
 
-    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def answer(self, answers: AnsweredCalls, call: ModuleCall) -> bool:
+        """Answer a call from an earlier recording, as one node, if that can be done."""
+        earlier = answers.next(self._mode, call, self.written)
+        if earlier is None:
+            return False
+        given = {id(tensor): tensor for tensor in tensors_of((call.args, call.kwargs))}
+        node = self._write(opaque_call, ("known", [*given.values()], []), {}, tuple(tensors_of(call.output)))
+        self.answered[node] = earlier
+        return True
+
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> fx.Node:
         node_args, node_kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda value: self.node_of(value) if isinstance(value, Tensor) else value
         )
@@ -168,6 +198,7 @@ class Recorder(TorchDispatchMode):
                     self.own(self._node(_getitem, (node, index)), item)
         if self.call is not None:
             self.call.nodes.append(node)
+        return node
 
     def _node(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
         """As `graph.call_function`, which takes twice as long: it makes a name, and looks for symbols in arguments."""
@@ -178,6 +209,7 @@ class Recorder(TorchDispatchMode):
         return node
 
 
+_EMPTY = torch.ops.aten.empty.memory_format
 _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 """A forward sees the first of its results alone."""
 
@@ -216,8 +248,9 @@ def is_getitem(node: fx.Node) -> bool:
 
 @contextlib.contextmanager
 def record_module_calls(
-    recorder: Recorder, names: Mapping[nn.Module, list[str]], opaque: Mapping[str, Opaque], replies: RecordedOutputs
-) -> Iterator[None]:
+    recorder: Recorder, names: Mapping[nn.Module, list[str]], opaque: Mapping[str, Opaque], replies: RecordedOutputs,
+    answers: AnsweredCalls | None = None,
+) -> Iterator[None]:  # fmt: skip
     plain_call = nn.Module.__call__
     inside = {path: [module for module, own in names.items() if own[0] in opaque[path].inside] for path in opaque}
 
@@ -233,6 +266,8 @@ def record_module_calls(
         outer = recorder.call
         inner = ModuleCall(tuple(names[module]), _copy_containers(args), _copy_containers(kwargs))
         (outer.children if outer else recorder.roots).append(inner)
+        if answers is not None and outer is not None and outer is recorder.roots[0] and recorder.answer(answers, inner):
+            return inner.output
         recorder.call = inner
         try:
             if inner.path not in opaque and isinstance(module, torch.jit.ScriptModule):

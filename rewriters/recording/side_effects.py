@@ -225,12 +225,12 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
 
 def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:
-    """Set every module's train or eval mode; returns the modes before, so that they can be set again."""
-    before = {module: module.training for module in modules_of(model)}
+    """Set the mode (train or eval) of all modules, or of these; returns the modes before, to set them again."""
+    wanted = dict.fromkeys(modules_of(model), modes) if isinstance(modes, bool) else modes
+    before = {module: module.training for module in wanted}
     for module, mode in before.items():
-        wanted = modes if isinstance(modes, bool) else modes[module]
-        if mode is not wanted:  # writing is slower than reading
-            module.training = wanted
+        if mode is not wanted[module]:  # writing is slower than reading
+            module.training = wanted[module]
     return before
 
 
