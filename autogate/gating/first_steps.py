@@ -24,6 +24,7 @@ BLIND_STEPS = 2
 """Steps without a gradient in any gated kernel before that is told. Creating an optimizer's state may take one."""
 
 
+@torch.no_grad()
 def looks_untrained(model: nn.Module) -> bool:
     """Whether all norms of a model are as they were initialised: weights and statistics 0 or 1 everywhere.
 
@@ -45,12 +46,11 @@ def _norm_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from module.named_buffers(recurse=False)
 
 
-@torch.no_grad()
 def _is_initial(tensor: Tensor) -> bool:
     if tensor.is_meta or tensor.numel() == 0:
         return True
-    first = tensor.flatten()[0]
-    return bool((tensor == first).all()) and float(first) in (0.0, 1.0)
+    first = float(tensor.flatten()[0])
+    return first in (0.0, 1.0) and bool((tensor == first).all())
 
 
 class FirstSteps:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
 
 def places(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """The number of each class's group, and its place in that group; int64, shape (classes,) each."""
-    classes = torch.tensor([index for group in groups for index in group.classes], dtype=torch.int64)
+    classes = torch.from_numpy(np.fromiter(chain.from_iterable(group.classes for group in groups), np.int64))
     sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
     group = torch.arange(len(groups)).repeat_interleave(sizes)
     place = torch.arange(len(classes)) - (torch.cumsum(sizes, 0) - sizes)[group]

@@ -9,11 +9,12 @@ from rewriters.recording.capture import (
 )
 from rewriters.recording.garbage_collection import collect, frozen_heap
 from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
+from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.module_walk import modules_of, named_modules, named_tensors, tensor_slots
 from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubbed
 from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors_at, tensors_of
 from rewriters.recording.random_draws import OneNumber, is_draw
-from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
+from rewriters.recording.recorder import is_getitem, only_restrides, reshapes_in_place
 from rewriters.recording.rounding import OtherRounding
 from rewriters.recording.running_modules import RunningModules
 from rewriters.recording.side_effects import (

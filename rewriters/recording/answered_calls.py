@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.opaque import TensorSpec
 from rewriters.recording.pytrees import leaves_of, tensors_of
-from rewriters.recording.recorder import ModuleCall
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 

@@ -31,6 +31,7 @@ from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.error_messages import explain, why_unrecordable
 from rewriters.recording.meta_kernels import fakify
 from rewriters.recording.mode_reads import attribute_writes, mode_reads
+from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.module_walk import named_tensors, tensor_slots
 from rewriters.recording.opaque import (
     FailsForRealError,
@@ -42,7 +43,7 @@ from rewriters.recording.opaque import (
     opaque_modules,
     run_for_real,
 )
-from rewriters.recording.recorder import ModuleCall, Recorder, record_module_calls
+from rewriters.recording.recorder import Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,38 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.meta_kernels import constant, has_real, run_on_fakes
+from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.opaque import Opaque, RecordedOutputs, opaque_call, tensors_in
 from rewriters.recording.pytrees import tensors_of
-
-if TYPE_CHECKING:
-    from rewriters.recording.answered_calls import AnsweredCalls
-
-
-@dataclass(eq=False)
-class ModuleCall:
-    """One call of one module: its arguments, its output, and the module calls and ATen nodes inside it.
-
-    `names` are all names of the module in the model; the first is `path`. `asks_mode` says whether code that isn't
-    torch's asked in it whether a module trains.
-    """
-
-    names: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
-    children: list[ModuleCall] = field(default_factory=list)
-    nodes: list[fx.Node] = field(default_factory=list)
-    asks_mode: bool = False
-
-    @property
-    def path(self) -> str:
-        return self.names[0]
-
-    def walk(self) -> Iterator[ModuleCall]:
-        yield self
-        for child in self.children:
-            yield from child.walk()
 
 
 class Recorder(TorchDispatchMode):

@@ -26,6 +26,7 @@ from rewriters.recording import (
     attributes_preserved,
     collect,
     modules_of,
+    named_tensors,
     set_modes,
     tensors_of,
 )
@@ -140,11 +141,12 @@ def _escalated(path: str, reason: str, known: Sequence[Refused]) -> Refused:
 
 
 def _too_large(model: nn.Module) -> bool:
-    return sum(parameter.numel() for parameter in model.parameters()) > _MOST_PARAMETERS
+    parameters = (tensor for tensor in named_tensors(model).values() if isinstance(tensor, nn.Parameter))
+    return sum(parameter.numel() for parameter in parameters) > _MOST_PARAMETERS
 
 
 def _has_values(model: nn.Module, examples: Sequence[Inputs]) -> bool:
-    tensors = [*model.parameters(), *model.buffers(), *tensors_of(tuple(examples))]
+    tensors = [*named_tensors(model).values(), *tensors_of(tuple(examples))]
     return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
@@ -183,7 +185,8 @@ class _Trial:
         return None
 
     def _found(self, inputs: Inputs) -> _Compared:
-        allowed = max((TOLERANCE.get(t.dtype, 0.0) for t in self.model.parameters()), default=0.0)
+        types = {t.dtype for t in named_tensors(self.model).values() if isinstance(t, nn.Parameter)}
+        allowed = max((TOLERANCE.get(dtype, 0.0) for dtype in types), default=0.0)
         first = self._compared(inputs, allowed)
         if first.error <= allowed or first.reason:
             return first
