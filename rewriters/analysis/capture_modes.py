@@ -27,6 +27,7 @@ from rewriters.recording import (
     Opaque,
     capture,
     named_modules,
+    named_tensors,
     set_modes,
     set_train_mode,
     tensors_of,
@@ -99,6 +100,7 @@ def _differs_in_train_mode(model: nn.Module, captured: Capture) -> bool:
     asking = [call for call in captured.calls() if call.asks_mode]
     kind = _kinds(model, asking)
     judged: set[Any] = set()
+    tensors = {id(one): captured.tensors[name] for name, one in named_tensors(model).items()} if asking else {}
 
     def known(call: ModuleCall) -> bool:
         return all(kind[id(one)] in judged for one in call.walk() if one.asks_mode)
@@ -109,7 +111,7 @@ def _differs_in_train_mode(model: nn.Module, captured: Capture) -> bool:
         module = model.get_submodule(call.path)
         before = set_train_mode(module)
         try:
-            answers = AnsweredCalls(call, known, captured.written)
+            answers = AnsweredCalls(captured.mode, tensors, call, known, captured.written)
             found = _try_capture(module, call.args, call.kwargs, {}, answers)
         finally:
             set_modes(module, before)

@@ -6,7 +6,7 @@ were judged before. So only its own code runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -26,21 +26,26 @@ class AnsweredCalls:
     """The outputs of a module's children, in the order in which an earlier recording called them.
 
     Args:
+        mode: of that recording.
+        tensors: its fake tensors, by the ids of the parameters and buffers.
         call: the module's call in that recording.
         known: whether a child's call does the same in the mode that is recorded now.
         written: paths of modules on which the code of another module sets attributes, in that recording.
     """
 
-    def __init__(self, call: ModuleCall, known: Callable[[ModuleCall], bool], written: Set[str]):
+    def __init__(
+        self, mode: FakeTensorMode, tensors: Mapping[int, Tensor], call: ModuleCall,
+        known: Callable[[ModuleCall], bool], written: Set[str],
+    ):  # fmt: skip
+        self.mode, self.tensors = mode, tensors
         self._prefix = f"{call.path}." if call.path else ""
         self._left = iter(call.children)
         self._known, self._written = known, written
 
-    def next(self, mode: FakeTensorMode, inner: ModuleCall, written: Set[str]) -> ModuleCall | None:
-        """The earlier call that has the output of this one, for tensors of this mode; None if the child has to run.
+    def next(self, inner: ModuleCall, written: Set[str]) -> ModuleCall | None:
+        """The earlier call whose output this one gets; None if the child has to run.
 
         Args:
-            mode: of the recording that runs now.
             inner: the child's call in it.
             written: paths, from the module, on which the code of others has set attributes in it so far.
         """
@@ -59,7 +64,9 @@ class AnsweredCalls:
         now = {id(one): other for one, other in given}  # an op in place returns what it was given
         with _disable_current_modes():  # to make a tensor is no step of the forward
             inner.output = tree_map_only(
-                Tensor, lambda one: now[id(one)] if id(one) in now else TensorSpec.of(one).fake(mode), earlier.output
+                Tensor,
+                lambda one: now[id(one)] if id(one) in now else TensorSpec.of(one).fake(self.mode),
+                earlier.output,
             )
         inner.children = earlier.children
         return earlier

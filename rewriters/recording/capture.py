@@ -195,13 +195,16 @@ def _record(
     answers: AnsweredCalls | None,
 ) -> Capture:  # fmt: skip
     """Record a forward in which some modules are opaque. Raises `_Unrecordable`."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if answers is None else answers.mode
+    made = {} if answers is None else answers.tensors
     real = named_tensors(model)
-    fakes = {name: fakify(mode, tensor) for name, tensor in real.items()}
-    recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()})
+    fakes = {name: made[id(tensor)] if id(tensor) in made else fakify(mode, tensor) for name, tensor in real.items()}
+    recorder = Recorder(
+        mode, {id(fakes[name]): tensor for name, tensor in real.items()}, {id(fakes[name]): name for name in real}
+    )
     fake_args, fake_kwargs = tree_map_only(Tensor, partial(_as_input, mode), (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
-    for name, fake in fakes.items():
+    for name, fake in fakes.items() if answers is None else ():  # a module's own code alone uses few of them
         recorder.own(recorder.graph.create_node("get_attr", name, name="tensor"), fake)
     names = _names(model)
     replies = RecordedOutputs(opaque, lambda noted: noted.fake(mode))

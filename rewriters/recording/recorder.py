@@ -37,7 +37,7 @@ class Recorder(TorchDispatchMode):
     strides). Inputs have none.
     """
 
-    def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor]):
+    def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor], names: Mapping[int, str]):
         super().__init__()
         self._mode = mode
         self.graph = fx.Graph()
@@ -50,6 +50,7 @@ class Recorder(TorchDispatchMode):
         self.answered: dict[fx.Node, ModuleCall] = {}
         self._error: Exception | None = None
         self._real = real
+        self._names = names
         self._constants: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
         self._reserves: dict[Any, Tensor] = {}
@@ -90,7 +91,8 @@ class Recorder(TorchDispatchMode):
     def node_of(self, value: Tensor) -> fx.Node:
         if id(value) not in self.nodes:
             with self.graph.inserting_before(next(iter(self.graph.nodes))):
-                self.own(self.graph.create_node("get_attr", f"constant_{len(self.nodes)}"), value)
+                name = self._names.get(id(value), f"constant_{len(self.nodes)}")
+                self.own(self.graph.create_node("get_attr", name, name="tensor"), value)
         return self.nodes[id(value)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -150,7 +152,7 @@ class Recorder(TorchDispatchMode):
 
     def answer(self, answers: AnsweredCalls, call: ModuleCall) -> bool:
         """Answer a call from an earlier recording, as one node, if that can be done."""
-        earlier = answers.next(self._mode, call, self.written)
+        earlier = answers.next(call, self.written)
         if earlier is None:
             return False
         given = {id(tensor): tensor for tensor in tensors_of((call.args, call.kwargs))}
