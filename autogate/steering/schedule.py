@@ -16,7 +16,8 @@ def whole_number(name: str, value: Any) -> int:
     Raises:
         AutogateError: it is no whole number from 1 up.
     """
-    if not isinstance(value, Real) or not (value >= 1 and value == value // 1):
+    real = isinstance(value, Real)
+    if not (real and value >= 1 and value == value // 1):
         raise AutogateError(f"{name} is {value!r}; it must be a whole number from 1 up.", where="prepare")
     return int(value)
 
