@@ -170,7 +170,7 @@ def bank(model: nn.Module) -> SaliencyBank:
         >>> import timm, torch, autogate
         >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
         >>> autogate.adaptive.bank(model)
-        SaliencyBank(20 layers, FLOPs 1.000 -> 0.350, step 0 of 10000)
+        SaliencyBank(19 layers, FLOPs 1.000 -> 0.350, step 0 of 10000)
 
     Args:
         model: a model that `prepare` returned, or a compiled or distributed wrapper around it.
