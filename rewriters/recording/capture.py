@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.interrupts import let_signals_in
 from rewriters.recording.error_messages import explain, why_unrecordable
+from rewriters.recording.function_calls import FunctionCalls
 from rewriters.recording.meta_kernels import fakify
 from rewriters.recording.mode_reads import mode_reads
 from rewriters.recording.opaque import (
@@ -126,7 +127,7 @@ class _Unrecordable(Exception):
 
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
-    opaque: Mapping[str, Opaque] | None = None,
+    opaque: Mapping[str, Opaque] | None = None, calls: FunctionCalls | None = None,
 ) -> Capture:  # fmt: skip
     """Record `model(*args, **kwargs)` in the mode (train or eval) that the model is in.
 
@@ -140,6 +141,7 @@ def capture(
         kwargs: example inputs by name.
         opaque: the modules that are opaque in an earlier recording. Nothing runs for real then, and no others are
             added.
+        calls: what some modules' own code calls is noted here too.
 
     Raises:
         CaptureError: the forward fails, or the model's own control flow depends on a tensor's values. The message
@@ -149,7 +151,7 @@ def capture(
     while True:
         let_signals_in()
         try:
-            return _record(model, args, kwargs or {}, known)
+            return _record(model, args, kwargs or {}, known, calls)
         except _Unrecordable as failure:
             if opaque is None and run is None and any(failure.paths):
                 run = _run_for_real(model, args, kwargs or {}, failure)
@@ -193,8 +195,9 @@ def _as_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 
 def _record(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
-) -> Capture:
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque],
+    calls: FunctionCalls | None = None,
+) -> Capture:  # fmt: skip
     """Record a forward in which some modules are opaque. Raises `_Unrecordable`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = named_tensors(model)
@@ -216,6 +219,7 @@ def _record(
             mode_reads(recorder.note_mode_read),
             record_module_calls(recorder, names, opaque, replies),
             recorder,
+            contextlib.nullcontext() if calls is None else calls.noted(model, recorder),
         ):
             output = functional_call(
                 model, in_every_place(model, real, fakes), fake_args, fake_kwargs, tie_weights=False
