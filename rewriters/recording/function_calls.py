@@ -95,6 +95,6 @@ def _with_sources(func: Any, args: Any, kwargs: Any, output: Any) -> Any:
     if func is torch.Tensor.size:
         dim = args[1] if len(args) > 1 else kwargs["dim"]
         return sourced(output, ("size", id(args[0]), plain(dim) % args[0].ndim))
-    if func in (torch.Tensor.numel, torch.Tensor.nelement, torch.numel):
-        return sourced(output, ("call", torch.numel, (args[0],)))
+    if func.__name__ in ("numel", "nelement"):
+        return sourced(output, ("call", torch.Tensor.numel, (args[0],)))
     return output

@@ -125,7 +125,7 @@ class Rooted(Attention):
     """Takes a factor from a size that slimming changes."""
 
     def split(self, x):
-        return (part * part.shape[-2] ** -0.5 for part in super(Rooted, self).split(x))
+        return [part * part.shape[-2] ** -0.5 for part in Attention.split(self, x)]
 
 
 @pytest.mark.parametrize("kind", [Scaled, Branching, Fixed, Rooted])
@@ -164,4 +164,3 @@ def test_what_is_passed_on_may_be_more_than_in_the_example():
     assert slim.attention.heads < HEADS
     wanted, got = (run_eval(model, (tokens(3),), {"is_causal": True}) for model in (gated, slim))
     assert relative_error(got, wanted) <= TOLERANCE
-
