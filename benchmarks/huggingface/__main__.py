@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.huggingface.measure import measured
+from benchmarks.huggingface.measure import measured, on_one_thread
 from benchmarks.huggingface.models import MODELS
 from benchmarks.parts import lines, measure_missing
 
@@ -28,15 +25,10 @@ _PROCESSES.set_forkserver_preload(["benchmarks.huggingface.measure"])  # imports
 def _apart(name: str) -> dict[str, Any]:
     """Figures of a model, or its error, from a process of its own."""
     try:
-        with ProcessPoolExecutor(1, mp_context=_PROCESSES, initializer=_quietly) as pool:
+        with ProcessPoolExecutor(1, mp_context=_PROCESSES, initializer=on_one_thread) as pool:
             return pool.submit(measured, name).result()
     except Exception as error:  # what any model may raise; the table says so
         return {"error": f"{type(error).__name__}: {error}"}
-
-
-def _quietly() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
 
 
 def row(line: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ SHARE = 0.3
 """Of the gates, as many are closed at random."""
 
 _OUTPUTS = ("logits", "pred_boxes", "pred_masks", "iou_scores")
+
+
+def on_one_thread() -> None:
+    """Prepare a process: one thread, and no warnings."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
 
 
 def measured(name: str) -> dict[str, Any]:

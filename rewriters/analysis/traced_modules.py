@@ -60,15 +60,15 @@ def statistics_in(labelling: Labelling, call: ModuleCall) -> list[LabelledStatis
     return [statistic for node in call.nodes for statistic in labelling.statistics.get(node, ())]
 
 
-def _own_modes(recorded: Iterable[Sequence[Capture]]) -> dict[int, bool]:
-    """The mode to trace a call in, by the call's id, where the module was recorded in eval and in train mode."""
-    found: dict[int, bool] = {}
-    for captures in recorded:
-        paths = [{call.path for call in captured.calls()} for captured in captures]
-        both = set.intersection(*paths) if len(paths) > 1 else set[str]()
-        modes = zip((False, True), captures, strict=False)
-        found |= {id(call): mode for mode, captured in modes for call in captured.calls() if call.path in both}
-    return found
+def _own_modes(recorded: Sequence[Sequence[Capture]]) -> dict[int, bool]:
+    """The mode to trace a call in, by the call's id, where the module was recorded in eval and in train mode.
+
+    Not for every example may the model be recorded in train mode.
+    """
+    captured = [(mode, one) for captures in recorded for mode, one in zip((False, True), captures, strict=False)]
+    calls = [(mode, call) for mode, one in captured for call in one.calls()]
+    both = {call.path for mode, call in calls if mode} & {call.path for mode, call in calls if not mode}
+    return {id(call): mode for mode, call in calls if call.path in both}
 
 
 def _site(
