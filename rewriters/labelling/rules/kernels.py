@@ -279,7 +279,9 @@ def _note_matrix(
     pairs = prod(call.space.blocks.get(Side(str(weight.source), dim), (0, 1))[1] for dim in (input_dim, output_dim))
     each = macs * prod(weight.shape[-2:]) / pairs  # a pair has several elements if other dimensions were flattened
     assert weight.source is not None  # `_product` takes an operand that has one
-    note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (output_dim,), output_dim=output_dim)
+    note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (output_dim,))
+    if output_dim != 1 - input_dim:
+        note = replace(note, output_dim=output_dim)
     call.findings.kernels.append(KernelCall(note, rows))
     if gate and into is not None:
         call.findings.gated.add(into)
