@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.recording import meta_kernels
@@ -190,6 +190,16 @@ def test_experts_in_single_precision(rows, kernels, groups):
         got = described(lambda *args: run_on_fakes(mode, aten._grouped_mm.default, args, {}), args, {})
     wanted = described(aten._grouped_mm.default, real, {})
     assert got[1] == wanted[1] if not isinstance(wanted, type) else isinstance(got, type)
+
+
+def test_stand_ins_are_made_like_the_first_without_what_it_got_later():
+    mode = FakeTensorMode()
+    parameter, buffer = fakify(mode, nn.Parameter(torch.zeros(3))), fakify(mode, torch.zeros(3))
+    wanted = FakeTensor(mode, torch.empty(3, device="meta"), torch.device("cpu"))
+    assert isinstance(parameter, nn.Parameter) and not isinstance(buffer, nn.Parameter)
+    assert vars(buffer) == vars(wanted)
+    with pytest.raises(RuntimeError):
+        buffer.data_ptr()
 
 
 def test_tensors_on_two_devices_are_refused():
