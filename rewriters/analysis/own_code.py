@@ -112,7 +112,7 @@ def _recorded_again(
         if training:
             set_train_mode(model)
         with mock.patch.object(fake_tensor.log, "disabled", True):  # failing is no error here, so it isn't logged
-            again = capture(model, tuple(args), kwargs, captured.opaque, made)
+            again = capture(model, tuple(args), kwargs, captured.opaque, calls=made)
     except AutogateError:
         return None
     finally:

@@ -10,12 +10,9 @@ from rewriters.recording.capture import (
 from rewriters.recording.function_calls import FunctionCall, FunctionCalls
 from rewriters.recording.garbage_collection import collect, frozen_heap
 from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
-<<<<<<< HEAD
-from rewriters.recording.numbers_in_code import Sourced, plain
-=======
 from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.module_walk import modules_of, named_modules, named_tensors, tensor_slots
->>>>>>> main
+from rewriters.recording.numbers_in_code import Sourced, plain
 from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubbed
 from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors_at, tensors_of
 from rewriters.recording.random_draws import OneNumber, is_draw

@@ -124,11 +124,8 @@ class _Unrecordable(Exception):
 
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
-<<<<<<< HEAD
-    opaque: Mapping[str, Opaque] | None = None, calls: FunctionCalls | None = None,
-=======
     opaque: Mapping[str, Opaque] | None = None, answers: AnsweredCalls | None = None,
->>>>>>> main
+    calls: FunctionCalls | None = None,
 ) -> Capture:  # fmt: skip
     """Record `model(*args, **kwargs)` in the mode (train or eval) that the model is in.
 
@@ -142,11 +139,8 @@ def capture(
         kwargs: example inputs by name.
         opaque: the modules that are opaque in an earlier recording. Nothing runs for real then, and no others are
             added.
-<<<<<<< HEAD
-        calls: what some modules' own code calls is noted here too.
-=======
         answers: the outputs of the model's children from an earlier recording.
->>>>>>> main
+        calls: what some modules' own code calls is noted here too.
 
     Raises:
         CaptureError: the forward fails, or the model's own control flow depends on a tensor's values. The message
@@ -156,11 +150,7 @@ def capture(
     while True:
         let_signals_in()
         try:
-<<<<<<< HEAD
-            return _record(model, args, kwargs or {}, known, calls)
-=======
-            return _record(model, args, kwargs or {}, known, answers)
->>>>>>> main
+            return _record(model, args, kwargs or {}, known, answers, calls)
         except _Unrecordable as failure:
             if opaque is None and run is None and any(failure.paths):
                 run = _run_for_real(model, args, kwargs or {}, failure)
@@ -205,11 +195,7 @@ def _as_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 def _record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque],
-<<<<<<< HEAD
-    calls: FunctionCalls | None = None,
-=======
-    answers: AnsweredCalls | None,
->>>>>>> main
+    answers: AnsweredCalls | None, calls: FunctionCalls | None,
 ) -> Capture:  # fmt: skip
     """Record a forward in which some modules are opaque. Raises `_Unrecordable`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True) if answers is None else answers.mode

@@ -116,20 +116,18 @@ class Recorder(TorchDispatchMode):
         self._write(func, args, kwargs, out)
         return out
 
-<<<<<<< HEAD
     def _one_draw(self, options: Mapping[str, Any]) -> Tensor:
         """A number from [0, 1) whose value is known: a forward asks for it, to leave out a layer now and then."""
         with unset_fake_temporarily():
             drawn = torch.full((), 0.5, dtype=options.get("dtype"), device="cpu")
         return constant(self._mode, drawn)
-=======
+
     def _reserve(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The tensor without elements that each batch norm makes for its backward: no step of the forward."""
         device = kwargs.get("device")
         if device not in self._reserves:
             self._reserves[device] = run_on_fakes(self._mode, func, args, kwargs)
         return self._reserves[device]
->>>>>>> main
 
     def _known(self, tensor: Tensor) -> Tensor:
         """The fake tensor for one of a call's arguments."""

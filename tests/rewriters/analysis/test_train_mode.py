@@ -113,7 +113,6 @@ def test_a_block_that_runs_other_code_in_each_mode_is_traced_in_both():
     model.train()(image().double())
 
 
-<<<<<<< HEAD
 class LeavesOut(nn.Module):
     """Leaves out a layer at random, and adds a parameter in train mode only, as wav2vec 2.0 does."""
 
@@ -139,7 +138,8 @@ def test_what_train_mode_adds_is_seen_although_it_leaves_layers_out():
         analysis = analyse(model, (x,), others=others)
         assert classes(analysis.channel_map, "mask", 0) == classes(analysis.channel_map, "a.weight", 0)
         assert not is_pinned(analysis.channel_map, "mask", 0)
-=======
+
+
 class Mixing(nn.Module):
     """Mixes its channels if it is told to, by its attribute or its argument."""
 
@@ -204,4 +204,3 @@ def test_only_the_code_that_asks_runs_again(monkeypatch):
     assert not capture_modes(model, (image(),), {}).trains_otherwise
     convolutions = [sum("convolution" in str(node.target) for node in one.graph.nodes) for one in graphs]
     assert convolutions == [2, 0]
->>>>>>> main
