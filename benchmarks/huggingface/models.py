@@ -38,6 +38,7 @@ class Tiny:
         calls: makes the calls; the model is prepared on the first `examples`, and compared on all.
         examples: how many.
         generates: whether tokens are generated.
+        double: whether it runs in float64, because rounding grows in it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Tiny:
     calls: Callable[[], Calls]
     examples: int = 2
     generates: bool = False
+    double: bool = False
 
 
 def _tokens(samples: int, length: int) -> Tensor:
@@ -111,12 +113,13 @@ def masked_images() -> Calls:
 
 def prompts() -> Calls:
     """SAM's images with points, and with boxes."""
-    points = {"input_points": torch.rand(2, 1, 2, 2) * 60}
+    two, one = ({"pixel_values": _floats(samples, 3, 64, 64).double()} for samples in (2, 1))
+    points = {"input_points": (_floats(2, 1, 2, 2) * 10 + 30).double()}
     return [
-        {"pixel_values": _floats(2, 3, 64, 64), **points},
-        {"pixel_values": _floats(2, 3, 64, 64), "input_boxes": torch.tensor([[[5.0, 5, 40, 50]]] * 2)},
-        {"pixel_values": _floats(1, 3, 64, 64), "input_points": torch.rand(1, 2, 3, 2) * 60},
-        {"pixel_values": _floats(2, 3, 64, 64), **points, "multimask_output": False},
+        {**two, **points},
+        {**two, "input_boxes": torch.tensor([[[5.0, 5, 40, 50]]] * 2).double()},
+        {**one, "input_points": (_floats(1, 2, 3, 2) * 10 + 30).double()},
+        {**two, **points, "multimask_output": False},
     ]
 
 
@@ -164,7 +167,7 @@ MODELS: dict[str, Tiny] = {
         images((2, 32, 32), (3, 32, 32), (1, 48, 32), interpolate_pos_encoding=True), examples=1,
     ),
     "DINOv2": Tiny("Dinov2ForImageClassification", _IMAGE, images((2, 32, 32), (3, 32, 48), (1, 64, 64)), examples=1),
-    "SAM": Tiny("SamModel", {}, prompts),
+    "SAM": Tiny("SamModel", {}, prompts, double=True),
     "DETR": Tiny("DetrForObjectDetection", {}, masked_images),
     "SegFormer": Tiny(
         "SegformerForSemanticSegmentation",
@@ -185,7 +188,7 @@ def build(name: str) -> nn.Module:
     with torch.no_grad():  # weights that start as zeros, ones or near zero would hide differences
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+    return model.double() if tiny.double else model
 
 
 def _sam() -> Any:
