@@ -41,7 +41,7 @@ def _heads(labelling: Labelling, class_of: np.ndarray) -> frozenset[int]:
     """The classes of heads that have several places: where each has one, it is a channel like others."""
     found = {label for labels in labelling.findings.heads for label in np.unique(class_of[labels.numpy()]).tolist()}
     wide: set[int] = set()
-    for start, size in labelling.space.blocks.values():
+    for start, size in labelling.space.blocks.values() if found else ():
         labels, counts = np.unique(class_of[start : start + size], return_counts=True)
         wide.update(labels[counts > 1].tolist())
     return frozenset((found & wide) - {ALWAYS})
