@@ -53,7 +53,8 @@ class Capture:
             in. `get_attr` nodes are named as `model.get_parameter` names them.
         root: the outermost module call.
         nodes: the node that made each fake tensor, by the tensor's id (the tensors live in the graph).
-        tensors: fake tensors of parameters and buffers, by qualified name.
+        tensors: fake tensors of parameters and buffers, by qualified name; a shared one once, under its first name.
+        places: the same under every name.
         mode: the fake tensor mode that everything here belongs to.
         exchanged: buffers that the forward replaced by others.
         opaque: modules that can't be recorded, by path; each of their calls is one node, an `opaque_call`.
@@ -63,6 +64,7 @@ class Capture:
     root: ModuleCall
     nodes: Mapping[int, fx.Node]
     tensors: Mapping[str, Tensor]
+    places: Mapping[str, Tensor]
     mode: FakeTensorMode
     exchanged: tuple[str, ...] = ()
     opaque: Mapping[str, Opaque] = field(default_factory=dict)
@@ -205,7 +207,7 @@ def _record(
     for name, fake in fakes.items():
         recorder.own(recorder.graph.create_node("get_attr", name), fake)
     names = _names(model)
-    replies = RecordedOutputs(opaque, lambda noted: noted.fake(mode))
+    replies, places = RecordedOutputs(opaque, lambda noted: noted.fake(mode)), in_every_place(model, real, fakes)
     try:
         with (
             attributes_preserved(names),
@@ -217,13 +219,12 @@ def _record(
             record_module_calls(recorder, names, opaque, replies),
             recorder,
         ):
-            output = functional_call(
-                model, in_every_place(model, real, fakes), fake_args, fake_kwargs, tie_weights=False
-            )
+            output = functional_call(model, places, fake_args, fake_kwargs, tie_weights=False)
     except AutogateError:
         raise
     except Exception as error:
         paths = [call.path for call in recorder.failed]
         raise _Unrecordable(explain(error, paths[0] if paths else ""), why_unrecordable(error), paths) from error
     recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
-    return Capture(recorder.graph, recorder.roots[0], recorder.nodes, fakes, mode, tuple(recorder.exchanged), opaque)
+    exchanged = tuple(recorder.exchanged)
+    return Capture(recorder.graph, recorder.roots[0], recorder.nodes, fakes, places, mode, exchanged, opaque)

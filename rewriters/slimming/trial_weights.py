@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rewriters.analysis import Analysis
-from rewriters.slimming.plan import like, tensor_slots
+from rewriters.slimming.tensors import like, tensor_slots
 from rewriters.undo_log import UndoLog
 
 
