@@ -3,16 +3,17 @@
 The forward runs once on fake tensors (shapes without data), under the dispatch mode of `recorder.py`. The result holds
 the graph and the tree of module calls.
 
-Where that fails in a module inside the model (on a value that the forward asks for, say), the model runs for real, once
-(`opaque.py`), which gives the shapes of what each module is called with and returns. The innermost module that failed,
-or the next one outwards whose outputs are tensors, becomes opaque: the forward is recorded again, and that module's
-call is one node, an `opaque_call`.
+Where that fails, it may be a fault of fake tensors: the forward is recorded once more with the layouts of real results
+(`real_results.py`). Where that fails too, in a module inside the model (on a value that the forward asks for, say), the
+model runs for real, once (`opaque.py`), which gives the shapes of what each module is called with and returns. The
+innermost module that failed, or the next one outwards whose outputs are tensors, becomes opaque: the forward is
+recorded again, and that module's call is one node, an `opaque_call`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.interrupts import let_signals_in
 from rewriters.recording.error_messages import explain, why_unrecordable
-from rewriters.recording.meta_kernels import fakify
+from rewriters.recording.meta_kernels import fakify, run_on_fakes
 from rewriters.recording.mode_reads import mode_reads
 from rewriters.recording.opaque import (
     FailsForRealError,
@@ -40,6 +41,7 @@ from rewriters.recording.opaque import (
     opaque_modules,
     run_for_real,
 )
+from rewriters.recording.real_results import may_be_a_fault_of_fakes, run_with_real_layout
 from rewriters.recording.recorder import ModuleCall, Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
@@ -119,11 +121,12 @@ class _Unrecordable(Exception):
         error: what to raise if no module can be made opaque.
         reason: why one of the modules would be opaque.
         paths: the modules whose calls failed, innermost first.
+        cause: the error that the forward raised.
     """
 
-    def __init__(self, error: CaptureError, reason: str, paths: list[str]):
+    def __init__(self, error: CaptureError, reason: str, paths: list[str], cause: Exception):
         super().__init__(reason)
-        self.error, self.reason, self.paths = error, reason, paths
+        self.error, self.reason, self.paths, self.cause = error, reason, paths, cause
 
 
 def capture(
@@ -147,12 +150,15 @@ def capture(
         CaptureError: the forward fails, or the model's own control flow depends on a tensor's values. The message
             names the module and the line.
     """
-    known, run = dict(opaque or {}), None
+    known, run, run_call = dict(opaque or {}), None, run_on_fakes
     while True:
         let_signals_in()
         try:
-            return _record(model, args, kwargs or {}, known)
+            return _record(model, args, kwargs or {}, known, run_call)
         except _Unrecordable as failure:
+            if run_call is run_on_fakes and may_be_a_fault_of_fakes(failure.cause):
+                run_call = run_with_real_layout
+                continue
             if opaque is None and run is None and any(failure.paths):
                 run = _run_for_real(model, args, kwargs or {}, failure)
             path = None if run is None else innermost_opaque(failure.paths, run, known)
@@ -195,13 +201,14 @@ def _as_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 
 def _record(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
-) -> Capture:
-    """Record a forward in which some modules are opaque. Raises `_Unrecordable`."""
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque],
+    run_call: Callable[..., Any],
+) -> Capture:  # fmt: skip
+    """Record a forward in which some modules are opaque; `run_call` runs its ATen calls. Raises `_Unrecordable`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     real = named_tensors(model)
     fakes = {name: fakify(mode, tensor) for name, tensor in real.items()}
-    recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()})
+    recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()}, run_call)
     fake_args, fake_kwargs = tree_map_only(Tensor, partial(_as_input, mode), (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
     for name, fake in fakes.items():
@@ -224,7 +231,8 @@ def _record(
         raise
     except Exception as error:
         paths = [call.path for call in recorder.failed]
-        raise _Unrecordable(explain(error, paths[0] if paths else ""), why_unrecordable(error), paths) from error
+        told = explain(error, paths[0] if paths else "")
+        raise _Unrecordable(told, why_unrecordable(error), paths, error) from error
     recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
     exchanged = tuple(recorder.exchanged)
     return Capture(recorder.graph, recorder.roots[0], recorder.nodes, fakes, places, mode, exchanged, opaque)

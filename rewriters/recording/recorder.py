@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -60,11 +60,16 @@ class Recorder(TorchDispatchMode):
 
     Parameters, buffers and tensors that are plain attributes have values, which a forward may ask for (a detector's
     strides). Inputs have none.
+
+    Args:
+        mode: of the fake tensors.
+        real: the model's own tensors, by the ids of the fake ones that stand for them.
+        run: runs a call on fake tensors.
     """
 
-    def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor]):
+    def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor], run: Callable[..., Any] = run_on_fakes):
         super().__init__()
-        self._mode = mode
+        self._mode, self._run = mode, run
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.call: ModuleCall | None = None
@@ -123,7 +128,7 @@ class Recorder(TorchDispatchMode):
         restrides = only_restrides(func, args)
         if reshapes_in_place(func) and not restrides:
             self._keep_as_it_is(args[0])
-        out = run_on_fakes(self._mode, func, args, kwargs)
+        out = self._run(self._mode, func, args, kwargs)
         if restrides or not tensors_of(out):
             return out  # not a step of the forward, or a query of a tensor's device or layout
         self._write(func, args, kwargs, out)
