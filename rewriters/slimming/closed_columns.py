@@ -17,7 +17,7 @@ from rewriters.analysis import Analysis, traces_of
 from rewriters.errors import TraceError
 from rewriters.forwards import CannotResizeError, Graphs, LabelMask, TracedForward
 from rewriters.labelling import ChannelMap, keeps_classes
-from rewriters.slimming.tensors import tensor_slots
+from rewriters.recording import tensor_slots
 
 Columns = tuple[tuple[int, Tensor], ...]
 """Which columns of a kernel are open: (dimension, bool of the slim kernel's length along it), where some are closed."""

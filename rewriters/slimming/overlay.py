@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriters.recording import tensor_slots
 from rewriters.slimming.closed_columns import Columns
 from rewriters.slimming.plan import SlimPlan, apply
-from rewriters.slimming.tensors import take_indices, tensor_slots
+from rewriters.slimming.tensors import take_indices
 from rewriters.undo_log import UndoLog
 
 

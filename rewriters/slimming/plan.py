@@ -26,7 +26,7 @@ from rewriters.forwards import (
     told_apart,
 )
 from rewriters.labelling import ChannelMap, Kernel, Side
-from rewriters.recording import drop_caches, without_caches
+from rewriters.recording import drop_caches, modules_of, tensor_slots, without_caches
 from rewriters.slimming.closed_columns import (
     Columns,
     closed_columns,
@@ -41,7 +41,7 @@ from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.fusable_blocks import fields_in_fusable_blocks, update_fusable_blocks
 from rewriters.slimming.module_fields import fields_after, owner_of, refresh_flat_weights, widths_of_bare_norms
 from rewriters.slimming.removed import CONTAINERS, Removed
-from rewriters.slimming.tensors import like, take_indices, tensor_slots, unfilled
+from rewriters.slimming.tensors import like, take_indices, unfilled
 from rewriters.undo_log import UndoLog
 
 
@@ -130,11 +130,7 @@ def plan(
         if torch.equal(survivors, live):
             break
         live = survivors  # with one more channel, a branch may be alive
-    kept = {}
-    for side, classes in channel_map.classes.items():
-        indices = channel_map.kept(side, live)
-        if len(indices) < len(classes) and side.tensor not in gone:
-            kept[side] = indices
+    kept = {side: indices for side, indices in channel_map.cuts(live).items() if side.tensor not in gone}
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
     mask = analysis.label_mask(live)
     closed = closed_columns(channel_map, wanted, _by_tensor(kept), gone)
@@ -149,6 +145,8 @@ def plan(
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
     """Tensors that are in these modules only."""
+    if not paths:
+        return set()
     inside: dict[int, bool] = {}
     for name, _, _, tensor in tensor_slots(model):
         under = is_under(name, paths)
@@ -235,7 +233,7 @@ def apply(
             that runs without data and is then restored.
     """
     remove_live_statistics(model, undo_log)
-    drop_caches(model.modules(), undo_log)
+    drop_caches(modules_of(model), undo_log)
     widths = fields_in_fusable_blocks(model)
     sliced: dict[int, Tensor] = {}  # a shared tensor stays shared
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}

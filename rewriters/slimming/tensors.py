@@ -1,19 +1,11 @@
-"""The parameters and buffers of a model: where they stand, and slices of them."""
+"""Slices of parameters and buffers, and what replaces these."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-
-
-def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every name of every parameter and buffer: (qualified name, module, name in the module, tensor)."""
-    for path, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                yield f"{path}.{name}".lstrip("."), module, name, tensor
 
 
 def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:
