@@ -60,7 +60,7 @@ class SlimPlan:
         restored: modules that get back the forward that they had before an earlier rewriting: that forward, or None for
             their class's own.
         decisions: what was read from the weights.
-        bare_norms: channels left to instance norms without tensors, by path.
+        fields: numbers of the channels that are left, in attributes of modules, by path and name.
         dead: those of the classes that stay that are dead, bool of shape (classes,): a layer needs a channel.
         closed: the columns of these classes, which must not learn, by the name of each kernel that has some.
         masked: modules whose forward is rewritten for nothing but such columns.
@@ -74,7 +74,7 @@ class SlimPlan:
     kernels: tuple[Kernel, ...]
     restored: Mapping[str, RewrittenForward | None] = field(default_factory=dict)
     decisions: Decisions = field(default_factory=Decisions)
-    bare_norms: Mapping[str, int] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     dead: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     closed: Mapping[str, Columns] = field(default_factory=dict)
     masked: frozenset[str] = frozenset()
@@ -135,10 +135,12 @@ def plan(
     mask = analysis.label_mask(live)
     closed = closed_columns(channel_map, wanted, _by_tensor(kept), gone)
     forwards, constants, masked = _rewrite(model, analysis, mask, pruned, closed, live)
-    norms = widths_of_bare_norms(model, analysis, mask)
+    fields = widths_of_bare_norms(model, analysis, mask) | {
+        one.path: one.fields(mask) for one in analysis.own_code if one.path not in forwards
+    }
     decisions = Decisions(branches={one.path: one.uniform for one in pruned})
     return SlimPlan(
-        live, kept, forwards, constants, removed, kernels, decisions=decisions, bare_norms=norms,
+        live, kept, forwards, constants, removed, kernels, decisions=decisions, fields=fields,
         dead=live & ~wanted, closed=closed, masked=masked,
     )  # fmt: skip
 
@@ -261,8 +263,9 @@ def apply(
     for name, value in slim_plan.constants.items():
         path, _, own_name = name.rpartition(".")
         undo_log.set_tensor(model.get_submodule(path), own_name, value)
-    for path, width in slim_plan.bare_norms.items():
-        undo_log.set_attribute(model.get_submodule(path), "num_features", width)
+    for path, numbers in slim_plan.fields.items():
+        for name, number in numbers.items():
+            undo_log.set_attribute(model.get_submodule(path), name, number)
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
         holder = model.get_submodule(parent)
