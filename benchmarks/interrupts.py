@@ -1,10 +1,11 @@
 """Ctrl-C at random moments: what it leaves of the model and of PyTorch.
 
-    python -m benchmarks.interrupts --draws 500
+    python -m benchmarks.interrupts --draws 500 --notes interrupts.jsonl
 
 Each draw sends SIGINT to the process at a random moment of `prepare`, `finalize` or `load`. Counted is what was found
 afterwards: the model as it was, or the work done and whole (the signal came at the end, or too late); or something
 broken: the model's tensors, modes or modules changed, or a patch, a mode or a handler left behind. Nothing may break.
+With `--notes`, a count that is stopped goes on when the command is given again.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import autogate
 from autogate.slim import history_of
 from benchmarks.parts import kill
+from benchmarks.pieces import counted
 
 EXAMPLE = torch.randn(2, 3, 8, 8)
 
@@ -133,9 +135,8 @@ def _has_history(model: nn.Module) -> bool:
     return history_of(model) is not None and "autogate" not in model._modules
 
 
-def counts(verb: str, draws: int, seed: int = 0) -> collections.Counter[str]:
+def counts(verb: str, draws: int, seed: int = 0, notes: Path | None = None) -> collections.Counter[str]:
     """What was found after interrupts at random moments of "prepare", "finalize" or "load"."""
-    draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder, _sigint_raises():
         file = Path(folder) / "slim.safetensors"
         autogate.save(autogate.finalize(gated(), warn=False), file)
@@ -151,24 +152,27 @@ def counts(verb: str, draws: int, seed: int = 0) -> collections.Counter[str]:
         began = time.perf_counter()
         call(copy.deepcopy(model))
         seconds = time.perf_counter() - began
-        found = collections.Counter[str]()
         current = copy.deepcopy(model)
-        for _ in range(draws):
+
+        def once(draw: random.Random) -> str:
+            nonlocal current
             outcome = trial(call, current, is_done, draw.uniform(0, 1.05 * seconds))
-            found[outcome] += 1
             if outcome != "as it was":
                 current = copy.deepcopy(model)
-    return found
+            return outcome
+
+        return counted(verb, draws, seed, once, notes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=500, help="interrupts of each verb")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--notes", type=Path, help="file that notes each outcome")
     asked = parser.parse_args()
     print("| verb | as it was | done and whole | broken |\n| --- | --- | --- | --- |")
     for verb in ("prepare", "finalize", "load"):
-        found = counts(verb, asked.draws, asked.seed)
+        found = counts(verb, asked.draws, asked.seed, asked.notes)
         broken = {name: count for name, count in found.items() if name.startswith("broken")}
         print(f"| {verb} | {found['as it was']} | {found['done and whole']} | {broken or 0} |", flush=True)
 

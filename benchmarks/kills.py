@@ -1,10 +1,11 @@
 """`kill -9` at random moments of a run: whether what is resumed ends bit for bit like a run that nobody killed.
 
-    python -m benchmarks.kills --plain 100 --train 30
+    python -m benchmarks.kills --plain 100 --train 30 --notes kills.jsonl
 
 Each draw kills a run once, goes on from its latest checkpoint, and compares all tensors at the end. `--plain` is a
 training loop of one's own that writes a checkpoint after every step; `--train` is `autogate train`, its slim model and
-the checkpoint. Where the kill came before the first checkpoint, the run begins anew.
+the checkpoint. Where the kill came before the first checkpoint, the run begins anew. With `--notes`, a count that is
+stopped goes on when the command is given again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from autogate.cli import app
 from autogate.training import RunFolder
 from autogate.training.checkpoint import load_checkpoint
 from benchmarks.interrupts import EXAMPLE, Network
+from benchmarks.pieces import counted
 
 STEPS = 60
 
@@ -114,32 +116,31 @@ def _in_process(run: Run, folder: Path, kill_after: float | None = None) -> int 
     return process.exitcode
 
 
-def counts(run: Run, draws: int, seed: int, at: Path) -> collections.Counter[str]:
-    """How runs ended that were killed once."""
-    draw, found = random.Random(seed), collections.Counter[str]()
+def counts(name: str, run: Run, draws: int, seed: int, at: Path, notes: Path | None = None) -> collections.Counter[str]:
+    """How runs ended that were killed once (`pieces.counted` has the arguments)."""
     whole = at / "whole"
     whole.mkdir()
     began = time.perf_counter()
     if _in_process(run, whole) != 0:
         raise RuntimeError("the run fails without a kill")
     seconds, wanted = time.perf_counter() - began, run.tensors(whole)
-    for number in range(draws):
-        folder = at / str(number)
-        folder.mkdir()
+
+    def once(draw: random.Random) -> str:
+        folder = Path(tempfile.mkdtemp(dir=at))
         killed = _in_process(run, folder, draw.uniform(0, seconds)) != 0
         anew = not run.has_begun(folder)
         if anew:
             shutil.rmtree(folder)
             folder.mkdir()
         if _in_process(run, folder) != 0:
-            found["does not resume"] += 1
-            continue
+            return "does not resume"
         after = run.tensors(folder)
         same = after.keys() == wanted.keys() and all(torch.equal(after[name], wanted[name]) for name in wanted)
         how = "begun anew" if anew else "resumed" if killed else "ended before the kill"
-        found[how if same else f"{how}, and other bits"] += 1
         shutil.rmtree(folder)
-    return found
+        return how if same else f"{how}, and other bits"
+
+    return counted(name, draws, seed, once, notes)
 
 
 def main() -> None:
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=100, help="kills of a plain loop")
     parser.add_argument("--train", type=int, default=30, help="kills of `autogate train`")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--notes", type=Path, help="file that notes each outcome")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +168,7 @@ def main() -> None:
         for name, (draws, run) in runs.items():
             at = root / name.replace(" ", "-")
             at.mkdir()
-            print(f"{name}: {dict(counts(run, draws, asked.seed, at))}", flush=True)
+            print(f"{name}: {dict(counts(name, run, draws, asked.seed, at, asked.notes))}", flush=True)
 
 
 if __name__ == "__main__":

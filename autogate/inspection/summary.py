@@ -37,7 +37,7 @@ class Summary:
         progress: how far the gates are; None for a slim model.
         removed: modules of a slim model that were removed, because nothing was left in them.
         rewritten: modules of a slim model whose forward was rewritten, and why: for "sizes" that slimming changed, for
-            "branches" that are gone, for a "shortcut" that selects channels.
+            "branches" that are gone, for a "shortcut" that selects channels, for "dead columns" that must not learn.
         data_config: how images become a slim model's inputs, and the names of its classes, if it says so.
     """
 

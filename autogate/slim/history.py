@@ -82,12 +82,13 @@ class Slimming(Analysed):
     Attributes:
         kept: indices that stay, for all sides that lose any.
         branches, selections: what was decided by the weights (`rewriters.Decisions`).
-        rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut"; "restored" if it is again
-            what it was before convolutions were put on its shortcuts.
+        rewritten: modules whose forward changed, and why: "sizes", "branches", "shortcut", "dead columns"; "restored"
+            if it is again what it was before convolutions were put on its shortcuts.
         removed: modules that are no longer called and were removed.
         layers: convolutions and linear layers, with their channels and multiply-adds before and after.
         params: number of parameters before, without those of convolutions on shortcuts.
         method: what decided which channels died, as the call that makes it; empty if no gate has learned.
+        dead: the indices that stay though they are dead, because a layer needs a channel (all sides that have some).
     """
 
     kept: tuple[KeptIndices, ...]
@@ -98,6 +99,7 @@ class Slimming(Analysed):
     layers: tuple[Layer, ...] = ()
     params: int = 0
     method: str = ""
+    dead: tuple[KeptIndices, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,25 @@ def history_of(model: nn.Module) -> History | None:
 
 def kept_indices(channel_map: ChannelMap, live: Tensor) -> tuple[KeptIndices, ...]:
     """For every side that loses indices when only the classes in `live` stay: the indices that stay."""
+    every = {side: channel_map.kept(side, live.cpu()) for side in channel_map.classes}
+    kept = {side: own for side, own in every.items() if len(own) < len(channel_map.classes[side])}
+    return _gathered(channel_map, kept)
+
+
+def dead_indices(channel_map: ChannelMap, dead: Tensor) -> tuple[KeptIndices, ...]:
+    """For every side with some of the classes in `dead` (bool, shape (classes,)): their indices."""
+    is_dead = torch.cat([dead.cpu(), dead.new_zeros(1)])
+    if not is_dead.any():
+        return ()
+    found = {side: torch.nonzero(is_dead[classes.cpu()]).flatten() for side, classes in channel_map.classes.items()}
+    return _gathered(channel_map, {side: own for side, own in found.items() if len(own)})
+
+
+def _gathered(channel_map: ChannelMap, indices: Mapping[Side, Tensor]) -> tuple[KeptIndices, ...]:
     gathered: dict[tuple[int, tuple[int, ...]], list[tuple[str, int]]] = {}
-    for side, classes in channel_map.classes.items():
-        kept = tuple(channel_map.kept(side, live.cpu()).tolist())
-        if len(kept) < len(classes):
-            gathered.setdefault((len(classes), kept), []).append((side.tensor, side.dim))
+    for side, own in indices.items():
+        key = (len(channel_map.classes[side]), tuple(own.tolist()))
+        gathered.setdefault(key, []).append((side.tensor, side.dim))
     return tuple(KeptIndices(tuple(sides), size, kept) for (size, kept), sides in gathered.items())
 
 
@@ -171,6 +187,7 @@ def rewritten(slim_plan: SlimPlan) -> dict[str, str]:
     with_selection = {path.rpartition(".")[0] for path in slim_plan.decisions.selections}
     why = dict.fromkeys(slim_plan.forwards, "sizes")
     why |= {path: "shortcut" for path in slim_plan.forwards if path in with_selection}
+    why |= dict.fromkeys(slim_plan.masked, "dead columns")
     why |= dict.fromkeys(slim_plan.decisions.branches, "branches")
     return why | dict.fromkeys(slim_plan.restored, "restored")
 

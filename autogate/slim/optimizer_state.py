@@ -7,7 +7,7 @@ zero, and so are the gradients of everything that feeds them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,12 @@ class Replacement:
     Attributes:
         new: the parameter that replaces it; None if none does.
         kept: the indices that stay (int64), by dimension, for dimensions that lose any.
+        dead: those that stay though they are dead: the optimizer must not move them.
     """
 
     new: nn.Parameter | None
     kept: Mapping[int, Tensor]
+    dead: Mapping[int, Tensor]
 
 
 def as_optimizers(given: Iterable[Any], model: nn.Module) -> tuple[Optimizer, ...]:
@@ -78,21 +80,24 @@ def take_along(
         model: the slim model.
         done: how it was slimmed.
     """
-    replacements = parameter_replacements(before, parameters_of(model), kept_by_side(done.kept))
+    kept, dead = kept_by_side(done.kept), kept_by_side(done.dead)
+    replacements = parameter_replacements(before, parameters_of(model), kept, dead)
     for one in optimizers:
         replace_parameters(one, replacements)
     tell_of_steps_with([parameter for parameter in before.values() if id(parameter) in replacements])
 
 
 def parameter_replacements(
-    before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], kept: Mapping[Side, KeptIndices]
-) -> dict[int, Replacement]:
+    before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter], kept: Mapping[Side, KeptIndices],
+    dead: Mapping[Side, KeptIndices],
+) -> dict[int, Replacement]:  # fmt: skip
     """What becomes of each parameter of a model that was slimmed, by its id. Parameters that stay are not listed.
 
     Args:
         before: the parameters by name; those in several places under each of their names.
         after: the same for the slim model.
         kept: the indices that stay along each side that lost any.
+        dead: those that stay though they are dead.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in before.items():
@@ -101,11 +106,13 @@ def parameter_replacements(
     for key, own in names.items():
         new = next((after[name] for name in own if name in after), None)
         if id(new) != key:
-            dims = {
-                side.dim: torch.tensor(one.kept, dtype=torch.int64) for side, one in kept.items() if side.tensor in own
-            }
-            found[key] = Replacement(new, dims)
+            found[key] = Replacement(new, _by_dimension(kept, own), _by_dimension(dead, own))
     return found
+
+
+def _by_dimension(indices: Mapping[Side, KeptIndices], names: Collection[str]) -> dict[int, Tensor]:
+    found = {side.dim: one.kept for side, one in indices.items() if side.tensor in names}
+    return {dim: torch.tensor(kept, dtype=torch.int64) for dim, kept in found.items()}
 
 
 def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, Replacement]) -> None:
@@ -126,7 +133,7 @@ def replace_parameters(optimizer: Optimizer, replacements: Mapping[int, Replacem
     for parameter in [parameter for parameter in optimizer.state if id(parameter) in replacements]:
         one, state = replacements[id(parameter)], optimizer.state.pop(parameter)
         if one.new is not None and all(_can_be_cut(value, parameter) for value in state.values()):
-            optimizer.state[one.new] = {name: _cut(value, parameter, one.kept) for name, value in state.items()}
+            optimizer.state[one.new] = {name: _cut(value, parameter, one) for name, value in state.items()}
     for inner in vars(optimizer).values():  # Lookahead and similar optimizers hold one with the same groups
         if isinstance(inner, Optimizer):
             replace_parameters(inner, replacements)
@@ -139,8 +146,11 @@ def _can_be_cut(value: Any, parameter: Tensor) -> bool:
     return value.numel() == 1 or (value.ndim == parameter.ndim and all(own in (1, size) for own, size in fits))
 
 
-def _cut(value: Any, parameter: Tensor, kept: Mapping[int, Tensor]) -> Any:
+def _cut(value: Any, parameter: Tensor, replacement: Replacement) -> Any:
     if not isinstance(value, Tensor) or value.numel() == 1:
         return value
-    dims = [(dim, indices) for dim, indices in kept.items() if value.shape[dim] == parameter.shape[dim]]
+    for dim, indices in replacement.dead.items():
+        if value.shape[dim] == parameter.shape[dim]:
+            value = value.index_fill(dim, indices.to(value.device), 0)
+    dims = [(dim, indices) for dim, indices in replacement.kept.items() if value.shape[dim] == parameter.shape[dim]]
     return take_indices(value, dims)

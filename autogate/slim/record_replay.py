@@ -29,6 +29,7 @@ from autogate.slim.history import (
     KeptIndices,
     Slimming,
     TensorSpec,
+    dead_indices,
     describe_buffers,
     describe_modules,
     describe_tensors,
@@ -162,6 +163,7 @@ def slim_and_record(
     done = Slimming(
         **vars(before),
         kept=kept_indices(analysis.channel_map, slim_plan.live),
+        dead=dead_indices(analysis.channel_map, slim_plan.dead),
         branches=slim_plan.decisions.branches,
         selections=slim_plan.decisions.selections,
         rewritten=rewritten(slim_plan),
@@ -244,30 +246,35 @@ def slim_as_recorded(
     Raises:
         AutogateError: the channels of the model are coupled in another way than those of the recorded one.
     """
-    live = live_classes(analysis.channel_map, slimming.kept)
+    live = live_classes(analysis.channel_map, slimming.kept, slimming.dead)
     decided = Decisions(slimming.branches, slimming.selections)
     done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, decided)
     check_kept(done.kept, slimming.kept)
+    check_same("the set of dead channels that stay", done.dead, slimming.dead)
     check_same("the set of removed branches", done.branches, slimming.branches)
     check_same("the set of shortcut convolutions that became selections", done.selections, slimming.selections)
     check_same("the set of removed modules", done.removed, slimming.removed)
     return done
 
 
-def live_classes(channel_map: ChannelMap, recorded: Collection[KeptIndices]) -> Tensor:
-    """The classes that keep all of their indices, bool, shape (classes,).
+def live_classes(
+    channel_map: ChannelMap, recorded: Collection[KeptIndices], dead: Collection[KeptIndices] = ()
+) -> Tensor:
+    """The classes that keep all of their indices and aren't dead, bool, shape (classes,).
 
     Raises:
         AutogateError: a recorded side has another length here.
     """
     live = torch.ones(channel_map.size, dtype=torch.bool)
-    kept = kept_by_side(recorded)
+    kept, stay = kept_by_side(recorded), kept_by_side(dead)
     for side, classes in channel_map.classes.items():
-        if side in kept:
-            check_same(f"the length of {side}", len(classes), kept[side].size)
-            gone = set(range(len(classes))) - set(kept[side].kept)
-            labels = classes[sorted(gone)]
-            live[labels[labels != ALWAYS]] = False
+        gone: set[int] = set()
+        for one in (found[side] for found in (kept, stay) if side in found):
+            check_same(f"the length of {side}", len(classes), one.size)
+        gone |= set(range(len(classes))) - set(kept[side].kept) if side in kept else set()
+        gone |= set(stay[side].kept) if side in stay else set()
+        labels = classes[sorted(gone)]
+        live[labels[labels != ALWAYS]] = False
     return live
 
 

@@ -64,7 +64,7 @@ def fuse(
     full = _structure(FULL, channel_map, torch.ones(channel_map.size, dtype=torch.bool), resources)
     _check_names([*(one.structure.name for one in wanted), FULL], model)
     plans = [_plan(model, analysis, one, options) for one in wanted]
-    overlays = [Overlay.of(model, done, channel_map, one.live) for done, one in zip(plans, wanted, strict=True)]
+    overlays = [Overlay.of(model, done) for done in plans]
     *overlays, of_full = with_all_forwards([*overlays, Overlay((), (), ())])
     made = []
     for one, slim_plan, overlay in zip(wanted, plans, overlays, strict=True):

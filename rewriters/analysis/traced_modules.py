@@ -224,14 +224,8 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
     if any(one.path == path for one in analysis.traced):
         return False
     analysis.own_code = [one for one in analysis.own_code if one.path != path]
-    known, found = analysis.labelling.by_tensor(), list[TracedForward]()
-    calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
-    modes = _own_modes(analysis.recorded)
     try:
-        with plain_statistics(model), without_caches(model), patches_held():
-            for captured, call in calls:
-                module, mode = model.get_submodule(path), modes.get(id(call))
-                found += trace_modes(module, call, captured, analysis.labelling, known, mode)
+        found = traces_of(model, analysis, path, analysis.labelling)
     except TraceError:
         return False
     analysis.traced += found
@@ -239,3 +233,26 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
     merge_grids(analysis.labelling)
     pin_unresizable(analysis.labelling, found)
     return bool(found)
+
+
+def traces_of(model: nn.Module, analysis: Analysis, path: str, labelling: Labelling) -> list[TracedForward]:
+    """Trace all recorded calls of the module at `path`.
+
+    Args:
+        model: as it was analysed.
+        analysis: of that model.
+        path: the module.
+        labelling: that of the analysis, or a fork of it; a trace may couple labels.
+
+    Raises:
+        TraceError: its forward can't be traced.
+    """
+    module, known, modes = model.get_submodule(path), labelling.by_tensor(), _own_modes(analysis.recorded)
+    with plain_statistics(model), without_caches(model), patches_held():
+        return [
+            traced
+            for captured in analysis.captures
+            for call in captured.calls()
+            if call.path == path
+            for traced in trace_modes(module, call, captured, labelling, known, modes.get(id(call)))
+        ]

@@ -244,7 +244,7 @@ class _Tracer(ValueTracer):
         if name is None:
             raise TraceError("it computes with a tensor whose creation torch.fx has not seen")
         node = self.create_node("get_attr", name, (), {})
-        node.meta["val"] = self._captured.tensors.get(f"{self._call.path}.{name}".lstrip("."))
+        node.meta["val"] = self._captured.places.get(f"{self._call.path}.{name}".lstrip("."))
         if node.meta["val"] is None:
             node.meta["val"] = constant(self._captured.mode, tensor)
         return node
@@ -288,9 +288,9 @@ class _Tracer(ValueTracer):
     def _attribute(self, name: str) -> Tensor:
         """The fake tensor for a parameter or buffer of the module."""
         path = f"{self._call.path}.{name}".lstrip(".")
-        if path not in self._captured.tensors:
+        if path not in self._captured.places:
             raise TraceError(f"it reads {name}, which is not a parameter or buffer")
-        return self._captured.tensors[path]
+        return self._captured.places[path]
 
     def _next_child(self, name: str) -> ModuleCall:
         """The recorded call of the child that is called now."""

@@ -3,16 +3,17 @@
 The forward runs once on fake tensors (shapes without data), under the dispatch mode of `recorder.py`. The result holds
 the graph and the tree of module calls.
 
-Where that fails in a module inside the model (on a value that the forward asks for, say), the model runs for real, once
-(`opaque.py`), which gives the shapes of what each module is called with and returns. The innermost module that failed,
-or the next one outwards whose outputs are tensors, becomes opaque: the forward is recorded again, and that module's
-call is one node, an `opaque_call`.
+Where that fails, it may be a fault of fake tensors: the forward is recorded once more with the layouts of real results
+(`real_results.py`). Where that fails too, in a module inside the model (on a value that the forward asks for, say), the
+model runs for real, once (`opaque.py`), which gives the shapes of what each module is called with and returns. The
+innermost module that failed, or the next one outwards whose outputs are tensors, becomes opaque: the forward is
+recorded again, and that module's call is one node, an `opaque_call`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from rewriters.interrupts import let_signals_in
 from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.error_messages import explain, why_unrecordable
 from rewriters.recording.function_calls import FunctionCalls
-from rewriters.recording.meta_kernels import fakify
+from rewriters.recording.meta_kernels import fakify, run_on_fakes
 from rewriters.recording.mode_reads import attribute_writes, mode_reads
 from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.module_walk import named_tensors, tensor_slots
@@ -44,6 +45,7 @@ from rewriters.recording.opaque import (
     opaque_modules,
     run_for_real,
 )
+from rewriters.recording.real_results import may_be_a_fault_of_fakes, run_with_real_layout
 from rewriters.recording.recorder import Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
@@ -57,7 +59,8 @@ class Capture:
             in. `get_attr` nodes are named as `model.get_parameter` names them.
         root: the outermost module call.
         nodes: the node that made each fake tensor, by the tensor's id (the tensors live in the graph).
-        tensors: fake tensors of parameters and buffers, by qualified name.
+        tensors: fake tensors of parameters and buffers, by qualified name; a shared one once, under its first name.
+        places: the same under every name.
         mode: the fake tensor mode that everything here belongs to.
         exchanged: buffers that the forward replaced by others.
         opaque: modules that can't be recorded, by path; each of their calls is one node, an `opaque_call`.
@@ -69,6 +72,7 @@ class Capture:
     root: ModuleCall
     nodes: Mapping[int, fx.Node]
     tensors: Mapping[str, Tensor]
+    places: Mapping[str, Tensor]
     mode: FakeTensorMode
     exchanged: tuple[str, ...] = ()
     opaque: Mapping[str, Opaque] = field(default_factory=dict)
@@ -115,11 +119,12 @@ class _Unrecordable(Exception):
         error: what to raise if no module can be made opaque.
         reason: why one of the modules would be opaque.
         paths: the modules whose calls failed, innermost first.
+        cause: the error that the forward raised.
     """
 
-    def __init__(self, error: CaptureError, reason: str, paths: list[str]):
+    def __init__(self, error: CaptureError, reason: str, paths: list[str], cause: Exception):
         super().__init__(reason)
-        self.error, self.reason, self.paths = error, reason, paths
+        self.error, self.reason, self.paths, self.cause = error, reason, paths, cause
 
 
 def capture(
@@ -146,12 +151,15 @@ def capture(
         CaptureError: the forward fails, or the model's own control flow depends on a tensor's values. The message
             names the module and the line.
     """
-    known, run = dict(opaque or {}), None
+    known, run, run_call = dict(opaque or {}), None, run_on_fakes
     while True:
         let_signals_in()
         try:
-            return _record(model, args, kwargs or {}, known, answers, calls)
+            return _record(model, args, kwargs or {}, known, answers, calls, run_call)
         except _Unrecordable as failure:
+            if answers is None and run_call is run_on_fakes and may_be_a_fault_of_fakes(failure.cause):
+                run_call = run_with_real_layout
+                continue
             if opaque is None and run is None and any(failure.paths):
                 run = _run_for_real(model, args, kwargs or {}, failure)
             path = None if run is None else innermost_opaque(failure.paths, run, known)
@@ -195,22 +203,21 @@ def _as_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 def _record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque],
-    answers: AnsweredCalls | None, calls: FunctionCalls | None,
+    answers: AnsweredCalls | None, calls: FunctionCalls | None, run_call: Callable[..., Any],
 ) -> Capture:  # fmt: skip
-    """Record a forward in which some modules are opaque. Raises `_Unrecordable`."""
+    """Record a forward in which some modules are opaque; `run_call` runs its ATen calls. Raises `_Unrecordable`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True) if answers is None else answers.mode
     made = {} if answers is None else answers.tensors
     real = named_tensors(model)
     fakes = {name: made[id(tensor)] if id(tensor) in made else fakify(mode, tensor) for name, tensor in real.items()}
-    recorder = Recorder(
-        mode, {id(fakes[name]): tensor for name, tensor in real.items()}, {id(fakes[name]): name for name in real}
-    )
+    of_name = {id(fakes[name]): name for name in real}
+    recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()}, of_name, run_call)
     fake_args, fake_kwargs = tree_map_only(Tensor, partial(_as_input, mode), (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
     for name, fake in fakes.items() if answers is None else ():  # a module's own code alone uses few of them
         recorder.own(recorder.graph.create_node("get_attr", name, name="tensor"), fake)
     names = _names(model)
-    replies = RecordedOutputs(opaque, lambda noted: noted.fake(mode))
+    replies, places = RecordedOutputs(opaque, lambda noted: noted.fake(mode)), in_every_place(model, real, fakes)
     try:
         with (
             attributes_preserved(names),
@@ -224,16 +231,15 @@ def _record(
             recorder,
             contextlib.nullcontext() if calls is None else calls.noted(model, recorder),
         ):
-            output = functional_call(
-                model, in_every_place(model, real, fakes), fake_args, fake_kwargs, tie_weights=False
-            )
+            output = functional_call(model, places, fake_args, fake_kwargs, tie_weights=False)
     except AutogateError:
         raise
     except Exception as error:
         paths = [call.path for call in recorder.failed]
-        raise _Unrecordable(explain(error, paths[0] if paths else ""), why_unrecordable(error), paths) from error
+        told = explain(error, paths[0] if paths else "")
+        raise _Unrecordable(told, why_unrecordable(error), paths, error) from error
     recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
     return Capture(
-        recorder.graph, recorder.roots[0], recorder.nodes, fakes, mode, tuple(recorder.exchanged), opaque,
+        recorder.graph, recorder.roots[0], recorder.nodes, fakes, places, mode, tuple(recorder.exchanged), opaque,
         frozenset(recorder.written), recorder.answered,
     )  # fmt: skip

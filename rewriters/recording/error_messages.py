@@ -7,11 +7,10 @@ import traceback
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from rewriters.errors import CaptureError
+from rewriters.recording.real_results import ASKS_FOR_VALUES
 
-_ASKS_FOR_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _OWN_CODE = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 """Folders with a separator at the end: torchvision isn't in torch."""
 
@@ -31,7 +30,7 @@ def _at(error: BaseException) -> str:
 
 def explain(error: Exception, where: str) -> CaptureError:
     """The error to raise for an exception in a forward."""
-    if isinstance(error, _ASKS_FOR_VALUES):
+    if isinstance(error, ASKS_FOR_VALUES):
         return CaptureError(
             f"the forward depends on the values of a tensor{_at(error)}.",
             where=where,
@@ -46,7 +45,7 @@ def explain(error: Exception, where: str) -> CaptureError:
 
 def why_unrecordable(error: Exception) -> str:
     """Why a forward that runs on real tensors fails on fake ones."""
-    asks = isinstance(error, _ASKS_FOR_VALUES)
+    asks = isinstance(error, ASKS_FOR_VALUES)
     text = str(error).strip().partition("\n")[0].rstrip(".")
     what = "the forward depends on the values of a tensor" if asks else f"{type(error).__name__}: {text}"
     return f"its forward can't be recorded: {what}{_at(error)}"

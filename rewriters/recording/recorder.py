@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -35,11 +35,19 @@ class Recorder(TorchDispatchMode):
 
     Parameters, buffers and tensors that are plain attributes have values, which a forward may ask for (a detector's
     strides). Inputs have none.
+
+    Args:
+        mode: of the fake tensors.
+        real: the model's own tensors, by the ids of the fake ones that stand for them.
+        run: runs a call on fake tensors.
     """
 
-    def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor], names: Mapping[int, str]):
+    def __init__(
+        self, mode: FakeTensorMode, real: Mapping[int, Tensor], names: Mapping[int, str],
+        run: Callable[..., Any] = run_on_fakes,
+    ):  # fmt: skip
         super().__init__()
-        self._mode = mode
+        self._mode, self._run = mode, run
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.call: ModuleCall | None = None
@@ -110,7 +118,7 @@ class Recorder(TorchDispatchMode):
         restrides = only_restrides(func, args)
         if reshapes_in_place(func) and not restrides:
             self._keep_as_it_is(args[0])
-        out = self._one_draw(kwargs) if _draws_one(func, args) else run_on_fakes(self._mode, func, args, kwargs)
+        out = self._one_draw(kwargs) if _draws_one(func, args) else self._run(self._mode, func, args, kwargs)
         if restrides or not tensors_of(out):
             return out  # not a step of the forward, or a query of a tensor's device or layout
         self._write(func, args, kwargs, out)

@@ -165,12 +165,20 @@ def _with_selections(slim_plan: SlimPlan, path: str, graphs: Graphs, selections:
 def _without(slim_plan: SlimPlan, selections: Collection[_Selection]) -> SlimPlan:
     """The plan without these convolutions."""
     gone = {one.shortcut.path for one in selections}
+
+    def stays(name: str) -> bool:
+        return name not in gone and name.rpartition(".")[0] not in gone
+
     sources = {one.shortcut.path: tuple(one.sources.tolist()) for one in selections}
     noted = slim_plan.decisions
     return replace(
         slim_plan,
         decisions=replace(noted, selections={**noted.selections, **sources}),
         removed=slim_plan.removed | gone,
-        kept={side: kept for side, kept in slim_plan.kept.items() if side.tensor.rpartition(".")[0] not in gone},
-        kernels=tuple(kernel for kernel in slim_plan.kernels if kernel.weight.rpartition(".")[0] not in gone),
+        kept={side: kept for side, kept in slim_plan.kept.items() if stays(side.tensor)},
+        kernels=tuple(kernel for kernel in slim_plan.kernels if stays(kernel.weight)),
+        closed={name: columns for name, columns in slim_plan.closed.items() if stays(name)},
+        masked=frozenset(filter(stays, slim_plan.masked)),
+        forwards={path: graphs for path, graphs in slim_plan.forwards.items() if stays(path)},
+        constants={name: value for name, value in slim_plan.constants.items() if stays(name)},
     )

@@ -6,7 +6,8 @@ from rewriters.slimming.dry_run import dry_run
 from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
 from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
-from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices
+from rewriters.slimming.plan import SlimPlan, apply, plan
+from rewriters.slimming.tensors import like, take_indices
 from rewriters.slimming.value_check import Refused, check_values, pin_refused
 
 __all__ = [

@@ -17,7 +17,6 @@ from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,6 +42,7 @@ from rewriters.labelling.rules import elementwise, find_rule
 from rewriters.outputs import run_eval
 from rewriters.recording import Capture, ModuleCall, tensors_of
 from rewriters.slimming.constant_values import Meeting, constant_nodes, meetings, one_position, uniform
+from rewriters.slimming.module_reads import read_elsewhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +66,24 @@ class Pruned:
 
 
 def prune_branches(
-    model: nn.Module, analysis: Analysis, live: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any],
-    decided: Mapping[str, tuple[bool, ...]] | None = None,
+    model: nn.Module, analysis: Analysis, stays: Tensor, live: Tensor, args: tuple[Any, ...],
+    kwargs: Mapping[str, Any], decided: Mapping[str, tuple[bool, ...]] | None = None,
 ) -> list[Pruned]:  # fmt: skip
-    """Forwards without dead branches, for the classes in `live` (bool, shape (classes,)).
+    """Forwards without dead branches.
 
     If there is a branch to remove, the model runs on the example inputs, to read the constants. If `decided` says what
     was found in every module (`Pruned.uniform`), nothing runs and constants are zero.
+
+    Args:
+        model: as it was analysed.
+        analysis: of that model.
+        stays: the classes that stay, bool, shape (classes,).
+        live: those of them that aren't dead.
+        args: example inputs by position.
+        kwargs: example inputs by name.
+        decided: what was found in every module before.
     """
-    mask = analysis.label_mask(live)
+    mask = analysis.label_mask(stays)
     constant, varying = constant_nodes(analysis, live)
     times = Counter(call.path for call in analysis.captures[0].calls())
     unlike = _run_differently(analysis) | {one.path for one in analysis.own_code}
@@ -83,13 +92,15 @@ def prune_branches(
         for call in _meeting_calls(analysis, constant, mask)
         if times[call.path] == 1 and call.path not in unlike and (decided is None or call.path in decided)
         if not is_open_ended(model.get_submodule(call.path), call)
-        for pruned in _prune(model, analysis, call, (constant, varying), live, args, kwargs, decided)
+        for pruned in _prune(model, analysis, call, (constant, varying), stays, args, kwargs, decided)
     ]
     gone = frozenset[str]().union(*(pruned.removed for pruned in found))
     found = [replace(one, removed=_outermost(one.removed)) for one in found if not is_under(one.path, gone)]
     if not found or decided is not None:
         return found
-    missed = _read_elsewhere(model, found, args, kwargs)
+    rewritten = {one.path for one in found}
+    gone = frozenset[str]().union(*(one.removed for one in found))
+    missed = read_elsewhere(model, gone, rewritten, args, kwargs, analysis.trains_otherwise)
     return [one for one in found if not one.removed & missed]
 
 
@@ -105,38 +116,6 @@ def _run_differently(analysis: Analysis) -> set[str]:
 
 def _ops_in(call: ModuleCall) -> tuple[Any, ...]:
     return tuple(node.target for inner in call.walk() for node in inner.nodes)
-
-
-def _read_elsewhere(
-    model: nn.Module, found: list[Pruned], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> set[str]:
-    """Those of the modules to remove that code reads which isn't rewritten.
-
-    `nn.TransformerEncoder` reads `batch_first` from its first layer's attention.
-    """
-    paths = {module: path for path, module in model.named_modules()}
-    gone = frozenset[str]().union(*(one.removed for one in found))
-    rewritten = {one.path for one in found}
-    running, read = [""], set[str]()
-    plain_call, plain_read = nn.Module.__call__, nn.Module.__getattr__
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        running.append(paths.get(module, running[-1]))
-        try:
-            return plain_call(module, *args, **kwargs)
-        finally:
-            running.pop()
-
-    def noted(module: nn.Module, name: str) -> Any:
-        value = plain_read(module, name)
-        path = paths.get(value) if isinstance(value, nn.Module) else None
-        if path in gone and running[-1] not in rewritten:
-            read.add(path)
-        return value
-
-    with mock.patch.object(nn.Module, "__call__", call), mock.patch.object(nn.Module, "__getattr__", noted):
-        run_eval(model, args, kwargs)
-    return read
 
 
 def is_under(path: str, paths: Set[str]) -> bool:

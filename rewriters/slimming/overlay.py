@@ -4,7 +4,7 @@
 the `__dict__` of the modules, where Python looks before PyTorch does: `layer.weight` is the slim kernel, while
 `layer.parameters()`, `state_dict()` and optimizers have the dense one. Without the overlay the model is what it was.
 
-    overlay = Overlay.of(model, slim_plan, channel_map, live)
+    overlay = Overlay.of(model, slim_plan)
     overlay.put_fields()                                        # sizes and forwards
     for one in overlay.slices:
         for place in one.places:
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.labelling import ChannelMap
 from rewriters.recording import tensor_slots
-from rewriters.slimming.dead_branches import is_under
-from rewriters.slimming.plan import SlimPlan, apply, take_indices
+from rewriters.slimming.closed_columns import Columns
+from rewriters.slimming.plan import SlimPlan, apply
+from rewriters.slimming.tensors import take_indices
 from rewriters.undo_log import UndoLog
 
 
@@ -82,7 +82,7 @@ class TensorSlice:
     name: str
     places: tuple[Place, ...]
     cuts: tuple[tuple[int, Tensor], ...]
-    closed: tuple[tuple[int, Tensor], ...] = ()
+    closed: Columns = ()
 
     def take(self) -> Tensor:
         """The slice of the dense tensor as it is now; gradients flow into that.
@@ -153,14 +153,12 @@ class Overlay:
     fields: tuple[Field, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, slim_plan: SlimPlan, channel_map: ChannelMap, live: Tensor) -> Overlay:
+    def of(cls, model: nn.Module, slim_plan: SlimPlan) -> Overlay:
         """The overlay that makes `model` what `apply` would make of it. The model is left as it was.
 
         Args:
             model: the dense model. Kernels of dead classes need not be zero, because the overlay leaves them out.
             slim_plan: made for this model.
-            channel_map: the model's channels.
-            live: the classes that live, bool, shape (classes,); the plan may keep others beside them.
         """
         undo_log = _BesideLog()
         try:
@@ -173,16 +171,10 @@ class Overlay:
         for name, module, own_name, tensor in tensor_slots(model):
             slots.setdefault(id(tensor), []).append(Place(module, own_name))
             tensors[name] = tensor
-        cuts = slim_plan.cuts()
-        columns = {  # a layer may lose no index and all that it reads
-            name: found
-            for name, found in channel_map.open_columns(live).items()
-            if not is_under(name, slim_plan.removed)
-        }
+        cuts, closed = slim_plan.cuts(), slim_plan.closed
         slices = tuple(
-            TensorSlice(name, tuple(slots[id(tensors[name])]), tuple(own), _among(columns.get(name, ()), own))
-            for name in dict.fromkeys([*cuts, *columns])
-            for own in [cuts.get(name, ())]
+            TensorSlice(name, tuple(slots[id(tensors[name])]), tuple(cuts.get(name, ())), closed.get(name, ()))
+            for name in dict.fromkeys([*cuts, *closed])  # a layer may lose no index and all that it reads
         )
         constants = []
         for name, value in slim_plan.constants.items():
@@ -224,13 +216,6 @@ def with_all_forwards(overlays: Iterable[Overlay]) -> list[Overlay]:
         replace(overlay, fields=(*overlay.fields, *(one for module, one in plain.items() if module not in own)))
         for overlay, own in zip(overlays, forwards, strict=True)
     ]
-
-
-def _among(columns: Iterable[tuple[int, Tensor]], cuts: Iterable[tuple[int, Tensor]]) -> tuple[tuple[int, Tensor], ...]:
-    """Which columns are open among those that stay, for each dimension where some aren't."""
-    kept = dict(cuts)
-    left = [(dim, is_open[kept[dim]] if dim in kept else is_open) for dim, is_open in columns]
-    return tuple((dim, is_open) for dim, is_open in left if not is_open.all())
 
 
 class _BesideLog(UndoLog):

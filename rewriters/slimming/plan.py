@@ -20,16 +20,28 @@ from rewriters.forwards import (
     InterpretedForward,
     LabelMask,
     RewrittenForward,
+    TracedForward,
     disable_fused_layers,
     set_forward,
     told_apart,
 )
 from rewriters.labelling import ChannelMap, Kernel, Side
 from rewriters.recording import drop_caches, modules_of, tensor_slots, without_caches
+from rewriters.slimming.closed_columns import (
+    Columns,
+    closed_columns,
+    is_starved,
+    partly_closed,
+    put_masks,
+    readers_of,
+    trace_readers,
+)
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
 from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.fusable_blocks import fields_in_fusable_blocks, update_fusable_blocks
 from rewriters.slimming.module_fields import fields_after, owner_of, refresh_flat_weights, widths_of_bare_norms
+from rewriters.slimming.removed import CONTAINERS, Removed
+from rewriters.slimming.tensors import like, take_indices, unfilled
 from rewriters.undo_log import UndoLog
 
 
@@ -49,6 +61,9 @@ class SlimPlan:
             their class's own.
         decisions: what was read from the weights.
         fields: numbers of the channels that are left, in attributes of modules, by path and name.
+        dead: those of the classes that stay that are dead, bool of shape (classes,): a layer needs a channel.
+        closed: the columns of these classes, which must not learn, by the name of each kernel that has some.
+        masked: modules whose forward is rewritten for nothing but such columns.
     """
 
     live: Tensor
@@ -60,6 +75,9 @@ class SlimPlan:
     restored: Mapping[str, RewrittenForward | None] = field(default_factory=dict)
     decisions: Decisions = field(default_factory=Decisions)
     fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    dead: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    closed: Mapping[str, Columns] = field(default_factory=dict)
+    masked: frozenset[str] = frozenset()
 
     def flops(self, channel_map: ChannelMap) -> float:
         """Multiply-adds of what is left, for one sample."""
@@ -67,10 +85,14 @@ class SlimPlan:
 
     def cuts(self) -> dict[str, list[tuple[int, Tensor]]]:
         """For each tensor that loses indices: (dimension, indices that stay), by its qualified name."""
-        cuts: dict[str, list[tuple[int, Tensor]]] = {}
-        for side, indices in self.kept.items():
-            cuts.setdefault(side.tensor, []).append((side.dim, indices))
-        return cuts
+        return _by_tensor(self.kept)
+
+
+def _by_tensor(kept: Mapping[Side, Tensor]) -> dict[str, list[tuple[int, Tensor]]]:
+    cuts: dict[str, list[tuple[int, Tensor]]] = {}
+    for side, indices in kept.items():
+        cuts.setdefault(side.tensor, []).append((side.dim, indices))
+    return cuts
 
 
 def plan(
@@ -95,12 +117,12 @@ def plan(
     Raises:
         SurgeryError: a forward cannot be rewritten for this pattern.
     """
-    channel_map = analysis.channel_map
-    live = channel_map.looked_at(live.cpu())
+    channel_map, wanted = analysis.channel_map, live.cpu()
+    live = channel_map.looked_at(wanted)
     while True:
         with without_caches(model):
             pruned = prune_branches(
-                model, analysis, live, args, kwargs or {}, decided.branches if decided is not None else None
+                model, analysis, live, wanted, args, kwargs or {}, decided.branches if decided is not None else None
             )
         removed = frozenset[str]().union(*(one.removed for one in pruned))
         gone = _tensors_under(model, removed) | _computed_under(channel_map, removed)
@@ -111,12 +133,16 @@ def plan(
     kept = {side: indices for side, indices in channel_map.cuts(live).items() if side.tensor not in gone}
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
     mask = analysis.label_mask(live)
-    forwards, constants = _rewrite(analysis, mask, pruned)
+    closed = closed_columns(channel_map, wanted, _by_tensor(kept), gone)
+    forwards, constants, masked = _rewrite(model, analysis, mask, pruned, closed, live)
     fields = widths_of_bare_norms(model, analysis, mask) | {
         one.path: one.fields(mask) for one in analysis.own_code if one.path not in forwards
     }
     decisions = Decisions(branches={one.path: one.uniform for one in pruned})
-    return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions, fields=fields)
+    return SlimPlan(
+        live, kept, forwards, constants, removed, kernels, decisions=decisions, fields=fields,
+        dead=live & ~wanted, closed=closed, masked=masked,
+    )  # fmt: skip
 
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
@@ -135,33 +161,54 @@ def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
     return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
 
 
-def _rewrite(analysis: Analysis, mask: LabelMask, pruned: list[Pruned]) -> tuple[dict[str, Graphs], dict[str, Tensor]]:
-    """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read.
+def _rewrite(
+    model: nn.Module, analysis: Analysis, mask: LabelMask, pruned: list[Pruned], closed: Mapping[str, Columns],
+    live: Tensor,
+) -> tuple[dict[str, Graphs], dict[str, Tensor], frozenset[str]]:  # fmt: skip
+    """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read; and
+    those of the modules that are rewritten for closed columns alone."""
+    done: dict[str, Graphs] = {one.path: one.graphs for one in pruned}
+    gone = {path for one in pruned for path in one.removed}
+    mixed = partly_closed(model, closed)
+    readers = {path for path in readers_of(analysis, mixed) if path not in done and not is_under(path, gone)}
+    traced = [(one, mask) for one in analysis.traced if one.path not in done and not is_under(one.path, gone)]
+    for_columns = trace_readers(model, analysis, readers - {one.path for one, _ in traced}, live)
+    graphs, taken = _resize([*traced, *for_columns], readers)
+    taken += [(one.path, one.constants) for one in pruned]
+    constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
+    constants |= put_masks(done | graphs, mixed, model)
+    return done | graphs, constants, frozenset(one.path for one, _ in for_columns)
+
+
+def _resize(
+    traced_forwards: Iterable[tuple[TracedForward, LabelMask]], rewritten: Set[str]
+) -> tuple[dict[str, Graphs], list[tuple[str, Mapping[str, Tensor]]]]:
+    """Traced forwards for fewer channels, if slimming changes them or they are among those `rewritten` in any case.
 
     Calls that took the same way through a module's forward have the same code there; others are cases of their own.
+
+    Returns:
+        The graphs by path, and for each trace its path and the buffers that it reads.
     """
-    done: dict[str, Graphs] = {one.path: one.graphs for one in pruned}
-    taken = [(one.path, one.constants) for one in pruned]
-    gone = {path for one in pruned for path in one.removed}
+    taken: list[tuple[str, Mapping[str, Tensor]]] = []
     found: dict[str, dict[bool, dict[str, fx.Graph]]] = {}
     changed: set[str] = set()
     differing: set[str] = set()
-    for traced in analysis.traced:
-        if traced.path in done or is_under(traced.path, gone):
-            continue
+    for traced, mask in traced_forwards:
         resizer = traced.resize(mask)
-        changed |= {traced.path} if resizer.changed else set()
+        changed |= {traced.path} if resizer.changed or traced.path in rewritten else set()
         taken.append((traced.path, resizer.constants))
         for mode in traced.modes:
             ways = found.setdefault(traced.path, {}).setdefault(mode, {})
             first = ways.setdefault(traced.code, resizer.graph)
             differing |= {traced.path} if first is not resizer.graph and _code(first) != _code(resizer.graph) else set()
-    graphs = {path: {mode: _distinct(ways) for mode, ways in found[path].items()} for path in sorted(changed)}
+    graphs: dict[str, Graphs] = {
+        path: {mode: _distinct(ways) for mode, ways in found[path].items()} for path in sorted(changed)
+    }
     for path, modes in graphs.items():
         if path in differing or not all(map(told_apart, modes.values())):
             raise SurgeryError("its calls take different paths, which would need different code", where=path)
-    constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
-    return done | graphs, constants
+    return graphs, taken
 
 
 def _distinct(ways: Mapping[str, fx.Graph]) -> tuple[fx.Graph, ...]:
@@ -192,10 +239,11 @@ def apply(
     widths = fields_in_fusable_blocks(model)
     sliced: dict[int, Tensor] = {}  # a shared tensor stays shared
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}
-    for name, dims in slim_plan.cuts().items():
-        tensor = first_name[name]
-        taken = take_indices(tensor.detach(), dims) if with_values else _unfilled(tensor, dims)
-        sliced[id(tensor)] = like(tensor, taken)
+    cuts = slim_plan.cuts()
+    for name in dict.fromkeys([*cuts, *slim_plan.closed]):
+        tensor, dims = first_name[name], cuts.get(name, [])
+        taken = take_indices(tensor.detach(), dims) if with_values else unfilled(tensor, dims)
+        sliced[id(tensor)] = like(tensor, taken, learns=not is_starved(slim_plan.closed.get(name, ())))
     grouped = {kernel.weight for kernel in slim_plan.kernels if not kernel.mixes}
     for name, module, own_name, tensor in list(tensor_slots(model)):
         if id(tensor) in sliced:
@@ -220,28 +268,9 @@ def apply(
             undo_log.set_attribute(model.get_submodule(path), name, number)
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
-        undo_log.remove(model.get_submodule(parent)._modules, own_name)
+        holder = model.get_submodule(parent)
+        if isinstance(holder, CONTAINERS):
+            undo_log.set(holder._modules, own_name, Removed(path))
+        else:
+            undo_log.remove(holder._modules, own_name)
     update_fusable_blocks(model, widths, undo_log)
-
-
-def take_indices(tensor: Tensor, dims: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """The tensor with only these indices (int64) along these dimensions, in the same memory format; differentiable."""
-    sliced = tensor
-    for dim, indices in dims:
-        sliced = sliced.index_select(dim, indices.to(tensor.device))
-    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
-    return sliced.contiguous(memory_format=torch.channels_last) if channels_last else sliced
-
-
-def _unfilled(tensor: Tensor, dims: list[tuple[int, Tensor]]) -> Tensor:
-    shape = list(tensor.shape)
-    for dim, indices in dims:
-        shape[dim] = len(indices)
-    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
-
-
-def like(old: Tensor, sliced: Tensor) -> Tensor:
-    """`sliced` as the replacement of `old`: a parameter, trained or frozen, if `old` is one."""
-    return nn.Parameter(sliced, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else sliced

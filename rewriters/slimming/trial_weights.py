@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rewriters.analysis import Analysis
 from rewriters.recording import tensor_slots
-from rewriters.slimming.plan import like
+from rewriters.slimming.tensors import like
 from rewriters.undo_log import UndoLog
 
 

@@ -366,3 +366,19 @@ def test_what_a_forward_gives_in_a_container_of_the_users(container, names):
     assert assert_exact(model, (image().double(),)).analysis.channel_map.size == 8 + 6
     slimmed = slim(model, (image().double(),))
     assert "giving" in slimmed.plan.forwards and type(slimmed.model.giving(image().double())) is container
+
+
+def test_a_parameter_is_read_under_its_second_name():
+    class Tied(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            first, second = torch.conv2d(x, self.weight).chunk(2, 1)
+            return first * second
+
+    first = conv(3, 8)
+    model = Net(lambda m, x: m.c(m.b(x) + m.a(x).chunk(2, 1)[0]), a=first, b=Tied(first.weight), c=conv(4, 2))
+    assert_exact(model.double(), (image().double(),))
+    assert "b" in {one.path for one in analyse(model, (image().double(),)).traced}

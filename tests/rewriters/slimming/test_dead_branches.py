@@ -1,13 +1,15 @@
 """Dead branches are removed, whatever arguments their forward takes."""
 
+import pytest
 import torch
 from torch import nn
 
+from rewriters.errors import SurgeryError
 from rewriters.labelling.channel_map import Side
 from rewriters.outputs import relative_error, run_eval
 from rewriters.slimming.plan import apply
 from rewriters.undo_log import UndoLog
-from tests.rewriters.exactness import assert_exact
+from tests.rewriters.exactness import TOLERANCE, assert_exact, copies_agree, slim
 from tests.rewriters.helpers import conv, image
 
 
@@ -75,3 +77,78 @@ def test_a_transformer_encoder_whose_first_layer_loses_all_heads():
     model = nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 2))
     slimmed = assert_exact(model.double(), (torch.randn(2, 5, 3).double(),))
     assert "1.layers.1.self_attn" in slimmed.plan.removed and "1.layers.0.self_attn" not in slimmed.plan.removed
+
+
+class Up(nn.Module):
+    """Blocks in a container, which is made by `kind`; each concatenates what it is given with its output."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layers = kind([conv(8, 4), conv(8, 4)])
+
+    def forward(self, x, skips):
+        layers = self.layers.values() if isinstance(self.layers, nn.ModuleDict) else self.layers
+        for layer in layers:
+            x, skips = layer(torch.cat([x, skips[-1]], 1)) + x, skips[:-1]
+        return x
+
+
+class Outer(nn.Module):
+    """Asks another module's container something."""
+
+    def __init__(self, ask, kind):
+        super().__init__()
+        self.first, self.middle, self.up, self.head = conv(3, 4), conv(3, 4), Up(kind), conv(4, 2)
+        self.ask = ask
+
+    def forward(self, x):
+        skips = [self.first(x).relu(), self.first(x).relu(), self.first(x).tanh()]
+        return self.head(self.up(self.middle(x).relu(), skips[-self.ask(self.up.layers) :]))
+
+
+KINDS = {
+    "list": nn.ModuleList,
+    "sequential": lambda layers: nn.Sequential(*layers),
+    "dict": lambda layers: nn.ModuleDict({str(index): layer for index, layer in enumerate(layers)}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_container_keeps_its_length(kind):
+    slimmed = slim(Outer(len, KINDS[kind]).double(), (image().double(),), share=0.0)
+    assert slimmed.error < TOLERANCE and copies_agree(slimmed, (image().double(),), {})
+    assert slimmed.plan.removed == {"up.layers.0", "up.layers.1"}
+    layers = slimmed.model.up.layers
+    assert len(layers) == 2
+    with pytest.raises(SurgeryError, match=r"up\.layers\.1: this module was removed"):
+        layers["1" if kind == "dict" else -1](image().double())
+
+
+ASKED = {
+    "by index": lambda layers: layers[-1].kernel_size[0] + 1,
+    "by slice": lambda layers: sum(layer.kernel_size[0] for layer in layers[-2:]),
+    "one by one": lambda layers: sum(layer.stride[0] for layer in layers),
+    "beside others": lambda layers: sum(layer.stride[0] for layer, _ in zip(layers, "abc", strict=False)),
+}
+
+
+@pytest.mark.parametrize("ask", ASKED)
+def test_a_module_that_other_code_reads_out_of_a_container_stays(ask):
+    slimmed = assert_exact(Outer(ASKED[ask], nn.ModuleList).double(), (image().double(),))
+    assert "up.layers.1" not in slimmed.plan.removed
+
+
+def test_a_module_that_other_code_reads_in_train_mode_stays():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.head = conv(3, 4), Block(), conv(4, 2)
+
+        def forward(self, x):
+            y = self.block(self.stem(x))
+            return self.head(y * self.block.inner.stride[0] if self.training else y)
+
+    slimmed = slim(Reading().double(), (image().double(),), share=0.0)
+    assert slimmed.error < TOLERANCE
+    assert "block.inner" not in slimmed.plan.removed
+    slimmed.model.train()(image().double())

@@ -39,7 +39,7 @@ def check(recipe: Recipe, share: float, seed: int) -> None:
     zero_kernels(model, analysis.channel_map, live)
     slim_plan = plan(model, analysis, live, args, kwargs)
     model.load_state_dict(state)  # the overlay doesn't need the zeros
-    overlay = Overlay.of(model, slim_plan, analysis.channel_map, live)
+    overlay = Overlay.of(model, slim_plan)
     attributes = {path: set(vars(module)) for path, module in model.named_modules()}
     put(model, overlay)
     got = run_eval(model, args, kwargs)
@@ -89,7 +89,7 @@ def test_forwards_that_others_rewrite_stand_in_every_overlay():
     analysis = analyse(model, (example,))
     live = torch.arange(analysis.channel_map.size) > 0
     slim_plan = plan(model, analysis, live, (example,))
-    overlays = with_all_forwards([Overlay.of(model, slim_plan, analysis.channel_map, live), Overlay((), (), ())])
+    overlays = with_all_forwards([Overlay.of(model, slim_plan), Overlay((), (), ())])
     wanted = model(example)
     for overlay in overlays:
         overlay.put_fields()
@@ -123,7 +123,7 @@ def test_a_layer_that_loses_all_that_it_reads_and_no_index():
     wanted, slim_plan = model(x), plan(model, analysis, dead, (x,))
     model.load_state_dict(state)
     assert not torch.equal(model(x), wanted)
-    overlay = Overlay.of(model, slim_plan, analysis.channel_map, dead)
+    overlay = Overlay.of(model, slim_plan)
     assert [one.cuts for one in overlay.slices] == [()]
     put(model, overlay)
     assert torch.equal(model(x), wanted)
