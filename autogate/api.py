@@ -49,6 +49,12 @@ class CollapseWarning(UserWarning):
     """A layer of the model is left with one channel or none, or its outputs don't depend on its inputs any more."""
 
 
+_FOR_LIKE_INPUTS = (
+    "Other inputs than the example's take other ways, or have other values when it is slim. Give examples of all kinds "
+    "(autogate.Examples), or pass probe=False if the model is run on inputs like the example's alone."
+)
+
+
 @locked
 def prepare(
     model: M,
@@ -111,7 +117,10 @@ def prepare(
         embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
             transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
             the live channels. If False, these channels stay.
-        probe: whether to slim the model once on trial. A module that computes something else keeps its channels.
+        probe: whether to slim the model once on trial. A module that computes something else keeps its channels; so
+            does one that does for inputs which differ from the example's, if the model takes them: three samples, one
+            pixel or token more, optional arguments left out. Where those take another way through a forward, it is
+            rewritten for both (see `Examples`).
         method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
             `autogate.GDP()` if None.
         limits: bounds on the share of their channels that layers keep, by the path of a layer or a stage, the name of a
@@ -144,8 +153,9 @@ def prepare(
             raise AutogateError(
                 f"none of its channels can be removed. {analysis.channel_map.why_pinned()}",
                 where=type(model).__name__,
-                remedy="Check `ignore`, and that layers lie between the first and the last.",
-            )
+                remedy=_FOR_LIKE_INPUTS if options.refused or len(options.others) > len(others) else
+                "Check `ignore`, and that layers lie between the first and the last.",
+            )  # fmt: skip
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
@@ -253,7 +263,7 @@ def summary(model: nn.Module) -> Summary:
 @locked
 def finalize(
     model: M, example_inputs: Any = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    warn: bool = True,
+    warn: bool = True, probe: bool = True,
 ) -> M:  # fmt: skip
     """Remove the dead channels from a prepared model. Its outputs stay what they were.
 
@@ -286,6 +296,8 @@ def finalize(
             nothing is seen of optimizers: name them all.
         warn: whether to warn if the budget is not met, if a layer is left with one channel or none, and if the outputs
             don't depend on the inputs any more.
+        probe: whether to compare the outputs for what the inputs leave open too, if the model takes it: one and three
+            samples, one pixel or token more, optional arguments left out. And those of a copy and of a pickle.
 
     Raises:
         AutogateError: the model has no gates; a weight or gate is not finite; a layer was changed since `prepare`; the
@@ -312,7 +324,7 @@ def finalize(
         remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
         warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
     before = parameters_of(model)
-    done = slim_verified(model, bank, calls)
+    done = slim_verified(model, bank, calls, probe)
     take_along(optimizers, before, model, done)
     return model
 

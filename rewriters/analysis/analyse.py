@@ -67,7 +67,7 @@ def _analyse(
         trace_size_holders(model, analysis, known, looking)
     merge_repeated_calls(analysis)
     merge_grids(labelling)
-    pin_unresizable(labelling, analysis.traced)
+    analysis.resized = pin_unresizable(labelling, analysis.traced)
     analysis.settle(samples_in(args, kwargs))
     return analysis
 

@@ -5,7 +5,7 @@ Slim tensors are new parameters, because PyTorch's optimizers and autograd depen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,7 @@ def plan(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     decided: Decisions | None = None,
+    rewritten: Collection[str] = (),
 ) -> SlimPlan:
     """Plan the slimming to the classes in `live` (bool, shape (classes,)).
 
@@ -91,6 +92,7 @@ def plan(
         kwargs: example inputs by name.
         decided: what an earlier plan for the same classes read from the weights. Then nothing runs, no weight is read,
             and constants are zero.
+        rewritten: modules whose forward is written again even if this pattern leaves its code as it is.
 
     Raises:
         SurgeryError: a forward cannot be rewritten for this pattern.
@@ -115,7 +117,7 @@ def plan(
             kept[side] = indices
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
     mask = analysis.label_mask(live)
-    forwards, constants = _rewrite(analysis, mask, pruned)
+    forwards, constants = _rewrite(analysis, mask, pruned, rewritten)
     norms = widths_of_bare_norms(model, analysis, mask)
     decisions = Decisions(branches={one.path: one.uniform for one in pruned})
     return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions, bare_norms=norms)
@@ -135,7 +137,9 @@ def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
     return {kernel.weight for kernel in channel_map.kernels if kernel.computed and is_under(kernel.module, paths)}
 
 
-def _rewrite(analysis: Analysis, mask: LabelMask, pruned: list[Pruned]) -> tuple[dict[str, Graphs], dict[str, Tensor]]:
+def _rewrite(
+    analysis: Analysis, mask: LabelMask, pruned: list[Pruned], also: Collection[str]
+) -> tuple[dict[str, Graphs], dict[str, Tensor]]:
     """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read.
 
     Calls that took the same way through a module's forward have the same code there; others are cases of their own.
@@ -150,7 +154,7 @@ def _rewrite(analysis: Analysis, mask: LabelMask, pruned: list[Pruned]) -> tuple
         if traced.path in done or is_under(traced.path, gone):
             continue
         resizer = traced.resize(mask)
-        changed |= {traced.path} if resizer.changed else set()
+        changed |= {traced.path} if resizer.changed or traced.path in also else set()
         taken.append((traced.path, resizer.constants))
         for mode in traced.modes:
             ways = found.setdefault(traced.path, {}).setdefault(mode, {})
