@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from rewriters.analysis import samples_in
 from rewriters.recording import attributes_preserved, generators_kept, leaves_of, set_modes, tensors_of
-from rewriters.slimming.trial_inputs import Inputs
+from rewriters.slimming.trial_inputs import Inputs, smaller_inputs
 
 _SAMPLES, _OTHER_SAMPLES, _MORE_SAMPLES = 3, 4, 5
 _STEPS = (1, 32)
@@ -47,6 +47,9 @@ class Probe:
     of_length: bool = False
     beyond: str = ""
 
+
+SMALLER = Probe("for a smaller input", lambda inputs: next(smaller_inputs(*inputs, most_samples=None)), of_length=True)
+"""That of the first run: values are compared on few samples and small images."""
 
 Probes = Generator[Probe, bool, None]
 """Yields questions. It is sent whether the model took the inputs of the last one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from rewriters.outputs import EXACT_IN_FLOAT64, PLAINLY, TOLERANCE, Outputs, rou
 from rewriters.recording import RunningModules, attributes_preserved, set_modes
 from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.plan import SlimPlan, apply, plan
-from rewriters.slimming.probe_inputs import Probe, probes
+from rewriters.slimming.probe_inputs import SMALLER, Probe, probes
 from rewriters.slimming.probing import OutputShapes, answers, finite
 from rewriters.slimming.trial_inputs import Inputs, share_of, smaller_inputs
 from rewriters.slimming.trial_weights import put_trial_weights
@@ -105,9 +105,11 @@ class Trial:
             if self._seconds(inputs) > _SECONDS:
                 return None
             try:
-                return self._found(inputs)
+                found = self._found(inputs)
             except _DoesNotRunError:
                 continue
+            is_smaller = found.probe is None and share_of(inputs, example) < 1
+            return replace(found, probe=SMALLER) if is_smaller else found
         return None
 
     def _seconds(self, inputs: Inputs) -> float:
