@@ -33,6 +33,7 @@ from autogate.api import gates, prepare
 from autogate.inputs import as_calls
 from autogate.lock import locked
 from autogate.naming import did_you_mean
+from autogate.saliency import check_not_adaptive
 from autogate.slim import PrepareRecord
 from autogate.switching import SUBNETS, Structure, Subnets, subnets_of
 from autogate.switching import extract as extract_subnet
@@ -146,6 +147,7 @@ def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own",
             The model is left as it was.
     """
     where = type(model).__name__
+    check_not_adaptive(model)
     if SUBNETS in model._modules:
         raise AutogateError("it has subnets already.", where=where, remedy="Fuse all of them at once.")
     if norms not in ("own", "statistics"):

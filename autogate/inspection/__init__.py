@@ -1,7 +1,7 @@
 """Tables about a model: what is left under gates, what could be removed, how long it takes."""
 
 from autogate.inspection.comparison import Comparison, Duration, compare, compare_onnx, time_in_turns
-from autogate.inspection.coupling_graph import check_drawable, draw_coupling_graph
+from autogate.inspection.coupling_graph import check_drawable, counted, draw_coupling_graph, shortened
 from autogate.inspection.model_inspection import Inspection, Stage, inspect_model
 from autogate.inspection.summary import Summary, short, summarise, summarise_slim
 
@@ -14,9 +14,11 @@ __all__ = [
     "check_drawable",
     "compare",
     "compare_onnx",
+    "counted",
     "draw_coupling_graph",
     "inspect_model",
     "short",
+    "shortened",
     "summarise",
     "summarise_slim",
     "time_in_turns",

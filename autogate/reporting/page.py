@@ -46,13 +46,12 @@ class Report:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A figure of the page: name of its file, title, one line of text, the drawing, and its CSS class."""
+    """A figure of the page: name of its file, title, one line of text, and the drawing."""
 
     name: str
     title: str
     words: str
     svg: Markup
-    shape: str = ""
 
 
 def read_report(
@@ -124,6 +123,7 @@ def write_report(report: Report, out: Path) -> Path:
         pictures=_pictures(report, out),
         numbers=_numbers(report),
         layers=_layers(report),
+        changes=_changes(report.result),
         latency=[_timing(row) for row in report.latency],
         options=_options(report.info),
         last=report.rows[-1],
@@ -147,17 +147,18 @@ def _pictures(report: Report, out: Path) -> list[_Picture]:
     for name, figure in figures.items():
         plots.as_png(figure, out / f"{name}.png")
     with plots.styled(), tempfile.TemporaryDirectory() as folder:
-        draw_coupling_graph(report.channel_map, out / "groups.png")
-        draw_coupling_graph(report.channel_map, Path(folder) / "groups.svg")
+        draw_coupling_graph(report.channel_map, out / "groups.png", plots.WIDTH)
+        draw_coupling_graph(report.channel_map, Path(folder) / "groups.svg", plots.WIDTH)
         drawn["groups"] = Markup(plots.only_svg((Path(folder) / "groups.svg").read_text(encoding="utf-8")))
     return [
         _Picture("course", "What is left, and the accuracy", "Epoch 0 is the dense model.", drawn["course"]),
-        _Picture("widths", "Channels of each layer", f"After epoch {last.epoch}.", drawn["widths"], "tall"),
+        _Picture("widths", "Channels of each layer", f"After epoch {last.epoch}.", drawn["widths"]),
         _Picture("gates", "Gates", "Number of gates by value, after each epoch.", drawn["gates"]),
         _Picture(
             "groups", "Coupled channels",
-            "Left: kernels, in the order they run. Right: groups of coupled channels, number: channels.",
-            drawn["groups"], "wide",
+            "Left: kernels, in the order they run. Right: groups of coupled channels, with the numbers that autogate "
+            "inspect has.",
+            drawn["groups"],
         ),
     ]  # fmt: skip
 
@@ -192,6 +193,14 @@ def _layers(report: Report) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def _changes(result: Result | None) -> list[tuple[str, str]]:
+    """Modules of the slim model that were removed or rewritten, and what was done."""
+    if result is None:
+        return []
+    rewritten = [(path or "(the model)", f"forward rewritten: {why}") for path, why in result.rewritten.items()]
+    return [(path, "removed: nothing was left in it") for path in result.removed] + rewritten
+
+
 def _timing(row: Comparison) -> tuple[str, ...]:
     ratio = "-"
     if isinstance(row.dense, Duration) and isinstance(row.slim, Duration):
@@ -214,6 +223,8 @@ def _options(info: RunInfo) -> list[tuple[str, Any]]:
         "warmup_lr": not learning.warmup_epochs,
         "decay_epochs": learning.sched != "step",
         "decay_rate": learning.sched not in ("step", "poly"),
+        "round_to": recipe.budget.round_to == 1,
+        "grad_accum_steps": learning.grad_accum_steps == 1,
         "momentum": "sgd" not in learning.opt and learning.opt not in ("momentum", "rmsprop", "nesterov"),
     }
     found: list[tuple[str, Any]] = []
@@ -223,6 +234,6 @@ def _options(info: RunInfo) -> list[tuple[str, Any]]:
         found += [
             (words.get(part, part).replace("_", " "), shown)
             for part, shown in parts
-            if shown not in (None, False, (), 0.0) and not idle.get(part, False)
+            if shown not in (None, False, (), {}, 0.0) and not idle.get(part, False)
         ]
     return found

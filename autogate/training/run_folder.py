@@ -16,7 +16,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -140,6 +140,8 @@ class Result:
         shares: share of each resource with a target that is left.
         accuracy: accuracy of the slim model, in percent; None if no images were available.
         data_config: how images become its inputs, and the names of its classes.
+        removed, rewritten: its modules that were removed, and those whose forward was rewritten and why, as in
+            `autogate.summary`.
     """
 
     step: int
@@ -151,6 +153,8 @@ class Result:
     shares: Mapping[str, float]
     accuracy: float | None = None
     data_config: DataConfig | None = None
+    removed: tuple[str, ...] = ()
+    rewritten: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -217,7 +221,7 @@ class RunFolder:
     def create(self, info: RunInfo) -> None:
         """Create the folder and its first files."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(self.metrics_file, _csv_line([field.name for field in fields(EpochRow)]))
+        self._write(self.metrics_file, _csv_line([column.name for column in fields(EpochRow)]))
         self._write(self.gates_file, "")
         self._write(self.info_file, to_json(info))
 
