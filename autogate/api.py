@@ -51,8 +51,7 @@ class CollapseWarning(UserWarning):
 
 
 _FOR_LIKE_INPUTS = (
-    "Other inputs than the example's take other ways, or have other values when it is slim. Give examples of all kinds "
-    "(autogate.Examples), or pass probe=False if the model is run on inputs like the example's alone."
+    "Give examples of all kinds (autogate.Examples), or probe=False if it is only run on inputs like the example's."
 )
 
 
@@ -118,10 +117,9 @@ def prepare(
         embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
             transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
             the live channels. If False, these channels stay.
-        probe: whether to slim the model once on trial. A module that computes something else keeps its channels; so
-            does one that does for inputs which differ from the example's, if the model takes them: three samples, one
-            pixel or token more, optional arguments left out. Where those take another way through a forward, it is
-            rewritten for both (see `Examples`).
+        probe: whether to slim the model once on trial. A module that computes something else keeps its channels, also
+            if it does for three samples, one pixel or token more, or optional arguments left out. A forward that
+            takes another way for these is rewritten for both (see `Examples`).
         method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
             `autogate.GDP()` if None.
         limits: bounds on the share of their channels that layers keep, by the path of a layer or a stage, the name of a
@@ -307,8 +305,7 @@ def finalize(
             model.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than the tolerance (1e-5 of their size in float32; see
-            `rewriters.outputs.TOLERANCE`), and not by float32's rounding
-            alone: they differ in float64 too.
+            `rewriters.outputs.TOLERANCE`), and not by float32's rounding alone: they differ in float64 too.
     """
     check_one_width(unwrap(model))
     check_not_adaptive(unwrap(model))

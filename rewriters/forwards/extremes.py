@@ -56,7 +56,9 @@ def _is_of_channels(node: fx.Node, tracer: ValueTracer) -> bool:
 
 def _sizes_read(node: fx.Node) -> tuple[Tensor | None, list[int]]:
     """The tensor that sizes are read from, and their dimensions; None for other numbers."""
-    given = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in (*node.args, *node.kwargs.values())]
+    given: list[Any] = [
+        arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in (*node.args, *node.kwargs.values())
+    ]
     x = given[0] if given else None
     if isinstance(x, Tensor):
         if node.target is _len:
