@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from autogate.inputs import Inputs
 from rewriters import Outputs
-from rewriters.slimming import Answer, Probe, Probes, answers, finite, one_sample, probes, smaller_inputs, tensor_slots
+from rewriters.recording import tensor_slots
+from rewriters.slimming import Answer, Probe, Probes, answers, finite, one_sample, probes, smaller_inputs
 
 _MOST_SECONDS = 5.0
 """No further question is asked after this time."""

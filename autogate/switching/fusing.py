@@ -30,7 +30,8 @@ from autogate.switching.record import Fusing
 from autogate.switching.structure import Structure
 from autogate.switching.subnet import Subnet
 from rewriters import Analysis, AutogateError, ChannelMap, Decisions, Outputs, SlimPlan, UndoLog, plan
-from rewriters.slimming import Overlay, Place, tensor_slots, with_all_forwards
+from rewriters.recording import tensor_slots
+from rewriters.slimming import Overlay, Place, with_all_forwards
 
 FULL = "full"
 """Name of the subnet that is the dense model."""

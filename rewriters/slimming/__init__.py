@@ -6,7 +6,7 @@ from rewriters.slimming.dry_run import dry_run
 from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
 from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
-from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
+from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices
 from rewriters.slimming.probe_inputs import Probe, Probes, one_sample, probes
 from rewriters.slimming.probing import Answer, answers, finite
 from rewriters.slimming.trial_inputs import smaller_inputs
@@ -39,6 +39,5 @@ __all__ = [
     "refresh_flat_weights",
     "smaller_inputs",
     "take_indices",
-    "tensor_slots",
     "with_all_forwards",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from rewriters.analysis import samples_in
-from rewriters.recording import attributes_preserved, generators_kept, leaves_of, set_modes, tensors_of
+from rewriters.recording import attributes_preserved, generators_kept, leaves_of, modules_of, set_modes, tensors_of
 from rewriters.slimming.trial_inputs import Inputs, smaller_inputs
 
 _SAMPLES, _OTHER_SAMPLES, _MORE_SAMPLES = 3, 4, 5
@@ -140,7 +140,7 @@ def _given_back(model: nn.Module, signature: inspect.Signature, name: str) -> Ch
     def change(inputs: Inputs) -> Inputs:
         modes = set_modes(model, False)
         try:
-            with torch.no_grad(), attributes_preserved(model.modules()), generators_kept(model, *inputs):
+            with torch.no_grad(), attributes_preserved(modules_of(model)), generators_kept(model, *inputs):
                 returned = model(*inputs[0], **inputs[1])
         finally:
             set_modes(model, modes)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rewriters.outputs import Outputs
-from rewriters.recording import attributes_preserved
+from rewriters.recording import attributes_preserved, modules_of
 from rewriters.slimming.dry_run import shapes_on_meta
 from rewriters.slimming.probe_inputs import Probe, Probes
 from rewriters.slimming.trial_inputs import Inputs
@@ -55,7 +55,7 @@ def answers(model: nn.Module, inputs: Inputs, questions: Probes, run: Callable[[
     while probe is not None:
         try:
             given = probe.change(inputs)
-            with attributes_preserved(model.modules()):
+            with attributes_preserved(modules_of(model)):
                 found.append(Answer(probe, given, run(probe, given)))
             taken = True
         except Exception:  # of the user's own code

@@ -15,7 +15,7 @@ from rewriters.errors import AutogateError
 from rewriters.forwards import ShapeGuardError, guard
 from rewriters.labelling import ChannelMap
 from rewriters.outputs import EXACT_IN_FLOAT64, PLAINLY, TOLERANCE, Outputs, rounding_errors
-from rewriters.recording import RunningModules, attributes_preserved, set_modes
+from rewriters.recording import RunningModules, attributes_preserved, modules_of, named_tensors, set_modes
 from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.plan import SlimPlan, apply, plan
 from rewriters.slimming.probe_inputs import SMALLER, Probe, probes
@@ -116,7 +116,8 @@ class Trial:
         return self.macs * samples_in(*self.example) * share_of(inputs, self.example) / _PER_SECOND
 
     def _found(self, inputs: Inputs) -> Compared:
-        allowed = max((TOLERANCE.get(t.dtype, 0.0) for t in self.model.parameters()), default=0.0)
+        types = {t.dtype for t in named_tensors(self.model).values() if isinstance(t, nn.Parameter)}
+        allowed = max((TOLERANCE.get(dtype, 0.0) for dtype in types), default=0.0)
         first = self._compared(inputs, allowed)
         if first.error <= allowed or first.reason:
             return first
@@ -129,7 +130,7 @@ class Trial:
         """Compare gated and slim. Raises `_DoesNotRunError` if the gated model doesn't run on these inputs."""
         model, undo_log = self.model, UndoLog()
         modes = set_modes(model, False)
-        with attributes_preserved(model.modules()):
+        with attributes_preserved(modules_of(model)):
             try:
                 put_trial_weights(model, self.analysis, self.live, undo_log, in_float64)
                 if in_float64:
@@ -164,7 +165,7 @@ class Trial:
 
     def _run(self, inputs: Inputs, bisect: bool, probe: Probe | None = None) -> _Run:
         model = self.model
-        with attributes_preserved(model.modules()):  # what it keeps from one call to the next has gated sizes
+        with attributes_preserved(modules_of(model)):  # what it keeps from one call to the next has gated sizes
             wanted = Outputs.of(model, *inputs, training=self.training)
         if not bisect:
             return _Run(inputs, wanted, probe)
@@ -243,9 +244,9 @@ class Trial:
 
 def _pattern(channel_map: ChannelMap) -> Tensor:
     """Half of the classes at random, but some and not all of each group: no branch is dead."""
-    live = trial_pattern(channel_map.size, _SEED)
+    live = trial_pattern(channel_map.size, _SEED).numpy()
     for group in channel_map.groups():
         classes = list(group.classes)
         if live[classes].all():
             live[classes[len(classes) // 2]] = False
-    return channel_map.survivors(live)
+    return channel_map.survivors(torch.from_numpy(live))

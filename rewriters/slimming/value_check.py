@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rewriters.analysis import Analysis, pin_call
 from rewriters.errors import AutogateError
 from rewriters.interrupts import let_signals_in
-from rewriters.recording import collect, tensors_of
+from rewriters.recording import collect, named_tensors, tensors_of
 from rewriters.slimming.probe_inputs import Probe
 from rewriters.slimming.trial import Compared, Trial
 from rewriters.slimming.trial_inputs import Inputs
@@ -99,7 +99,8 @@ def check_values(
             let_signals_in()
             done = traced[number] if number < len(traced) else ()
             found = trial.found(number, example, training, done)
-            collect()
+            if trial.plan is not None and trial.plan.forwards:
+                collect()
             if found is not None and found.reason:
                 return _refusing(found, number, known, done or ())
             compared &= found is not None or training  # a forward may want targets to train
@@ -128,9 +129,10 @@ def _escalated(path: str, reason: str, known: Sequence[Refused]) -> Refused:
 
 
 def _too_large(model: nn.Module) -> bool:
-    return sum(parameter.numel() for parameter in model.parameters()) > _MOST_PARAMETERS
+    parameters = (tensor for tensor in named_tensors(model).values() if isinstance(tensor, nn.Parameter))
+    return sum(parameter.numel() for parameter in parameters) > _MOST_PARAMETERS
 
 
 def _has_values(model: nn.Module, examples: Sequence[Inputs]) -> bool:
-    tensors = [*model.parameters(), *model.buffers(), *tensors_of(tuple(examples))]
+    tensors = [*named_tensors(model).values(), *tensors_of(tuple(examples))]
     return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
