@@ -50,6 +50,11 @@ class CollapseWarning(UserWarning):
     """A layer of the model is left with one channel or none, or its outputs don't depend on its inputs any more."""
 
 
+_FOR_LIKE_INPUTS = (
+    "Give examples of all kinds (autogate.Examples), or probe=False if it is only run on inputs like the example's."
+)
+
+
 @locked
 def prepare(
     model: M,
@@ -112,7 +117,9 @@ def prepare(
         embed: whether norms across channels (LayerNorm, GroupNorm, RMSNorm, GRN) may lose channels: the embedding of a
             transformer, the residual stream of a ConvNeXt. While gates train, such a norm takes its statistics over
             the live channels. If False, these channels stay.
-        probe: whether to slim the model once on trial. A module that computes something else keeps its channels.
+        probe: whether to slim the model once on trial. A module that computes something else keeps its channels, also
+            if it does for three samples, one pixel or token more, or optional arguments left out. A forward that
+            takes another way for these is rewritten for both (see `Examples`).
         method: what decides which channels die: a frozen value with its settings, such as `autogate.GDP(reach=0.2)`.
             `autogate.GDP()` if None.
         limits: bounds on the share of their channels that layers keep, by the path of a layer or a stage, the name of a
@@ -146,8 +153,9 @@ def prepare(
             raise AutogateError(
                 f"none of its channels can be removed. {analysis.channel_map.why_pinned()}",
                 where=type(model).__name__,
-                remedy="Check `ignore`, and that layers lie between the first and the last.",
-            )
+                remedy=_FOR_LIKE_INPUTS if options.refused or len(options.others) > len(others) else
+                "Check `ignore`, and that layers lie between the first and the last.",
+            )  # fmt: skip
         added = {shortcut.weight for shortcut in replaced}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
         origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
@@ -256,7 +264,7 @@ def summary(model: nn.Module) -> Summary:
 @locked
 def finalize(
     model: M, example_inputs: Any = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    warn: bool = True,
+    warn: bool = True, probe: bool = True,
 ) -> M:  # fmt: skip
     """Remove the dead channels from a prepared model. Its outputs stay what they were.
 
@@ -289,6 +297,8 @@ def finalize(
             nothing is seen of optimizers: name them all.
         warn: whether to warn if the budget is not met, if a layer is left with one channel or none, and if the outputs
             don't depend on the inputs any more.
+        probe: whether to compare the outputs for what the inputs leave open too, if the model takes it: one and three
+            samples, one pixel or token more, optional arguments left out. And those of a copy and of a pickle.
 
     Raises:
         AutogateError: the model has no gates; a weight or gate is not finite; a layer was changed since `prepare`; the
@@ -296,8 +306,7 @@ def finalize(
             model.
         SurgeryError: a module's forward can't be rewritten for this pattern of channels.
         VerificationError: the outputs would differ by more than the tolerance (1e-5 of their size in float32; see
-            `rewriters.outputs.TOLERANCE`), and not by float32's rounding
-            alone: they differ in float64 too.
+            `rewriters.outputs.TOLERANCE`), and not by float32's rounding alone: they differ in float64 too.
     """
     check_one_width(unwrap(model))
     check_not_adaptive(unwrap(model))
@@ -316,7 +325,7 @@ def finalize(
         remedy = "Ask for a larger share, or keep layers with prepare(..., ignore=[...])."
         warnings.warn(f"too much has died: {signs}. {remedy}", CollapseWarning, stacklevel=3)
     before = parameters_of(model)
-    done = slim_verified(model, bank, calls)
+    done = slim_verified(model, bank, calls, probe)
     take_along(optimizers, before, model, done)
     return model
 

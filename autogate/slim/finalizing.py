@@ -2,7 +2,7 @@
 
 Outputs are compared in full precision, whatever a GPU is allowed to round (`rewriters.outputs`). A deep network whose
 weights amplify rounding may differ by more than float32's tolerance. Only then a copy of it is slimmed in float64,
-which shows whether rounding is all there is.
+which shows whether rounding is all there is. What the example inputs leave open is asked too (`asking.py`).
 
 The model is analysed again, instead of keeping the analysis from prepare. This is quick, a deep copy or a pickle of a
 gated model stays small, and a layer that was replaced in between is noticed, because the two channel maps differ.
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from autogate.gating import BANK, GateBank, has_shards
 from autogate.inputs import Inputs, fitted
+from autogate.slim.asking import ask, copies_of
 from autogate.slim.history import Slimming
 from autogate.slim.record_replay import AnalysisOptions, analyse_channels, slim_and_record, slim_as_recorded
 from autogate.wrappers import unwrap_accelerate
@@ -35,6 +36,10 @@ from rewriters import (
 )
 from rewriters.outputs import EXACT_IN_FLOAT64, PLAINLY, TOLERANCE
 from rewriters.slimming import ValuesOfModules
+
+_REPORT = "Please report the model."
+
+_UNASKED = "If the model is only run as it is, on inputs like the example's, pass probe=False to finalize."
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class PrepareRecord:
         return tuple(fitted(call, model, self.dtype) for call in (self.options.inputs, *self.options.others))
 
 
-def slim_verified(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> Slimming:
+def slim_verified(model: nn.Module, bank: GateBank, calls: Sequence[Inputs], probe: bool = True) -> Slimming:
     """Slim a prepared model, compare its outputs, and detach its gate bank.
 
     A deep network may round by more than float32's tolerance: it is slimmed if a float64 copy of it is exact.
@@ -65,6 +70,7 @@ def slim_verified(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> 
         model: a prepared model, its gates folded.
         bank: its gate bank.
         calls: inputs to compare the outputs on.
+        probe: whether to compare them on inputs made from these too, and those of copies of the slim model.
 
     Returns:
         A record of what was done.
@@ -73,11 +79,11 @@ def slim_verified(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> 
         AutogateError: see `autogate.finalize`. The model is left as it was.
     """
     try:
-        done = _slim_compared(model, bank, calls, TOLERANCE)
+        done = _slim_compared(model, bank, calls, probe, TOLERANCE)
     except VerificationError as error:
-        if not _is_exact_in_float64(model, bank, calls):
-            raise _with_module(error, _first_module(model, bank, calls)) from None
-        done = _slim_compared(model, bank, calls, dict.fromkeys(TOLERANCE, float("inf")))
+        if not _is_exact_in_float64(model, bank, calls, probe):
+            raise _with_module(error, _first_module(model, bank, calls, probe)) from None
+        done = _slim_compared(model, bank, calls, False, dict.fromkeys(TOLERANCE, float("inf")))
     bank.detach()
     return done
 
@@ -111,38 +117,62 @@ def _remove_gates(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> None:
 
 
 def _slim_compared(
-    model: nn.Module, bank: GateBank, calls: Sequence[Inputs], tolerance: Mapping[torch.dtype, float]
+    model: nn.Module, bank: GateBank, calls: Sequence[Inputs], probe: bool, tolerance: Mapping[torch.dtype, float]
 ) -> Slimming:
     """Slim the model; outputs that are rounding alone are only told from others if the comparison fails."""
     try:
-        return _slim_once(model, bank, calls, tolerance)
+        return _slim_once(model, bank, calls, probe, tolerance)
     except VerificationError as error:
         try:
-            rounding = [rounding_errors(model, *call) for call in calls]
+            return _slim_once(model, bank, calls, probe, tolerance, by_rounding=True)
+        except VerificationError:
+            raise
         except Exception:  # what a compiled submodule, say, may raise when its ops are looked at
             raise error from None
-        return _slim_once(model, bank, calls, tolerance, rounding)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the model returned before it was slimmed; `what` says how the inputs differ from the example's."""
+
+    inputs: Inputs
+    wanted: Outputs
+    what: str = ""
+    rounding: Sequence[float] = ()
+
+
+def _runs(model: nn.Module, calls: Sequence[Inputs], probe: bool, by_rounding: bool) -> list[_Run]:
+    runs = [_Run(call, Outputs.of(model, *call)) for call in calls]
+    if probe:
+        asked = [answer for call in calls for answer in ask(model, call)]
+        runs += [_Run(answer.inputs, answer.found, f" {answer.probe.what}") for answer in asked]
+    return [replace(run, rounding=rounding_errors(model, *run.inputs)) for run in runs] if by_rounding else runs
 
 
 def _slim_once(
-    model: nn.Module, bank: GateBank, calls: Sequence[Inputs], tolerance: Mapping[torch.dtype, float],
-    rounding: Sequence[Sequence[float]] | None = None,
+    model: nn.Module, bank: GateBank, calls: Sequence[Inputs], probe: bool, tolerance: Mapping[torch.dtype, float],
+    by_rounding: bool = False,
 ) -> Slimming:  # fmt: skip
     undo_log = UndoLog()
     try:
         unwrap_accelerate(model, undo_log)
-        wanted = [Outputs.of(model, *call) for call in calls]
+        runs = _runs(model, calls, probe, by_rounding)
         _remove_gates(model, bank, undo_log)
+        copies = copies_of(model) if probe else {}
         analysis, options = _analysed(model, bank)
         trained = [_trained(model, call) if analysis.trains_otherwise else None for call in calls]
         method = repr(bank.learner.method) if float(bank.step_count) else ""
         live, shortcuts = bank.live, bank.origin.shortcuts
         done = slim_and_record(model, analysis, live, options, shortcuts, undo_log, method=method)
-        for call, outputs, allowed in zip(calls, wanted, rounding or [()] * len(calls), strict=True):
-            verify(model, call, outputs, "the slim model", tolerance, allowed)
+        for run in runs:
+            remedy = _UNASKED if run.what else _REPORT
+            verify(model, run.inputs, run.wanted, f"the slim model{run.what}", tolerance, run.rounding, remedy)
         for call, trains in zip(calls, trained, strict=True):
             if trains is not None and not done.removed:  # what is removed drops nothing at random any more
                 verify(model, call, trains, "the slim model in train mode", tolerance)
+        last = runs[-1]
+        for what, made in copies.items() if done.rewritten else ():
+            verify(made(model), last.inputs, last.wanted, what, tolerance, last.rounding, _UNASKED)
     except BaseException:
         undo_log.undo()
         raise
@@ -157,13 +187,13 @@ def _trained(model: nn.Module, call: Inputs) -> Outputs | None:
         return None
 
 
-def _is_exact_in_float64(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> bool:
+def _is_exact_in_float64(model: nn.Module, bank: GateBank, calls: Sequence[Inputs], probe: bool) -> bool:
     """Whether slimming a float64 copy of a float32 model is exact; False for models that don't run in float64."""
     if any(tensor.dtype != torch.float32 for tensor in model.parameters() if tensor.is_floating_point()):
         return False
     twin, gates = _float64_twin(model)
     try:
-        _slim_compared(twin, gates, [*map(_in_float64, calls)], {torch.float64: EXACT_IN_FLOAT64})
+        _slim_compared(twin, gates, [*map(_in_float64, calls)], probe, {torch.float64: EXACT_IN_FLOAT64})
     except Exception:  # a forward written for float32 can fail in any way
         return False
     finally:
@@ -185,8 +215,9 @@ def _in_float64(inputs: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
 
 
-def _first_module(model: nn.Module, bank: GateBank, calls: Sequence[Inputs]) -> str | None:
+def _first_module(model: nn.Module, bank: GateBank, calls: Sequence[Inputs], probe: bool) -> str | None:
     """Path of the module whose own code first computes something else when the model is slim; None if unknown."""
+    calls = [*calls, *(answer.inputs for call in calls for answer in ask(model, call))] if probe else calls
     twin, gates = _float64_twin(model)
     try:
         return _bisected(twin, gates, [*map(_in_float64, calls)], EXACT_IN_FLOAT64)
@@ -219,12 +250,8 @@ def _with_module(error: VerificationError, path: str | None) -> VerificationErro
     if path is None:
         return error
     place = f"The first module to compute something else is {path!r}." if path else "Its own forward is to blame."
-    kept = f"ignore=[{path!r}]" if path else "ignore=[...]"
-    return VerificationError(
-        f"{error.cause} {place}",
-        where=error.where,
-        remedy=f"To work around it, keep channels with `prepare(..., {kept})`. Please report the model.",
-    )
+    remedy = error.remedy.replace("ignore=[...]", f"ignore=[{path!r}]") if path else error.remedy
+    return VerificationError(f"{error.cause} {place}", where=error.where, remedy=remedy)
 
 
 def _slim(model: nn.Module, bank: GateBank, undo_log: UndoLog, recorded: Slimming) -> Slimming:
@@ -254,6 +281,7 @@ def verify(
     what: str,
     tolerance: Mapping[torch.dtype, float] = TOLERANCE,
     rounding: Sequence[float] = (),
+    remedy: str = _REPORT,
 ) -> None:
     """Raise unless a model's outputs are what they were.
 
@@ -264,24 +292,25 @@ def verify(
         what: what the message calls the model.
         tolerance: largest relative difference, by dtype.
         rounding: how large an output may be that is rounding alone (`rewriters.rounding_errors`).
+        remedy: what the caller can do, besides keeping the channels of a module.
 
     Raises:
         VerificationError: the outputs differ by more.
     """
     allowed = max((tolerance.get(value.dtype, 0.0) for value in wanted.values), default=0.0)
+    remedy = f"To work around it, keep channels with `prepare(..., ignore=[...])`. {remedy}"
     try:
         error = wanted.error(model, *inputs, allowed, rounding)
     except Exception as failure:
-        if not wanted.training:
+        if what == "the slim model":
             raise
-        raise VerificationError(f"{what} fails ({failure}).", where=type(model).__name__) from failure
+        raise VerificationError(f"{what} fails: {failure}", where=type(model).__name__, remedy=remedy) from failure
     if not error <= allowed:
         raise VerificationError(
             f"the outputs of {what} differ by {error:.1e} of their size, more than {allowed:.0e}; "
             "the model is left as it was.",
             where=type(model).__name__,
-            remedy="Please report the model. To work around it, keep a module's channels with "
-            "`prepare(..., ignore=[...])`.",
+            remedy=remedy,
         )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from autogate.inputs import Inputs
 from autogate.slim import timm_fields as bookkeeping
+from autogate.slim.found_ways import FoundWays
 from autogate.slim.history import (
     ATTRIBUTE,
     Analysed,
@@ -106,22 +107,24 @@ def prepared_analysis(
     """Analyse the model's channels, place its statistics over live channels, and pin what can't be slimmed.
 
     If values are compared (`probe`), the dry run is only needed where that fails: it tells forwards that refuse fewer
-    channels, some of which can be rewritten, from those that compute something else.
+    channels, some of which can be rewritten, from those that compute something else. A forward that takes another way
+    for inputs which the examples lack is analysed for them too, as if they had been given.
 
     Returns:
         The analysis, and the options for which `analyse_channels` finds the same without a check of values.
     """
-    options, examples = options._replace(try_slimming=not probe), (options.inputs, *options.others)
+    options, ways = options._replace(try_slimming=not probe), FoundWays(options.inputs, *options.others)
     while True:
         analysis = analyse_channels(model, options)
         analysis.place_statistics(model, undo_log)
-        found = check_values(model, analysis, examples, options.refused) if probe else None
+        found = check_values(model, analysis, ways.examples, options.refused, ways.traced()) if probe else None
         if found is None or found.fine or (options.try_slimming and found.refused is None):
             return analysis, options
         remove_live_statistics(model, undo_log)
-        if options.try_slimming and found.refused is not None:
+        if not ways.add(model, found) and options.try_slimming and found.refused is not None:
+            ways.leave(found)
             options = options._replace(refused=(*options.refused, found.refused))
-        options = options._replace(try_slimming=True)
+        options = options.on(ways.examples)._replace(try_slimming=True)
 
 
 def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:

@@ -17,6 +17,7 @@ from rewriters.analysis.capture_modes import Inputs, capture_larger, capture_mod
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.traced_modules import merge_repeated_calls, trace_size_holders, trace_statistics
 from rewriters.analysis.trial_rewrites import pin_unresizable
+from rewriters.analysis.unrun_layers import pin_for_unrun_layers
 from rewriters.cross_channel import plain_statistics
 from rewriters.forwards import patches_held
 from rewriters.labelling import Labelling, merge_grids, pin_ungated_zeros, same_classes, tie_recurrent_layers
@@ -66,8 +67,9 @@ def _analyse(
         looking = trace_statistics(model, analysis, known)
         trace_size_holders(model, analysis, known, looking, [(args, kwargs or {}), *others])
     merge_repeated_calls(analysis)
+    pin_for_unrun_layers(model, analysis)
     merge_grids(labelling)
-    pin_unresizable(labelling, analysis.traced)
+    analysis.resized = pin_unresizable(labelling, analysis.traced)
     analysis.settle(samples_in(args, kwargs))
     return analysis
 

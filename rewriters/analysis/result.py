@@ -33,6 +33,7 @@ class Analysis:
         trains_otherwise: whether it is another forward in train mode, captured or not.
         traced: the traced forwards of modules that may hold a size.
         own_code: modules that hold sizes in attributes, and keep their code.
+        resized: paths of the modules whose forward some patterns of dead classes change.
         sites: modules whose own forward takes statistics across channels.
         channel_map: the partition of the channels.
     """
@@ -42,6 +43,7 @@ class Analysis:
     trains_otherwise: bool = False
     traced: list[TracedForward] = field(default_factory=list)
     own_code: list[OwnCode] = field(default_factory=list)
+    resized: set[str] = field(default_factory=set)
     sites: list[StatisticSite] = field(default_factory=list)
     channel_map: ChannelMap = field(init=False)
 

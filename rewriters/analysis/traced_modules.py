@@ -231,7 +231,7 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
     analysis.traced += found
     merge_repeated_calls(analysis)
     merge_grids(analysis.labelling)
-    pin_unresizable(analysis.labelling, found)
+    analysis.resized |= pin_unresizable(analysis.labelling, found)
     return bool(found)
 
 

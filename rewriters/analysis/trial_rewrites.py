@@ -61,35 +61,41 @@ def trial_masks(labelling: Labelling, class_of: np.ndarray) -> Iterator[LabelMas
         yield LabelMask(labelling.stays(_nowhere_empty(labelling, class_of, live)))
 
 
-def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> None:
+def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> set[str]:
     """Rewrite every traced forward for trial patterns, and pin what has no form for them.
 
     Of equal forwards (the attention of each block) one is tried; if it fails, all of them are.
+
+    Returns:
+        Paths of the modules whose code changes for some of the patterns.
     """
-    settled = not forwards
+    settled, changed = not forwards, set[str]()
     while not settled:
-        settled = True
+        settled, changed = True, set()
         class_of = labelling.class_of_label()
-        unlike = {likeness(traced, class_of): traced for traced in forwards}
+        kinds = [likeness(traced, class_of) for traced in forwards]
+        unlike = dict(zip(kinds, forwards, strict=True))
         for mask in trial_masks(labelling, class_of):
-            refused = any(_refusal(traced, mask) for traced in unlike.values())
+            tried = {key: _tried(traced, mask) for key, traced in unlike.items()}
             collect()
-            if not refused:
+            if not any(isinstance(found, CannotResizeError) for found in tried.values()):
+                changed |= {traced.path for traced, key in zip(forwards, kinds, strict=True) if tried[key] is True}
                 continue
             settled = False
             for traced in forwards:
-                error = _refusal(traced, mask)
-                if error is not None:
-                    _pin_refused(labelling, traced, error, class_of)
+                found = _tried(traced, mask)
+                if isinstance(found, CannotResizeError):
+                    _pin_refused(labelling, traced, found, class_of)
             break
+    return changed
 
 
-def _refusal(traced: TracedForward, mask: LabelMask) -> CannotResizeError | None:
+def _tried(traced: TracedForward, mask: LabelMask) -> CannotResizeError | bool:
+    """Whether a forward's code changes for a mask; the error if it has no form."""
     try:
-        traced.resize(mask)
+        return traced.resize(mask).changed
     except CannotResizeError as error:
         return error
-    return None
 
 
 def likeness(traced: TracedForward, class_of: np.ndarray) -> tuple[str, str, bytes]:

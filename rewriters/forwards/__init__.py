@@ -3,7 +3,7 @@
 from rewriters.forwards.cases import told_apart
 from rewriters.forwards.copies import set_forward
 from rewriters.forwards.fused_layers import disable_fused_layers
-from rewriters.forwards.guards import GUARDS, ShapeGuardError
+from rewriters.forwards.guards import GUARDS, ShapeGuardError, guard
 from rewriters.forwards.label_mask import LabelMask, labelled_dims
 from rewriters.forwards.moves import only_moves
 from rewriters.forwards.recorded_code import code_as_graph, is_right
@@ -35,6 +35,7 @@ __all__ = [
     "disable_fused_layers",
     "graphs_by_mode",
     "is_right",
+    "guard",
     "labelled_dims",
     "only_moves",
     "out_of_place",

@@ -1,9 +1,9 @@
 """Patches that record what a traced forward does past its proxies.
 
-torch.fx sees only operations on proxies. Torch's builtin functions and contexts, `isinstance` and `len`, the calls and
-parameters of modules, and autograd functions have to be patched to be recorded. The patches act only while a tracer
-runs, and only in its own thread. They are applied once for all traces of an analysis: torch.fx patches `nn.Module` for
-each trace, and Python notifies each of its thousands of subclasses.
+torch.fx sees only operations on proxies. Torch's builtin functions and contexts, `isinstance`, `len`, `min` and `max`,
+the calls and parameters of modules, and autograd functions have to be patched to be recorded. The patches act only
+while a tracer runs, and only in its own thread. They are applied once for all traces of an analysis: torch.fx
+patches `nn.Module` for each trace, and Python notifies each of its thousands of subclasses.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils import checkpoint
 
 from rewriters.errors import TraceError
 from rewriters.forwards.attribute_reads import AttributeReads
+from rewriters.forwards.extremes import EXTREMES
 from rewriters.forwards.proxies import ValueProxy
 from rewriters.forwards.rewritten_forward import Applied
 from rewriters.recording import leaves_of
@@ -82,7 +83,7 @@ _PATCHED = "__fx_already_patched"
 
 _PROXIES = frozenset((fx.Proxy, ValueProxy))
 
-_PLAIN: dict[str, Callable[..., Any]] = {"isinstance": isinstance, "len": len}
+_PLAIN: dict[str, Callable[..., Any]] = {"isinstance": isinstance, "len": len, "min": min, "max": max}
 
 
 def _isinstance(instance: Any, kinds: Any) -> bool:
@@ -98,7 +99,7 @@ def _len(of: Any) -> Any:
     return of.length() if type(of) is ValueProxy else _PLAIN["len"](of)
 
 
-_OF_VALUES = {"isinstance": _isinstance, "len": _len}
+_OF_VALUES = {"isinstance": _isinstance, "len": _len, **EXTREMES}
 
 
 @contextlib.contextmanager

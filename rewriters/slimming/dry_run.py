@@ -108,18 +108,25 @@ def _output_shapes(
     ask for a value, or create tensors on a device by name) but can be captured, so a forward that fails is captured.
     Opaque modules don't run: they return tensors of the shapes that they returned when the model was captured.
     """
+    try:
+        return shapes_on_meta(model, args, kwargs, opaque)
+    except Exception:
+        return _shapes(capture(model, args, kwargs, opaque).root.output)
+
+
+def shapes_on_meta(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque] | None = None
+) -> list[torch.Size]:
+    """Shapes of the model's outputs, run on meta tensors; raises what its forward raises there."""
     real = named_tensors(model)
     metas = {name: torch.empty_like(tensor, device="meta") for name, tensor in real.items()}
     places = in_every_place(model, real, metas)
     meta_args, meta_kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
-    try:
-        with (
-            attributes_preserved(model.modules()), generators_kept(model), torch.no_grad(),
-            opaque_modules_stubbed(model, opaque), MetaMode(),
-        ):  # fmt: skip
-            return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
-    except Exception:
-        return _shapes(capture(model, args, kwargs, opaque).root.output)
+    with (
+        attributes_preserved(model.modules()), generators_kept(model), torch.no_grad(),
+        opaque_modules_stubbed(model, opaque or {}), MetaMode(),
+    ):  # fmt: skip
+        return _shapes(functional_call(model, places, meta_args, meta_kwargs, tie_weights=False))
 
 
 def _shapes(outputs: Any) -> list[torch.Size]:

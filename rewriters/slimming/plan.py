@@ -5,7 +5,7 @@ Slim tensors are new parameters, because PyTorch's optimizers and autograd depen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,7 @@ def plan(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     decided: Decisions | None = None,
+    rewritten: Collection[str] = (),
 ) -> SlimPlan:
     """Plan the slimming to the classes in `live` (bool, shape (classes,)).
 
@@ -113,6 +114,7 @@ def plan(
         kwargs: example inputs by name.
         decided: what an earlier plan for the same classes read from the weights. Then nothing runs, no weight is read,
             and constants are zero.
+        rewritten: modules whose forward is written again even if this pattern leaves its code as it is.
 
     Raises:
         SurgeryError: a forward cannot be rewritten for this pattern.
@@ -134,7 +136,7 @@ def plan(
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
     mask = analysis.label_mask(live)
     closed = closed_columns(channel_map, wanted, _by_tensor(kept), gone)
-    forwards, constants, masked = _rewrite(model, analysis, mask, pruned, closed, live)
+    forwards, constants, masked = _rewrite(model, analysis, mask, pruned, closed, live, rewritten)
     fields = widths_of_bare_norms(model, analysis, mask) | {
         one.path: one.fields(mask) for one in analysis.own_code if one.path not in forwards
     }
@@ -163,7 +165,7 @@ def _computed_under(channel_map: ChannelMap, paths: Set[str]) -> set[str]:
 
 def _rewrite(
     model: nn.Module, analysis: Analysis, mask: LabelMask, pruned: list[Pruned], closed: Mapping[str, Columns],
-    live: Tensor,
+    live: Tensor, also: Collection[str],
 ) -> tuple[dict[str, Graphs], dict[str, Tensor], frozenset[str]]:  # fmt: skip
     """Rewritten forwards of the modules whose code has to change for this pattern, and the buffers that they read; and
     those of the modules that are rewritten for closed columns alone."""
@@ -173,7 +175,7 @@ def _rewrite(
     readers = {path for path in readers_of(analysis, mixed) if path not in done and not is_under(path, gone)}
     traced = [(one, mask) for one in analysis.traced if one.path not in done and not is_under(one.path, gone)]
     for_columns = trace_readers(model, analysis, readers - {one.path for one, _ in traced}, live)
-    graphs, taken = _resize([*traced, *for_columns], readers)
+    graphs, taken = _resize([*traced, *for_columns], readers | set(also))
     taken += [(one.path, one.constants) for one in pruned]
     constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
     constants |= put_masks(done | graphs, mixed, model)

@@ -68,6 +68,8 @@ IDIOMS = {
     "divmod": lambda m, y: y * sum(divmod(y.shape[2], 3)),
     "sum of a shape": lambda m, y: y * sum(y.shape[2:]),
     "enumerated shape": lambda m, y: y * sum(index * size for index, size in enumerate(y.shape[2:])),
+    "min of a size": lambda m, y: y.view(min(y.shape[0], 1), -1, *y.shape[1:]).flatten(0, 1),
+    "min and max of sizes": lambda m, y: y * min(len(y), 2) / max(y.shape[2:]) + max(y.size(3), min(2, y.size()[2])),
     "numel": lambda m, y: y / y[0].numel(),
     "numel of a shape": lambda m, y: y / y.size()[1:].numel(),
     "sizes in one tuple": lambda m, y: y.reshape(y.size()[:1] + (4, 2) + y.size()[2:]).flatten(1, 2),  # noqa: RUF005
