@@ -15,14 +15,14 @@ from autogate.inputs import as_calls, dtype_of_parameters, fitted
 from autogate.inspection import Summary, summarise, summarise_slim
 from autogate.lock import locked
 from autogate.methods import Learner, Method, as_method, budget_of
-from autogate.naming import Ignored, did_you_mean, named_by
+from autogate.naming import Ignored, named_by
 from autogate.saliency import check_not_adaptive
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
     Slimming,
-    add_shortcut_convolutions,
     as_optimizers,
+    asked_shortcut_convolutions,
     check_finite,
     check_not_sharded,
     history_of,
@@ -32,12 +32,11 @@ from autogate.slim import (
     slim_unverified,
     slim_verified,
     take_along,
-    verify,
 )
 from autogate.steering import Bounds, exceeded, read_limits
 from autogate.switching import check_one_width
 from autogate.wrappers import child_of, unwrap
-from rewriters import AutogateError, Outputs, Shortcut, UndoLog
+from rewriters import AutogateError, UndoLog
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -147,7 +146,7 @@ def prepare(
     )
     undo_log = UndoLog()
     try:
-        replaced = _replace_shortcuts(model, options, undo_log)
+        replaced = asked_shortcut_convolutions(model, options, undo_log)
         analysis, options = prepared_analysis(model, options, probe, undo_log)
         if analysis.channel_map.size == 0:
             raise AutogateError(
@@ -367,35 +366,3 @@ def _missed(bank: GateBank) -> str:
     missed += filter(None, [exceeded(bank.learner.groups, bank.channel_map, bank.live.cpu())])
     when = f"finalized before the budget was met, after {progress.step} of {progress.steps} steps"
     return f"{when}: {' and '.join(missed)}" if missed else ""
-
-
-def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
-    shortcuts = options.shortcuts
-    if shortcuts == "shared":
-        return ()
-    if shortcuts != "conv":
-        paths = [path for path, _ in model.named_modules() if path]
-        for path in (shortcuts,) if isinstance(shortcuts, str) else shortcuts:
-            if path not in paths:
-                wrong = f"shortcuts is {path!r}" if isinstance(shortcuts, str) else f"shortcuts names {path!r}"
-                raise AutogateError(
-                    f"{wrong}, which is not a module of the model.",
-                    where=type(model).__name__,
-                    remedy=did_you_mean(path, ["shared", "conv", *paths]),
-                )
-    if options.others:
-        raise AutogateError(
-            f"shortcuts={shortcuts!r} is for one set of example inputs, and {1 + len(options.others)} are given.",
-            where=type(model).__name__, remedy="Pass one of them, or leave shortcuts shared.",
-        )  # fmt: skip
-    wanted = Outputs.of(model, *options.inputs)
-    replaced = add_shortcut_convolutions(model, options, undo_log)
-    if not replaced:
-        warnings.warn(
-            f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing: no identity shortcut in it is the only "
-            "thing that couples removable channels",
-            stacklevel=4,
-        )
-        return ()
-    verify(model, options.inputs, wanted, "the model with convolutions on its shortcuts")
-    return replaced

@@ -46,6 +46,7 @@ from autogate.slim.record_replay import (
     replay,
     slim_and_record,
 )
+from autogate.slim.shortcut_convolutions import asked_shortcut_convolutions
 
 __all__ = [
     "ATTRIBUTE",
@@ -61,6 +62,7 @@ __all__ = [
     "analyse_channels",
     "as_described",
     "as_optimizers",
+    "asked_shortcut_convolutions",
     "cast",
     "check_finite",
     "check_kept",

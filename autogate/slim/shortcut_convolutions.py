@@ -1,0 +1,50 @@
+"""1x1 convolutions on a model's identity shortcuts, where the caller of `prepare` asks for them."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from autogate.naming import did_you_mean
+from autogate.slim.finalizing import verify
+from autogate.slim.record_replay import AnalysisOptions, add_shortcut_convolutions
+from rewriters import AutogateError, Outputs, Shortcut, UndoLog
+
+
+def asked_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+    """As `add_shortcut_convolutions`, with a check of what was asked, and that outputs stay what they were.
+
+    Raises:
+        AutogateError: `options.shortcuts` names no module, or there are several sets of example inputs.
+        VerificationError: the outputs would differ.
+    """
+    shortcuts = options.shortcuts
+    if shortcuts == "shared":
+        return ()
+    if shortcuts != "conv":
+        paths = [path for path, _ in model.named_modules() if path]
+        for path in (shortcuts,) if isinstance(shortcuts, str) else shortcuts:
+            if path not in paths:
+                wrong = f"shortcuts is {path!r}" if isinstance(shortcuts, str) else f"shortcuts names {path!r}"
+                raise AutogateError(
+                    f"{wrong}, which is not a module of the model.",
+                    where=type(model).__name__,
+                    remedy=did_you_mean(path, ["shared", "conv", *paths]),
+                )
+    if options.others:
+        raise AutogateError(
+            f"shortcuts={shortcuts!r} is for one set of example inputs, and {1 + len(options.others)} are given.",
+            where=type(model).__name__, remedy="Pass one of them, or leave shortcuts shared.",
+        )  # fmt: skip
+    wanted = Outputs.of(model, *options.inputs)
+    replaced = add_shortcut_convolutions(model, options, undo_log)
+    if not replaced:
+        warnings.warn(
+            f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing: no identity shortcut in it is the only "
+            "thing that couples removable channels",
+            stacklevel=4,
+        )
+        return ()
+    verify(model, options.inputs, wanted, "the model with convolutions on its shortcuts")
+    return replaced
