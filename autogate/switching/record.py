@@ -19,6 +19,8 @@ class Fusing(Analysed):
         branches: for each of them, what was decided of dead branches (`rewriters.Decisions`).
         affine: whether weights and biases of batch norms are each subnet's own.
         active: number of the active subnet.
+        widths: those between subnets that were made since, in that order; `branches` go on with theirs.
+        first_statistics: for each of these, some of the statistics that its norms started with (`Subnet.calibrated`).
     """
 
     modules: Mapping[str, str]
@@ -26,3 +28,5 @@ class Fusing(Analysed):
     branches: tuple[Mapping[str, tuple[bool, ...]], ...]
     affine: bool
     active: int
+    widths: tuple[Structure, ...] = ()
+    first_statistics: tuple[tuple[float, ...], ...] = ()
