@@ -35,6 +35,7 @@ from autogate.lock import locked
 from autogate.slim import PrepareRecord
 from autogate.switching import (
     SUBNETS,
+    Sharing,
     Status,
     Structure,
     Subnets,
@@ -152,7 +153,10 @@ def find(
 
 
 @locked
-def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own", example_inputs: Any = None) -> M:
+def fuse(
+    model: M, found: Found, *, norms: Literal["own", "statistics"] = "own", nested: bool = False,
+    example_inputs: Any = None,
+) -> M:  # fmt: skip
     """Make a model that holds all subnets; its largest is the model itself, called "full".
 
     The same object is returned, with its class, its paths and its parameters. Between two forwards its state_dict is
@@ -164,11 +168,14 @@ def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own",
         found: the structures.
         norms: "own": statistics, weights and biases of batch norms are each subnet's own; "statistics": weights and
             biases are shared. Norms across channels (layer norm ...) run over the subnet's channels and are shared.
+        nested: each subnet is a part of the next. Channels are put in an order in which it has the first ones, so that
+            its slices are views of the weights and take no memory; the model computes what it did. Groups whose
+            position matters to the forward keep their order, and slices of these are copies.
         example_inputs: as for `prepare`; those that the structures were found with if None.
 
     Raises:
-        AutogateError: the model has gates or subnets, the structures belong to another one, or two have the same name.
-            The model is left as it was.
+        AutogateError: the model has gates or subnets, the structures belong to another one, aren't nested as they
+            should be, or two have the same name. The model is left as it was.
     """
     where = type(model).__name__
     if SUBNETS in model._modules:
@@ -181,7 +188,8 @@ def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own",
     options = found.origin.options.on(calls)
     undo_log = UndoLog()
     try:
-        fuse_structures(model, found.structures, replace(found.origin, options=options), norms == "own", undo_log)
+        origin, sharing = replace(found.origin, options=options), Sharing(norms == "own", nested)
+        fuse_structures(model, found.structures, origin, sharing, undo_log)
     except BaseException:
         undo_log.undo()
         raise

@@ -67,7 +67,7 @@ class GateBank(BankBuffers):
         learner: as given.
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
         folded: float32, shape (classes,): the gates that the kernels hold now.
-        dead: float32, shape (classes,): above 0 for dead classes, larger for later ones (averages of it mean something).
+        dead: float32, shape (classes,): above 0 for dead classes, larger for later ones; averages mean something.
         step_count: 0-dim float64, steps taken.
         balance: 0-dim float64, lambda of the latest step.
         integral: 0-dim float64, the controller's memory.

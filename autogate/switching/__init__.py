@@ -3,7 +3,7 @@
 from autogate.switching.bank import SUBNETS, Subnets, check_one_width, form_of, subnets_of
 from autogate.switching.choosing import Which, number_of
 from autogate.switching.fusing import FULL, extract, fuse
-from autogate.switching.record import Fusing
+from autogate.switching.record import Fusing, Sharing
 from autogate.switching.status import Row, Status, status_of, table_of
 from autogate.switching.structure import Structure
 from autogate.switching.widths import fuse_again
@@ -13,6 +13,7 @@ __all__ = [
     "SUBNETS",
     "Fusing",
     "Row",
+    "Sharing",
     "Status",
     "Structure",
     "Subnets",

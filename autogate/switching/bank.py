@@ -242,11 +242,33 @@ class _DeepCopy:
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
         model, subnets = self.model, self.model._modules[SUBNETS]
         assert isinstance(subnets, Subnets)
+        if hasattr(type(model), "__deepcopy__"):
+            return _copied_its_own_way(model, subnets, memo)
         del model.__dict__["__deepcopy__"]
         try:
-            with subnets.subnet.detached():
+            with subnets.subnet.without_slices():
                 copied = copy.deepcopy(model, memo)
         finally:
             model.__dict__["__deepcopy__"] = self
         copied.__dict__["__deepcopy__"] = _DeepCopy(copied)
+        copied._modules[SUBNETS].subnet.put()
         return copied
+
+
+def _copied_its_own_way(model: nn.Module, subnets: Subnets, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a model whose class says how to copy the dense one; its subnets are copied beside."""
+    with subnets.taken_off(model):
+        copied: nn.Module = copy.deepcopy(model, memo)
+        here, there = (
+            {**dict(one.named_modules()), **dict(one.named_parameters()), **dict(one.named_buffers())}
+            for one in (model, copied)
+        )
+        if here.keys() != there.keys():
+            raise AutogateError(
+                "the copy that its class makes (__deepcopy__) has other modules or tensors than the model.",
+                where=type(model).__name__,
+                remedy="Let it copy all that the model has.",
+            )
+        own: Subnets = copy.deepcopy(subnets, {**memo, **{id(here[name]): there[name] for name in here}})
+    own.attach(copied)
+    return copied

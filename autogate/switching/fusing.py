@@ -22,8 +22,9 @@ from autogate.slim import (
     verify,
 )
 from autogate.switching.bank import SUBNETS, Subnets
+from autogate.switching.nesting import in_order
 from autogate.switching.own_tensors import own_tensors
-from autogate.switching.record import Fusing
+from autogate.switching.record import Fusing, Sharing
 from autogate.switching.structure import Structure
 from autogate.switching.subnet import Subnet
 from rewriters import Analysis, AutogateError, ChannelMap, Decisions, Outputs, Shortcut, SlimPlan, UndoLog, plan
@@ -34,7 +35,7 @@ FULL = "full"
 
 
 def fuse(
-    model: nn.Module, structures: Sequence[Structure], origin: PrepareRecord, affine: bool,
+    model: nn.Module, structures: Sequence[Structure], origin: PrepareRecord, sharing: Sharing,
     undo_log: UndoLog, decided: Sequence[Decisions] | None = None,
 ) -> Subnets:  # fmt: skip
     """Give a model subnets of these structures.
@@ -43,12 +44,14 @@ def fuse(
         model: dense, without gates or subnets; changed in place.
         structures: at least one, in any order.
         origin: how the model is analysed.
-        affine: whether weights and biases of batch norms are each subnet's own, beside the statistics.
+        sharing: what subnets have for themselves, and how slices are kept.
         undo_log: takes changes, also if this raises.
-        decided: for each structure, what was read from the weights before; they aren't looked at then.
+        decided: for each structure, what was read from the weights before. Then they aren't looked at, and channels are
+            in order already.
 
     Raises:
-        AutogateError: a structure belongs to another model, or two have the same name.
+        AutogateError: a structure belongs to another model, two have the same name, or they aren't nested as they
+            should be.
     """
     options = origin.options
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
@@ -59,7 +62,10 @@ def fuse(
     everything = torch.ones(channel_map.size, dtype=torch.bool)
     full = Structure.of(FULL, channel_map, everything, shares_of(everything, resources))
     _check_names([*(one.structure.name for one in wanted), FULL], model)
-    made = [make_subnet(model, analysis, one, options, affine) for one in wanted]
+    if sharing.nested and decided is None:
+        ordered = in_order(model, analysis, [one.structure for one in wanted], options, undo_log)
+        wanted = [Wanted(one, one.live(channel_map)) for one in ordered]
+    made = [make_subnet(model, analysis, one, options, sharing) for one in wanted]
     of_full = Subnet(full, Overlay((), (), ()), [])
     before, modules = describe(model, options, shortcuts)
     record = Fusing(
@@ -67,7 +73,7 @@ def fuse(
         modules=modules,
         structures=tuple(one.structure for one in wanted),
         branches=tuple(one.branches for one in made),
-        affine=affine,
+        sharing=sharing,
         active=len(wanted),
     )
     held = [*((one.subnet, one.tree) for one in made), (of_full, nn.Module())]
@@ -93,7 +99,7 @@ class Wanted(NamedTuple):
 
 
 def make_subnet(
-    model: nn.Module, analysis: Analysis, wanted: Wanted, options: AnalysisOptions, affine: bool
+    model: nn.Module, analysis: Analysis, wanted: Wanted, options: AnalysisOptions, sharing: Sharing
 ) -> Made:  # fmt: skip
     """Make a subnet of a dense model, which is left as it was.
 
@@ -102,11 +108,11 @@ def make_subnet(
         analysis: its channels.
         wanted: the subnet's structure.
         options: how the model was analysed.
-        affine: whether weights and biases of batch norms are the subnet's own.
+        sharing: what it has for itself, and how slices are kept.
     """
     slim_plan = _plan(model, analysis, wanted, options)
-    overlay = Overlay.of(model, slim_plan, analysis.channel_map, wanted.live)
-    tree, own = own_tensors(model, overlay, slim_plan.removed, affine)
+    overlay = Overlay.of(model, slim_plan, analysis.channel_map, wanted.live, sharing.nested)
+    tree, own = own_tensors(model, overlay, slim_plan.removed, sharing.affine)
     return Made(Subnet(wanted.structure, overlay, own), tree, slim_plan.decisions.branches)
 
 

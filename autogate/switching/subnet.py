@@ -72,12 +72,9 @@ class Subnet:
             place.clear()
 
     @contextlib.contextmanager
-    def detached(self) -> Iterator[None]:
-        """Inside, the slices don't lead back to the shared tensors: PyTorch copies no tensor that was computed."""
-        put = [(place, place.module.__dict__.get(place.name)) for one in self._shared for place in one.places]
-        for place, tensor in put:
-            if tensor is not None:
-                place.put(tensor.detach())
+    def without_slices(self) -> Iterator[None]:
+        """Inside, no slice is there: PyTorch copies no tensor that was computed, and whole tensors for their views."""
+        put = [(place, place.module.__dict__.pop(place.name, None)) for one in self._shared for place in one.places]
         try:
             yield
         finally:
@@ -114,8 +111,9 @@ class Subnet:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of the slices that are kept now."""
-        return sum(tensor.nbytes for tensor in self._kept[1]) if self._kept is not None else 0
+        """Memory of the slices that are kept now, without views of the dense tensors."""
+        slices = () if self._kept is None else zip(self._shared, self._kept[1], strict=True)
+        return sum(tensor.nbytes for one, tensor in slices if not one.is_view)
 
     def _slices(self) -> list[Tensor]:
         dense = [one.places[0].own() for one in self._shared]

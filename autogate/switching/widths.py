@@ -69,7 +69,7 @@ def fuse_again(model: nn.Module, record: Fusing, calls: Sequence[Inputs], undo_l
     origin = PrepareRecord(options, dtype_of_parameters(model))
     count = len(record.structures)
     decided = [Decisions(branches=one) for one in record.branches]
-    subnets = fuse(model, record.structures, origin, record.affine, undo_log, decided[:count])
+    subnets = fuse(model, record.structures, origin, record.sharing, undo_log, decided[:count])
     try:
         if record.widths:
             _add_recorded(model, subnets, record, decided[count:])
@@ -97,7 +97,7 @@ def _add_recorded(model: nn.Module, subnets: Subnets, record: Fusing, decided: S
 def _add_width(model: nn.Module, subnets: Subnets, wanted: Wanted, analysis: Analysis) -> int:
     """Add a width to a model's subnets, with norms like its neighbours'; the model is the dense one meanwhile."""
     options = subnets.origin.options.on(subnets.origin.calls_for(model))
-    made = make_subnet(model, analysis, wanted, options, subnets.record.affine)
+    made = make_subnet(model, analysis, wanted, options, subnets.record.sharing)
     trained = subnets.subnets[: subnets.full + 1]
     at = sum(wanted.structure.shares["FLOPs"] > one.structure.shares["FLOPs"] for one in trained)
     narrower, wider = trained[max(0, at - 1)], trained[min(at, subnets.full)]

@@ -5,6 +5,7 @@ from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.dry_run import dry_run
 from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
+from rewriters.slimming.ordering import order_channels
 from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
 from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
 from rewriters.slimming.value_check import Refused, check_values, pin_refused
@@ -23,6 +24,7 @@ __all__ = [
     "fields_after",
     "is_under",
     "like",
+    "order_channels",
     "pin_refused",
     "plan",
     "refresh_flat_weights",

@@ -76,19 +76,26 @@ class TensorSlice:
         cuts: (dimension, indices that stay) for each dimension that loses any.
         closed: (dimension, bool of that length) for input sides where a dead channel stays, because a layer needs one:
             which indices of the slice aren't zero.
+        is_view: whether it is a view of the dense tensor, because the first indices stay, and not a copy.
     """
 
     name: str
     places: tuple[Place, ...]
     cuts: tuple[tuple[int, Tensor], ...]
     closed: tuple[tuple[int, Tensor], ...] = ()
+    is_view: bool = False
 
     def take(self) -> Tensor:
         """The slice of the dense tensor as it is now; gradients flow into that.
 
         Several backward passes may go through one slice, each with its own part of the graph behind it.
         """
-        return _Take.apply(self.places[0].own(), self)  # type: ignore[no-any-return, no-untyped-call]
+        dense = self.places[0].own()
+        if self.is_view:
+            for dim, indices in self.cuts:
+                dense = dense.narrow(dim, 0, len(indices))
+            return dense
+        return _Take.apply(dense, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def cut(self, dense: Tensor) -> Tensor:
         """The slice of a tensor of the dense one's shape."""
@@ -152,7 +159,9 @@ class Overlay:
     fields: tuple[Field, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, slim_plan: SlimPlan, channel_map: ChannelMap, live: Tensor) -> Overlay:
+    def of(
+        cls, model: nn.Module, slim_plan: SlimPlan, channel_map: ChannelMap, live: Tensor, views: bool = False
+    ) -> Overlay:
         """The overlay that makes `model` what `apply` would make of it. The model is left as it was.
 
         Args:
@@ -160,6 +169,8 @@ class Overlay:
             slim_plan: made for this model.
             channel_map: the model's channels.
             live: the classes that live, bool, shape (classes,); the plan may keep others beside them.
+            views: whether slices are views of the dense tensors where the first indices stay. They take no memory;
+                a layer may need more time on them, as they aren't contiguous.
         """
         undo_log = _BesideLog()
         try:
@@ -179,7 +190,13 @@ class Overlay:
             if not is_under(name, slim_plan.removed)
         }
         slices = tuple(
-            TensorSlice(name, tuple(slots[id(tensors[name])]), tuple(own), _among(columns.get(name, ()), own))
+            TensorSlice(
+                name,
+                tuple(slots[id(tensors[name])]),
+                tuple(own),
+                closed := _among(columns.get(name, ()), own),
+                views and not closed and all(_is_prefix(indices) for _, indices in own),
+            )
             for name in dict.fromkeys([*cuts, *columns])
             for own in [cuts.get(name, ())]
         )
@@ -223,6 +240,10 @@ def with_all_forwards(overlays: Iterable[Overlay]) -> list[Overlay]:
         replace(overlay, fields=(*overlay.fields, *(one for module, one in plain.items() if module not in own)))
         for overlay, own in zip(overlays, forwards, strict=True)
     ]
+
+
+def _is_prefix(indices: Tensor) -> bool:
+    return torch.equal(indices, torch.arange(len(indices)).to(indices))
 
 
 def _among(columns: Iterable[tuple[int, Tensor]], cuts: Iterable[tuple[int, Tensor]]) -> tuple[tuple[int, Tensor], ...]:

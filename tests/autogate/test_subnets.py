@@ -170,5 +170,5 @@ def test_a_subnet_is_taken_by_its_time(net, monkeypatch):
     assert sorted(timed) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert [row.seconds for row in subnets.status(switchable).rows] == [0.2, 0.5, 1.0]
     assert "500.0 ms" in str(subnets.status(switchable))
-    with pytest.raises(autogate.AutogateError, match="no subnet fits 10.0% of the latency"):
+    with pytest.raises(autogate.AutogateError, match=r"no subnet fits 10\.0% of the latency"):
         subnets.switch(switchable, latency=0.1)
