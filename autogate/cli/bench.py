@@ -36,7 +36,7 @@ def bench(
 ) -> None:
     """Measure latency and throughput of a slim model and of its dense model.
 
-    On the CPU the slim model's ONNX file is timed in onnxruntime too, where that is installed.
+    On the CPU their ONNX files are timed in onnxruntime too, where that is installed.
 
     The dense model has random weights. Prints the median of all measurements, with quartiles.
 
@@ -57,19 +57,22 @@ def bench(
         ):
             table.add_row(*_row(found))
         if not device or "cpu" in device:
-            for found in _in_onnxruntime(models[1], batch_size or (1, 64), seconds, image_size):
+            for found in _in_onnxruntime(*models, batch_size or (1, 64), seconds, image_size):
                 table.add_row(*_row(found))
     console.print(table)
-    console.print(_left(summarise_slim(models[1])), highlight=False, soft_wrap=True)
+    left = summarise_slim(models[1])
+    console.print(_left(left), highlight=False, soft_wrap=True)
+    for name, text in () if left.data_config is None else left.data_config.rows():
+        console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
 
 
 def _in_onnxruntime(
-    slim: nn.Module, batches: Sequence[int], seconds: float, side: int | None
+    dense: nn.Module, slim: nn.Module, batches: Sequence[int], seconds: float, side: int | None
 ) -> tuple[Comparison, ...]:
-    """The timings in onnxruntime; none, with a line that says why, where it is missing or can't run the model."""
+    """The timings in onnxruntime; none, with a line that says why, where it is missing or can't run the models."""
     try:
-        return tuple(compare_onnx(slim, batches=batches, seconds=seconds, side=side))
+        return tuple(compare_onnx(dense, slim, batches=batches, seconds=seconds, side=side))
     except AutogateError as error:
         console.print(f"not timed in onnxruntime: {error}", markup=False, highlight=False, soft_wrap=True)
         return ()

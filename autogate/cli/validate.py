@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from autogate.cli.common import Debug, console, one_line_errors, written_model
+from autogate.cli.common import Debug, console, one_line_errors, one_line_warnings, written_model
 from autogate.files import load
 from autogate.training import Images, join_world
 from autogate.training import validate as evaluate
@@ -35,7 +35,7 @@ def validate(
     """
     images = Images(data, data_dir, val_split=val_split, batch_size=batch_size, workers=workers)
     written_model(slim)
-    with join_world(device) as world, console.status("evaluating"):
+    with one_line_warnings(), join_world(device) as world, console.status("evaluating"):
         found = evaluate(load(slim).to(world.device), images, world, image_size)
     console.print(
         f"accuracy {100 * found.right / max(found.images, 1):.2f} % (top 1): {found.right} of {found.images} images at "

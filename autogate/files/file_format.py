@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from autogate.files.data_config import DataConfig
 from autogate.files.timm_builds import TimmBuild
 from autogate.slim import Analysed, Slimming
 from autogate.switching import Fusing
@@ -48,6 +49,7 @@ class Header:
         forwards: code of the rewritten forwards in eval and train mode, for people to read; it is never run.
         channels_last: tensors whose memory has channels last, in two or three dimensions of space.
         subnets: how the model holds several widths; None if it has one.
+        data_config: how images become inputs, and the classes' names; None if the model doesn't say.
     """
 
     format: Literal[1]
@@ -64,6 +66,7 @@ class Header:
     forwards: Mapping[str, Mapping[str, str]]
     channels_last: tuple[str, ...] = ()
     subnets: Fusing | None = None
+    data_config: DataConfig | None = None
 
     def records(self) -> tuple[Analysed, ...]:
         """What was done to the dense model, in order."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from autogate.files.data_config import set_data_config
 from autogate.files.file_format import CHANNELS_LAST, Header, read_file
 from autogate.files.memory_limit import check_dense_model, check_inputs, default_limit
 from autogate.files.timm_builds import build_with_timm
@@ -53,7 +54,8 @@ def load(
 
     The model is as it was when saved: the same outputs to the last bit, the same dtypes, frozen parameters, and train
     or eval mode. It can be trained, saved and slimmed again. No code in the file is run, no pickle is read, and nothing
-    is downloaded.
+    is downloaded. `timm.data.resolve_model_data_config` tells how images become its inputs, and
+    `model.pretrained_cfg["label_names"]` has the names of its classes, if the saved model had them.
 
     Args:
         path: path of the file.
@@ -85,6 +87,8 @@ def load(
             check_inputs(header, limit, model)
         _slim_again(model, header, example_inputs, undo_log)
         _fill(model, header, tensors, device, undo_log)
+        if header.data_config is not None:
+            set_data_config(model, header.data_config, undo_log)
         if (subnets := subnets_of(model)) is not None:
             subnets.subnet.put()
     except BaseException as error:

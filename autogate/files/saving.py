@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autogate.files.atomic_write import atomic_write
+from autogate.files.data_config import data_config_of
 from autogate.files.file_format import CHANNELS_LAST, Header, checksum, metadata_of
 from autogate.files.timm_builds import Dense, dense_of, find_timm_build
 from autogate.gating import BANK
@@ -39,6 +40,9 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
     The file says how timm's `create_model` builds the dense model, if it does (that is checked by building it), and
     which of its channels stay. The file is written under a temporary name and then moved into place: if writing fails,
     a file that was there before is intact.
+
+    What the model says of images and classes goes along, in timm's keys of `slim.pretrained_cfg`: `input_size`,
+    `interpolation`, `crop_pct`, `crop_mode`, `mean`, `std` and `label_names`.
 
         >>> import os, tempfile, timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18", num_classes=10))
@@ -95,6 +99,7 @@ def _contents(
         forwards=_forwards(slim),
         channels_last=_channels_last(slim, tensors),
         subnets=fusing,
+        data_config=data_config_of(slim),
     )
     return header, tensors
 

@@ -145,7 +145,7 @@ def find_timm_build(
             )
         return None, "it is not a timm model"
     name = ".".join(part for part in (config["architecture"], config.get("tag")) if part)
-    how = TimmBuild(name, {**_arguments(model, config), **(arguments or {})})
+    how = TimmBuild(name, {**_arguments(model, _own_config(name, config)), **(arguments or {})})
     try:
         wrong = _difference(build_with_timm(how), dense)
     except AutogateError as error:
@@ -157,6 +157,16 @@ def find_timm_build(
     if arguments is not None:
         raise AutogateError(why, where=type(model).__name__, remedy="Correct `model_args`, or omit them.")
     return None, why
+
+
+def _own_config(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """timm's configuration of the model with this name; the model's if timm has none. The model's may say what it was
+    trained on since: other images and classes than those that `create_model` builds for by default."""
+    try:
+        found = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # a tag that timm doesn't know
+        found = None
+    return config if found is None else found.to_dict()
 
 
 def _arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autogate.files import inputs_of, to_onnx
+from autogate.files import inputs_of, write_onnx
 from autogate.inputs import Inputs
 from rewriters.recording import tensors_of
 
@@ -72,38 +73,37 @@ def compare(
 
 
 def compare_onnx(
-    slim: nn.Module, *, batches: Sequence[int] = (1, 64), seconds: float = 1.0, side: int | None = None
-) -> Iterator[Comparison]:
-    """Time the ONNX file of a slim model in onnxruntime, on the CPU with as many threads as torch has.
+    dense: nn.Module, slim: nn.Module, *, batches: Sequence[int] = (1, 64), seconds: float = 1.0,
+    side: int | None = None,
+) -> Iterator[Comparison]:  # fmt: skip
+    """Time the ONNX files of both models in onnxruntime, on the CPU with as many threads as torch has.
 
     Args:
-        slim: the slim model; it is moved to the CPU and put in eval mode.
+        dense, slim: the models; they are moved to the CPU and put in eval mode.
         batches, seconds, side: as for `compare`.
-
-    Yields:
-        A comparison for each batch, whose `dense` is "-": only slim models are exported.
 
     Raises:
         AutogateError: as for `autogate.to_onnx`.
     """
-    slim = slim.to("cpu").eval()
+    draw = partial(inputs_of, slim, side=side)
+    runs = [_in_onnxruntime(model.to("cpu").eval(), draw) for model in (dense, slim)]
+    for batch in batches:
+        arrays = tuple(tensor.numpy() for tensor in tensors_of(draw(batch)))
+        yield Comparison("cpu", "onnxruntime", batch, *time_in_turns(runs, (arrays, {}), seconds))
+
+
+def _in_onnxruntime(model: nn.Module, draw: Callable[[int], Inputs]) -> Callable[..., Any]:
+    """The model's ONNX file, to be called with arrays."""
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "slim.onnx"
-        to_onnx(slim, path, side)
+        path = Path(folder) / "model.onnx"
+        write_onnx(model, path, draw)
         import onnxruntime  # not above: it is optional
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
-
-    def run(*arrays: Any) -> Any:
-        return session.run(None, dict(zip(names, arrays, strict=True)))
-
-    for batch in batches:
-        arrays = tuple(tensor.numpy() for tensor in tensors_of(inputs_of(slim, batch, side)))
-        (found,) = time_in_turns([run], (arrays, {}), seconds)
-        yield Comparison("cpu", "onnxruntime", batch, "-", found)
+    return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
 def time_in_turns(

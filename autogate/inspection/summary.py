@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from autogate.files import DataConfig, data_config_of
 from autogate.gating import GateBank, Progress
 from autogate.slim import Layer, history_of, layers_of
 from rewriters import AutogateError, ChannelMap, Pin, Side
@@ -37,6 +38,7 @@ class Summary:
         removed: modules of a slim model that were removed, because nothing was left in them.
         rewritten: modules of a slim model whose forward was rewritten, and why: for "sizes" that slimming changed, for
             "branches" that are gone, for a "shortcut" that selects channels.
+        data_config: how images become a slim model's inputs, and the names of its classes, if it says so.
     """
 
     flops: float
@@ -50,6 +52,7 @@ class Summary:
     progress: Progress | None
     removed: tuple[str, ...] = ()
     rewritten: Mapping[str, str] = field(default_factory=dict)
+    data_config: DataConfig | None = None
 
     def table(self) -> Table:
         """The layers, as a table of rich: channels and FLOPs before and after."""
@@ -131,6 +134,7 @@ def summarise_slim(model: nn.Module) -> Summary:
         rewritten={
             path: why for slimming in history.slimmings for path, why in slimming.rewritten.items() if why != "restored"
         },
+        data_config=data_config_of(model),
     )
 
 
@@ -163,6 +167,8 @@ def _totals(summary: Summary) -> Table:
         for name, share in now.shares.items():
             table.add_row("target", f"{now.targets[name]:.1%} of the {name}, {share:.1%} left")
         table.add_row("steps", f"{now.step} of {now.steps}")
+    for name, text in () if summary.data_config is None else summary.data_config.rows():
+        table.add_row(name, escape(text))
     if summary.reach is not None:
         table.add_row("within reach of gates", f"{summary.reach:.1%} of the FLOPs")
     return table

@@ -27,11 +27,15 @@ SHORT_NAMES = {"cifar10": "torch/cifar10", "cifar100": "torch/cifar100"}
 
 @dataclass(frozen=True)
 class DataSets:
-    """The training and validation part of a data set, and its number of classes (None if it doesn't say)."""
+    """The training and validation part of a data set, and its classes' names by number (None if it doesn't say)."""
 
     train: Any
     val: Any
-    num_classes: int | None
+    class_names: tuple[str, ...] | None
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.class_names is None else len(self.class_names)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def _from_folder(images: Images) -> DataSets:
         )
     # timm numbers the classes of each part separately: a class without validation images would shift the others.
     val = create_dataset("", root=val.reader.root, split=images.val_split, search_split=False, class_map=dict(names))
-    return DataSets(train, val, len(names))
+    return DataSets(train, val, _classes_of(train))
 
 
 def _folder(images: Images, split: str) -> Any:
@@ -134,11 +138,11 @@ def _named(name: str, images: Images, split: str, training: bool) -> Any:
         raise AutogateError(f"{str(error).strip() or type(error).__name__}.", where=where, remedy=remedy) from error
 
 
-def _classes_of(dataset: Any) -> int | None:
+def _classes_of(dataset: Any) -> tuple[str, ...] | None:
     for holder, attribute in ((dataset, "classes"), (getattr(dataset, "reader", None), "class_to_idx")):
         found = getattr(holder, attribute, None)
         if found:
-            return len(found)
+            return tuple(map(str, sorted(found, key=found.__getitem__) if isinstance(found, Mapping) else found))
     return None
 
 
@@ -148,7 +152,8 @@ def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: Wo
     Args:
         data: the data sets, from `find_data`.
         images: how to transform and batch the images.
-        config: "input_size", "mean", "std", "interpolation" and "crop_pct", as in `timm.data.resolve_data_config`.
+        config: "input_size", "mean", "std", "interpolation", "crop_pct" and "crop_mode", as in
+            `timm.data.resolve_data_config`.
         world: the processes that share the images.
 
     Raises:
@@ -189,6 +194,7 @@ def val_loader(data: DataSets, images: Images, config: Mapping[str, Any], world:
         batch_size=images.validation_batch_size or images.batch_size,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
         **_shared_options(images, config, world),
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from autogate.files import save
 from autogate.training.checkpoint import load_checkpoint, load_newest
 from autogate.training.finalize_run import finalize_run, finalize_run_again
-from autogate.training.network import ModelFunction, build_network, with_gates
+from autogate.training.network import ModelFunction, build_network, data_config, note_data_config, with_gates
 from autogate.training.run_folder import Result, RunFolder
 from rewriters import AutogateError
 
@@ -49,6 +49,8 @@ def finalize_checkpoint(
         found = load_checkpoint(path)
     info, recipe = found.info, found.info.recipe
     model = build_network(recipe.network, info.num_classes, weights=False, function=function)
+    config = {**data_config(model, recipe.network), "input_size": info.input_size}
+    note_data_config(model, config, info.class_names, info.num_classes)
     model = with_gates(model, recipe.budget, info.input_size, info.steps, recipe.method)
     used = 0 if found.ema is None else -1
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autogate.api import finalize, finalize_as, gates, summary
+from autogate.files import data_config_of
 from autogate.slim import Slimming, history_of
 from autogate.training.run_folder import BINS, EpochRow, GateRow, Result, RunInfo
 
@@ -65,7 +66,10 @@ class Snapshot:
     def result(self, slim: nn.Module, info: RunInfo, step: int) -> Result:
         """The result for the slim model after `step` steps, without an accuracy."""
         params = sum(parameter.numel() for parameter in slim.parameters())
-        return Result(step, info.steps, self.flops, params, info.flops, info.params, self.shares)
+        return Result(
+            step, info.steps, self.flops, params, info.flops, info.params, self.shares,
+            data_config=data_config_of(slim),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

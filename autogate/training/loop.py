@@ -29,7 +29,7 @@ from autogate.training.data import DataSets, Loaders, loaders, on_device, set_ep
 from autogate.training.distributed import World
 from autogate.training.finalize_run import FinalGates, Snapshot, finalize_run, finalize_run_again
 from autogate.training.learning import Loss, Stepper, accuracy, seed_at
-from autogate.training.network import data_config, outputs_of, with_gates
+from autogate.training.network import data_config, note_data_config, outputs_of, with_gates
 from autogate.training.recipe import Recipe
 from autogate.training.run_folder import EpochRow, LayerSize, Result, RunFolder, RunInfo
 from autogate.version import __version__
@@ -80,6 +80,7 @@ class Loop:
                 where="num_classes",
                 remedy="Omit --num-classes, or give at least as many as the data has.",
             )
+        note_data_config(model, config, data.class_names or (), classes)
         loading = loaders(data, recipe.images, config, world)
         steps = recipe.learning.epochs * _steps_per_epoch(recipe, loading)
         model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps, recipe.method)
@@ -300,6 +301,7 @@ def _info(
         versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
         recipe=recipe,
         num_classes=classes,
+        class_names=data.class_names or (),
         input_size=input_size,
         train_images=len(data.train),
         val_images=len(data.val),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg, load_state_dict
 from torch import nn
 
 from autogate.api import prepare
-from autogate.files import inputs_of, load
+from autogate.files import DataConfig, inputs_of, load, set_data_config
 from autogate.methods import method_of
 from autogate.slim import history_of
 from autogate.training.recipe import Budget, Network
@@ -184,7 +184,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def data_config(model: nn.Module, network: Network) -> dict[str, Any]:
-    """Size and normalisation of the images: "input_size", "mean", "std", "interpolation", "crop_pct".
+    """Size and normalisation of the images, with the keys of `timm.data.resolve_data_config`.
 
     The size is the one that is asked for, or that a slim model was prepared with, or timm's.
     """
@@ -193,6 +193,12 @@ def data_config(model: nn.Module, network: Network) -> dict[str, Any]:
         args, _ = inputs_of(model, 1)
         size = int(args[0].shape[-1])
     return resolve_data_config({} if size is None else {"img_size": size}, model=model)
+
+
+def note_data_config(model: nn.Module, config: Mapping[str, Any], class_names: Sequence[str], outputs: int) -> None:
+    """Write into a model what images it is trained on, and its classes if each output has a name, for its slim file."""
+    names = tuple(class_names) if class_names and len(class_names) == outputs else None
+    set_data_config(model, DataConfig(**config, label_names=names))
 
 
 def with_gates(

@@ -20,7 +20,7 @@ from autogate.files import save
 from autogate.slim import recalibrate
 from autogate.training.data import on_device
 from autogate.training.learning import accuracy
-from autogate.training.network import ModelFunction, build_network, data_config, outputs_of
+from autogate.training.network import ModelFunction, build_network, data_config, note_data_config, outputs_of
 from autogate.training.recipe import Budget, Network
 from rewriters import AutogateError
 
@@ -66,10 +66,14 @@ class Pruned:
 
 @dataclass(frozen=True)
 class _Images:
-    """Loaded images: batches for the criterion, and those to measure on (None without labels that fit)."""
+    """Loaded images: batches for the criterion, and those to measure on (None without labels that fit).
+
+    `names` are those of the classes; empty without labels that fit.
+    """
 
     calibration: DataLoader[Any]
     labelled: DataLoader[Any] | None
+    names: tuple[str, ...] = ()
 
 
 def prune(
@@ -111,6 +115,7 @@ def prune(
             where=f"--data {folder.path if folder else ''}",
             remedy=f"Put the images of each of the model's {classes} classes into a folder of its own.",
         )
+    note_data_config(model, config, () if images is None else images.names, classes)
     before = _measure(model, images)
     shares: dict[str, Any] = {
         "flops": budget.flops, "params": budget.params, "activations": budget.activations, "latency": budget.latency
@@ -160,10 +165,10 @@ def _load(folder: Folder, classes: int, config: Mapping[str, Any]) -> _Images:
     for part in (train, val):
         part.transform = create_transform(
             config["input_size"], interpolation=config["interpolation"], mean=config["mean"], std=config["std"],
-            crop_pct=config["crop_pct"],
+            crop_pct=config["crop_pct"], crop_mode=config["crop_mode"],
         )  # fmt: skip
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))  # a folder is sorted by class
     some = Subset(train, drawn[: folder.batches * folder.batch_size].tolist())
     calibration = DataLoader(some, folder.batch_size, num_workers=folder.workers)
     labelled = DataLoader(val, folder.batch_size, num_workers=folder.workers) if fits else None
-    return _Images(calibration, labelled)
+    return _Images(calibration, labelled, tuple(names) if fits else ())

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from autogate.files import atomic_write
+from autogate.files import DataConfig, atomic_write
 from autogate.training.recipe import Recipe
 from rewriters import AutogateError
 
@@ -58,6 +58,7 @@ class RunInfo:
         targets: the target share of each resource.
         flops, params: FLOPs and parameters of the dense model.
         layers: layers of the dense model, in the order they run.
+        class_names: names of the data's classes, in the order of their numbers; empty if it doesn't name them.
     """
 
     format: Literal[1]
@@ -76,6 +77,7 @@ class RunInfo:
     flops: float
     params: int
     layers: tuple[LayerSize, ...]
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Result:
         dense_flops, dense_params: the same for the dense model.
         shares: share of each resource with a target that is left.
         accuracy: accuracy of the slim model, in percent; None if no images were available.
+        data_config: how images become its inputs, and the names of its classes.
     """
 
     step: int
@@ -147,6 +150,7 @@ class Result:
     dense_params: int
     shares: Mapping[str, float]
     accuracy: float | None = None
+    data_config: DataConfig | None = None
 
     @property
     def complete(self) -> bool:

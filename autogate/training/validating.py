@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import nn
 
+from autogate.files import data_config_of
 from autogate.training.data import find_data, on_device, val_loader
 from autogate.training.distributed import World
 from autogate.training.learning import accuracy
@@ -33,8 +37,25 @@ def validate(slim: nn.Module, images: Images, world: World, size: int | None = N
 
     Raises:
         AutogateError: the data can't be used.
+
+    Warns:
+        UserWarning: the data has other classes than the model was trained on.
     """
-    config = data_config(slim, Network("", img_size=size))
-    loader = val_loader(find_data(images), images, config, world)
+    config, data, known = data_config(slim, Network("", img_size=size)), find_data(images), data_config_of(slim)
+    if known is not None and known.label_names and data.class_names:
+        _check_names(known.label_names, data.class_names)
+    loader = val_loader(data, images, config, world)
     right, seen = accuracy(slim, on_device(loader, world.device))
     return Validation(right, seen, config["input_size"][-1])
+
+
+def _check_names(names: Sequence[str], there: Sequence[str]) -> None:
+    """Warn if classes of the data have other numbers than in training."""
+    number = next((i for i, pair in enumerate(zip_longest(names, there)) if pair[0] != pair[1]), None)
+    if number is not None:
+        words = (repr(one[number]) if number < len(one) else "missing" for one in (there, names))
+        warnings.warn(
+            f"class {number} is {next(words)} in the data and {next(words)} in the model. The accuracy takes classes "
+            "by their numbers.",
+            stacklevel=3,
+        )

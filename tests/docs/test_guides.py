@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+import autogate
 from autogate.criteria import CRITERIA
 from rewriters import AutogateError
 from rewriters.labelling.rules import RULES
@@ -76,6 +78,19 @@ def draw_boxes(folder: Path) -> None:
     (folder / "data.yaml").write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: [red, green]\n")
 
 
+def draw_slim_file() -> None:
+    """A slim model that knows its classes, and a picture."""
+    model = autogate.prepare(timm.create_model("test_resnet", num_classes=2), torch.randn(2, 3, 32, 32))
+    slim = autogate.finalize(model, warn=False)
+    slim.pretrained_cfg = {**slim.pretrained_cfg, "input_size": (3, 32, 32), "label_names": ("cat", "dog")}
+    autogate.save(slim, "slim.safetensors")
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save("picture.png")
+
+
+READS = {"docs/command-line.md, Images and classes": draw_slim_file}
+"""What makes the files that a section reads."""
+
+
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
     """An empty folder, and a process that is a world of its own."""
@@ -99,6 +114,7 @@ def test_the_code_of_a_section_runs(place, codes, alone):
     missing = [name for name in OPTIONAL & imported("\n".join(codes)) if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
+    READS.get(place, lambda: None)()
     names = {"__name__": "page"}
     for code in codes:
         exec(compile(code, place, "exec"), names)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,14 @@ import timm
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 from typer.testing import CliRunner
 
 import autogate
 from autogate.cli import app
 from autogate.cli.train import _Bar
-from autogate.training import Network, RunFolder, StepMetrics, build_network
+from autogate.files import data_config_of
+from autogate.training import Network, RunFolder, StepMetrics, build_network, finalize_checkpoint
 
 SMALL = ("-b", "6", "-j", "0", "--device", "cpu")
 
@@ -55,6 +59,37 @@ def test_the_accuracy_of_a_slim_file(first, pictures: Path):
     assert f"accuracy {RunFolder(folder).result().accuracy:.2f} % (top 1)" in told.output
     assert "of 15 images at 32 pixels" in told.output
     assert invoke("validate", "nothere.safetensors", "--data", pictures).exit_code == 2
+
+
+def test_images_and_classes_are_told_by_the_file(first, pictures: Path, tmp_path: Path):
+    folder = RunFolder(first[0])
+    slim = autogate.load(folder.slim_file)
+    assert slim.pretrained_cfg["label_names"] == ("blue", "green", "red") == folder.info().class_names
+    assert resolve_model_data_config(slim)["input_size"] == (3, 32, 32)
+    assert folder.result().data_config == data_config_of(slim)
+    told = invoke("summary", folder.slim_file)
+    assert "3 x 32 x 32" in told.output and "3: blue, green, red" in told.output
+    finalize_checkpoint(folder.path, tmp_path / "slim.safetensors")
+    assert autogate.load(tmp_path / "slim.safetensors").pretrained_cfg == slim.pretrained_cfg
+
+
+def test_classes_with_other_names_are_warned_of(first, pictures: Path, tmp_path: Path):
+    shutil.copytree(pictures, tmp_path / "data")
+    for part in ("train", "validation"):
+        (tmp_path / "data" / part / "green").rename(tmp_path / "data" / part / "cyan")
+    told = invoke("validate", first[0] / "slim.safetensors", "--data", tmp_path / "data", *SMALL)
+    assert told.exit_code == 0 and "class 1 is 'cyan' in the data and 'green' in the model" in told.output
+    assert "warning" not in invoke("validate", first[0] / "slim.safetensors", "--data", pictures, *SMALL).output
+
+
+def test_a_folder_from_before_classes_had_names(first, tmp_path: Path):
+    shutil.copytree(first[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.pt"))
+    for name, key in (("run.json", "class_names"), ("result.json", "data_config")):
+        content = json.loads((tmp_path / "run" / name).read_text())
+        del content[key]
+        (tmp_path / "run" / name).write_text(json.dumps(content))
+    folder = RunFolder(tmp_path / "run")
+    assert folder.info().class_names == () and folder.result().data_config is None
 
 
 def test_a_second_round(first, pictures: Path, tmp_path: Path):

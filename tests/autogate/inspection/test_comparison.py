@@ -64,6 +64,7 @@ def test_the_command_tells_a_row_for_each(slim: Path, monkeypatch: pytest.Monkey
     assert told.exit_code == 0, told.output
     assert told.output.count("cpu, eager") == 2 and "compiled" not in told.output
     assert "not timed in onnxruntime: ONNX needs onnx and onnxscript and onnxruntime" in told.output
+    assert "images: 3 x 160 x 160, bilinear, crop 0.95 (center)" in told.output
 
 
 @pytest.mark.slow
@@ -73,7 +74,7 @@ def test_the_command_tells_a_row_for_each_in_onnxruntime(slim: Path, monkeypatch
     assert told.exit_code == 0, told.output
     rows = [re.split(r" *│ *", line) for line in told.output.splitlines() if "cpu, onnxruntime" in line]
     assert [row[2] for row in rows] == ["2", "3"]
-    assert all(row[3] == "-" and float(row[4].split()[0]) > 0 for row in rows)
+    assert all(float(time.split()[0]) > 0 for row in rows for time in row[3:5])
 
 
 def test_what_is_wrong_is_told_without_a_traceback(slim: Path):
