@@ -251,7 +251,9 @@ class _DeepCopy:
         finally:
             model.__dict__["__deepcopy__"] = self
         copied.__dict__["__deepcopy__"] = _DeepCopy(copied)
-        copied._modules[SUBNETS].subnet.put()
+        own = copied._modules[SUBNETS]
+        assert isinstance(own, Subnets)
+        own.subnet.put()
         return copied
 
 
