@@ -40,6 +40,7 @@ from autogate.switching import (
     Structure,
     Subnets,
     Which,
+    latencies,
     number_of,
     status_of,
     subnets_of,
@@ -324,13 +325,19 @@ def extract(
     return extract_subnet(model, subnets, number)
 
 
-def status(model: nn.Module) -> Status:
+def status(model: nn.Module, *, latency: bool = False) -> Status:
     """What subnets a model has, which one is active, and what is kept of them in memory.
+
+    Args:
+        model: has subnets.
+        latency: whether to time those that were not timed on this machine yet.
 
     Raises:
         AutogateError: the model has no subnets.
     """
     model, subnets = _with_subnets(model)
+    if latency:
+        locked(latencies)(model, subnets)
     return status_of(model, subnets)
 
 

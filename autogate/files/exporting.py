@@ -18,7 +18,8 @@ from autogate.files.atomic_write import atomic_write
 from autogate.files.data_config import NAME, as_json, data_config_of
 from autogate.inputs import Inputs
 from autogate.lock import locked
-from autogate.slim import History, history_of, read_inputs
+from autogate.slim import history_of, read_inputs
+from autogate.switching import subnets_of
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
 from rewriters.outputs import full_precision
 from rewriters.recording import generators_kept, tensors_of
@@ -34,17 +35,18 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
     """Random inputs like those that a slim model was prepared with, for `batch` samples.
 
     Args:
-        slim: a slim model.
+        slim: a slim model, or a switchable one.
         batch: number of samples.
         side: side of square images, if the inputs are one batch of images; the original size if None.
 
     Raises:
         AutogateError: the model has no record of its example inputs, or `side` is given and they are not images.
     """
-    history = history_of(slim)
-    if not isinstance(history, History) or history.slimmings[-1].inputs is None:
+    history, subnets = history_of(slim), subnets_of(slim)
+    record = subnets.record if subnets is not None else history.slimmings[-1] if history is not None else None
+    if record is None or record.inputs is None:
         raise AutogateError("it has no record of its example inputs.", where=type(slim).__name__)
-    inputs = read_inputs(history.slimmings[-1].inputs)
+    inputs = read_inputs(record.inputs)
     tensors = tensors_of(inputs)
     if side is not None and (len(tensors) != 1 or tensors[0].ndim != 4):
         raise AutogateError(

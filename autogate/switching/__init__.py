@@ -3,6 +3,7 @@
 from autogate.switching.bank import SUBNETS, Subnets, check_one_width, form_of, subnets_of
 from autogate.switching.choosing import Which, number_of
 from autogate.switching.fusing import FULL, extract, fuse
+from autogate.switching.latency import latencies
 from autogate.switching.record import Fusing, Sharing
 from autogate.switching.status import Row, Status, status_of, table_of
 from autogate.switching.structure import Structure
@@ -23,6 +24,7 @@ __all__ = [
     "form_of",
     "fuse",
     "fuse_again",
+    "latencies",
     "number_of",
     "status_of",
     "subnets_of",

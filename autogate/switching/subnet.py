@@ -65,6 +65,10 @@ class Subnet:
         for module in self._recurrent:
             refresh_flat_weights(module, UndoLog())
 
+    def forget(self) -> None:
+        """Keep no slices."""
+        self._kept = None
+
     def remove(self) -> None:
         """Give the modules the dense model's tensors, sizes and forwards again."""
         self.overlay.remove()
