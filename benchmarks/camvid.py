@@ -15,38 +15,23 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 import segmentation_models_pytorch as smp
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 import autogate
+from benchmarks.accuracy.street_scenes import CLASSES, confusion, crops, mean_iou, read
+from benchmarks.accuracy.street_scenes import loss as pixel_loss
 
-CLASSES, VOID = 11, 11
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-BATCH, CROP, STRIDE = 8, (96, 128), 16
+BATCH, STRIDE = 8, 16
 
 
 def load(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W) float32 and labels (N, H, W) int64, cut to a multiple of the encoder's stride."""
-    names = sorted(path.name for path in (folder / split).glob("*.png"))
-    if not names:
-        raise SystemExit(f"{folder / split} has no PNG images; see python -m benchmarks.camvid --help")
-    images = np.stack([np.asarray(Image.open(folder / split / name).convert("RGB")) for name in names])
-    labels = np.stack([np.asarray(Image.open(folder / f"{split}annot" / name)) for name in names])
-    height, width = (side // STRIDE * STRIDE for side in labels.shape[1:])
-    normalised = (torch.from_numpy(images[:, :height, :width]) / 255 - MEAN) / STD
-    return normalised.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[:, :height, :width]).long()
-
-
-def crops(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same random crop of all images, mirrored with probability one half."""
-    top, left = (int(torch.randint(whole - part + 1, ())) for whole, part in zip(labels.shape[1:], CROP, strict=True))
-    window = (..., slice(top, top + CROP[0]), slice(left, left + CROP[1]))
-    images, labels = images[window], labels[window]
-    return (images.flip(-1), labels.flip(-1)) if torch.rand(()) < 0.5 else (images, labels)
+    """Images (N, 3, H, W) float32, normalised, and labels (N, H, W) int64."""
+    images, labels = read(folder, split, STRIDE)
+    normalised = (images.permute(0, 2, 3, 1) / 255 - MEAN) / STD
+    return normalised.permute(0, 3, 1, 2).contiguous(), labels
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, peak: float) -> None:
@@ -61,7 +46,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, peak: f
                 continue
             inputs, wanted = crops(images[index], labels[index])
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(inputs), wanted, ignore_index=VOID)
+            loss = pixel_loss(model(inputs), wanted)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -76,14 +61,9 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Pixel accuracy, and mean intersection over union of the classes that occur, in percent."""
-    seen = labels != VOID
-    told, wanted = logits.argmax(1)[seen], labels[seen]
-    table = torch.bincount(wanted * CLASSES + told, minlength=CLASSES**2).view(CLASSES, CLASSES).double()
-    hit, union = table.diagonal(), table.sum(0) + table.sum(1) - table.diagonal()
-    return {
-        "pixels": 100 * float(hit.sum() / table.sum()),
-        "miou": 100 * float((hit / union)[table.sum(1) > 0].mean()),
-    }
+    told = logits.argmax(1)
+    table = confusion(told, labels)
+    return {"pixels": 100 * float(table.diagonal().sum() / table.sum()), "miou": mean_iou(told, labels)}
 
 
 def main() -> None:

@@ -15,6 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,25 +26,36 @@ import torch
 from torch import nn
 
 import autogate
+from benchmarks.accuracy.blocks import dense_network
 from benchmarks.accuracy.data import Data, load, normalise
 from benchmarks.accuracy.models import MODELS
-from benchmarks.accuracy.recipe import Recipe, accuracy, fit, predict
-from benchmarks.accuracy.runs import dense_model, once
+from benchmarks.accuracy.recipe import fit, predict
+from benchmarks.accuracy.setting import Recipe, Setting, accuracy
+from benchmarks.accuracy.settings import CIFAR
 
 BINS = 20
 """Bins of the histograms of gates, over [0, 1]."""
 
 
+def once(path: Path, run: Callable[[], dict]) -> dict:
+    """The result in `path`; if there is none, run it now."""
+    if not path.exists():
+        started = time.time()
+        result = run()
+        path.write_text(json.dumps(result | {"seconds": round(time.time() - started)}, indent=1))
+    return json.loads(path.read_text())
+
+
 def gated_run(
-    dense: nn.Module, train: Data, test: Data, recipe: Recipe, flops: float, shortcuts: Literal["shared", "conv"]
+    dense: nn.Module, train: Data, test: Data, setting: Setting, flops: float, shortcuts: Literal["shared", "conv"]
 ) -> dict:
     """Train with gates from the trained dense network.
 
     Each point of the curve has the accuracy of the gated network, and of the same network finalized at that epoch.
     """
-    model = copy.deepcopy(dense)
+    model, recipe = copy.deepcopy(dense), setting.recipe
     steps = recipe.steps(train, recipe.epochs)
-    model = autogate.prepare(model, normalise(train.images[:2]), flops=flops, steps=steps, shortcuts=shortcuts)
+    model = autogate.prepare(model, normalise(train.inputs[:2]), flops=flops, steps=steps, shortcuts=shortcuts)
     curve = []
 
     def report(epoch: int, loss: float) -> None:
@@ -49,9 +64,9 @@ def gated_run(
             "epoch": epoch,
             "loss": loss,
             "flops_left": bank.shares()["FLOPs"],
-            "accuracy_gated": accuracy(predict(model, test.images), test.labels),
+            "accuracy_gated": accuracy(predict(model, test.inputs, setting), test.labels),
             "accuracy_slim": accuracy(
-                predict(autogate.finalize(copy.deepcopy(model), warn=False), test.images), test.labels
+                predict(autogate.finalize(copy.deepcopy(model), warn=False), test.inputs, setting), test.labels
             ),
             "gates": torch.histc(bank.gates().cpu(), BINS, 0, 1).int().tolist(),
         }
@@ -62,12 +77,12 @@ def gated_run(
             flush=True,
         )
 
-    fit(model, train, recipe, recipe.epochs, recipe.peak / 2, report)
+    fit(model, train, setting, recipe.epochs, recipe.peak / 2, report)
     bank = autogate.gates(model)
     between = int(((bank.gates() > 0.01) & (bank.gates() < 0.5)).sum())
     summary = autogate.summary(model)
-    before = predict(model, test.images)
-    after = predict(autogate.finalize(model), test.images)
+    before = predict(model, test.inputs, setting)
+    after = predict(autogate.finalize(model), test.inputs, setting)
     return {
         "flops_target": flops,
         "shortcuts": shortcuts,
@@ -97,13 +112,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
     train, test = (load(args.data, split).to(device) for split in ("train", "test"))
-    recipe = Recipe(args.epochs, args.peak)
-    dense = dense_model(args.model, args.seed, train, test, recipe, args.out)
+    setting = replace(CIFAR[args.model], recipe=Recipe(args.epochs, peak=args.peak))
+    dense = dense_network(args.model, args.seed, setting, train, test, args.out).model
     for flops, shortcuts in itertools.product(args.flops, args.shortcuts):
         torch.manual_seed(args.seed + 1)
         result = once(
             args.out / f"{shortcuts}_{flops}_{args.seed}.json",
-            lambda flops=flops, shortcuts=shortcuts: gated_run(dense, train, test, recipe, flops, shortcuts),
+            lambda flops=flops, shortcuts=shortcuts: gated_run(dense, train, test, setting, flops, shortcuts),
         )
         print(
             f"FLOPs {flops}, shortcuts {shortcuts}: {result['flops_left']:.4f} left, "

@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -26,7 +27,9 @@ from autogate.digits import load as load_digits
 from autogate.methods import Method
 from benchmarks.accuracy.data import Data, load, normalise
 from benchmarks.accuracy.models import ResNet
-from benchmarks.accuracy.recipe import Recipe, accuracy, fit, predict
+from benchmarks.accuracy.recipe import fit, predict
+from benchmarks.accuracy.setting import Recipe, accuracy
+from benchmarks.accuracy.settings import CIFAR
 
 METHODS: dict[str, Method] = {
     "GDP": autogate.GDP(),
@@ -92,21 +95,22 @@ def cifar10(train: Data, test: Data, out: Path, epochs: int, layers: int, flops:
     """Train with each method, write results.json and draw norms.svg."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train, test, recipe = train.to(device), test.to(device), Recipe(epochs)
+    setting = replace(CIFAR["resnet20"], recipe=recipe)
     torch.manual_seed(0)
     dense = ResNet(layers).to(device)
-    fit(dense, train, recipe, epochs, recipe.peak)
+    fit(dense, train, setting, epochs, recipe.peak)
     results: list[dict[str, object]] = []
     for share in flops:
         for name, method in METHODS.items():
             torch.manual_seed(1)
             model = autogate.prepare(
-                copy.deepcopy(dense), normalise(train.images[:2]), flops=share, shortcuts="conv",
+                copy.deepcopy(dense), normalise(train.inputs[:2]), flops=share, shortcuts="conv",
                 steps=recipe.steps(train, epochs), method=method,
             )  # fmt: skip
-            fit(model, train, recipe, epochs, recipe.peak / 2)
+            fit(model, train, setting, epochs, recipe.peak / 2)
             left, norms = autogate.gates(model).shares()["FLOPs"], relative_norms(model)
             slim = autogate.finalize(model, warn=False)
-            right = accuracy(predict(slim, test.images), test.labels)
+            right = accuracy(predict(slim, test.inputs, setting), test.labels)
             results.append({"flops": share, "method": name, "left": left, "accuracy": right, "norms": norms})
             print(f"{share} {name}: {right:.2f} %, {left:.3f} of the FLOPs left", flush=True)
     out.mkdir(parents=True, exist_ok=True)

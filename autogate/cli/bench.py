@@ -121,7 +121,8 @@ def _left(found: Summary) -> str:
     flops, params = found.flops / found.all_flops, found.params / found.all_params
     return (
         f"{short(found.flops)} of {short(found.all_flops)} FLOPs ({flops:.1%}), {short(found.params)} of "
-        f"{short(found.all_params)} parameters ({params:.1%}) are left; autogate summary has the layers"
+        f"{short(found.all_params)} parameters ({params:.1%}) are left, {len(found.removed)} modules removed, "
+        f"{len(found.rewritten)} forwards rewritten; autogate summary lists them"
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from autogate.cli.common import Debug, console, images, one_line_errors, timm_model
 from autogate.cli.functions import model_function
 from autogate.files import inputs_of, load
-from autogate.inspection import Inspection, Stage, check_drawable, draw_coupling_graph, inspect_model, short
+from autogate.inspection import Inspection, Stage, check_drawable, counted, draw_coupling_graph, inspect_model, short
 from autogate.outlook import what_if
 from autogate.training import Network, build_network
 from rewriters import AutogateError
@@ -85,7 +85,9 @@ def _groups(found: Inspection, name: str) -> Table:
     for column in (table.columns[1], table.columns[4]):
         column.justify = "right"
     for index, group in enumerate(found.groups):
-        table.add_row(str(index), str(group.width), _few(group.made_by), _few(group.read_by), short(group.price))
+        table.add_row(
+            str(index), counted(group.width, group.heads), _few(group.made_by), _few(group.read_by), short(group.price)
+        )
     return table
 
 

@@ -278,8 +278,8 @@ class _Bar(Callback):
         self.info = info
         self.progress.console.print(
             f"{info.recipe.network.name}: {short(info.flops)} FLOPs, {short(info.params)} parameters, "
-            f"{_subject(info)}; {info.train_images} training and {info.val_images} validation images of {info.num_classes} "
-            f"classes at {info.input_size[-1]} pixels; {info.steps} steps",
+            f"{_subject(info)}; {info.train_images} training and {info.val_images} validation images of "
+            f"{info.num_classes} classes at {info.input_size[-1]} pixels; {info.steps} steps",
             highlight=False,
             soft_wrap=True,
         )

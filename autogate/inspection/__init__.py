@@ -9,7 +9,7 @@ from autogate.inspection.comparison import (
     time_in_turns,
     time_subnets,
 )
-from autogate.inspection.coupling_graph import check_drawable, draw_coupling_graph
+from autogate.inspection.coupling_graph import check_drawable, counted, draw_coupling_graph, shortened
 from autogate.inspection.model_inspection import Inspection, Stage, inspect_model
 from autogate.inspection.summary import Summary, short, summarise, summarise_slim
 
@@ -23,9 +23,11 @@ __all__ = [
     "check_drawable",
     "compare",
     "compare_onnx",
+    "counted",
     "draw_coupling_graph",
     "inspect_model",
     "short",
+    "shortened",
     "summarise",
     "summarise_slim",
     "time_in_turns",

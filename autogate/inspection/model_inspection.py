@@ -25,15 +25,17 @@ class ChannelGroup:
     """Channels that are on the same sides.
 
     Attributes:
-        width: number of channels.
+        width: number of channels, or of heads.
         made_by, read_by: the kernels that have them on their output and input side.
         price: FLOPs saved by removing one of them, with all others staying.
+        heads: whether they are heads of attention, each with its channels.
     """
 
     width: int
     made_by: tuple[str, ...]
     read_by: tuple[str, ...]
     price: float
+    heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _groups(channel_map: ChannelMap, drop: Tensor) -> tuple[ChannelGroup, ...]:
         made_by = tuple(kernel.module for kernel in kernels if kernel.output_side in sides)
         read_by = tuple(kernel.module for kernel in kernels if kernel.input_side in sides and kernel.mixes)
         price = float(drop[list(group.classes)].mean())
-        found.append(ChannelGroup(len(group.classes), made_by, read_by, price))
+        found.append(ChannelGroup(len(group.classes), made_by, read_by, price, group.heads))
     return tuple(found)
 
 

@@ -130,10 +130,8 @@ def summarise_slim(model: nn.Module) -> Summary:
         shortcuts=shortcuts,
         pins=(),
         progress=None,
-        removed=tuple(path for slimming in history.slimmings for path in slimming.removed),
-        rewritten={
-            path: why for slimming in history.slimmings for path, why in slimming.rewritten.items() if why != "restored"
-        },
+        removed=history.removed,
+        rewritten=history.rewritten,
         data_config=data_config_of(model),
     )
 

@@ -26,7 +26,7 @@ class GDP(Method):
     """Gates with differentiable polarization, with prices weighed by sensitivity: the default method.
 
     Guo et al., "GDP: Stabilized Neural Network Pruning via Gates with Differentiable Polarization" (ICCV 2021). What
-    differs from the paper, and why, is in docs/architecture.md.
+    differs from the paper, and why, is in docs/methods.md.
 
         >>> import timm, torch, autogate
         >>> model = timm.create_model("test_resnet", num_classes=10)

@@ -59,13 +59,12 @@ class Report:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A figure of the page: name of its file, title, one line of text, the drawing, and its CSS class."""
+    """A figure of the page: name of its file, title, one line of text, and the drawing."""
 
     name: str
     title: str
     words: str
     svg: Markup
-    shape: str = ""
 
 
 def read_report(
@@ -140,6 +139,7 @@ def write_report(report: Report, out: Path) -> Path:
         numbers=_numbers(report),
         layers=_layers(report) if report.gates else [],
         subnets=[_subnet(size) for size in report.sizes],
+        changes=_changes(report.result),
         latency=[_timing(row) for row in report.latency],
         options=_options(report.info),
         last=report.rows[-1],
@@ -154,53 +154,54 @@ def _pictures(report: Report, out: Path) -> list[_Picture]:
 
     with plots.styled():
         figures = _of_subnets(report) if report.info.recipe.subnets is not None else _of_gates(report)
-    for name, _, _, figure, _ in figures:
+    for name, _, _, figure in figures:
         plots.as_png(figure, out / f"{name}.png")
     with plots.styled(), tempfile.TemporaryDirectory() as folder:
-        draw_coupling_graph(report.channel_map, out / "groups.png")
-        draw_coupling_graph(report.channel_map, Path(folder) / "groups.svg")
+        draw_coupling_graph(report.channel_map, out / "groups.png", plots.WIDTH)
+        draw_coupling_graph(report.channel_map, Path(folder) / "groups.svg", plots.WIDTH)
         groups = Markup(plots.only_svg((Path(folder) / "groups.svg").read_text(encoding="utf-8")))
     return [
         *(
-            _Picture(name, title, words, Markup(plots.as_svg(figure, name)), shape)
-            for name, title, words, figure, shape in figures
+            _Picture(name, title, words, Markup(plots.as_svg(figure, name)))
+            for name, title, words, figure in figures
         ),
         _Picture(
             "groups", "Coupled channels",
-            "Left: kernels, in the order they run. Right: groups of coupled channels, number: channels.",
-            groups, "wide",
+            "Left: kernels, in the order they run. Right: groups of coupled channels, with the numbers that autogate "
+            "inspect has.",
+            groups,
         ),
     ]  # fmt: skip
 
 
-def _of_gates(report: Report) -> list[tuple[str, str, str, Any, str]]:
-    """The figures of a run with gates: name, title, one line of text, figure, CSS class."""
+def _of_gates(report: Report) -> list[tuple[str, str, str, Any]]:
+    """The figures of a run with gates: name, title, one line of text, figure."""
     from autogate.reporting import plots
 
     last, course = report.gates[-1], plots.course(report.info, report.rows, report.result)
     return [
-        ("course", "What is left, and the accuracy", "Epoch 0 is the dense model.", course, ""),
-        ("widths", "Channels of each layer", f"After epoch {last.epoch}.", plots.widths(report.info, last), "tall"),
-        ("gates", "Gates", "Number of gates by value, after each epoch.", plots.gate_histogram(report.gates), ""),
+        ("course", "What is left, and the accuracy", "Epoch 0 is the dense model.", course),
+        ("widths", "Channels of each layer", f"After epoch {last.epoch}.", plots.widths(report.info, last)),
+        ("gates", "Gates", "Number of gates by value, after each epoch.", plots.gate_histogram(report.gates)),
     ]
 
 
-def _of_subnets(report: Report) -> list[tuple[str, str, str, Any, str]]:
+def _of_subnets(report: Report) -> list[tuple[str, str, str, Any]]:
     """The same of a run of several widths."""
     from autogate.reporting import plots
 
     sizes = report.sizes
     course = plots.subnet_course(report.subnets, sizes)
     found = [
-        ("course", "Accuracy of the subnets", "After each epoch; in epoch 0 they have the dense weights.", course, ""),
-        ("widths", "Channels of each layer", "In each subnet.", plots.subnet_widths(report.info, sizes), "tall"),
+        ("course", "Accuracy of the subnets", "After each epoch; in epoch 0 they have the dense weights.", course),
+        ("widths", "Channels of each layer", "In each subnet.", plots.subnet_widths(report.info, sizes)),
     ]
     if all(one.seconds is not None for one in sizes):
         flops, latency = (plots.subnet_accuracy(sizes, by_time) for by_time in (False, True))
         words = "Measured at the end of the run, on its machine."
         found += [
-            ("flops", "Accuracy and FLOPs", "At the end of the run.", flops, ""),
-            ("times", "Accuracy and latency", words, latency, ""),
+            ("flops", "Accuracy and FLOPs", "At the end of the run.", flops),
+            ("times", "Accuracy and latency", words, latency),
         ]
     return found
 
@@ -241,6 +242,14 @@ def _layers(report: Report) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def _changes(result: Result | None) -> list[tuple[str, str]]:
+    """Modules of the slim model that were removed or rewritten, and what was done."""
+    if result is None:
+        return []
+    rewritten = [(path or "(the model)", f"forward rewritten: {why}") for path, why in result.rewritten.items()]
+    return [(path, "removed: nothing was left in it") for path in result.removed] + rewritten
+
+
 def _timing(row: Comparison) -> tuple[str, ...]:
     ratio = "-"
     if isinstance(row.dense, Duration) and isinstance(row.slim, Duration):
@@ -263,6 +272,8 @@ def _options(info: RunInfo) -> list[tuple[str, Any]]:
         "warmup_lr": not learning.warmup_epochs,
         "decay_epochs": learning.sched != "step",
         "decay_rate": learning.sched not in ("step", "poly"),
+        "round_to": recipe.budget.round_to == 1,
+        "grad_accum_steps": learning.grad_accum_steps == 1,
         "momentum": "sgd" not in learning.opt and learning.opt not in ("momentum", "rmsprop", "nesterov"),
     }
     found: list[tuple[str, Any]] = []
@@ -272,6 +283,6 @@ def _options(info: RunInfo) -> list[tuple[str, Any]]:
         found += [
             (words.get(part, part).replace("_", " "), shown)
             for part, shown in parts
-            if shown not in (None, False, (), 0.0) and not idle.get(part, False)
+            if shown not in (None, False, (), {}, 0.0) and not idle.get(part, False)
         ]
     return found

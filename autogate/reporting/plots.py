@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from autogate.inspection import shortened
 from autogate.training import BINS, EpochRow, GateRow, Result, RunInfo, SubnetRow, SubnetSize
 
 WIDTH = 4.6
@@ -36,7 +37,7 @@ def widths(info: RunInfo, last: GateRow) -> Figure:
     figure, axes = _figure(0.9 + 0.17 * len(names))
     axes.barh(places, [layer.outputs for layer in info.layers], height=0.8, color=DENSE, label="dense")
     axes.barh(places, last.outputs, height=0.8, color=SLIM, label="left")
-    axes.set_yticks(places, [_shortened(name) for name in names], fontsize=7.5)
+    axes.set_yticks(places, [shortened(name, 26) for name in names], fontsize=7.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("output channels")
@@ -51,7 +52,7 @@ def subnet_widths(info: RunInfo, sizes: Sequence[SubnetSize]) -> Figure:
     figure, axes = _figure(1.1 + 0.17 * len(names))
     for size, colour in zip(reversed(sizes), reversed(_shades(len(sizes))), strict=True):
         axes.barh(places, size.outputs, height=0.8, color=colour, label=f"{size.name} ({size.flops:.0%})")
-    axes.set_yticks(places, [_shortened(name) for name in names], fontsize=7.5)
+    axes.set_yticks(places, [shortened(name, 26) for name in names], fontsize=7.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("output channels")
@@ -164,11 +165,3 @@ def _figure(height: float, rows: int = 1) -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, sharex=rows > 1)
-
-
-def _shortened(name: str, most: int = 26) -> str:
-    """
-    >>> _shortened("layer1.0.conv1"), _shortened("stages.2.blocks.11.attention.projection")
-    ('layer1.0.conv1', '…ks.11.attention.projection')
-    """
-    return name if len(name) <= most else "…" + name[-most:]

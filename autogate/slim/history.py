@@ -115,6 +115,17 @@ class History:
     modules: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
 
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Modules that were removed."""
+        return tuple(path for slimming in self.slimmings for path in slimming.removed)
+
+    @property
+    def rewritten(self) -> dict[str, str]:
+        """Modules whose forward isn't the dense model's, and why, as in `Slimming`."""
+        found = {path: why for slimming in self.slimmings for path, why in slimming.rewritten.items()}
+        return {path: why for path, why in found.items() if why != "restored"}
+
 
 def slimming_to_json(slimming: Slimming) -> str:
     """A record as text, for a checkpoint."""

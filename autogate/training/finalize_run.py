@@ -65,10 +65,11 @@ class Snapshot:
 
     def result(self, slim: nn.Module, info: RunInfo, step: int) -> Result:
         """The result for the slim model after `step` steps, without an accuracy."""
-        params = sum(parameter.numel() for parameter in slim.parameters())
+        params, history = sum(parameter.numel() for parameter in slim.parameters()), history_of(slim)
+        assert history is not None
         return Result(
             step, info.steps, self.flops, params, info.flops, info.params, self.shares,
-            data_config=data_config_of(slim),
+            data_config=data_config_of(slim), removed=history.removed, rewritten=history.rewritten,
         )  # fmt: skip
 
 

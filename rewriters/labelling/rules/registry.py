@@ -109,6 +109,7 @@ class Findings:
         zeroed: channels on which a gate has to stand.
         deferred_merges: merges that are decided when all labels have met.
         scattered: to be pinned if the model has other classes at another input size.
+        heads: labels of heads, within which activations are multiplied with one another.
     """
 
     kernels: list[KernelCall] = field(default_factory=list)
@@ -121,12 +122,14 @@ class Findings:
     deferred_merges: list[DeferredMerge] = field(default_factory=list)
     scattered: list[PinNote] = field(default_factory=list)
     normed: set[Side] = field(default_factory=set)
+    heads: list[Tensor] = field(default_factory=list)
 
     def copy(self) -> Findings:
         """A copy, to be continued separately."""
         return Findings(
             list(self.kernels), set(self.gated), list(self.grids), list(self.statistics), self.live, set(self.buffers),
             list(self.zeroed), list(self.deferred_merges), list(self.scattered), set(self.normed),
+            list(self.heads),
         )  # fmt: skip
 
     def apart(self) -> Findings:

@@ -41,6 +41,12 @@ def test_flops_of_stages_add_up_and_the_budget_is_met():
     assert inspect_model(model, example, flops=1.0).flops == found.all_flops
 
 
+def test_heads_are_called_heads():
+    told = invoke("test_vit")
+    assert told.exit_code == 0, told.output
+    assert re.search(r"│ 1 +│ +2 heads │ blocks.0.attn.qkv ", told.output)
+
+
 def test_a_groups_price_is_what_one_of_its_channels_costs():
     model, example = small()
     found = inspect_model(model, example)

@@ -6,6 +6,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def test_the_pictures_show_the_run(page: Path, run: Path):
     modules = [layer.module for layer in RunFolder(run).info().layers]
     assert set(modules) <= set(widths) and set(modules) <= set(groups)
     assert "dead" in gates
+    numbered = read_report(run).channel_map.groups()
+    assert {f"{index}: {len(group.classes)}" for index, group in enumerate(numbered)} <= set(groups)
     for name in PICTURES:
         with Image.open(page.parent / f"{name}.png") as image:
             assert min(image.size) > 200 and len(set(image.convert("L").resize((64, 64)).getdata())) > 5
@@ -157,7 +160,7 @@ def test_a_browser_draws_it(page: Path, browser: Any, width: int, height: int):
     assert seen["letters"] >= 8  # pixels
     assert [drawing["name"] for drawing in seen["drawings"]] == list(PICTURES)
     for drawing in seen["drawings"]:
-        assert drawing["shapes"] > 15 and drawing["wide"] > 0.75 * min(width, 500), drawing
+        assert drawing["shapes"] > 15 and 0.75 * min(width, 500) < drawing["wide"] < width, drawing
     assert browser.get_log("browser") == []
 
 
@@ -173,4 +176,19 @@ def test_layers_are_listed_with_their_widths(page: Path, run: Path):
 def test_options_that_are_not_in_force_are_left_out(page: Path, run: Path):
     names = re.findall(r"<tr><th>([^<]*)</th>", page.read_text(encoding="utf-8").split('id="options"')[1])
     assert {"model ema decay", "momentum", "lr"} <= set(names)
-    assert not {"amp dtype", "warmup lr", "decay epochs", "decay rate", "mixup", "drop"} & set(names)
+    idle = {"amp dtype", "warmup lr", "decay epochs", "decay rate", "mixup", "drop", "round to", "limits"}
+    assert not idle & set(names)
+
+
+def test_modules_that_were_removed_or_rewritten_are_listed(page: Path, run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("autogate.reporting.page._pictures", lambda report, out: [])
+    assert 'id="changes"' not in page.read_text(encoding="utf-8")
+    found = read_report(run)
+    changed = replace(found.result, removed=("layer2.0.conv1",), rewritten={"layer2.0": "branches", "": "sizes"})
+    text = write_report(replace(found, result=changed), tmp_path).read_text(encoding="utf-8")
+    for row in (
+        "<td>layer2.0.conv1</td><td>removed: nothing was left in it</td>",
+        "<td>layer2.0</td><td>forward rewritten: branches</td>",
+        "<td>(the model)</td><td>forward rewritten: sizes</td>",
+    ):
+        assert row in text

@@ -10,7 +10,7 @@ from torch import nn
 from rewriters.analysis.analyse import analyse
 from rewriters.labelling.channel_map import ALWAYS
 from tests.rewriters.exactness import assert_exact
-from tests.rewriters.helpers import Net, classes, is_pinned, mapped
+from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, mapped
 
 HEADS, WIDTH, TOKENS, EMBED = 3, 4, 5, 6
 INNER = HEADS * WIDTH
@@ -129,7 +129,17 @@ def test_whole_heads_die(name):
     assert heads == [h for h in range(heads[0], heads[0] + HEADS) for _ in range(WIDTH)]
     assert classes(found, "qkv.weight", 0) == 3 * heads
     assert ALWAYS not in heads
+    assert found.heads == set(heads) and [set(group.classes) for group in found.groups() if group.heads] == [set(heads)]
     assert_exact(Net(forward, **members(**more)), (tokens(),))
+
+
+def test_channels_that_are_multiplied_each_with_itself_are_no_heads():
+    def forward(m, x):
+        y = m.a(x)
+        return m.b(y @ y.transpose(-2, -1))
+
+    found = mapped(forward, image(), a=conv(3, 4), b=conv(4, 2))
+    assert len(set(classes(found, "a.weight", 0))) == 4 and not found.heads
 
 
 def test_what_is_there_for_each_place_in_a_head_stays():
@@ -143,7 +153,7 @@ def test_a_parameter_for_each_place_lets_places_go_where_heads_needn_t():
     more = {"qkv": nn.Linear(EMBED, INNER), "proj": nn.Linear(INNER, 2), "g": nn.Parameter(torch.rand(WIDTH) + 0.5)}
     found = mapped(forward, tokens().float(), **more)
     places = classes(found, "g", 0)
-    assert len(set(places)) == WIDTH
+    assert len(set(places)) == WIDTH and not found.heads
     assert classes(found, "proj.weight", 1) == HEADS * places
     assert_exact(Net(forward, **more).double(), (tokens(),))
 
