@@ -136,7 +136,7 @@ def write_report(report: Report, out: Path) -> Path:
     page = environment.get_template("page.html").render(
         report=report,
         pictures=_pictures(report, out),
-        numbers=_numbers(report),
+        numbers=_numbers(report) if report.gates else [],
         layers=_layers(report) if report.gates else [],
         subnets=[_subnet(size) for size in report.sizes],
         changes=_changes(report.result),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,13 +75,19 @@ class Subnets(nn.Module):
 
     Attributes:
         full: number of the subnet that is the dense model. Those after it are widths that `add` was given.
+        layout: 0-dim float64, a checksum of the channels of those that it was fused of. Checkpoints of other subnets
+            are refused.
     """
+
+    layout: Tensor
 
     def __init__(self, subnets: Sequence[tuple[Subnet, nn.Module]], origin: PrepareRecord, record: Fusing):
         super().__init__()
         for number, (_, tree) in enumerate(subnets):
             self.add_module(str(number), tree)
         self.subnets = [subnet for subnet, _ in subnets]
+        self._checksum = zlib.crc32(repr([one.kept for one in record.structures]).encode())
+        self.register_buffer("layout", torch.tensor(self._checksum, dtype=torch.float64))
         self.origin, self.record = origin, record
         self.active = self.full = len(subnets) - 1
         self._put_everywhere()
@@ -108,6 +115,21 @@ class Subnets(nn.Module):
         model._forward_hooks_always_called.pop(self._hooks[1])
         model._modules.pop(SUBNETS)
         model.__dict__.pop("__deepcopy__")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        layout, error_msgs = state_dict.get(f"{prefix}layout"), rest[-1]
+        if layout is not None and not abs(float(layout) - self._checksum) < 0.5:  # infinite if cast to half
+            error_msgs.append(
+                f"{prefix.rstrip('.')}: these subnets have other channels than the model's. Fuse it with the "
+                "structures of the checkpoint's run; its norms would belong to other channels."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Subnets:
+        super()._apply(fn, recurse)
+        self.layout = torch.tensor(self._checksum, dtype=torch.float64).to(self.layout.device)  # half can't hold it
+        return self
 
     def forward(self, x: Any) -> Any:
         """Return `x`: a `nn.Sequential` runs all of its children."""

@@ -92,6 +92,21 @@ def test_a_checkpoint_holds_all_subnets(net):
         assert torch.equal(switchable.eval()(example), other.eval()(example))
 
 
+def test_a_checkpoint_with_other_subnets_is_refused(net):
+    switchable, _, _ = net
+    model, example = small_net()
+    prepared = [closed(model, example, share, seed) for seed, share in enumerate((0.5, 0.2))]
+    state = switchable.state_dict()
+    other = subnets.fuse(model, subnets.of(*prepared, names=["0", "1"]))
+    other.load_state_dict(state)
+    moved = subnets.fuse(small_net()[0], subnets.of(*(closed(small_net()[0], example, 0.5, 7) for _ in range(1))))
+    for one in (state, {**state, f"{SUBNETS}.layout": torch.tensor(1.0)}):
+        with pytest.raises(RuntimeError, match=r"autogate_subnets: these subnets have other channels"):
+            moved.load_state_dict(one)
+    assert moved.half()._modules[SUBNETS].layout.dtype == torch.float64
+    moved.load_state_dict(moved.state_dict())
+
+
 class Slow(nn.Module):
     """A network whose forward can be stopped in the middle."""
 
