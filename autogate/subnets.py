@@ -134,23 +134,24 @@ def find(
     if (train is None) == (by is None):
         raise AutogateError(
             "channels are found by training or by a criterion.", where="subnets.find",
-            remedy="Pass train=fit, or by=\"l1\".",
+            remedy='Pass train=fit, or by="l1".',
         )  # fmt: skip
     if by is None and (batches is not None or loss is not None or allocation != "global"):
         raise AutogateError(
             "batches, loss and allocation are for a criterion.", where="subnets.find", remedy="Pass them with by=."
         )
-    found: list[Found] = []
-    trial = prepare(copy.deepcopy(model), example_inputs, flops=min(flops), **arguments) if by is not None else None
-    for share in sorted(flops, reverse=by is not None):
-        if trial is not None and by is not None:
+    found: dict[float, Found] = {}
+    if train is not None:
+        for share in flops:
+            trial = prepare(copy.deepcopy(model), example_inputs, flops=share, **arguments)
+            train(trial)
+            found[share] = of(trial, names=[f"{share:g}"])
+    elif by is not None:
+        trial = prepare(copy.deepcopy(model), example_inputs, flops=min(flops), **arguments)
+        for share in sorted(flops, reverse=True):
             close(trial, by, batches=batches, loss=loss, allocation=allocation, flops=share)
-            found.append(of(trial, names=[f"{share:g}"]))
-        elif train is not None:
-            one = prepare(copy.deepcopy(model), example_inputs, flops=share, **arguments)
-            train(one)
-            found.append(of(one, names=[f"{share:g}"]))
-    return Found(tuple(one.structures[0] for one in found), found[0].origin)
+            found[share] = of(trial, names=[f"{share:g}"])
+    return Found(tuple(found[share].structures[0] for share in flops), found[flops[0]].origin)
 
 
 @locked
