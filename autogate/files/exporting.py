@@ -19,7 +19,7 @@ from autogate.files.data_config import NAME, as_json, data_config_of
 from autogate.inputs import Inputs
 from autogate.lock import locked
 from autogate.slim import history_of, read_inputs
-from autogate.switching import subnets_of
+from autogate.switching import check_one_width, subnets_of
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
 from rewriters.outputs import full_precision
 from rewriters.recording import generators_kept, tensors_of
@@ -82,9 +82,10 @@ def to_torch_export(slim: nn.Module, path: str | os.PathLike[str], side: int | N
         The largest relative difference between the outputs, over batches of two and of three samples.
 
     Raises:
-        AutogateError: torch.export can't export the model, or the file can't be written.
+        AutogateError: torch.export can't export the model, it holds several subnets, or the file can't be written.
         VerificationError: the outputs of the program differ; no file is written.
     """
+    check_one_width(slim)
     path, draw = Path(path), partial(inputs_of, slim, side=side)
     program = _program(slim, draw(2))
     with atomic_write(path) as temporary:
@@ -108,10 +109,11 @@ def to_onnx(slim: nn.Module, path: str | os.PathLike[str], side: int | None = No
         The largest relative difference between the outputs under onnxruntime, over batches of two and of three samples.
 
     Raises:
-        AutogateError: onnx, onnxscript or onnxruntime is not installed, the model can't be exported, or the file can't
-            be written.
+        AutogateError: onnx, onnxscript or onnxruntime is not installed, the model can't be exported or holds several
+            subnets, or the file can't be written.
         VerificationError: the outputs of the file would differ; no file is written.
     """
+    check_one_width(slim)
     return write_onnx(slim, path, partial(inputs_of, slim, side=side))
 
 

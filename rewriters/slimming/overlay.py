@@ -145,6 +145,30 @@ class Field:
 
 
 @dataclass(frozen=True, eq=False)
+class Hook:
+    """An entry of a module's hooks that only the slim model has: in front of the caller's own.
+
+    Attributes:
+        module: the module.
+        name: the attribute that holds the hooks.
+        key, value: the entry.
+    """
+
+    module: nn.Module
+    name: str
+    key: int
+    value: Any
+
+    def put(self) -> None:
+        hooks = self.module.__dict__[self.name]
+        hooks[self.key] = self.value
+        hooks.move_to_end(self.key, last=False)
+
+    def remove(self) -> None:
+        self.module.__dict__[self.name].pop(self.key, None)
+
+
+@dataclass(frozen=True, eq=False)
 class Overlay:
     """All that a slim model has in another form than the dense one.
 
@@ -152,11 +176,13 @@ class Overlay:
         slices: the tensors that lose indices.
         constants: tensors that only the slim model has, each with its place and qualified name.
         fields: sizes and forwards.
+        hooks: on modules' forwards.
     """
 
     slices: tuple[TensorSlice, ...]
     constants: tuple[tuple[str, Place, Tensor], ...]
     fields: tuple[Field, ...]
+    hooks: tuple[Hook, ...] = ()
 
     @classmethod
     def of(
@@ -175,7 +201,7 @@ class Overlay:
         undo_log = _BesideLog()
         try:
             apply(model, replace(slim_plan, removed=frozenset()), undo_log)
-            changed = list(undo_log.changes(model))
+            changed, hooks = list(undo_log.changes(model)), tuple(undo_log.hooks(model))
         finally:
             undo_log.undo()
         slots: dict[int, list[Place]] = {}
@@ -206,15 +232,19 @@ class Overlay:
             constants.append((name, Place(model.get_submodule(path), own_name), value))
         beside = {place for one in slices for place in one.places} | {place for _, place, _ in constants}
         fields = tuple(one for one in changed if Place(one.module, one.name) not in beside)
-        return cls(slices, tuple(constants), fields)
+        return cls(slices, tuple(constants), fields, hooks)
 
     def put_fields(self) -> None:
-        """Give the modules the slim model's sizes and forwards."""
+        """Give the modules the slim model's sizes, forwards and hooks."""
         for one in self.fields:
             one.put(one.slim)
+        for hook in self.hooks:
+            hook.put()
 
     def remove(self) -> None:
-        """Give the modules the dense model's tensors, sizes and forwards again."""
+        """Give the modules the dense model's tensors, sizes, forwards and hooks again."""
+        for hook in self.hooks:
+            hook.remove()
         for part in self.slices:
             for place in part.places:
                 place.clear()
@@ -258,6 +288,14 @@ class _BesideLog(UndoLog):
 
     def set_tensor(self, module: nn.Module, name: str, value: Tensor) -> None:
         self.set(module.__dict__, name, value)
+
+    def hooks(self, model: nn.Module) -> Iterator[Hook]:
+        """The hooks that modules have now, and didn't have."""
+        for module in model.modules():
+            for name in ("_forward_hooks", "_forward_hooks_with_kwargs"):
+                entries = module.__dict__[name]
+                _, before = self._before.get(id(entries), (None, entries))
+                yield from (Hook(module, name, key, value) for key, value in entries.items() if key not in before)
 
     def changes(self, model: nn.Module) -> Iterator[Field]:
         """What has another value now in the modules' `__dict__`."""

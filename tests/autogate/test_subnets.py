@@ -111,7 +111,15 @@ def test_misuse_is_refused_by_name(net):
             call()
 
 
-@pytest.mark.parametrize("verb", [autogate.prepare, autogate.finalize])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        autogate.prepare,
+        autogate.finalize,
+        lambda model: autogate.to_onnx(model, "x.onnx"),
+        lambda model: autogate.to_torch_export(model, "x.pt2"),
+    ],
+)
 def test_other_verbs_refuse_a_switchable_model(net, verb):
     switchable, _, _ = net
     with pytest.raises(autogate.AutogateError, match="subnets"):

@@ -12,7 +12,17 @@ from safetensors.torch import load_file
 
 import autogate
 from autogate import subnets
-from autogate.training import Callback, EpochRow, Images, Learning, RunFolder, Widths, resume, start
+from autogate.training import (
+    Callback,
+    EpochRow,
+    Images,
+    Learning,
+    RunFolder,
+    Widths,
+    finalize_checkpoint,
+    resume,
+    start,
+)
 from autogate.training.checkpoint import load_checkpoint
 from rewriters import AutogateError
 from tests.autogate.training.runs import After, Diary, everything, recipe
@@ -45,6 +55,8 @@ def test_a_run_trains_all_widths_and_saves_one_network(pictures: Path, tmp_path:
         norms = [v for name, v in first.items() if name.startswith(f"autogate_subnets.{number}.") and "mean" in name]
         assert norms and any(norm.abs().max() > 0 for norm in norms)
     assert len(diary.rows) == 3 and diary.moments == []
+    with pytest.raises(AutogateError, match="trains several widths"):
+        finalize_checkpoint(folder.path)
 
 
 @pytest.mark.slow
