@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from autogate.version import __version__
 
 if TYPE_CHECKING:
-    from autogate import subnets
+    from autogate import adaptive, subnets
     from autogate.api import BudgetNotMetWarning, CollapseWarning, finalize, gates, prepare, step, summary
     from autogate.budget import Resource, SideCounts
     from autogate.closing import close
@@ -39,6 +39,7 @@ _EXPORTS = {
     "autogate.methods": ("GDP", "ClippedLasso"),
     "autogate.slim": ("recalibrate",),
     "autogate.outlook": ("what_if",),
+    "autogate.adaptive": (),
     "autogate.subnets": (),
     "rewriters": ("AutogateError", "CaptureError", "SurgeryError", "VerificationError"),
 }
@@ -77,6 +78,7 @@ __all__ = [
     "SurgeryError",
     "VerificationError",
     "__version__",
+    "adaptive",
     "close",
     "finalize",
     "gates",

@@ -16,6 +16,7 @@ from autogate.inspection import Summary, summarise, summarise_slim
 from autogate.lock import locked
 from autogate.methods import Learner, Method, as_method, budget_of
 from autogate.naming import Ignored, did_you_mean, named_by
+from autogate.saliency import check_not_adaptive
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
@@ -123,6 +124,7 @@ def prepare(
         AutogateError: the model can't be analysed, none of its channels can be removed, a share is out of reach, or
             an argument is wrong. The message says where, and what to do. The model is left as it was.
     """
+    check_not_adaptive(model)
     check_preparable(model)
     check_one_width(model)
     method = as_method(method)
@@ -297,6 +299,7 @@ def finalize(
             alone: they differ in float64 too.
     """
     check_one_width(unwrap(model))
+    check_not_adaptive(unwrap(model))
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)

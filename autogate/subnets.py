@@ -32,6 +32,7 @@ from autogate.closing import close
 from autogate.criteria import Allocation, By
 from autogate.inputs import as_calls
 from autogate.lock import locked
+from autogate.saliency import check_not_adaptive
 from autogate.slim import PrepareRecord
 from autogate.switching import (
     SUBNETS,
@@ -180,6 +181,7 @@ def fuse(
             should be, or two have the same name. The model is left as it was.
     """
     where = type(model).__name__
+    check_not_adaptive(model)
     if SUBNETS in model._modules:
         raise AutogateError("it has subnets already.", where=where, remedy="Fuse all of them at once.")
     if norms not in ("own", "statistics"):

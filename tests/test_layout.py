@@ -20,9 +20,9 @@ ORDER = {
         "undo_log", "interrupts", "errors",
     ],
     "autogate": [
-        "cli", "reporting", "training", "integrations", "demo", "outlook", "subnets", "closing", "api", "inspection",
-        "files", "switching", "slim", "criteria", "gating", "methods", "steering", "budget", "naming", "inputs",
-        "wrappers", "lock", "digits", "version",
+        "cli", "reporting", "training", "integrations", "demo", "outlook", "subnets", "adaptive", "closing", "api",
+        "inspection", "files", "switching", "saliency", "slim", "criteria", "gating", "methods", "steering", "budget",
+        "naming", "inputs", "wrappers", "lock", "digits", "version",
     ],
 }  # fmt: skip
 """Folders and single files of each package. Each may import from those behind it."""

@@ -1,5 +1,6 @@
 """The gates of a model: stored in its kernels, moved after each optimizer step."""
 
+from autogate.gating import hooks
 from autogate.gating.bank import BANK, GateBank
 from autogate.gating.hooks import optimizers_of
 from autogate.gating.preparable import check_preparable, gated_within
@@ -13,5 +14,6 @@ __all__ = [
     "check_preparable",
     "gated_within",
     "has_shards",
+    "hooks",
     "optimizers_of",
 ]

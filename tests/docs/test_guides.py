@@ -31,7 +31,7 @@ def blocks(text: str) -> list[str]:
 
 
 PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md") if blocks(path.read_text()))
-WHOLE = {"index.md", "how-it-works.md", "subnets.md", "torch-pruning.md"}
+WHOLE = {"adaptive.md", "index.md", "how-it-works.md", "subnets.md", "torch-pruning.md"}
 """Pages whose sections go on where the one before ended."""
 
 SLOW = {"docs/index.md", "docs/training-loops.md, torch.compile"}

@@ -1,0 +1,116 @@
+"""A choice of channels for each image: the network computes more for a hard image than for an easy one.
+
+A small module behind each convolution looks at what the convolution reads, and says which of its channels are worth
+computing for this image (Chen et al., "Self-Adaptive Network Pruning"). The budget is for the mean over images.
+
+    model = autogate.adaptive.prepare(model, x, flops=0.35, steps=n)    # same object, same outputs
+    train(model)                                                        # your own training loop and loss
+    model.eval()(images)
+    autogate.adaptive.cost(model)                                       # FLOPs of each image, shape (images,)
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from autogate.gating import check_preparable
+from autogate.inputs import as_calls, dtype_of_parameters
+from autogate.lock import locked
+from autogate.naming import Ignored, named_by
+from autogate.saliency import SANP, Run, SaliencyBank, check_not_adaptive, install, saliency_of
+from autogate.slim import AnalysisOptions, PrepareRecord, analyse_channels
+from autogate.switching import check_one_width
+from autogate.wrappers import unwrap
+from rewriters import AutogateError, UndoLog
+
+__all__ = ["SANP", "cost", "prepare"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@locked
+def prepare(
+    model: M, example_inputs: Any = None, *, flops: float, steps: int = 10_000, warmup: float = 0.1,
+    ignore: Ignored = (), method: SANP | None = None,
+) -> M:  # fmt: skip
+    """Give each convolution a saliency module, which chooses the channels that are computed for an image.
+
+    The same object is returned, with its class, its paths, and the same outputs in eval mode: all channels are open at
+    first. Train it in your own loop and with your own loss; the penalty on costly choices is added as gradients flow
+    back. For the first part of the steps (`warmup`) the optimizer only moves the modules, and the model's own weights
+    stay as they are. Then all of it trains, and the mean cost falls to the budget. Start with trained weights.
+
+    A convolution with its norm returns `s * b * norm(conv(x))`: the score s and the code b, 0 or 1, are the module's,
+    for each image and channel (equation 3). Depthwise convolutions follow the channels that they stand on. Grouped
+    convolutions, linear layers, and convolutions whose outputs are all needed are computed whole for every image.
+
+        >>> import timm, torch, autogate
+        >>> model = timm.create_model("resnet18", num_classes=10)
+        >>> x = torch.randn(2, 3, 64, 64)
+        >>> model = autogate.adaptive.prepare(model, x, flops=0.35, steps=1000)
+        >>> model.layer1[0].conv1.saliency.expand.weight.shape
+        torch.Size([64, 16])
+
+    Args:
+        model: any module with convolutions. Prepare it before you build the optimizer, compile or wrap it.
+        example_inputs: as for `autogate.prepare`.
+        flops: the share of the model's FLOPs that an image may take on average, in (0, 1); modules included.
+        steps: number of optimizer steps in the training that follows.
+        warmup: the part of them in which only the saliency modules train, in [0, 0.5].
+        ignore: layers whose channels are all computed for every image; as for `autogate.prepare`.
+        method: settings; `SANP()` if None.
+
+    Raises:
+        AutogateError: the model has no convolution that could choose, the budget is below what the other layers cost,
+            the model can't be analysed, or an argument is wrong. The model is left as it was.
+    """
+    check_not_adaptive(model)
+    check_preparable(model)
+    check_one_width(model)
+    run = Run(flops, steps, warmup, SANP() if method is None else method)
+    ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
+    inputs, *others = as_calls(example_inputs, model)
+    options = AnalysisOptions(inputs, ignored, others=tuple(others))
+    origin = PrepareRecord(options, dtype_of_parameters(model))
+    undo_log = UndoLog()
+    try:
+        install(model, analyse_channels(model, options), run, origin, undo_log)
+    except BaseException:
+        undo_log.undo()
+        raise
+    return model
+
+
+def cost(model: nn.Module) -> Tensor:
+    """FLOPs (multiply-adds) of each image of the latest forward, float64, shape (images,).
+
+    They count what inference computes: of each convolution, the pairs of channels that it reads and makes for the
+    image; all of other layers; and the saliency modules. A channel that none of its layers has made isn't read. In
+    train mode the noise is left out.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
+        >>> _ = model.eval()(torch.randn(3, 3, 64, 64))
+        >>> autogate.adaptive.cost(model).shape
+        torch.Size([3])
+
+    Args:
+        model: a model that `prepare` returned, or a compiled or distributed wrapper around it.
+
+    Raises:
+        AutogateError: it has no saliency modules, no forward has run, or scores are NaN.
+    """
+    return _bank(model).cost_of_images().images
+
+
+def _bank(model: nn.Module) -> SaliencyBank:
+    bank = saliency_of(unwrap(model))
+    if bank is None:
+        raise AutogateError(
+            "it has no saliency modules.",
+            where=type(unwrap(model)).__name__,
+            remedy="Call autogate.adaptive.prepare(model, x, flops=0.5) first.",
+        )
+    return bank

@@ -1,0 +1,8 @@
+"""A choice of channels for each image. In: a model. Out: the same model, whose convolutions score their channels."""
+
+from autogate.saliency.bank import SALIENCY, SaliencyBank, check_not_adaptive, saliency_of
+from autogate.saliency.installing import install
+from autogate.saliency.method import SANP
+from autogate.saliency.run import Run
+
+__all__ = ["SALIENCY", "SANP", "Run", "SaliencyBank", "check_not_adaptive", "install", "saliency_of"]

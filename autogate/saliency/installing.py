@@ -1,0 +1,205 @@
+"""Give a model its saliency modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from autogate.saliency.bank import SALIENCY, SaliencyBank
+from autogate.saliency.counting import CountedLayer, Counting, Fixed, Notes
+from autogate.saliency.module import NAME, FollowingModule, SaliencyModule
+from autogate.saliency.run import Run
+from autogate.saliency.sites import Layer, classes_of, hidden_units, layers_in
+from autogate.slim import PrepareRecord
+from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, UndoLog, run_eval
+
+
+def install(model: nn.Module, analysis: Analysis, run: Run, origin: PrepareRecord, undo_log: UndoLog) -> SaliencyBank:
+    """Give a model its saliency modules, and the bank that they have in common.
+
+    Args:
+        model: without gates; changed in place.
+        analysis: of its channels.
+        run: the training that follows.
+        origin: how it was analysed.
+        undo_log: takes every change but hooks, which are gone if this raises.
+
+    Raises:
+        AutogateError: it has no convolution that could choose its channels for each image, or the budget is below
+            what the other layers cost.
+    """
+    layers = layers_in(model, analysis, run.method.reduction)
+    if not any(layer.kind == "chosen" for layer in layers):
+        raise _no_choice(model, layers)
+    placing = _Placing(model, layers, analysis.channel_map, run, undo_log)
+    try:
+        placing.place()
+        counting = placing.counting(origin)
+        _check_budget(model, counting.fixed(placing.notes.calls), run)
+        placing.notes.calls = []
+        bank = SaliencyBank(model, placing.modules, counting, placing.notes, run, origin, placing.handles)
+    except BaseException:
+        for handle in placing.handles:
+            handle.remove()
+        raise
+    undo_log.set(model._modules, SALIENCY, bank)
+    return bank
+
+
+class _Placing:
+    """Saliency modules on their way into a model.
+
+    Attributes:
+        notes: takes the calls of each forward.
+        modules: by the path of their convolutions.
+        handles: of all hooks.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], channel_map: ChannelMap, run: Run, undo_log: UndoLog
+    ):  # fmt: skip
+        self._model, self._layers, self._channel_map, self._run, self._undo_log = (
+            model, layers, channel_map, run, undo_log
+        )  # fmt: skip
+        self.notes = Notes()
+        self.modules: dict[str, SaliencyModule] = {}
+        self.handles: list[RemovableHandle] = []
+
+    def place(self) -> None:
+        """Put the modules and their hooks in."""
+        for number, layer in enumerate(self._layers):
+            conv: Any = self._model.get_submodule(layer.kernel.module)
+            if layer.kind == "whole":
+                self.handles.append(conv.register_forward_hook(_Noting(number, self.notes)))
+            elif layer.kind == "chosen":
+                self._put(conv, layer, self._chosen(number, layer, conv))
+            else:
+                self._put(conv, layer, self._following(number, layer, conv))
+
+    def _chosen(self, number: int, layer: Layer, conv: Any) -> SaliencyModule:
+        assert layer.scaling is not None
+        method = self._run.method
+        module = SaliencyModule(
+            conv.in_channels, conv.out_channels, conv.weight.ndim - 2,
+            hidden=hidden_units(conv.out_channels, method.reduction), layer=number, notes=self.notes,
+            published=method.lam is not None, closes=layer.scaling.across,
+        )  # fmt: skip
+        module.to(conv.weight.device, conv.weight.dtype).train(conv.training)
+        self.modules[layer.kernel.module] = module
+        self.handles.append(conv.register_forward_pre_hook(module.read, with_kwargs=True))
+        return module
+
+    def _following(self, number: int, layer: Layer, conv: Any) -> FollowingModule:
+        own = classes_of(self._channel_map, layer.kernel.output_side)
+        sources = []
+        for other in self._layers[:number]:
+            if other.kind == "chosen":
+                theirs = classes_of(self._channel_map, other.kernel.output_side)
+                place = torch.full((self._channel_map.size + 1,), -1)
+                place[theirs] = torch.arange(len(theirs))
+                place[ALWAYS] = -1
+                if (place[own] >= 0).any():
+                    sources.append((self.modules[other.kernel.module], place[own]))
+        return FollowingModule(number, conv.weight.ndim - 2, sources, self.notes).to(conv.weight.device)
+
+    def _put(self, conv: nn.Module, layer: Layer, module: SaliencyModule | FollowingModule) -> None:
+        assert layer.scaling is not None
+        if NAME in conv._modules:
+            raise AutogateError(f"it has a child called {NAME!r}.", where=layer.kernel.module, remedy="Rename it.")
+        self._undo_log.set(conv._modules, NAME, module)
+        scaled = self._model.get_submodule(layer.scaling.path)
+        self.handles.append(conv.register_forward_hook(module.made))
+        if layer.scaling.at == "input":
+            self.handles.append(scaled.register_forward_pre_hook(module.scale_input))
+        else:
+            self.handles.append(scaled.register_forward_hook(module.scale))
+
+    def counting(self, origin: PrepareRecord) -> Counting:
+        """How forwards are counted."""
+        channel_map, layers = self._channel_map, self._layers
+        counted = []
+        for layer in layers:
+            kernel, module = layer.kernel, self.modules.get(layer.kernel.module)
+            inputs, outputs = (classes_of(channel_map, side) for side in (kernel.input_side, kernel.output_side))
+            conv: Any = self._model.get_submodule(kernel.module)
+            taps, groups = self._model.get_parameter(kernel.weight)[0, 0].numel(), getattr(conv, "groups", 1)
+            if layer.kind == "follows":
+                inputs = outputs
+            elif groups > 1:  # the kernel has the channels of one group
+                inputs, outputs = (torch.full((size,), ALWAYS) for size in (conv.in_channels, conv.out_channels))
+            own = module.macs if module is not None else 0
+            counted.append(CountedLayer(kernel.module, layer.kind, taps, groups, inputs, outputs, own))
+        known = {layer.kernel.weight for layer in layers}
+        everything = torch.ones(channel_map.size, dtype=torch.bool)
+        rest = sum(channel_map.macs(kernel, everything) for kernel in channel_map.kernels if kernel.weight not in known)
+        return Counting(tuple(counted), self._zero(origin), rest)
+
+    def _zero(self, origin: PrepareRecord) -> Tensor:
+        """The classes that are zero where all that make them are off: found by a forward with all modules off."""
+        zero = torch.ones(self._channel_map.size + 1, dtype=torch.bool)
+        zero[ALWAYS] = False
+        handles = []
+        for layer in self._layers:
+            conv = self._model.get_submodule(layer.kernel.module)
+            if layer.kind == "whole":
+                zero[classes_of(self._channel_map, layer.kernel.output_side)] = False
+            else:
+                side = layer.kernel.output_side if layer.kind == "follows" else layer.kernel.input_side
+                handles.append(conv.register_forward_pre_hook(_Looking(classes_of(self._channel_map, side), zero)))
+        self.notes.all_off = True
+        self.notes.begin()
+        try:
+            for args, kwargs in origin.calls_for(self._model)[:1]:
+                run_eval(self._model, args, kwargs)
+        finally:
+            self.notes.end()
+            self.notes.all_off = False
+            for handle in handles:
+                handle.remove()
+        return zero[:-1]
+
+
+def _no_choice(model: nn.Module, layers: Sequence[Layer]) -> AutogateError:
+    why = "; ".join(f"{layer.kernel.module}: {layer.why}" for layer in layers if layer.why)
+    return AutogateError(
+        f"it has no convolution that could choose its channels for each image. {why or 'It has no regular ones'}.",
+        where=type(model).__name__,
+        remedy="autogate.prepare removes channels for all images alike, of any layer.",
+    )
+
+
+def _check_budget(model: nn.Module, fixed: Fixed, run: Run) -> None:
+    """Raise if the budget is below what is computed for every image."""
+    if fixed.share >= run.flops:
+        raise AutogateError(
+            f"flops is {run.flops:g}, and {fixed.share:.1%} of the FLOPs are in what runs whole for every image: "
+            f"{', '.join(fixed.paths)}.",
+            where=type(model).__name__,
+            remedy="Ask for a larger share.",
+        )
+
+
+class _Noting:
+    """A hook that notes the calls of a layer which runs whole."""
+
+    def __init__(self, layer: int, notes: Notes):
+        self._layer, self._notes = layer, notes
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        channels = getattr(module, "out_channels", None) or output.shape[-1]
+        self._notes.add(self._layer, output.numel() / channels)
+
+
+class _Looking:
+    """A hook that notes which classes aren't zero where a layer reads them."""
+
+    def __init__(self, classes: Tensor, zero: Tensor):
+        self._classes, self._zero = classes, zero
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonzero = args[0].flatten(2).ne(0).any(2).any(0).cpu()
+        self._zero[self._classes[nonzero]] = False

@@ -1,0 +1,187 @@
+"""The Saliency-and-Pruning Module of one convolution (Chen et al., "Self-Adaptive Network Pruning", section 3).
+
+It reads the convolution's input, and gives each output channel of each image a score. The channel is computed where the
+score is positive, and the score scales it behind the norm:
+
+    d = mean over positions of x                          (equation 5)
+    s = 1 + W2 relu(W1 d) + bias                          (equation 6)
+    s1 = max(0, min(1, 1.2 sigmoid(s + noise) - 0.1))     (equation 7)
+    s2 = 1 where s1 > 0.5, which is where s + noise > 0   (equation 8)
+    y = s b norm(conv(x)), with b = s1 or s2              (equation 3)
+
+The one and the bias aren't in the paper. W2 and the bias are zero at first: all scores are one, so outputs are what
+they were; and weight decay takes scores back to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autogate.saliency.counting import Notes
+from autogate.saliency.penalty import penalised
+
+STRETCH, SHIFT = 1.2, 0.1
+"""a and b of equation 7 (Kaiser and Sutskever, "Neural GPUs Learn Algorithms")."""
+
+NAME = "saliency"
+"""What the module is called among the children of its convolution."""
+
+
+def binarized(scores: Tensor, noise: Tensor, soft: Tensor) -> Tensor:
+    """Equations 7 and 8 in training: the code of each channel of each image; gradients always go to s1.
+
+    Args:
+        scores: shape (images, channels).
+        noise: of that shape.
+        soft: bool, shape (images, 1): which images get s1; the others get s2.
+    """
+    s1 = (STRETCH * torch.sigmoid(scores + noise) - SHIFT).clamp(0, 1)
+    s2 = (s1 > 0.5).to(s1.dtype)
+    return torch.where(soft, s1, s1 + (s2 - s1).detach())
+
+
+def broadcast(channels: Tensor, dims: int) -> Tensor:
+    """(images, channels) as a factor of a feature map with so many dimensions of positions."""
+    return channels.view(*channels.shape, *[1] * dims)
+
+
+class SaliencyModule(nn.Module):
+    """Scores the output channels of a convolution for each image, and says which are computed.
+
+    Its hooks are on the convolution and on the norm behind it. A child of its convolution, it doesn't run by itself.
+
+    Args:
+        inputs, outputs: channels of the convolution.
+        dims: how many dimensions of positions it has: 2 for images.
+        hidden: rows of W1.
+        layer: number of the layer in `notes`.
+        notes: takes the scores of each forward.
+        published: whether the penalty is the paper's to the letter.
+        closes: whether channels that are off are zero before the norm too, because it takes statistics across them.
+
+    Attributes:
+        reduce: W1, weight of shape (hidden, inputs).
+        expand: W2, weight of shape (outputs, hidden), and the bias.
+        push, level: 0-dim, see `penalised`.
+        noise: 0-dim, standard deviation of the noise of equation 7.
+        soft: 0-dim, the share of images that get s1 in training.
+        threshold: 0-dim, what a score must exceed for its channel to be computed.
+        open: bool, (images, outputs): the channels that aren't zero in the latest forward.
+    """
+
+    push: Tensor
+    level: Tensor
+    noise: Tensor
+    soft: Tensor
+    threshold: Tensor
+
+    def __init__(
+        self, inputs: int, outputs: int, dims: int, hidden: int, layer: int, notes: Notes, published: bool,
+        closes: bool,
+    ):  # fmt: skip
+        super().__init__()
+        self.reduce = nn.Linear(inputs, hidden, bias=False)
+        self.expand = nn.Linear(hidden, outputs)
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(self.expand.bias)
+        for name in ("push", "level", "noise", "soft", "threshold"):
+            self.register_buffer(name, torch.zeros(()))
+        self.dims, self.layer, self.notes, self.published, self.closes = dims, layer, notes, published, closes
+        self.open: Tensor | None = None
+        self._factor: Tensor | None = None
+        self._scores: Tensor | None = None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the module itself for one image."""
+        return self.reduce.weight.numel() + self.expand.weight.numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Equations 5 and 6: scores, shape (images, outputs), of a convolution's input."""
+        d = x.flatten(-self.dims).mean(-1, dtype=torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # a code must not hang on half precision
+            return 1 + self.expand(F.relu(self.reduce(d.to(self.reduce.weight.dtype))))
+
+    def read(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the convolution: score its channels."""
+        x = args[0] if args else kwargs["input"]
+        scores = self(x)
+        if self.training:
+            noise = self.noise * torch.randn_like(scores) - self.threshold
+            soft = torch.rand_like(scores[..., :1]) < self.soft
+            code = binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
+        else:
+            code = self.notes.code(scores - self.threshold)
+        self.open = code.detach() > 0
+        self._factor, self._scores = scores * code, (scores - self.threshold).detach()
+
+    def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""
+        assert self._scores is not None and self.open is not None
+        self.notes.add(self.layer, output.numel() / output.shape[-self.dims - 1], self._scores)
+        self._scores = None
+        return output * broadcast(self.open, self.dims) if self.closes else None
+
+    def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Behind the norm: equation 3."""
+        return self._scaled(output)
+
+    def scale_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same before the first module inside a norm that has an activation of its own."""
+        return self._scaled(args[0]), *args[1:]
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        factor, self._factor = self._factor, None
+        assert factor is not None
+        return x * broadcast(factor, self.dims).to(x.dtype)
+
+
+class FollowingModule(nn.Module):
+    """Closes the channels of a depthwise convolution, behind its norm, that are closed where they come from.
+
+    A depthwise convolution and its norm would make a constant of a channel that is zero.
+
+    Args:
+        layer: number of the layer in `notes`.
+        dims: how many dimensions of positions the convolution has.
+        sources: the modules that its channels come from, each with the channel there of each channel here: int64 of
+            shape (channels,), -1 where it comes from elsewhere.
+        notes: takes the call of each forward.
+    """
+
+    places: Tensor
+
+    def __init__(self, layer: int, dims: int, sources: Sequence[tuple[SaliencyModule, Tensor]], notes: Notes):
+        super().__init__()
+        self.layer, self.dims, self.notes = layer, dims, notes
+        self._sources = tuple(module for module, _ in sources)
+        self.register_buffer("places", torch.stack([index for _, index in sources]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`: a `nn.Sequential` runs all of its children."""
+        return x
+
+    def made(self, conv: nn.Module, args: Any, output: Tensor) -> None:
+        """Behind the convolution: note what it costs."""
+        self.notes.add(self.layer, output.numel() / output.shape[-self.dims - 1])
+
+    def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Behind the norm."""
+        return output * broadcast(self._open(), self.dims).to(output.dtype)
+
+    def scale_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same before the first module inside a norm that has an activation of its own."""
+        return args[0] * broadcast(self._open(), self.dims).to(args[0].dtype), *args[1:]
+
+    def _open(self) -> Tensor:
+        """Which channels some source has, bool, (images, channels)."""
+        found = []
+        for source, place in zip(self._sources, self.places, strict=True):
+            assert source.open is not None
+            found.append(F.pad(source.open, (0, 1))[..., place])
+        return torch.stack(found).any(0)

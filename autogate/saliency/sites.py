@@ -1,0 +1,142 @@
+"""Where saliency modules go: which convolutions, and where each one's norm is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from rewriters import ALWAYS, Analysis, ChannelMap, Kernel, Side
+from rewriters.recording import Capture, ModuleCall
+
+LEAST_SAVED = 10
+"""A convolution costs at least so many times what its saliency module does."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The place where a convolution's output is scaled.
+
+    Attributes:
+        path: of the module: the norm behind the convolution, what is inside of that behind its statistics, or the
+            convolution itself.
+        at: whether its output is scaled or its input.
+        across: the norm takes statistics across channels.
+    """
+
+    path: str
+    at: Literal["output", "input"] = "output"
+    across: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer of a model.
+
+    Attributes:
+        kernel: its kernel.
+        kind: see `CountedLayer`.
+        scaling: where its output is scaled, for one that isn't whole.
+        why: for a regular convolution that is whole, the reason.
+    """
+
+    kernel: Kernel
+    kind: Literal["chosen", "follows", "whole"]
+    scaling: Scaling | None = None
+    why: str = ""
+
+
+def layers_in(model: nn.Module, analysis: Analysis, reduction: float) -> list[Layer]:
+    """The model's layers in the order they run, and which of them get a saliency module."""
+    channel_map, captured = analysis.channel_map, analysis.in_eval_mode[0]
+    calls: dict[str, list[ModuleCall]] = {}
+    for call in captured.calls():
+        calls.setdefault(call.path, []).append(call)
+    modules = dict(model.named_modules())
+    found: list[Layer] = []
+    made: set[int] = set()
+    for kernel in channel_map.kernels:
+        module = modules.get(kernel.module)
+        if not isinstance(module, (_ConvNd, nn.Linear)) or kernel.weight != f"{kernel.module}.weight".lstrip("."):
+            continue
+        kind, why = _kind(module, kernel, channel_map, calls.get(kernel.module, []), reduction)
+        outputs = set(classes_of(channel_map, kernel.output_side).tolist()) - {ALWAYS}
+        if kind == "follows" and made.isdisjoint(outputs):
+            kind = "whole"
+        elif kind == "chosen":
+            made |= outputs
+        scaling = None if kind == "whole" else _scaling(kernel.module, calls, captured, modules, channel_map)
+        found.append(Layer(kernel, kind, scaling, why))
+    return found
+
+
+def hidden_units(outputs: int, reduction: float) -> int:
+    """C / r of equation 6."""
+    return max(1, round(outputs / reduction))
+
+
+def classes_of(channel_map: ChannelMap, side: Side) -> Tensor:
+    """The class of each index of a side of a kernel, int64; `ALWAYS` where it stays."""
+    known = channel_map.classes.get(side)
+    return known.cpu() if known is not None else Tensor([ALWAYS]).long().expand(channel_map.sizes[side])
+
+
+def _kind(
+    module: nn.Module, kernel: Kernel, channel_map: ChannelMap, calls: Sequence[ModuleCall], reduction: float
+) -> tuple[Literal["chosen", "follows", "whole"], str]:
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or kernel.repeats or not calls:
+        return "whole", ""
+    has_channels = kernel.output_side in channel_map.classes
+    if module.groups == module.in_channels == module.out_channels > 1:
+        return ("follows" if Side(kernel.weight, 0) in channel_map.classes else "whole"), ""
+    if module.groups > 1:
+        return "whole", "its channels are in groups"
+    if not has_channels:
+        return "whole", "all of its outputs are needed (autogate.prepare would pin them too)"
+    inputs, outputs = module.in_channels, module.out_channels
+    own = (inputs + outputs) * hidden_units(outputs, reduction) * len(calls)
+    if kernel.macs * inputs * outputs < LEAST_SAVED * own:
+        return "whole", "a saliency module would cost more than a tenth of it"
+    return "chosen", ""
+
+
+def _scaling(
+    path: str, calls: Mapping[str, Sequence[ModuleCall]], captured: Capture, modules: Mapping[str, nn.Module],
+    channel_map: ChannelMap,
+) -> Scaling:  # fmt: skip
+    norms = [_norm_behind(call, captured, modules, calls) for call in calls[path]]
+    norm = norms[0]
+    if norm is None or any(other is None or other.path != norm.path for other in norms):
+        return Scaling(path)
+    if len(calls[norm.path]) != len(norms):  # it norms something else too
+        return Scaling(path)
+    across = any(f"{taken.path}.".startswith(f"{norm.path}.") for taken in channel_map.statistics)
+    inside = norm.children[0] if norm.children else None
+    if inside is not None and _takes_it(inside, norm) and len(calls[inside.path]) == len(norms):
+        return Scaling(inside.path, "input", across)
+    return Scaling(norm.path, across=across)
+
+
+def _norm_behind(
+    call: ModuleCall, captured: Capture, modules: Mapping[str, nn.Module], calls: Mapping[str, Sequence[ModuleCall]]
+) -> ModuleCall | None:
+    """The call of a norm that takes what a convolution returns, if nothing else does."""
+    node = captured.nodes.get(id(call.output))
+    if node is None or not node.users:
+        return None
+    for others in calls.values():
+        for other in others:
+            takes = other.args and other.args[0] is call.output
+            if takes and "norm" in type(modules[other.path]).__name__.lower():
+                within = {id(one) for one in other.walk()}
+                return other if all(id(user.meta.get("call")) in within for user in node.users) else None
+    return None
+
+
+def _takes_it(inside: ModuleCall, norm: ModuleCall) -> bool:
+    """Whether a module inside of a norm is called with a feature map of the norm's shape: what it has normed."""
+    given = inside.args[0] if inside.args else None
+    return isinstance(given, Tensor) and isinstance(norm.output, Tensor) and given.shape == norm.output.shape

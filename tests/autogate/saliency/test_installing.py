@@ -1,0 +1,140 @@
+"""Where saliency modules go, and what a model with them returns."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import BatchNormAct2d, LayerNorm2d
+from torch import nn
+
+import autogate
+from autogate import adaptive
+from autogate.saliency import SALIENCY, saliency_of
+from tests.autogate.saliency.nets import IMAGES, Branches, chain, choose, lively
+
+
+def chosen(model: nn.Module) -> list[str]:
+    return list(saliency_of(model).paths)
+
+
+@pytest.mark.parametrize("make", [chain, Branches, lambda: timm.create_model("test_efficientnet", in_chans=3)])
+def test_prepare_changes_no_output(make):
+    model, images = lively(make()), torch.randn(2, 3, 32, 32)
+    wanted = model(images)
+    assert adaptive.prepare(model, images, flops=0.9) is model
+    assert torch.equal(model(images), wanted)
+
+
+def test_regular_convolutions_get_a_module():
+    model = adaptive.prepare(Branches(), IMAGES, flops=0.9)
+    assert chosen(model) == ["stem.0", "down", "branch.0", "project", "left.0", "join"]
+    assert [layer.kind for layer in saliency_of(model).counting.layers].count("follows") == 1
+
+
+def test_behind_a_norm_channels_are_scaled_as_equation_3_says():
+    for norm in (nn.BatchNorm2d(8), BatchNormAct2d(8, act_layer=nn.SiLU), nn.Identity()):
+        conv = nn.Conv2d(3, 8, 3)
+        model = nn.Sequential(conv, norm, nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16 * 144, 2))
+        lively(model)
+        plain = copy.deepcopy(norm)
+        if isinstance(plain, BatchNormAct2d):
+            plain.act = nn.Identity()
+        adaptive.prepare(model, IMAGES, flops=0.9)
+        choose(model)
+        s = conv.saliency(IMAGES)
+        wanted = (s * (s > 0))[..., None, None] * plain(nn.functional.conv2d(IMAGES, conv.weight, conv.bias))
+        wanted = nn.functional.silu(wanted) if isinstance(norm, BatchNormAct2d) else wanted
+        assert torch.allclose(model[:2](IMAGES), wanted, atol=1e-6)
+        assert (s > 0).any() and (s <= 0).any()
+
+
+def test_a_norm_across_channels_sees_zeros_where_channels_are_off():
+    """So the convolution need not compute them."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), LayerNorm2d(8), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(2304, 2))
+    adaptive.prepare(lively(model), IMAGES, flops=0.9)
+    choose(model)
+    s, plain = model[0].saliency(IMAGES), LayerNorm2d(8)
+    code = (s > 0)[..., None, None]
+    conv = nn.functional.conv2d(IMAGES, model[0].weight, model[0].bias)
+    assert torch.allclose(model[:2](IMAGES), s[..., None, None] * code * plain(code * conv), atol=1e-6)
+
+
+def test_a_depthwise_convolution_follows_its_channels():
+    model = adaptive.prepare(lively(Branches()), IMAGES, flops=0.9)
+    choose(model)
+    with torch.no_grad():
+        model(IMAGES)
+        made = model.depthwise(model.branch(IMAGES.repeat(1, 6, 1, 1)[:, :16]))
+    is_open = model.branch[0].saliency.open
+    assert torch.equal(made.flatten(2).ne(0).any(2), is_open)
+    assert not is_open.all()
+
+
+def test_a_convolution_that_two_norms_follow_is_scaled_itself():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+            self.last = nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.last(self.a(x) + self.b(x))
+
+    model = adaptive.prepare(lively(Two()), IMAGES, flops=0.9)
+    choose(model)
+    assert torch.equal(model.conv(IMAGES).flatten(2).ne(0).any(2), model.conv.saliency.open)
+
+
+def test_ignored_layers_are_computed_whole():
+    model = adaptive.prepare(chain(), IMAGES, flops=0.9, ignore="3")
+    assert chosen(model) == ["5"]  # 3 and what it reads
+
+
+def test_a_module_that_would_cost_too_much_is_left_out():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 2, 1))
+    assert chosen(adaptive.prepare(model, IMAGES, flops=0.9)) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 2)),
+            "no convolution that could choose",
+        ),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), "all of its outputs are needed"),
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 64, 3)),
+            "flops is 0.5, and 94.0% .* runs whole for every image: 1. Ask",
+        ),
+    ],
+)
+def test_models_that_cannot_choose_are_refused_and_left_as_they_were(model, message):
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    with pytest.raises(autogate.AutogateError, match=message):
+        adaptive.prepare(model, IMAGES, flops=0.5)
+    assert before.keys() == dict(model.named_modules()).keys()
+    assert hooks == {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_is_prepared_once():
+    model = adaptive.prepare(chain(), IMAGES, flops=0.9)
+    with pytest.raises(autogate.AutogateError, match="has saliency modules"):
+        adaptive.prepare(model, IMAGES, flops=0.9)
+    with pytest.raises(autogate.AutogateError, match="already prepared"):
+        adaptive.prepare(autogate.prepare(chain(), IMAGES, flops=0.9), IMAGES, flops=0.9)
+    with pytest.raises(autogate.AutogateError, match="has saliency modules"):
+        autogate.prepare(model, IMAGES, flops=0.9)
+
+
+def test_names_and_classes_stay():
+    model, before = Branches(), Branches()
+    adaptive.prepare(model, IMAGES, flops=0.9)
+    assert type(model) is Branches
+    own = {name for name in model.state_dict() if ".saliency." not in name and not name.startswith(SALIENCY)}
+    assert own == set(before.state_dict())
+    assert [type(m) for n, m in model.named_modules() if "saliency" not in n] == [type(m) for m in before.modules()]
