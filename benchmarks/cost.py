@@ -2,6 +2,7 @@
 
     python -m benchmarks.cost
     python -m benchmarks.cost --scaling     # only how prepare and the gates' step grow with layers and classes
+    python -m benchmarks.cost --peer        # only prepare beside Torch-Pruning (pip install torch-pruning)
 
 Times are medians of runs that take turns, so that a drifting machine is fair to both sides, and are printed as ratios.
 Peak memory is measured in a separate process for each side: resident memory on a CPU, allocated memory on a GPU.
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autogate
+from autogate.inputs import as_call
+from benchmarks.peer import torch_pruning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -189,6 +192,32 @@ def by_kernels(sizes: list[tuple[int, int]], rounds: int) -> None:
         print(f"the gates' step, {name}: {1000 * step:.0f} ms")
 
 
+def beside_peer(names: list[str], rounds: int) -> None:
+    """Processor time of prepare, and of Torch-Pruning's graph and step, for the same inputs, on one thread.
+
+    The two take turns, after a run of each on another model: the first imports and compiles.
+    """
+    torch.set_num_threads(1)
+    for name in ["test_resnet", *names]:
+        own, theirs = [], []
+        for _ in range(rounds if name in names else 1):
+            model, image = timm.create_model(name), torch.randn(2, 3, 224, 224)
+            own.append(cpu_seconds(lambda m=model, x=image: autogate.prepare(m, x), 1))
+            model = timm.create_model(name)
+            found = torch_pruning(model, as_call(image, model))
+            theirs.append(found["seconds"])
+        if name in names:
+            failed = f" ({found['error']})" if found["error"] else ""
+            ratio = min(own) / min(theirs)
+            print(f"prepare {name}: {min(own):.3f} s, Torch-Pruning {min(theirs):.3f} s{failed}, ratio {ratio:.2f}")
+
+
+PEER_MODELS = [
+    "repghostnet_050", "repghostnet_150", "mnasnet_050", "mobilenetv2_075", "lcnet_075", "efficientnet_b0_g8_gn",
+    "eca_resnext26ts", "tf_efficientnet_lite0", "resnet50",
+]  # fmt: skip
+
+
 def scaling(rounds: int) -> None:
     by_depth([50, 100, 200, 400, 800], 2)
     by_classes([10**5, 10**6], 2)
@@ -260,7 +289,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64 if DEVICE == "cuda" else 32)
     parser.add_argument("--size", type=int, default=224 if DEVICE == "cuda" else 160)
     parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
+    if args.peer:
+        return beside_peer(PEER_MODELS, args.rounds)
     scaling(args.rounds)
     if args.scaling:
         return

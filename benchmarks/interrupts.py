@@ -55,7 +55,10 @@ class Network(nn.Module):
 def of_process() -> list[Any]:
     """All that the verbs patch or set meanwhile."""
     patched = (nn.Module, torch.autocast, torch.autograd.Function, torch, torch.nn.functional, builtins)
-    names = ("__call__", "__getattr__", "__enter__", "apply", "zeros", "relu", "isinstance", "len")
+    names = (
+        "__call__", "__getattr__", "__setattr__", "training", "__enter__", "apply",
+        "zeros", "relu", "isinstance", "len",
+    )  # fmt: skip
     return [
         *(getattr(one, name, None) for one in patched for name in names if name in vars(one)),
         _get_current_dispatch_mode_stack(), _get_current_function_mode_stack(), torch.is_grad_enabled(),

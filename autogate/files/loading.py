@@ -38,7 +38,8 @@ from autogate.slim import (
 )
 from autogate.switching import Fusing, fuse_again, subnets_of
 from rewriters import AutogateError, UndoLog
-from rewriters.slimming import like, refresh_flat_weights, tensor_slots
+from rewriters.recording import tensor_slots
+from rewriters.slimming import like, refresh_flat_weights
 
 
 @locked

@@ -16,7 +16,7 @@ from autogate.files.file_format import Header
 from autogate.files.timm_builds import outline_with_timm
 from autogate.slim import check_tensors, dtype_of
 from rewriters import AutogateError
-from rewriters.slimming import tensor_slots
+from rewriters.recording import tensor_slots
 
 SMALLEST_LIMIT = 2**30
 """Bytes that the dense model, or the example inputs, may always take."""

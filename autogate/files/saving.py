@@ -30,7 +30,7 @@ from autogate.version import __version__
 from autogate.wrappers import unwrap
 from rewriters import AutogateError
 from rewriters.forwards import RewrittenForward
-from rewriters.slimming import tensor_slots
+from rewriters.recording import tensor_slots
 
 
 @locked

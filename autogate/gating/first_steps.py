@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autogate.gating.sharding import local
+from rewriters.recording import modules_of
 
 FEW_STEPS = 50
 """A run of fewer steps is told of. The way down takes a third of a short run: a dozen batches would have to tell which
@@ -23,13 +24,17 @@ BLIND_STEPS = 2
 """Steps without a gradient in any gated kernel before that is told. Creating an optimizer's state may take one."""
 
 
+@torch.no_grad()
 def looks_untrained(model: nn.Module) -> bool:
     """Whether all norms of a model are as they were initialised: weights and statistics 0 or 1 everywhere.
 
     False for a model without norms, about which nothing can be said.
     """
     tensors = [
-        tensor for module in model.modules() for name, tensor in _norm_tensors(module) if name != "num_batches_tracked"
+        tensor
+        for module in modules_of(model)
+        for name, tensor in _norm_tensors(module)
+        if name != "num_batches_tracked"
     ]
     return bool(tensors) and all(_is_initial(tensor) for tensor in tensors)
 
@@ -41,12 +46,11 @@ def _norm_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from module.named_buffers(recurse=False)
 
 
-@torch.no_grad()
 def _is_initial(tensor: Tensor) -> bool:
     if tensor.is_meta or tensor.numel() == 0:
         return True
-    first = tensor.flatten()[0]
-    return bool((tensor == first).all()) and float(first) in (0.0, 1.0)
+    first = float(tensor.flatten()[0])
+    return first in (0.0, 1.0) and bool((tensor == first).all())
 
 
 class FirstSteps:

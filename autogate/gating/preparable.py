@@ -12,6 +12,7 @@ from autogate.gating.bank import BANK, GateBank
 from autogate.gating.sharding import has_shards
 from autogate.wrappers import child_of, is_wrapped
 from rewriters import AutogateError
+from rewriters.recording import named_modules
 
 
 def check_preparable(model: Any) -> None:
@@ -73,5 +74,5 @@ def _check_parameters(model: nn.Module) -> None:
 
 def gated_within(model: Any) -> str | None:
     """Path of a prepared submodule, for instance a LightningModule's network; None if there is none."""
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    modules = named_modules(model) if isinstance(model, nn.Module) else ()
     return next((path for path, module in modules if isinstance(child_of(module, BANK), GateBank)), None)

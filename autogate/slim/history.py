@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from autogate.inputs import Inputs
 from autogate.slim.layers import Layer
 from rewriters import AutogateError, ChannelMap, Side, SlimPlan
-from rewriters.slimming import is_under, tensor_slots
+from rewriters.recording import tensor_slots
+from rewriters.slimming import is_under
 
 ATTRIBUTE = "_autogate_history"
 """Name of the attribute of a slim model that holds its history."""

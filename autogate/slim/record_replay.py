@@ -58,8 +58,8 @@ from rewriters import (
     samples_in,
 )
 from rewriters.cross_channel import plain_statistics, remove_live_statistics
-from rewriters.recording import frozen_heap, generators_kept
-from rewriters.slimming import Refused, check_values, is_under, like, pin_refused, tensor_slots
+from rewriters.recording import frozen_heap, generators_kept, tensor_slots
+from rewriters.slimming import Refused, check_values, is_under, like, pin_refused
 
 
 class AnalysisOptions(NamedTuple):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +66,15 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
     return groups
 
 
+def places(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """The number of each class's group, and its place in that group; int64, shape (classes,) each."""
+    classes = torch.from_numpy(np.fromiter(chain.from_iterable(group.classes for group in groups), np.int64))
+    sizes = torch.tensor([len(group.classes) for group in groups], dtype=torch.int64)
+    group = torch.arange(len(groups)).repeat_interleave(sizes)
+    place = torch.arange(len(classes)) - (torch.cumsum(sizes, 0) - sizes)[group]
+    return torch.empty_like(group).scatter_(0, classes, group), torch.empty_like(place).scatter_(0, classes, place)
+
+
 class Narrowing:
     """Groups narrowed uniformly, each to its first classes, within its limits."""
 
@@ -72,10 +83,7 @@ class Narrowing:
         self._paces = torch.tensor([group.pace for group in groups], dtype=torch.int64)
         self._narrowest = torch.tensor([group.narrowest for group in groups], dtype=torch.int64)
         self._widest = torch.tensor([group.widest for group in groups], dtype=torch.int64)
-        self._classes = torch.tensor([index for group in groups for index in group.classes], dtype=torch.int64)
-        self._group = torch.arange(len(groups)).repeat_interleave(self._sizes)
-        begins = torch.cumsum(self._sizes, 0) - self._sizes
-        self._place = torch.arange(len(self._classes)) - begins[self._group]
+        self._group, self._place = places(groups)
 
     def counts(self, part: float) -> Tensor:
         """How many classes `part` of each group is: at least one, in whole bundles; int64, shape (groups,)."""
@@ -88,6 +96,4 @@ class Narrowing:
 
     def of_counts(self, counts: Tensor) -> Tensor:
         """The first `counts` (int64, shape (groups,)) classes of each group live; bool, shape (classes,)."""
-        live = torch.empty(len(self._classes), dtype=torch.bool)
-        live[self._classes] = self._place < counts[self._group]
-        return live
+        return self._place < counts[self._group]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autogate.budget import Resource, Target, Targets
 from autogate.naming import tensors_named
-from autogate.steering.groups import Group
+from autogate.steering.groups import Group, places
 from rewriters import ALWAYS, AutogateError, ChannelMap, Side
 
 Bounds = float | tuple[float, float]
@@ -78,6 +78,8 @@ def limited(groups: Sequence[Group], channel_map: ChannelMap, limits: Sequence[L
     Raises:
         AutogateError: a limit contradicts another one, a pin, or the multiples that widths end with.
     """
+    if not limits:
+        return list(groups)
     group_of = torch.full((channel_map.size + 1,), -1)  # the last entry stands for ALWAYS
     for number, group in enumerate(groups):
         group_of[list(group.classes)] = number
@@ -174,11 +176,8 @@ class Excess(Resource):
     name = "channels above limits"
 
     def __init__(self, groups: Sequence[Group]):
-        size = sum(len(group.classes) for group in groups)
-        super().__init__(size)
-        self._group = torch.zeros(size, dtype=torch.int64)
-        for number, group in enumerate(groups):
-            self._group[list(group.classes)] = number
+        super().__init__(sum(len(group.classes) for group in groups))
+        self._group, _ = places(groups)
         self._most = torch.tensor([group.widest for group in groups], dtype=torch.int64)
 
     def _above(self, live: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autogate.budget import ROUNDING, Targets
-from autogate.steering.groups import Group
+from autogate.steering.groups import Group, places
 from autogate.steering.least_widths import keep_counts
 from autogate.steering.limits import excess_of
 from autogate.steering.schedule import Schedule
@@ -69,9 +69,7 @@ class Selection:
         self.targets = targets
         self.schedule = schedule
         self._tolerance = targets.tolerance(schedule.course.tolerance)
-        self._group = torch.zeros(targets.size, dtype=torch.int64)
-        for index, group in enumerate(groups):
-            self._group[list(group.classes)] = index
+        self._group, _ = places(groups)
         self._pace = torch.tensor([group.pace for group in groups], dtype=torch.int64)
         self._keep = keep_counts(groups, targets, schedule)
         self._widest = torch.tensor([group.widest for group in groups], dtype=torch.int64)

@@ -28,7 +28,8 @@ from autogate.switching.record import Fusing, Sharing
 from autogate.switching.structure import Structure
 from autogate.switching.subnet import Subnet
 from rewriters import Analysis, AutogateError, ChannelMap, Decisions, Outputs, Shortcut, SlimPlan, UndoLog, plan
-from rewriters.slimming import Overlay, Place, tensor_slots
+from rewriters.recording import tensor_slots
+from rewriters.slimming import Overlay, Place
 
 FULL = "full"
 """Name of the subnet that is the dense model."""

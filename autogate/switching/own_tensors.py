@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from rewriters.slimming import Overlay, Place, is_under, tensor_slots
+from rewriters.recording import tensor_slots
+from rewriters.slimming import Overlay, Place, is_under
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ large where the size of its input may decide which channels are coupled.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,18 @@ from torch.utils._pytree import tree_map_only
 from rewriters.analysis.same_forward import same_forward
 from rewriters.errors import AutogateError
 from rewriters.outputs import run_eval
-from rewriters.recording import Capture, ModuleCall, Opaque, capture, set_modes, set_train_mode, tensors_of
+from rewriters.recording import (
+    AnsweredCalls,
+    Capture,
+    ModuleCall,
+    Opaque,
+    capture,
+    named_modules,
+    named_tensors,
+    set_modes,
+    set_train_mode,
+    tensors_of,
+)
 
 _COMPARED = (bool, int, float, str, type(None))
 
@@ -65,7 +77,9 @@ def capture_modes(model: nn.Module, args: Any, kwargs: Any) -> Recorded:
     return Recorded(captures, trains_otherwise)
 
 
-def _try_capture(model: nn.Module, args: Any, kwargs: Any, opaque: Mapping[str, Opaque]) -> list[Capture]:
+def _try_capture(
+    model: nn.Module, args: Any, kwargs: Any, opaque: Mapping[str, Opaque], answers: AnsweredCalls | None = None
+) -> list[Capture]:
     """The forward in the mode that the model is in; empty if it can't be recorded.
 
     In train mode a forward may want inputs that the example has none of (targets), or ask for the values of random
@@ -73,7 +87,7 @@ def _try_capture(model: nn.Module, args: Any, kwargs: Any, opaque: Mapping[str, 
     """
     try:
         with mock.patch.object(fake_tensor.log, "disabled", True):  # failing is no error here, so it isn't logged
-            return [capture(model, args, kwargs, opaque)]
+            return [capture(model, args, kwargs, opaque, answers)]
     except AutogateError:
         return []
 
@@ -81,19 +95,38 @@ def _try_capture(model: nn.Module, args: Any, kwargs: Any, opaque: Mapping[str, 
 def _differs_in_train_mode(model: nn.Module, captured: Capture) -> bool:
     """Whether code that asks for its mode does something else in train mode than in eval mode.
 
-    Only the modules that ask are recorded in train mode, those of one kind once.
+    Only the modules that ask are recorded in train mode, those of one kind once, and of each only its own code runs.
     """
-    kinds = {_kind(model.get_submodule(call.path), call): call for call in captured.calls() if call.asks_mode}
-    for call in kinds.values():
+    asking = [call for call in captured.calls() if call.asks_mode]
+    kind = _kinds(model, asking)
+    judged: set[Any] = set()
+    tensors = {id(one): captured.tensors[name] for name, one in named_tensors(model).items()} if asking else {}
+
+    def known(call: ModuleCall) -> bool:
+        return all(kind[id(one)] in judged for one in call.walk() if one.asks_mode)
+
+    for call in asking[::-1]:  # what is inside others first
+        if kind[id(call)] in judged:
+            continue
         module = model.get_submodule(call.path)
         before = set_train_mode(module)
         try:
-            found = _try_capture(module, call.args, call.kwargs, {})
+            answers = AnsweredCalls(captured.mode, tensors, call, known, captured.written)
+            found = _try_capture(module, call.args, call.kwargs, {}, answers)
         finally:
             set_modes(module, before)
         if not found or not same_forward(captured, call, found[0]):
             return True
+        judged.add(kind[id(call)])
     return False
+
+
+def _kinds(model: nn.Module, calls: list[ModuleCall]) -> dict[int, Any]:
+    """The kind of each call, by its id. A class that is called once is a kind, whose text isn't made."""
+    modules = [model.get_submodule(call.path) for call in calls]
+    times = Counter(map(type, modules))
+    pairs = zip(modules, calls, strict=True)
+    return {id(call): _kind(module, call) if times[type(module)] > 1 else type(module) for module, call in pairs}
 
 
 def _kind(module: nn.Module, call: ModuleCall) -> tuple[Any, ...]:
@@ -136,6 +169,6 @@ def _has_unseen_parameters(model: nn.Module, captured: Capture) -> bool:
     used = {node.target for node in captured.graph.nodes if node.op == "get_attr" and node.users}
     return any(
         path not in seen and own and used.isdisjoint(own)
-        for path, module in model.named_modules()
-        for own in [{f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}]
+        for path, module in named_modules(model)
+        for own in [{f"{path}.{name}".lstrip(".") for name, one in module._parameters.items() if one is not None}]
     )

@@ -30,27 +30,79 @@ def same_forward(captured: Capture, call: ModuleCall, trained: Capture) -> bool:
         trained: the module alone in train mode, called with the same.
     """
     alike: dict[fx.Node, Any] = {}
-    given = {id(tensor): captured.nodes[id(tensor)] for tensor in tensors_of((call.args, call.kwargs))}
-    inputs = iter(given[id(tensor)] for tensor in tensors_of((call.args, call.kwargs)))
+    given = tensors_of((call.args, call.kwargs))
+    inputs = iter([captured.nodes[id(tensor)] for tensor in given])
     own = {node.target: node for node in captured.graph.nodes if node.op == "get_attr"}
-    within = {id(inner) for inner in call.walk()}
-    left = iter([node for node in captured.graph.nodes if id(node.meta.get("call")) in within])
-    wanted: fx.Node | None = next(left, None)
+    recorded = _InOrder(captured, call)
     for node in trained.graph.nodes:
         if node.op == "placeholder":
             alike[node] = next(inputs)
         elif node.op == "get_attr":
             alike[node] = own.get(f"{call.path}.{node.target}".lstrip("."))
-        elif node.op == "call_function" and wanted is not None and _is_same_call(node, wanted, alike):
-            alike[node], wanted = wanted, next(left, None)
+        elif node in trained.answered:
+            if not _skips(node, recorded, trained.answered[node], alike):
+                return False
+        elif is_getitem(node) and args_of(node)[0] in trained.answered:
+            source, index = args_of(node)
+            alike[node] = recorded.made(tensors_of(trained.answered[source].output)[index])
+        elif node.op == "call_function" and recorded.wanted is not None and _is_same_call(node, recorded.wanted, alike):
+            alike[node] = recorded.wanted
+            recorded.go_on()
         elif node.op == "call_function":
             alike[node] = _unmasked(node, alike)
             if alike[node] is None:
                 return False
     returned = [alike.get(trained.nodes[id(tensor)]) for tensor in tensors_of(trained.root.output)]
     same = returned == [captured.nodes.get(id(tensor)) for tensor in tensors_of(call.output)]
-    paths = [f"{call.path}.{inner.path}".strip(".") for inner in trained.calls()]
-    return wanted is None and same and paths == [inner.path for inner in call.walk()]
+    return recorded.wanted is None and same and _same_calls(trained, call)
+
+
+def _same_calls(trained: Capture, call: ModuleCall) -> bool:
+    """Whether the same modules are called in the same order; in an answered call are those of the earlier recording."""
+    now, before = list(trained.calls()), list(call.walk())
+    return len(now) == len(before) and all(
+        one is other or f"{call.path}.{one.path}".strip(".") == other.path
+        for one, other in zip(now, before, strict=True)
+    )
+
+
+class _InOrder:
+    """The nodes of a call in a recording, one after another, and which node made each tensor so far.
+
+    Attributes:
+        wanted: the next of them; None at the end.
+    """
+
+    def __init__(self, captured: Capture, call: ModuleCall):
+        self._made: dict[int, fx.Node] = {}
+        self._nodes = self._within(captured, {id(inner) for inner in call.walk()})
+        self.wanted: fx.Node | None = next(self._nodes, None)
+
+    def _within(self, captured: Capture, calls: set[int]) -> Iterator[fx.Node]:
+        for node in captured.graph.nodes:
+            if id(node.meta.get("call")) in calls:
+                yield node
+            self._made[id(node.meta.get("val"))] = node
+
+    def go_on(self) -> None:
+        self.wanted = next(self._nodes, None)
+
+    def skip(self, call: ModuleCall) -> None:
+        """Go past all nodes of a call inside."""
+        calls = {id(inner) for inner in call.walk()}
+        while self.wanted is not None and id(self.wanted.meta.get("call")) in calls:
+            self.go_on()
+
+    def made(self, tensor: Tensor) -> fx.Node | None:
+        return self._made.get(id(tensor))
+
+
+def _skips(node: fx.Node, recorded: _InOrder, earlier: ModuleCall, alike: Mapping[fx.Node, Any]) -> bool:
+    """Go past a call that was answered. Whether it was given the same as in the earlier recording."""
+    given = {id(tensor): tensor for tensor in tensors_of((earlier.args, earlier.kwargs))}
+    same = [alike.get(source) for source in args_of(node)[1]] == [recorded.made(one) for one in given.values()]
+    recorded.skip(earlier)
+    return same
 
 
 def _is_same_call(node: fx.Node, wanted: fx.Node, alike: Mapping[fx.Node, Any]) -> bool:

@@ -22,6 +22,7 @@ from rewriters.errors import TraceError
 from rewriters.forwards import Graphs, LiveForward, disable_fused_layers, set_forward
 from rewriters.labelling import ALWAYS, ChannelMap, Statistic
 from rewriters.labelling.rules import LabelledStatistic
+from rewriters.recording import modules_of
 from rewriters.undo_log import UndoLog
 
 
@@ -199,7 +200,7 @@ def write_live(model: nn.Module, channel_map: ChannelMap, live: Tensor) -> None:
 
 def remove_live_statistics(model: nn.Module, undo_log: UndoLog) -> None:
     """Restore every module's forward that takes its statistics over all channels."""
-    for module in list(model.modules()):
+    for module in modules_of(model):
         forward = module.__dict__.get("forward")
         if isinstance(forward, LiveForward):
             set_forward(module, forward.plain, undo_log)

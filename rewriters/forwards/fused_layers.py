@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rewriters.recording import modules_of
 from rewriters.undo_log import UndoLog
 
 
 def disable_fused_layers(model: nn.Module, undo_log: UndoLog) -> None:
     """Make torch's transformer layers call their submodules instead of a fused kernel that reads their parameters."""
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, nn.TransformerEncoder):
             if module.use_nested_tensor and type(module).forward is nn.TransformerEncoder.forward:
                 _hook_first(module, undo_log)

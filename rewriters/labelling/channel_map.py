@@ -122,8 +122,9 @@ def gather(size: int, ends: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tupl
     number = np.zeros(size, np.int64)
     places: list[tuple[tuple[int, int], ...]] = [()]
     alike: dict[bytes, list[int]] = {}  # kernel, bias and norm of a layer have the same classes
+    text = {id(classes): classes.tobytes() for classes in ends}
     for end, classes in enumerate(ends):
-        alike.setdefault(classes.tobytes(), []).append(end)
+        alike.setdefault(text[id(classes)], []).append(end)
     for same in alike.values():
         members, counts = distinct(ends[same[0]])
         base = counts.max(initial=0) + 1
@@ -193,6 +194,14 @@ class ChannelMap:
         """The indices along `side` that stay if the classes in `live` (bool, shape (size,)) do."""
         classes = self.classes[side]
         return torch.nonzero(torch.cat([live, live.new_ones(1)])[classes]).flatten()
+
+    def cuts(self, live: Tensor) -> dict[Side, Tensor]:
+        """For each side that loses indices if only the classes in `live` stay, those that stay; sides may share one."""
+        stays = torch.cat([live, live.new_ones(1)])
+        tensors = {id(classes): classes for classes in self.classes.values()}
+        kept = {key: torch.nonzero(stays[classes]).flatten() for key, classes in tensors.items()}
+        fewer = {key for key, indices in kept.items() if len(indices) < len(tensors[key])}
+        return {side: kept[id(classes)] for side, classes in self.classes.items() if id(classes) in fewer}
 
     def open_columns(self, live: Tensor) -> dict[str, list[tuple[int, Tensor]]]:
         """Which columns of a kernel aren't a dead class's, if only the classes in `live` live.
@@ -271,7 +280,9 @@ class ChannelMap:
     def groups(self) -> list[Group]:
         """Classes grouped by the sides that they lie on, in the order of their first classes."""
         sides = list(self.classes)
-        number, places = gather(self.size, [distinct(self.classes[side].cpu().numpy())[0] for side in sides])
+        tensors = {id(classes): classes for classes in self.classes.values()}  # sides may share one
+        members = {key: distinct(classes.cpu().numpy())[0] for key, classes in tensors.items()}
+        number, places = gather(self.size, [members[id(self.classes[side])] for side in sides])
         gathered = np.split(np.argsort(number, kind="stable"), np.bincount(number).cumsum())[:-1]
         return [
             Group(

@@ -65,7 +65,7 @@ class Labelled:
 
 def varying(layer: Tensor) -> tuple[int, ...]:
     """The dimensions along which a layer's labels vary."""
-    return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
+    return tuple([dim for dim, size in enumerate(layer.shape) if size > 1])  # faster than from a generator
 
 
 def compress(labels: Tensor) -> Tensor:
@@ -166,13 +166,14 @@ class LabelSpace:
         for dim, size in enumerate(shape):
             if size > 1:
                 side = Side(name, dim)
-                if side not in self.blocks:
+                if side in self.blocks:
+                    start, _ = self.blocks[side]
+                    labels = torch.arange(start, start + size, dtype=torch.int32)
+                else:
                     self.blocks[side] = (self.count, size)
                     self._side_at[self.count] = side
-                    self.fresh(size)
-                start, _ = self.blocks[side]
-                along = [size if other == dim else 1 for other in range(len(shape))]
-                layers.append(torch.arange(start, start + size, dtype=torch.int32).view(along))
+                    labels = self.fresh(size)
+                layers.append(labels.view([size if other == dim else 1 for other in range(len(shape))]))
         return Labelled(tuple(shape), tuple(layers), source=name)
 
     def labels_of(self, side: Side) -> Tensor:
@@ -211,7 +212,8 @@ class LabelSpace:
 
     def merge(self, first: Tensor, second: Tensor) -> None:
         """Couple labels that meet, so that they live or die together. The tensors are broadcast."""
-        first, second = torch.broadcast_tensors(first, second)
+        if first.shape != second.shape:
+            first, second = torch.broadcast_tensors(first, second)
         if not torch.equal(first, second):
             self._merged.append((first, second))
 

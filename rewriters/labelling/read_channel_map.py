@@ -22,11 +22,14 @@ def read_channel_map(labelling: Labelling, samples: int = 1) -> ChannelMap:
         samples: how many samples the captured forward ran on; costs are for one.
     """
     class_of = labelling.class_of_label()
-    classes = {}
+    classes: dict[Side, Tensor] = {}
+    alike: dict[bytes, Tensor] = {}  # kernel, bias and norm of a layer have the same classes, and share one tensor
     for side, (start, size) in labelling.space.blocks.items():
         labels = class_of[start : start + size]
-        if (labels != ALWAYS).any():
-            classes[side] = torch.from_numpy(labels.astype(np.int64))
+        if labels.max() != ALWAYS:
+            found = alike.get(labels.tobytes())
+            classes[side] = torch.from_numpy(labels.astype(np.int64)) if found is None else found
+            alike[labels.tobytes()] = classes[side]
     kernels = _sum_calls([_counted(call, class_of) for call in labelling.findings.kernels], samples)
     sizes = {side: _size(labelling, side) for kernel in kernels for side in (kernel.input_side, kernel.output_side)}
     gated = tuple(k.input_side for k in kernels if k.input_side in labelling.findings.gated and k.input_side in classes)

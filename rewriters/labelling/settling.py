@@ -27,6 +27,7 @@ from torch import nn
 from rewriters.labelling.channel_map import Side
 from rewriters.labelling.propagate import Labelling
 from rewriters.labelling.rules import DeferredMerge
+from rewriters.recording import named_modules
 
 
 def _merge_deferred(labelling: Labelling) -> None:
@@ -75,7 +76,7 @@ def merge_grids(labelling: Labelling) -> None:
 
 def tie_recurrent_layers(labelling: Labelling, model: nn.Module) -> None:
     """Couple the hidden units of the layers and directions of each recurrent module, which has one width."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, nn.RNNBase):
             names = [f"{path}.{name}".lstrip(".") for name in module._flat_weights_names]
             sides = [Side(name, 1) for name in names if "weight_hh" in name and Side(name, 1) in labelling.space.blocks]

@@ -1,18 +1,20 @@
 """Run a model once without data. In: a model and example inputs. Out: a graph of its ATen calls (`Capture`)."""
 
+from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.capture import (
     Capture,
     capture,
     in_every_place,
-    named_tensors,
     without_fast_paths,
 )
 from rewriters.recording.garbage_collection import collect, frozen_heap
 from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
+from rewriters.recording.module_calls import ModuleCall
+from rewriters.recording.module_walk import modules_of, named_modules, named_tensors, tensor_slots
 from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubbed
 from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors_at, tensors_of
 from rewriters.recording.random_draws import OneNumber, is_draw
-from rewriters.recording.recorder import ModuleCall, is_getitem, only_restrides, reshapes_in_place
+from rewriters.recording.recorder import is_getitem, only_restrides, reshapes_in_place
 from rewriters.recording.rounding import OtherRounding
 from rewriters.recording.running_modules import RunningModules
 from rewriters.recording.side_effects import (
@@ -29,6 +31,7 @@ from rewriters.recording.side_effects import (
 )
 
 __all__ = [
+    "AnsweredCalls",
     "Capture",
     "MetaMode",
     "ModuleCall",
@@ -50,6 +53,8 @@ __all__ = [
     "is_draw",
     "is_getitem",
     "leaves_of",
+    "modules_of",
+    "named_modules",
     "named_tensors",
     "only_restrides",
     "opaque_call",
@@ -60,6 +65,7 @@ __all__ = [
     "run_on_fakes",
     "set_modes",
     "set_train_mode",
+    "tensor_slots",
     "tensors_at",
     "tensors_of",
     "with_caches",

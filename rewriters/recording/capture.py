@@ -12,7 +12,7 @@ call is one node, an `opaque_call`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,9 +27,12 @@ from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.interrupts import let_signals_in
+from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.error_messages import explain, why_unrecordable
 from rewriters.recording.meta_kernels import fakify
-from rewriters.recording.mode_reads import mode_reads
+from rewriters.recording.mode_reads import attribute_writes, mode_reads
+from rewriters.recording.module_calls import ModuleCall
+from rewriters.recording.module_walk import named_tensors, tensor_slots
 from rewriters.recording.opaque import (
     FailsForRealError,
     Opaque,
@@ -40,7 +43,7 @@ from rewriters.recording.opaque import (
     opaque_modules,
     run_for_real,
 )
-from rewriters.recording.recorder import ModuleCall, Recorder, record_module_calls
+from rewriters.recording.recorder import Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
 
@@ -57,6 +60,8 @@ class Capture:
         mode: the fake tensor mode that everything here belongs to.
         exchanged: buffers that the forward replaced by others.
         opaque: modules that can't be recorded, by path; each of their calls is one node, an `opaque_call`.
+        written: paths of modules on which the code of another module sets attributes.
+        answered: the calls that weren't run, by their node in the graph, each with the earlier call that answered it.
     """
 
     graph: fx.Graph
@@ -66,14 +71,11 @@ class Capture:
     mode: FakeTensorMode
     exchanged: tuple[str, ...] = ()
     opaque: Mapping[str, Opaque] = field(default_factory=dict)
+    written: Set[str] = frozenset()
+    answered: Mapping[fx.Node, ModuleCall] = field(default_factory=dict)
 
     def calls(self) -> Iterator[ModuleCall]:
         return self.root.walk()
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by qualified name; a shared one once, under its first name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,12 +85,7 @@ def in_every_place(model: nn.Module, real: Mapping[str, Tensor], others: Mapping
     time it takes the replacements for the originals that it has to put back.
     """
     other = {id(tensor): others[name] for name, tensor in real.items()}
-    return {
-        f"{path}.{name}".lstrip("."): other[id(tensor)]
-        for path, module in model.named_modules()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
+    return {name: other[id(tensor)] for name, _, _, tensor in tensor_slots(model)}
 
 
 def _as_hinted(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
@@ -126,7 +123,7 @@ class _Unrecordable(Exception):
 
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
-    opaque: Mapping[str, Opaque] | None = None,
+    opaque: Mapping[str, Opaque] | None = None, answers: AnsweredCalls | None = None,
 ) -> Capture:  # fmt: skip
     """Record `model(*args, **kwargs)` in the mode (train or eval) that the model is in.
 
@@ -140,6 +137,7 @@ def capture(
         kwargs: example inputs by name.
         opaque: the modules that are opaque in an earlier recording. Nothing runs for real then, and no others are
             added.
+        answers: the outputs of the model's children from an earlier recording.
 
     Raises:
         CaptureError: the forward fails, or the model's own control flow depends on a tensor's values. The message
@@ -149,7 +147,7 @@ def capture(
     while True:
         let_signals_in()
         try:
-            return _record(model, args, kwargs or {}, known)
+            return _record(model, args, kwargs or {}, known, answers)
         except _Unrecordable as failure:
             if opaque is None and run is None and any(failure.paths):
                 run = _run_for_real(model, args, kwargs or {}, failure)
@@ -188,22 +186,26 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 def _as_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     if isinstance(tensor, FakeTensor):  # of another recording
-        return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device).fake(mode)
+        return TensorSpec.of(tensor).fake(mode)
     return mode.from_tensor(tensor)
 
 
 def _record(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque]
-) -> Capture:
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque],
+    answers: AnsweredCalls | None,
+) -> Capture:  # fmt: skip
     """Record a forward in which some modules are opaque. Raises `_Unrecordable`."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if answers is None else answers.mode
+    made = {} if answers is None else answers.tensors
     real = named_tensors(model)
-    fakes = {name: fakify(mode, tensor) for name, tensor in real.items()}
-    recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()})
+    fakes = {name: made[id(tensor)] if id(tensor) in made else fakify(mode, tensor) for name, tensor in real.items()}
+    recorder = Recorder(
+        mode, {id(fakes[name]): tensor for name, tensor in real.items()}, {id(fakes[name]): name for name in real}
+    )
     fake_args, fake_kwargs = tree_map_only(Tensor, partial(_as_input, mode), (tuple(args), dict(kwargs)))
     tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
-    for name, fake in fakes.items():
-        recorder.own(recorder.graph.create_node("get_attr", name), fake)
+    for name, fake in fakes.items() if answers is None else ():  # a module's own code alone uses few of them
+        recorder.own(recorder.graph.create_node("get_attr", name, name="tensor"), fake)
     names = _names(model)
     replies = RecordedOutputs(opaque, lambda noted: noted.fake(mode))
     try:
@@ -214,7 +216,8 @@ def _record(
             torch.no_grad(),
             mode,
             mode_reads(recorder.note_mode_read),
-            record_module_calls(recorder, names, opaque, replies),
+            attribute_writes(lambda module: recorder.note_write(names.get(module, [""])[0])),
+            record_module_calls(recorder, names, opaque, replies, answers),
             recorder,
         ):
             output = functional_call(
@@ -226,4 +229,7 @@ def _record(
         paths = [call.path for call in recorder.failed]
         raise _Unrecordable(explain(error, paths[0] if paths else ""), why_unrecordable(error), paths) from error
     recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
-    return Capture(recorder.graph, recorder.roots[0], recorder.nodes, fakes, mode, tuple(recorder.exchanged), opaque)
+    return Capture(
+        recorder.graph, recorder.roots[0], recorder.nodes, fakes, mode, tuple(recorder.exchanged), opaque,
+        frozenset(recorder.written), recorder.answered,
+    )  # fmt: skip

@@ -22,7 +22,7 @@ def frozen_heap() -> Iterator[None]:
     model trigger one each time. A heap that the caller has frozen (`gc.freeze`, before a fork) is left as it is.
     """
     global _within
-    frozen_before = gc.get_freeze_count() > 0
+    frozen_before = _within > 0 or gc.get_freeze_count() > 0
     if not frozen_before:
         gc.freeze()
     _within += 1

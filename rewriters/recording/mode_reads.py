@@ -1,4 +1,4 @@
-"""Notice which forwards ask whether they train, so that what they do in train mode isn't overlooked.
+"""Notice which forwards ask whether they train, so that what they do in train mode isn't overlooked, and which write.
 
 While a forward is recorded, `training` is a property of `nn.Module`, which notes the module call that is running.
 Reads by torch's own code don't count, nor do those of layers that `set_train_mode` leaves in eval mode.
@@ -34,4 +34,17 @@ def mode_reads(note: Callable[[], None]) -> Iterator[None]:
         module.__dict__["training"] = mode
 
     with mock.patch.object(nn.Module, "training", property(read, write), create=True):
+        yield
+
+
+@contextlib.contextmanager
+def attribute_writes(note: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Inside, `note` is called with each module on which an attribute is set."""
+    plain_write = nn.Module.__setattr__
+
+    def write(module: nn.Module, name: str, value: Any) -> None:
+        note(module)
+        plain_write(module, name, value)
+
+    with mock.patch.object(nn.Module, "__setattr__", write):
         yield

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_map, tree_map_only
 
+from rewriters.recording.module_walk import named_modules
 from rewriters.recording.pytrees import leaves_of
 from rewriters.recording.running_modules import RunningModules
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
@@ -43,6 +44,10 @@ class TensorSpec:
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
     def meta(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
@@ -193,15 +198,11 @@ def _noted(output: Any) -> Any:
     plain = all(leaf is None or _is_plain(leaf) for leaf in leaves)
     if not plain or all(leaf is None for leaf in leaves):
         return None
-    return tree_map(lambda leaf: None if leaf is None else _note(leaf), output)
+    return tree_map(lambda leaf: None if leaf is None else TensorSpec.of(leaf), output)
 
 
 def _is_plain(leaf: Any) -> bool:
     return type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not leaf.is_quantized
-
-
-def _note(tensor: Tensor) -> TensorSpec:
-    return TensorSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
 def innermost_opaque(paths: list[str], run: RealCall, opaque: Collection[str]) -> str | None:
@@ -240,7 +241,7 @@ def opaque_modules_stubbed(model: nn.Module, opaque: Mapping[str, Opaque]) -> It
     if not opaque:
         yield
         return
-    paths = {module: path for path, module in model.named_modules() if path in opaque}
+    paths = {module: path for path, module in named_modules(model) if path in opaque}
     replies = RecordedOutputs(opaque, TensorSpec.meta)
     plain_call = nn.Module.__call__
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -24,35 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.meta_kernels import constant, has_real, run_on_fakes
+from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.opaque import Opaque, RecordedOutputs, opaque_call, tensors_in
 from rewriters.recording.pytrees import tensors_of
-
-
-@dataclass(eq=False)
-class ModuleCall:
-    """One call of one module: its arguments, its output, and the module calls and ATen nodes inside it.
-
-    `names` are all names of the module in the model; the first is `path`. `asks_mode` says whether code that isn't
-    torch's asked in it whether a module trains.
-    """
-
-    names: tuple[str, ...]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any = None
-    children: list[ModuleCall] = field(default_factory=list)
-    nodes: list[fx.Node] = field(default_factory=list)
-    asks_mode: bool = False
-
-    @property
-    def path(self) -> str:
-        return self.names[0]
-
-    def walk(self) -> Iterator[ModuleCall]:
-        yield self
-        for child in self.children:
-            yield from child.walk()
 
 
 class Recorder(TorchDispatchMode):
@@ -62,7 +37,7 @@ class Recorder(TorchDispatchMode):
     strides). Inputs have none.
     """
 
-    def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor]):
+    def __init__(self, mode: FakeTensorMode, real: Mapping[int, Tensor], names: Mapping[int, str]):
         super().__init__()
         self._mode = mode
         self.graph = fx.Graph()
@@ -71,10 +46,14 @@ class Recorder(TorchDispatchMode):
         self.roots: list[ModuleCall] = []
         self.exchanged: list[str] = []
         self.failed: list[ModuleCall] = []
+        self.written: set[str] = set()
+        self.answered: dict[fx.Node, ModuleCall] = {}
         self._error: Exception | None = None
         self._real = real
+        self._names = names
         self._constants: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
+        self._reserves: dict[Any, Tensor] = {}
 
     def began_with(self, tensor: Tensor) -> bool:
         """Whether the tensor is a parameter or buffer that the model had before it ran."""
@@ -92,6 +71,11 @@ class Recorder(TorchDispatchMode):
         if self.call is not None:
             self.call.asks_mode = True
 
+    def note_write(self, path: str) -> None:
+        """Note that code sets an attribute on the module at `path`, if that isn't the running call's module."""
+        if self.call is not None and path != self.call.path:
+            self.written.add(path)
+
     def add_input(self, name: str, value: Tensor) -> fx.Node:
         node = self.graph.placeholder(name)
         self.own(node, value)
@@ -107,11 +91,14 @@ class Recorder(TorchDispatchMode):
     def node_of(self, value: Tensor) -> fx.Node:
         if id(value) not in self.nodes:
             with self.graph.inserting_before(next(iter(self.graph.nodes))):
-                self.own(self.graph.create_node("get_attr", f"constant_{len(self.nodes)}"), value)
+                name = self._names.get(id(value), f"constant_{len(self.nodes)}")
+                self.own(self.graph.create_node("get_attr", name, name="tensor"), value)
         return self.nodes[id(value)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is _EMPTY and tuple(args[0]) == (0,) and kwargs.get("dtype") is torch.uint8:
+            return self._reserve(func, args, kwargs)
         if has_real(args):
             args = tree_map_only(Tensor, self._known, args)
         if func is torch.ops.aten._local_scalar_dense.default and id(args[0]) in self._real:
@@ -128,6 +115,13 @@ class Recorder(TorchDispatchMode):
             return out  # not a step of the forward, or a query of a tensor's device or layout
         self._write(func, args, kwargs, out)
         return out
+
+    def _reserve(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The tensor without elements that each batch norm makes for its backward: no step of the forward."""
+        device = kwargs.get("device")
+        if device not in self._reserves:
+            self._reserves[device] = run_on_fakes(self._mode, func, args, kwargs)
+        return self._reserves[device]
 
     def _known(self, tensor: Tensor) -> Tensor:
         """The fake tensor for one of a call's arguments."""
@@ -156,18 +150,47 @@ class Recorder(TorchDispatchMode):
         given, own = ([*{id(tensor): tensor for tensor in tensors}.values()] for tensors in (given, own))
         self._write(opaque_call, (reason, given, own), {}, tuple(tensors_of(output)))
 
-    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def answer(self, answers: AnsweredCalls, call: ModuleCall) -> bool:
+        """Answer a call from an earlier recording, as one node, if that can be done."""
+        earlier = answers.next(call, self.written)
+        if earlier is None:
+            return False
+        given = {id(tensor): tensor for tensor in tensors_of((call.args, call.kwargs))}
+        node = self._write(opaque_call, ("known", [*given.values()], []), {}, tuple(tensors_of(call.output)))
+        self.answered[node] = earlier
+        return True
+
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> fx.Node:
         node_args, node_kwargs = fx.node.map_aggregate(
             (args, kwargs), lambda value: self.node_of(value) if isinstance(value, Tensor) else value
         )
-        node = self.graph.call_function(func, node_args, node_kwargs)
+        node = self._node(func, node_args, node_kwargs)
         self.own(node, out)
         if isinstance(out, (tuple, list)):
-            for index, item in enumerate(out):
+            for index, item in enumerate(out[:1] if func is _BATCH_NORM else out):
                 if isinstance(item, Tensor):
-                    self.own(self.graph.call_function(_getitem, (node, index)), item)
+                    self.own(self._node(_getitem, (node, index)), item)
         if self.call is not None:
             self.call.nodes.append(node)
+        return node
+
+    def _node(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        """As `graph.call_function`, which takes twice as long: it makes a name, and looks for symbols in arguments."""
+        node = self.graph.create_node("call_function", func, name=_name_for(func))
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
+        return node
+
+
+_EMPTY = torch.ops.aten.empty.memory_format
+_BATCH_NORM = torch.ops.aten.native_batch_norm.default
+"""A forward sees the first of its results alone."""
+
+
+@functools.cache
+def _name_for(func: Any) -> str:
+    return str(func.__name__).strip("_").replace(".", "_")
 
 
 @functools.cache  # tags are slow to read
@@ -199,8 +222,9 @@ def is_getitem(node: fx.Node) -> bool:
 
 @contextlib.contextmanager
 def record_module_calls(
-    recorder: Recorder, names: Mapping[nn.Module, list[str]], opaque: Mapping[str, Opaque], replies: RecordedOutputs
-) -> Iterator[None]:
+    recorder: Recorder, names: Mapping[nn.Module, list[str]], opaque: Mapping[str, Opaque], replies: RecordedOutputs,
+    answers: AnsweredCalls | None = None,
+) -> Iterator[None]:  # fmt: skip
     plain_call = nn.Module.__call__
     inside = {path: [module for module, own in names.items() if own[0] in opaque[path].inside] for path in opaque}
 
@@ -216,6 +240,8 @@ def record_module_calls(
         outer = recorder.call
         inner = ModuleCall(tuple(names[module]), _copy_containers(args), _copy_containers(kwargs))
         (outer.children if outer else recorder.roots).append(inner)
+        if answers is not None and outer is not None and outer is recorder.roots[0] and recorder.answer(answers, inner):
+            return inner.output
         recorder.call = inner
         try:
             if inner.path not in opaque and isinstance(module, torch.jit.ScriptModule):

@@ -9,6 +9,8 @@ from unittest import mock
 
 from torch import nn
 
+from rewriters.recording.module_walk import named_modules
+
 Seen = Callable[[str, int, str, Any], None]
 
 
@@ -22,7 +24,7 @@ class RunningModules:
     """
 
     def __init__(self, model: nn.Module, seen: Seen | None = None):
-        self._paths = {module: path for path, module in model.named_modules()}
+        self._paths = {module: path for path, module in named_modules(model)}
         self._seen = seen
         self._calls: dict[str, int] = {}
         self.running: list[str] = []

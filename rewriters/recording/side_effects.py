@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rewriters.recording.module_walk import modules_of
 from rewriters.recording.pytrees import tensors_of
 from rewriters.undo_log import UndoLog
 
@@ -29,6 +30,7 @@ _OWN_TO_TORCH = frozenset(nn.Module().__dict__)
 _GENERATOR = type(torch.default_generator)  # isinstance asks a metaclass written in Python
 _SIMPLE = frozenset((bool, int, float, str, tuple, type(None)))
 _NO_STATE = (nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+_ABSENT = object()
 _REGISTRIES = (
     "_parameters", "_buffers",
     *(name for name, value in nn.Module().__dict__.items() if "hooks" in name and isinstance(value, dict)),
@@ -46,20 +48,28 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     modules = list(modules)
     before = [(module.__dict__, dict(_plain(module))) for module in modules]
     containers = [held for _, plain in before for value in plain.values() if (held := _held_in(value)) is not None]
-    registries = (module.__dict__.get(name) for module in modules for name in _REGISTRIES)
-    containers += [one for one in registries if isinstance(one, dict)]  # torch.jit's modules have other registries
-    contents = [(one, type(one)(one) if one else ()) for one in {id(one): one for one in containers}.values()]
+    containers += [one for attributes, _ in before for one in _registries_in(attributes)]
+    filled = [(one, type(one)(one)) for one in containers if one]
+    empty = [one for one in containers if not one]
     try:
         yield
     finally:
         _clear_functions(modules)
         for attributes, plain in before:
-            added = [name for name in attributes if name not in _OWN_TO_TORCH and name not in plain]
-            for name in added:
+            for name in attributes.keys() - _OWN_TO_TORCH - plain.keys():
                 del attributes[name]
-            attributes.update({name: value for name, value in plain.items() if attributes.get(name) is not value})
-        for container, content in contents:
+            for name, value in plain.items():
+                if attributes.get(name, _ABSENT) is not value:
+                    attributes[name] = value
+        for container, content in filled:
             _restore(container, content)
+        for container in empty:
+            container.clear()
+
+
+def _registries_in(attributes: dict[str, Any]) -> Iterable[dict[Any, Any]]:
+    """The dicts in which `nn.Module` keeps tensors and hooks; torch.jit's modules have others."""
+    return [one for name in _REGISTRIES if isinstance(one := attributes.get(name), dict)]
 
 
 def _plain(module: nn.Module) -> list[tuple[str, Any]]:
@@ -71,7 +81,7 @@ def _clear_functions(modules: Iterable[nn.Module]) -> None:
     values = [value for module in modules for _, value in _plain(module) if type(value) not in _SIMPLE]
     for function in (function for value in values for function in _cached_in(value)):
         function.cache_clear()
-    for cls in {cls for module in modules for cls in type(module).__mro__}:
+    for cls in {cls for kind in set(map(type, modules)) for cls in kind.__mro__}:
         for function in _cached_beside(cls):
             function.cache_clear()
 
@@ -111,8 +121,6 @@ def _held_in(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
 
 def _restore(container: Any, content: Any) -> None:
     """Restore a container's content in place, because others may hold the container too."""
-    if not container and not content:
-        return
     if len(container) == len(content) and all(map(operator.is_, _entries(container), _entries(content))):
         return
     container.clear()
@@ -150,7 +158,7 @@ def generators_kept(model: nn.Module, *inputs: Any) -> Iterator[Callable[[], boo
     if torch.cuda.is_initialized():  # no tensor is on a GPU otherwise
         tensors = [*model.parameters(), *model.buffers(), *tensors_of(inputs)]
         devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    own = [value for module in model.modules() for value in vars(module).values() if type(value) is _GENERATOR]
+    own = [value for module in modules_of(model) for value in vars(module).values() if type(value) is _GENERATOR]
     own += [torch.default_generator, *(torch.cuda.default_generators[device.index] for device in devices)]
     with random_numbers_kept(devices):
         before = [(generator, generator.get_state()) for generator in own]
@@ -209,7 +217,7 @@ def _is_computed(value: Any) -> bool:
 def without_caches(model: nn.Module) -> Iterator[None]:
     """Inside, the caches of earlier calls are empty."""
     undo_log = UndoLog()
-    drop_caches(model.modules(), undo_log)
+    drop_caches(modules_of(model), undo_log)
     try:
         yield
     finally:
@@ -217,12 +225,12 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
 
 def set_modes(model: nn.Module, modes: Mapping[nn.Module, bool] | bool) -> dict[nn.Module, bool]:
-    """Set every module's train or eval mode; returns the modes before, so that they can be set again."""
-    before = {module: module.training for module in model.modules()}
+    """Set the mode (train or eval) of all modules, or of these; returns the modes before, to set them again."""
+    wanted = dict.fromkeys(modules_of(model), modes) if isinstance(modes, bool) else modes
+    before = {module: module.training for module in wanted}
     for module, mode in before.items():
-        wanted = modes if isinstance(modes, bool) else modes[module]
-        if mode is not wanted:  # writing is slower than reading
-            module.training = wanted
+        if mode is not wanted[module]:  # writing is slower than reading
+            module.training = wanted[module]
     return before
 
 
@@ -236,4 +244,4 @@ def set_train_mode(model: nn.Module) -> dict[nn.Module, bool]:
     So that two train forwards can be compared: a dropout draws other numbers for a tensor of another shape, and a batch
     norm over a few equal samples magnifies rounding.
     """
-    return set_modes(model, {module: not isinstance(module, KNOWN_IN_TRAIN_MODE) for module in model.modules()})
+    return set_modes(model, {module: not isinstance(module, KNOWN_IN_TRAIN_MODE) for module in modules_of(model)})

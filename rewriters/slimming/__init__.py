@@ -7,7 +7,7 @@ from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
 from rewriters.slimming.ordering import order_channels
 from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
-from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices, tensor_slots
+from rewriters.slimming.plan import SlimPlan, apply, like, plan, take_indices
 from rewriters.slimming.value_check import Refused, check_values, pin_refused
 
 __all__ = [
@@ -29,6 +29,5 @@ __all__ = [
     "plan",
     "refresh_flat_weights",
     "take_indices",
-    "tensor_slots",
     "with_all_forwards",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from rewriters.recording import modules_of
 from rewriters.undo_log import UndoLog
 
 _METHODS = ("reparameterize", "fuse", "switch_to_deploy")
@@ -54,7 +56,17 @@ def update_fusable_blocks(model: nn.Module, before: Fields, undo_log: UndoLog) -
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if any(hasattr(module, name) for name in _METHODS))
+    return (module for module in modules_of(model) if _can_fuse(module))
+
+
+def _can_fuse(module: nn.Module) -> bool:
+    cls: type = type(module)
+    return _class_can_fuse(cls) or any(name in module.__dict__ or name in module._modules for name in _METHODS)
+
+
+@functools.cache
+def _class_can_fuse(cls: type) -> bool:
+    return any(hasattr(cls, name) for name in _METHODS)
 
 
 def _became(layers: Iterable[nn.Module], names: Iterable[str], before: Fields, old: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from rewriters.analysis import Analysis
 from rewriters.forwards import LabelMask
 from rewriters.labelling.rules import mixing
-from rewriters.recording import tensors_of
+from rewriters.recording import modules_of, named_modules, tensors_of
 from rewriters.undo_log import UndoLog
 
 
@@ -101,7 +101,7 @@ def owner_of(model: nn.Module, name: str, module: nn.Module, own_name: str) -> t
 
 def refresh_flat_weights(model: nn.Module, undo_log: UndoLog) -> None:
     """Update the lists in which recurrent modules hold their own tensors (`_flat_weights`)."""
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(module, nn.RNNBase):
             tensors = [getattr(module, name, None) for name in module._flat_weights_names]
             undo_log.set_attribute(module, "_flat_weights", tensors)
@@ -114,7 +114,7 @@ def widths_of_bare_norms(model: nn.Module, analysis: Analysis, mask: LabelMask) 
 
     A norm that is called for several widths is left out.
     """
-    norms = {path: module for path, module in model.named_modules() if isinstance(module, _InstanceNorm)}
+    norms = {path: module for path, module in named_modules(model) if isinstance(module, _InstanceNorm)}
     bare = {path for path, norm in norms.items() if not [*norm.parameters(), *norm.buffers()]}
     known = analysis.labelling.by_tensor() if bare else {}
     found: dict[str, set[int]] = {}

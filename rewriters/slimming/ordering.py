@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewriters.analysis import Analysis
 from rewriters.labelling import ALWAYS, ChannelMap, Group
 from rewriters.outputs import EXACT_IN_FLOAT64, Outputs
-from rewriters.slimming.plan import tensor_slots
+from rewriters.recording import tensor_slots
 from rewriters.slimming.trial_inputs import Inputs
 from rewriters.slimming.trial_weights import put_trial_weights
 from rewriters.undo_log import UndoLog

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from rewriters.labelling import ChannelMap
+from rewriters.recording import tensor_slots
 from rewriters.slimming.dead_branches import is_under
-from rewriters.slimming.plan import SlimPlan, apply, take_indices, tensor_slots
+from rewriters.slimming.plan import SlimPlan, apply, take_indices
 from rewriters.undo_log import UndoLog
 
 

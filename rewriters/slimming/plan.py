@@ -5,7 +5,7 @@ Slim tensors are new parameters, because PyTorch's optimizers and autograd depen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from rewriters.forwards import (
     told_apart,
 )
 from rewriters.labelling import ChannelMap, Kernel, Side
-from rewriters.recording import drop_caches, without_caches
+from rewriters.recording import drop_caches, modules_of, tensor_slots, without_caches
 from rewriters.slimming.dead_branches import Pruned, is_under, prune_branches
 from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.fusable_blocks import fields_in_fusable_blocks, update_fusable_blocks
@@ -108,11 +108,7 @@ def plan(
         if torch.equal(survivors, live):
             break
         live = survivors  # with one more channel, a branch may be alive
-    kept = {}
-    for side, classes in channel_map.classes.items():
-        indices = channel_map.kept(side, live)
-        if len(indices) < len(classes) and side.tensor not in gone:
-            kept[side] = indices
+    kept = {side: indices for side, indices in channel_map.cuts(live).items() if side.tensor not in gone}
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
     mask = analysis.label_mask(live)
     forwards, constants = _rewrite(analysis, mask, pruned)
@@ -123,6 +119,8 @@ def plan(
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
     """Tensors that are in these modules only."""
+    if not paths:
+        return set()
     inside: dict[int, bool] = {}
     for name, _, _, tensor in tensor_slots(model):
         under = is_under(name, paths)
@@ -173,14 +171,6 @@ def _code(graph: fx.Graph) -> str:
     return graph.python_code("self").src
 
 
-def tensor_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Every name of every parameter and buffer: (qualified name, module, name in the module, tensor)."""
-    for path, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                yield f"{path}.{name}".lstrip("."), module, name, tensor
-
-
 def apply(
     model: nn.Module, slim_plan: SlimPlan, undo_log: UndoLog, with_values: bool = True, compiled: bool = True
 ) -> None:
@@ -196,7 +186,7 @@ def apply(
             that runs without data and is then restored.
     """
     remove_live_statistics(model, undo_log)
-    drop_caches(model.modules(), undo_log)
+    drop_caches(modules_of(model), undo_log)
     widths = fields_in_fusable_blocks(model)
     sliced: dict[int, Tensor] = {}  # a shared tensor stays shared
     first_name = {name: tensor for name, _, _, tensor in reversed(list(tensor_slots(model)))}

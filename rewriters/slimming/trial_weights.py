@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rewriters.analysis import Analysis
-from rewriters.slimming.plan import like, tensor_slots
+from rewriters.recording import tensor_slots
+from rewriters.slimming.plan import like
 from rewriters.undo_log import UndoLog
 
 
@@ -29,33 +31,48 @@ def put_trial_weights(
         in_float64: whether all that is floating-point becomes float64.
     """
     columns = analysis.channel_map.open_columns(live)
-    generator = torch.Generator().manual_seed(0)
+    slots = [slot for slot in tensor_slots(model) if not isinstance(slot[1], torch.jit.ScriptModule)]
+    # A ScriptModule's tensors can't be exchanged; what it reads is pinned.
+    drawn = _drawn({id(tensor): tensor.detach() for _, _, _, tensor in slots if isinstance(tensor, nn.Parameter)})
     made: dict[int, Tensor] = {}
-    for name, module, own_name, tensor in list(tensor_slots(model)):
-        if isinstance(module, torch.jit.ScriptModule):
-            continue  # its tensors can't be exchanged; what it reads is pinned
+    for name, module, own_name, tensor in slots:
         if id(tensor) not in made:
-            value = tensor.detach()
-            if isinstance(tensor, nn.Parameter):
-                value = _drawn(value, generator)
-            if in_float64 and value.is_floating_point():
-                value = value.double()
-            if value.data_ptr() == tensor.data_ptr() and (name in columns or not isinstance(tensor, nn.Parameter)):
-                value = value.clone()
-            for dim, is_open in columns.get(name, ()):
-                value.index_fill_(dim, (~is_open).nonzero().flatten().to(value.device), 0)
-            made[id(tensor)] = tensor if value.data_ptr() == tensor.data_ptr() else like(tensor, value)
+            made[id(tensor)] = _trial_value(tensor, drawn.get(id(tensor)), columns.get(name, ()), in_float64)
         if made[id(tensor)] is not tensor:
             undo_log.set_tensor(module, own_name, made[id(tensor)])
 
 
-def _drawn(value: Tensor, generator: torch.Generator) -> Tensor:
-    """A parameter's value, with other elements if all of its own are equal."""
+def _trial_value(
+    tensor: Tensor, drawn: Tensor | None, columns: Iterable[tuple[int, Tensor]], in_float64: bool
+) -> Tensor:
+    """What stands for a parameter or buffer: the parameter itself if nothing about it changes."""
+    value = tensor.detach() if drawn is None else drawn
+    if in_float64 and value.is_floating_point():
+        value = value.double()
+    for dim, is_open in columns:
+        along = [len(is_open) if other == dim else 1 for other in range(value.ndim)]
+        value = torch.where(is_open.view(along).to(value.device), value, 0)
+    if value.data_ptr() != tensor.data_ptr():
+        return like(tensor, value)
+    return tensor if isinstance(tensor, nn.Parameter) else value.clone()
+
+
+def _drawn(values: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Other elements for those of the parameters whose own are all equal, by the same keys."""
+    equal = {key: value for key, value in values.items() if _all_equal(value)}
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(sum(value.numel() for value in equal.values()), generator=generator, dtype=torch.float64) * 2 - 1
+    found = {}
+    for (key, value), own in zip(equal.items(), noise.split([value.numel() for value in equal.values()]), strict=True):
+        inputs = value[0].numel() if sum(size > 1 for size in value.shape) > 1 else 4
+        found[key] = value + (own.view(value.shape) / math.sqrt(inputs)).to(value.device, value.dtype)
+    return found
+
+
+def _all_equal(value: Tensor) -> bool:
+    """Whether a tensor has several elements, which are numbers and all equal."""
     if not value.is_floating_point() or value.numel() < 2:
-        return value
+        return False
     flat = value.flatten()
-    if flat[0] != flat[-1] or not (flat == flat[0]).all():
-        return value
-    inputs = value[0].numel() if sum(size > 1 for size in value.shape) > 1 else 4
-    noise = torch.rand(value.shape, generator=generator, dtype=torch.float64) * 2 - 1
-    return value + (noise / math.sqrt(inputs)).to(value.device, value.dtype)
+    first, last = flat[:: len(flat) - 1].tolist()
+    return first == last and bool((flat == first).all())

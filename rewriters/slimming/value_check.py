@@ -25,6 +25,8 @@ from rewriters.recording import (
     RunningModules,
     attributes_preserved,
     collect,
+    modules_of,
+    named_tensors,
     set_modes,
     tensors_of,
 )
@@ -116,7 +118,8 @@ def check_values(
         for number, example in enumerate(examples):
             let_signals_in()
             found = trial.found(number, example, training)
-            collect()
+            if trial.plan is not None and trial.plan.forwards:
+                collect()
             if found is not None and found.reason:
                 return Checked(True, _escalated(found.path or "", found.reason, known))
             compared &= found is not None or training  # a forward may want targets to train
@@ -138,22 +141,23 @@ def _escalated(path: str, reason: str, known: Sequence[Refused]) -> Refused:
 
 
 def _too_large(model: nn.Module) -> bool:
-    return sum(parameter.numel() for parameter in model.parameters()) > _MOST_PARAMETERS
+    parameters = (tensor for tensor in named_tensors(model).values() if isinstance(tensor, nn.Parameter))
+    return sum(parameter.numel() for parameter in parameters) > _MOST_PARAMETERS
 
 
 def _has_values(model: nn.Module, examples: Sequence[Inputs]) -> bool:
-    tensors = [*model.parameters(), *model.buffers(), *tensors_of(tuple(examples))]
+    tensors = [*named_tensors(model).values(), *tensors_of(tuple(examples))]
     return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
 def _pattern(channel_map: ChannelMap) -> Tensor:
     """Half of the classes at random, but some and not all of each group: no branch is dead."""
-    live = trial_pattern(channel_map.size, _SEED)
+    live = trial_pattern(channel_map.size, _SEED).numpy()
     for group in channel_map.groups():
         classes = list(group.classes)
         if live[classes].all():
             live[classes[len(classes) // 2]] = False
-    return channel_map.survivors(live)
+    return channel_map.survivors(torch.from_numpy(live))
 
 
 class _Trial:
@@ -181,7 +185,8 @@ class _Trial:
         return None
 
     def _found(self, inputs: Inputs) -> _Compared:
-        allowed = max((TOLERANCE.get(t.dtype, 0.0) for t in self.model.parameters()), default=0.0)
+        types = {t.dtype for t in named_tensors(self.model).values() if isinstance(t, nn.Parameter)}
+        allowed = max((TOLERANCE.get(dtype, 0.0) for dtype in types), default=0.0)
         first = self._compared(inputs, allowed)
         if first.error <= allowed or first.reason:
             return first
@@ -194,7 +199,7 @@ class _Trial:
         """Compare gated and slim. Raises `_DoesNotRunError` if the gated model doesn't run on these inputs."""
         model, undo_log = self.model, UndoLog()
         modes = set_modes(model, False)
-        with attributes_preserved(model.modules()):
+        with attributes_preserved(modules_of(model)):
             try:
                 put_trial_weights(model, self.analysis, self.live, undo_log, in_float64)
                 if in_float64:
@@ -212,7 +217,7 @@ class _Trial:
         rounding: list[float] = []
         values = None
         try:
-            with attributes_preserved(model.modules()):  # what it keeps from one call to the next has gated sizes
+            with attributes_preserved(modules_of(model)):  # what it keeps from one call to the next has gated sizes
                 wanted = Outputs.of(model, *inputs, training=self.training)
             if bisect:
                 values = ValuesOfModules(model, analysis, live, inputs, self.training, self.number)

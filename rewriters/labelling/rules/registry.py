@@ -275,7 +275,8 @@ def find_rule(op: Any) -> Rule:
     if op in RULES:
         return RULES[op]
     if torch.Tag.pointwise in getattr(op, "tags", ()):
-        return RULES[torch.Tag.pointwise]
+        RULES[op] = RULES[torch.Tag.pointwise]  # tags are slow to read
+        return RULES[op]
     name = str(op)
     return _ABSENT.get(name) or _ABSENT.get(name.rpartition(".")[0]) or unknown
 

@@ -12,7 +12,7 @@ import autogate
 from autogate.slim.history import history_of
 from autogate.slim.record_replay import replay
 from rewriters import UndoLog, relative_error, run_eval
-from rewriters.slimming import tensor_slots
+from rewriters.recording import tensor_slots
 
 TOKENS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 MASK = torch.ones(5, 5, dtype=torch.bool).tril()

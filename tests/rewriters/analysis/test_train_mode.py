@@ -1,6 +1,7 @@
 """What a forward does in train mode alone counts as much as what it does in eval mode."""
 
 import copy
+import importlib
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from torch import nn
 
 from rewriters.analysis import analyse
 from rewriters.analysis.capture_modes import capture_modes
+from rewriters.recording import capture
 from tests.rewriters.exactness import place_statistics, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, conv, image, is_pinned, reasons
 
@@ -109,3 +111,69 @@ def test_a_block_that_runs_other_code_in_each_mode_is_traced_in_both():
     assert {mode for traced in slimmed.analysis.traced for mode in traced.modes} == {False, True}
     assert slimmed.plan.forwards.keys() == {"block"}
     model.train()(image().double())
+
+
+class Mixing(nn.Module):
+    """Mixes its channels if it is told to, by its attribute or its argument."""
+
+    mix = False
+
+    def forward(self, x, mix=False):
+        return x.softmax(1) if mix or self.mix else x
+
+
+def sets_an_attribute_of_a_layer(m, x):
+    m.mixing.mix = m.training
+    return m.b(m.mixing(m.a(x)))
+
+
+def leaves_an_attribute_of_a_layer(m, x):
+    if not m.training:
+        m.mixing.mix = True
+    return m.b(m.mixing(m.a(x)))
+
+
+def calls_in_another_order(m, x):
+    x = m.a(x)
+    return m.d(m.c(x)) if m.training else m.c(m.d(x))
+
+
+def leaves_out_an_activation(m, x):
+    x = m.a(x)
+    return m.b(x if m.training else m.act(x))
+
+
+CHANGES_ITS_LAYERS = {
+    "sets an attribute": sets_an_attribute_of_a_layer,
+    "leaves an attribute": leaves_an_attribute_of_a_layer,
+    "gives another argument": lambda m, x: m.b(m.mixing(m.a(x), m.training)),
+    "gives another keyword": lambda m, x: m.b(m.mixing(m.a(x), mix=m.training)),
+    "calls in another order": calls_in_another_order,
+    "leaves out an activation": leaves_out_an_activation,
+    "asks inside": lambda m, x: m.b(F.dropout(m.asking(m.a(x)), 0.2, m.training)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_ITS_LAYERS)
+def test_layers_that_are_run_otherwise_in_train_mode_are_noticed(name):
+    layers = {"a": conv(3, 4), "b": conv(4, 4), "c": conv(4, 4), "d": conv(4, 4), "act": nn.ReLU(inplace=True)}
+    asking = Net(lambda m, x: x.softmax(1) if m.training else x)
+    model = Net(CHANGES_ITS_LAYERS[name], **layers, mixing=Mixing(), asking=asking)
+    assert capture_modes(model, (image(),), {}).trains_otherwise
+
+
+def test_only_the_code_that_asks_runs_again(monkeypatch):
+    module = importlib.import_module("rewriters.analysis.capture_modes")
+    graphs = []
+
+    def noted(*args):
+        graphs.append(capture(*args))
+        return graphs[-1]
+
+    monkeypatch.setattr(module, "capture", noted)
+    layers = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), nn.Sequential(nn.Hardswish(True))
+    model = Net(lambda m, x: m.out(F.dropout(m.inner(m.stem(x)), 0.2, m.training)), stem=layers[0], inner=layers[1],
+                out=conv(4, 2))  # fmt: skip
+    assert not capture_modes(model, (image(),), {}).trains_otherwise
+    convolutions = [sum("convolution" in str(node.target) for node in one.graph.nodes) for one in graphs]
+    assert convolutions == [2, 0]

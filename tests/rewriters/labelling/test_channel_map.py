@@ -92,6 +92,19 @@ def test_kept_indices_are_those_of_live_classes_and_pinned_ones(channel_map):
     assert Side("fc.weight", 0) not in channel_map.classes
 
 
+def test_cuts_are_what_is_kept_of_each_side_that_loses_indices(channel_map):
+    live = torch.arange(channel_map.size) % 3 > 0
+    kept = {side: channel_map.kept(side, live) for side in channel_map.classes}
+    cuts = channel_map.cuts(live)
+    assert cuts.keys() == {side for side, indices in kept.items() if len(indices) < len(channel_map.classes[side])}
+    assert cuts and all(torch.equal(cuts[side], kept[side]) for side in cuts)
+
+
+def test_sides_with_the_same_classes_share_one_tensor(channel_map):
+    assert channel_map.classes[Side("a.weight", 0)] is channel_map.classes[Side("bn.running_mean", 0)]
+    assert channel_map.classes[Side("a.weight", 0)] is not channel_map.classes[Side("stem.weight", 0)]
+
+
 def test_gates_stand_where_channels_are_summed(channel_map):
     assert {str(side) for side in channel_map.gated} == {"a.weight[1]", "b.weight[1]", "fc.weight[1]"}
     kernels = {kernel.module: kernel for kernel in channel_map.kernels}

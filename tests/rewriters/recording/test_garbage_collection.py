@@ -64,6 +64,16 @@ def test_a_heap_that_was_frozen_before_stays_so():
     assert gc.get_freeze_count()
 
 
+def test_within_another_one_frozen_objects_are_not_counted(monkeypatch):
+    with frozen_heap():
+        monkeypatch.setattr(gc, "get_freeze_count", lambda: pytest.fail("this takes as long as a recording"))
+        with frozen_heap():
+            pass
+        monkeypatch.undo()
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
+
+
 def test_prepare_looks_at_the_model_with_a_frozen_heap():
     seen = []
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rewriters.recording import meta_kernels
@@ -176,6 +176,16 @@ def test_a_stand_in_is_what_pytorch_would_make_of_the_tensor(tensor):
         assert look(got) == look(wanted)
     assert got.requires_grad == wanted.requires_grad == tensor.requires_grad
     assert isinstance(got, nn.Parameter) == isinstance(wanted, nn.Parameter) == isinstance(tensor, nn.Parameter)
+
+
+def test_stand_ins_are_made_like_the_first_without_what_it_got_later():
+    mode = FakeTensorMode()
+    parameter, buffer = fakify(mode, nn.Parameter(torch.zeros(3))), fakify(mode, torch.zeros(3))
+    wanted = FakeTensor(mode, torch.empty(3, device="meta"), torch.device("cpu"))
+    assert isinstance(parameter, nn.Parameter) and not isinstance(buffer, nn.Parameter)
+    assert vars(buffer) == vars(wanted)
+    with pytest.raises(RuntimeError):
+        buffer.data_ptr()
 
 
 def test_tensors_on_two_devices_are_refused():
