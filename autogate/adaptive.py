@@ -7,10 +7,13 @@ computing for this image (Chen et al., "Self-Adaptive Network Pruning"). The bud
     train(model)                                                        # your own training loop and loss
     model.eval()(images)
     autogate.adaptive.cost(model)                                       # FLOPs of each image, shape (images,)
+    print(autogate.adaptive.use(model, loader))                         # which channels they use
+    autogate.adaptive.budget(model, flops=0.25, batches=loader)         # another budget, without training
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -19,13 +22,13 @@ from autogate.gating import check_preparable
 from autogate.inputs import as_calls, dtype_of_parameters
 from autogate.lock import locked
 from autogate.naming import Ignored, named_by
-from autogate.saliency import SANP, Run, SaliencyBank, check_not_adaptive, install, saliency_of
+from autogate.saliency import SANP, Run, SaliencyBank, Use, check_not_adaptive, install, meet, saliency_of, use_of
 from autogate.slim import AnalysisOptions, PrepareRecord, analyse_channels
 from autogate.switching import check_one_width
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, UndoLog
 
-__all__ = ["SANP", "cost", "prepare"]
+__all__ = ["SANP", "bank", "budget", "cost", "prepare", "use"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -102,15 +105,84 @@ def cost(model: nn.Module) -> Tensor:
     Raises:
         AutogateError: it has no saliency modules, no forward has run, or scores are NaN.
     """
-    return _bank(model).cost_of_images().images
+    return bank(model).cost_of_images().images
 
 
-def _bank(model: nn.Module) -> SaliencyBank:
-    bank = saliency_of(unwrap(model))
-    if bank is None:
+@locked
+def use(model: nn.Module, batches: Iterable[Any]) -> Use:
+    """What images use of a model: how many channels of each layer never, sometimes and always, and their cost.
+
+    Print it for a table (figure 3 of the paper). `use(...).shares` has the share of the FLOPs of each image, in the
+    order of the batches, to find the cheapest and the dearest (figure 4).
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
+        >>> found = autogate.adaptive.use(model, [torch.randn(4, 3, 64, 64)])
+        >>> found.layers[0]
+        LayerUse(path='conv1', never=0, sometimes=0, always=64, mean=1.0)
+
+    Args:
+        model: a model that `prepare` returned. It runs in eval mode, and its modes are restored.
+        batches: yields images, or tuples whose first item are images.
+
+    Raises:
+        AutogateError: it has no saliency modules, there are no batches, or scores are NaN.
+    """
+    return use_of(unwrap(model), bank(model), batches)
+
+
+@locked
+def budget(model: nn.Module, *, flops: float, batches: Iterable[Any]) -> float:
+    """Give a trained model another budget, without training: shift the threshold that scores must exceed.
+
+    The threshold is calibrated: with it, the images of these batches take `flops` of the FLOPs on average, to a
+    thousandth where that can be had. The farther from the budget of the training, the more accuracy is lost.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
+        >>> for module in autogate.adaptive.bank(model).saliency_modules:
+        ...     _ = torch.nn.init.normal_(module.expand.bias)
+        >>> share = autogate.adaptive.budget(model, flops=0.5, batches=[torch.randn(4, 3, 64, 64)])
+        >>> abs(share - 0.5) < 0.01
+        True
+
+    Args:
+        model: a model that `prepare` returned. It runs in eval mode, and its modes are restored. Training on moves the
+            threshold again, to the budget that was given to `prepare`.
+        flops: the share of the FLOPs that an image may take on average, in (0, 1).
+        batches: yields images, or tuples whose first item are images; run over several times.
+
+    Returns:
+        The share of the FLOPs that these images take on average now.
+
+    Raises:
+        AutogateError: it has no saliency modules, the share is out of its range or below what every image takes, there
+            are no batches, or scores are NaN. The threshold is left as it was.
+    """
+    found = bank(model)
+    Run(flops, steps=1)  # raises for a wrong share
+    return meet(unwrap(model), found, flops, batches)
+
+
+def bank(model: nn.Module) -> SaliencyBank:
+    """What the saliency modules of a model have in common: progress, lambda, and the modules themselves.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
+        >>> autogate.adaptive.bank(model)
+        SaliencyBank(19 layers, FLOPs 1.000 -> 0.350, step 0 of 10000)
+
+    Args:
+        model: a model that `prepare` returned, or a compiled or distributed wrapper around it.
+
+    Raises:
+        AutogateError: it has no saliency modules.
+    """
+    found = saliency_of(unwrap(model))
+    if found is None:
         raise AutogateError(
             "it has no saliency modules.",
             where=type(unwrap(model)).__name__,
             remedy="Call autogate.adaptive.prepare(model, x, flops=0.5) first.",
         )
-    return bank
+    return found

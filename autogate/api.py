@@ -185,6 +185,7 @@ def gates(model: nn.Module) -> GateBank:
     model = unwrap(model)
     bank = child_of(model, BANK)
     if not isinstance(bank, GateBank):
+        check_not_adaptive(model)
         within = gated_within(model)
         raise AutogateError(
             "it has no gates: it was not prepared, or is already finalized.",

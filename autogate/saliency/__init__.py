@@ -3,6 +3,19 @@
 from autogate.saliency.bank import SALIENCY, SaliencyBank, check_not_adaptive, saliency_of
 from autogate.saliency.installing import install
 from autogate.saliency.method import SANP
+from autogate.saliency.observing import LayerUse, Use, meet, use_of
 from autogate.saliency.run import Run
 
-__all__ = ["SALIENCY", "SANP", "Run", "SaliencyBank", "check_not_adaptive", "install", "saliency_of"]
+__all__ = [
+    "SALIENCY",
+    "SANP",
+    "LayerUse",
+    "Run",
+    "SaliencyBank",
+    "Use",
+    "check_not_adaptive",
+    "install",
+    "meet",
+    "saliency_of",
+    "use_of",
+]

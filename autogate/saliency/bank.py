@@ -169,6 +169,13 @@ class SaliencyBank(nn.Module):
             buffer.fill_(value)
         self._write()
 
+    @torch.no_grad()
+    def set_threshold(self, value: float) -> None:
+        """Set what a score must exceed for its channel to be computed."""
+        self.threshold.fill_(value)
+        for module in self.saliency_modules:
+            module.threshold.fill_(value)
+
     def _state(self) -> RunState:
         steps, *rest = torch.stack([self.step_count, self.cost, self.integral, self.threshold]).tolist()
         return RunState(int(steps), *rest)
@@ -242,5 +249,5 @@ def check_not_adaptive(model: object) -> None:
         raise AutogateError(
             "it has saliency modules: it chooses its channels for each image.",
             where=type(model).__name__,
-            remedy="Start from the model without them: build it again and load its weights (strict=False).",
+            remedy="Its verbs are in autogate.adaptive. For gates start from a model without saliency modules.",
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from autogate.saliency.run import Run
 from autogate.saliency.sites import Layer, classes_of, hidden_units, layers_in
 from autogate.slim import PrepareRecord
 from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, UndoLog, run_eval
+from rewriters.recording import named_tensors
 
 
 def install(model: nn.Module, analysis: Analysis, run: Run, origin: PrepareRecord, undo_log: UndoLog) -> SaliencyBank:
@@ -153,7 +155,8 @@ class _Placing:
         self.notes.all_off = True
         self.notes.begin()
         try:
-            for args, kwargs in origin.calls_for(self._model)[:1]:
+            with _shifting_norms(self._model):
+                args, kwargs = origin.calls_for(self._model)[0]
                 run_eval(self._model, args, kwargs)
         finally:
             self.notes.end()
@@ -161,6 +164,25 @@ class _Placing:
             for handle in handles:
                 handle.remove()
         return zero[:-1]
+
+
+@contextmanager
+def _shifting_norms(model: nn.Module) -> Iterator[None]:
+    """Inside, all vectors are such that norms make positive values of zeros: as trained, but not by chance.
+
+    Norms that aren't trained yet leave zeros as they are.
+    """
+    vectors = {name: tensor for name, tensor in named_tensors(model).items() if tensor.ndim == 1}
+    before = {name: tensor.clone() for name, tensor in vectors.items() if tensor.is_floating_point()}
+    with torch.no_grad():
+        for name in before:
+            vectors[name].fill_(-1.0 if name.endswith("running_mean") else 1.0)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                vectors[name].copy_(value)
 
 
 def _no_choice(model: nn.Module, layers: Sequence[Layer]) -> AutogateError:

@@ -17,9 +17,9 @@ def test_models_without_modules_have_no_cost():
 
 def test_other_verbs_refuse_a_model_that_chooses():
     model = adaptive.prepare(chain(), IMAGES, flops=0.9)
-    for verb in (autogate.prepare, autogate.finalize):
+    for verb in (autogate.prepare, autogate.finalize, autogate.gates, autogate.summary):
         with pytest.raises(autogate.AutogateError, match="chooses its channels for each image"):
-            verb(model, IMAGES)
+            verb(model)
 
 
 def test_a_choice_is_exported_masked(tmp_path):

@@ -150,6 +150,18 @@ def test_a_channel_that_is_not_zero_when_it_is_off_is_read():
     assert not saliency_of(model).counting.zero[:16].any()
 
 
+def test_what_a_norm_will_shift_is_known_before_it_is_trained():
+    """Before training the second norm leaves zeros as they are."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
+        nn.Conv2d(16, 2, 3),
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    zero = saliency_of(adaptive.prepare(model, IMAGES, flops=0.9)).counting.zero
+    assert zero.tolist() == [False] * 16 + [True] * 16
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
 def test_nan_scores_are_told_with_their_layer():
     model = adaptive.prepare(chain().eval(), IMAGES, flops=0.9)
     with torch.no_grad():
