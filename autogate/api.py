@@ -34,7 +34,7 @@ from autogate.slim import (
     take_along,
     verify,
 )
-from autogate.steering import Bounds, read_limits
+from autogate.steering import Bounds, exceeded, read_limits
 from autogate.switching import check_one_width
 from autogate.wrappers import child_of, unwrap
 from rewriters import AutogateError, Outputs, Shortcut, UndoLog
@@ -347,16 +347,17 @@ def _listed(optimizer: Any) -> list[Any]:
 
 
 def _missed(bank: GateBank) -> str:
-    """The shares that miss their targets, in words; a settled run may end above them by the schedule's tolerance."""
+    """The shares and limits that are missed, in words; a settled run may end above a share by its tolerance."""
     progress = bank.progress()
     above = bank.schedule.course.tolerance if progress.settled else 0.0
-    missed = " and ".join(
+    missed = [
         f"{share:.1%} of the {name} are left, the target is {progress.targets[name]:.1%}"
         for name, share in progress.shares.items()
         if share > progress.targets[name] + above
-    )
+    ]
+    missed += filter(None, [exceeded(bank.learner.groups, bank.channel_map, bank.live.cpu())])
     when = f"finalized before the budget was met, after {progress.step} of {progress.steps} steps"
-    return f"{when}: {missed}" if missed else ""
+    return f"{when}: {' and '.join(missed)}" if missed else ""
 
 
 def _replace_shortcuts(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:

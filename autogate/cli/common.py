@@ -20,7 +20,6 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from autogate.files import TimmBuild, build_with_timm
 from rewriters import AutogateError
 
 console = Console()
@@ -66,11 +65,6 @@ def one_line_errors(command: F) -> F:
             raise typer.Exit(1) from None
 
     return wrapped  # type: ignore[return-value]
-
-
-def timm_model(name: str, classes: int | None = None) -> nn.Module:
-    """Build the timm model with this name, with random weights. An unknown name is wrong usage."""
-    return build_with_timm(TimmBuild(timm_name(name), {} if classes is None else {"num_classes": classes}))
 
 
 def timm_name(name: str) -> str:

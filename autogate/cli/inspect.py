@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from autogate.cli.common import Debug, console, images, one_line_errors, timm_model
+from autogate.cli.common import Debug, console, images, one_line_errors, timm_name
 from autogate.cli.functions import model_function
 from autogate.files import inputs_of, load
 from autogate.inspection import Inspection, Stage, check_drawable, counted, draw_coupling_graph, inspect_model, short
@@ -119,7 +119,8 @@ def _network(model: str, classes: int | None, side: int | None) -> tuple[nn.Modu
     """The model, and example inputs: for a slim file those that it was prepared with."""
     if not Path(model).is_file():
         function = model_function(model)
-        network = build_network(Network(model), classes, function=function) if function else timm_model(model, classes)
+        named = Network(model if function else timm_name(model))
+        network = build_network(named, classes, weights=False, function=function)
         return network, images(network, side)
     network = load(model)
     args, kwargs = inputs_of(network, 2, side)

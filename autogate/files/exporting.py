@@ -45,7 +45,11 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
     history, subnets = history_of(slim), subnets_of(slim)
     record = subnets.record if subnets is not None else history.slimmings[-1] if history is not None else None
     if record is None or record.inputs is None:
-        raise AutogateError("it has no record of its example inputs.", where=type(slim).__name__)
+        raise AutogateError(
+            "it has no record of its example inputs: it was not slimmed, or with inputs that no file holds.",
+            where=type(slim).__name__,
+            remedy="Pass the model that autogate.finalize or autogate.load returned.",
+        )
     inputs = read_inputs(record.inputs)
     tensors = tensors_of(inputs)
     if side is not None and (len(tensors) != 1 or tensors[0].ndim != 4):

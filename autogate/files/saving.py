@@ -68,6 +68,10 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
             file can't be written.
     """
     slim = unwrap(slim)
+    if BANK in slim._modules:
+        raise AutogateError(
+            "it has gates: it is prepared, and not slim yet.", where=type(slim).__name__, remedy="Finalize it first."
+        )
     dense, subnets = dense_of(slim), subnets_of(slim)
     fusing = None if subnets is None else replace(subnets.record, active=subnets.active)
     with contextlib.nullcontext() if subnets is None else subnets.switched(slim, subnets.full):
@@ -107,8 +111,6 @@ def _contents(
 def _check_unchanged(slim: nn.Module) -> None:
     """Raise unless nothing but the records and the weights sets a model apart from the dense one."""
     where = type(slim).__name__
-    if BANK in slim._modules:
-        raise AutogateError("it has gates: it is prepared, and not slim yet.", where=where, remedy="Finalize it first.")
     subnets, now = subnets_of(slim), form_of(slim)
     since = "when the model was finalized." if subnets is None else "when the model was fused."
     before = history_of(slim) if subnets is None else subnets.form

@@ -144,8 +144,8 @@ def find_timm_build(
                 remedy="Omit `model_args`.",
             )
         return None, "it is not a timm model"
-    name = ".".join(part for part in (config["architecture"], config.get("tag")) if part)
-    how = TimmBuild(name, {**_arguments(model, _own_config(name, config)), **(arguments or {})})
+    name, own = _known_name(config)
+    how = TimmBuild(name, {**_arguments(model, own), **(arguments or {})})
     try:
         wrong = _difference(build_with_timm(how), dense)
     except AutogateError as error:
@@ -159,14 +159,20 @@ def find_timm_build(
     return None, why
 
 
-def _own_config(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """timm's configuration of the model with this name; the model's if timm has none. The model's may say what it was
-    trained on since: other images and classes than those that `create_model` builds for by default."""
-    try:
-        found = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a tag that timm doesn't know
-        found = None
-    return config if found is None else found.to_dict()
+def _known_name(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The name by which timm builds a model with this configuration, and timm's own configuration of that name.
+
+    The model's may say what it was trained on since: other images and classes than `create_model` builds it for. Its
+    tag may be that of weights from elsewhere, which timm doesn't know; the architecture is the same.
+    """
+    architecture, tag = config["architecture"], config.get("tag")
+    for name in (f"{architecture}.{tag}", architecture) if tag else (architecture,):
+        try:
+            found = timm.get_pretrained_cfg(name)
+        except RuntimeError:  # an unknown tag
+            continue
+        return name, config if found is None else found.to_dict()
+    return architecture, config
 
 
 def _arguments(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:

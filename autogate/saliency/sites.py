@@ -130,10 +130,15 @@ def _norm_behind(
     for others in calls.values():
         for other in others:
             takes = other.args and other.args[0] is call.output
-            if takes and "norm" in type(modules[other.path]).__name__.lower():
+            if takes and _is_norm(modules[other.path]):
                 within = {id(one) for one in other.walk()}
                 return other if all(id(user.meta.get("call")) in within for user in node.users) else None
     return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by its name; a block of layers without norms may be called so too."""
+    return "norm" in type(module).__name__.lower() and all(weight.ndim < 2 for weight in module.parameters())
 
 
 def _takes_it(inside: ModuleCall, norm: ModuleCall) -> bool:

@@ -4,7 +4,7 @@ from autogate.steering.controller import Pressure, steer
 from autogate.steering.course import Course, Range
 from autogate.steering.groups import Group, Narrowing, groups_of
 from autogate.steering.least_widths import fewest_live, part_alike, with_needed
-from autogate.steering.limits import Bounds, Limit, limited, read_limits
+from autogate.steering.limits import Bounds, Limit, exceeded, limited, read_limits
 from autogate.steering.schedule import Schedule
 from autogate.steering.selection import Deaths, Selection
 
@@ -19,6 +19,7 @@ __all__ = [
     "Range",
     "Schedule",
     "Selection",
+    "exceeded",
     "fewest_live",
     "groups_of",
     "limited",

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewriters import ALWAYS, AutogateError, ChannelMap
+from autogate.steering.schedule import whole_number
+from rewriters import ALWAYS, ChannelMap
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def groups_of(channel_map: ChannelMap, round_to: int) -> list[Group]:
     Raises:
         AutogateError: `round_to` is not a whole number from 1 up.
     """
-    if not (round_to >= 1 and round_to == int(round_to)):
-        raise AutogateError(f"round_to is {round_to!r}; it must be a whole number from 1 up.", where="prepare")
+    round_to = whole_number("round_to", round_to)
     if round_to == 1:
         return [Group(group.classes) for group in channel_map.groups()]
     counts = {

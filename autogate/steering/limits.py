@@ -108,6 +108,18 @@ def limited(groups: Sequence[Group], channel_map: ChannelMap, limits: Sequence[L
     ]
 
 
+def exceeded(groups: Sequence[Group], channel_map: ChannelMap, live: Tensor) -> str:
+    """Which layers have more channels than their limits let stay, in words; empty if none has."""
+    found = []
+    for group in groups:
+        left = int(live[list(group.classes)].sum())
+        if left > group.widest:
+            side, _ = channel_map.where(group.classes[0])[0]
+            name = side.tensor.removesuffix(".weight")
+            found.append(f"{name} has {left} channels that could go, and its limit lets {group.widest} stay")
+    return " and ".join(found)
+
+
 def _bounded_sides(channel_map: ChannelMap, limit: Limit) -> Iterable[Side]:
     """The sides with removable channels that a limit bounds.
 

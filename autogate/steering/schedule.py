@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 from autogate.steering.course import Course
 from rewriters import AutogateError
+
+
+def whole_number(name: str, value: Any) -> int:
+    """The value of an argument that counts something; `1e4` is a whole number too.
+
+    Raises:
+        AutogateError: it is no whole number from 1 up.
+    """
+    real = isinstance(value, Real)
+    if not (real and value >= 1 and value == value // 1):
+        raise AutogateError(f"{name} is {value!r}; it must be a whole number from 1 up.", where="prepare")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,7 @@ class Schedule:
     course: Course = field(default_factory=Course)
 
     def __post_init__(self) -> None:
-        if not self.steps >= 1:
-            raise AutogateError(f"steps is {self.steps!r}; it must be at least 1.", where="prepare")
+        object.__setattr__(self, "steps", whole_number("steps", self.steps))
 
     @property
     def reach_steps(self) -> float:

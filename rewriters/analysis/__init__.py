@@ -2,6 +2,7 @@
 
 from rewriters.analysis.analyse import analyse, pin_call
 from rewriters.analysis.capture_modes import Inputs, samples_in
+from rewriters.analysis.own_code import is_open_ended
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.traced_modules import trace_calls
 from rewriters.analysis.trial_rewrites import trial_pattern
@@ -10,6 +11,7 @@ __all__ = [
     "Analysis",
     "Inputs",
     "analyse",
+    "is_open_ended",
     "pin_call",
     "samples_in",
     "trace_calls",

@@ -64,7 +64,7 @@ def _analyse(
     known = labelling.by_tensor()
     with patches_held():
         looking = trace_statistics(model, analysis, known)
-        trace_size_holders(model, analysis, known, looking)
+        trace_size_holders(model, analysis, known, looking, [(args, kwargs or {}), *others])
     merge_repeated_calls(analysis)
     merge_grids(labelling)
     pin_unresizable(labelling, analysis.traced)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from rewriters.analysis.own_code import OwnCode
 from rewriters.cross_channel import (
     StatisticSite,
     gather_statistics,
@@ -31,6 +32,7 @@ class Analysis:
         labelling: labels of every tensor in them.
         trains_otherwise: whether it is another forward in train mode, captured or not.
         traced: the traced forwards of modules that may hold a size.
+        own_code: modules that hold sizes in attributes, and keep their code.
         sites: modules whose own forward takes statistics across channels.
         channel_map: the partition of the channels.
     """
@@ -39,6 +41,7 @@ class Analysis:
     labelling: Labelling
     trains_otherwise: bool = False
     traced: list[TracedForward] = field(default_factory=list)
+    own_code: list[OwnCode] = field(default_factory=list)
     sites: list[StatisticSite] = field(default_factory=list)
     channel_map: ChannelMap = field(init=False)
 

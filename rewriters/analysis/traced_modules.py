@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from rewriters.analysis.capture_modes import Inputs
+from rewriters.analysis.own_code import find_own_code, is_open_ended
 from rewriters.analysis.result import Analysis
 from rewriters.analysis.size_holders import knows_its_sizes, may_hold_size, sizes_to_read, takes_sizes
 from rewriters.analysis.trial_rewrites import pin_unresizable
@@ -58,15 +60,15 @@ def statistics_in(labelling: Labelling, call: ModuleCall) -> list[LabelledStatis
     return [statistic for node in call.nodes for statistic in labelling.statistics.get(node, ())]
 
 
-def _own_modes(recorded: Iterable[Sequence[Capture]]) -> dict[int, bool]:
-    """The mode to trace a call in, by the call's id, where the module was recorded in eval and in train mode."""
-    found: dict[int, bool] = {}
-    for captures in recorded:
-        paths = [{call.path for call in captured.calls()} for captured in captures]
-        both = set.intersection(*paths) if len(paths) > 1 else set[str]()
-        modes = zip((False, True), captures, strict=False)
-        found |= {id(call): mode for mode, captured in modes for call in captured.calls() if call.path in both}
-    return found
+def _own_modes(recorded: Sequence[Sequence[Capture]]) -> dict[int, bool]:
+    """The mode to trace a call in, by the call's id, where the module was recorded in eval and in train mode.
+
+    Not for every example may the model be recorded in train mode.
+    """
+    captured = [(mode, one) for captures in recorded for mode, one in zip((False, True), captures, strict=False)]
+    calls = [(mode, call) for mode, one in captured for call in one.calls()]
+    both = {call.path for mode, call in calls if mode} & {call.path for mode, call in calls if not mode}
+    return {id(call): mode for mode, call in calls if call.path in both}
 
 
 def _site(
@@ -118,14 +120,14 @@ def _in_both_modes(ways: list[StatisticSite], labelling: Labelling) -> list[Mapp
 
 
 def trace_size_holders(
-    model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], traces: Mapping[int, list[TracedForward]]
-) -> None:
+    model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], traces: Mapping[int, list[TracedForward]],
+    inputs: Sequence[Inputs],
+) -> None:  # fmt: skip
     """Trace the modules in which a call that may hold a size meets channels that can be removed.
 
     Forwards that were traced for their statistics are included, for a norm may be written in ops that hold no size. So
     are all other calls of such a module: the rewritten forward runs for them too.
     """
-    modes = _own_modes(analysis.recorded)
     every = [
         (captured, call)
         for captured in analysis.captures
@@ -134,20 +136,38 @@ def trace_size_holders(
     ]
     holders = {id(call): _holders(model.get_submodule(call.path), call, analysis.labelling, known) for _, call in every}
     rewritten = {call.path for _, call in every if holders[id(call)] or id(call) in traces}
-    refused: dict[str, TraceError] = {}
-    for captured, call in every:
-        if call.path not in rewritten:
-            continue
-        module, mode = model.get_submodule(call.path), modes.get(id(call))
-        try:
-            traced = traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known, mode)
-            analysis.traced.extend(traced)
-        except TraceError as error:
-            refused[call.path] = error
-    analysis.traced = [traced for traced in analysis.traced if traced.path not in refused]
-    for _, call in every:
+    calls = [(captured, call) for captured, call in every if call.path in rewritten]
+    plain = {call.path for _, call in calls if not statistics_in(analysis.labelling, call)}
+    plain -= {call.path for _, call in calls if id(call) in traces}
+    open_ended = plain & {call.path for _, call in calls if is_open_ended(model.get_submodule(call.path), call)}
+    refused = _trace(model, analysis, [one for one in calls if one[1].path not in open_ended], known, traces)
+    own = find_own_code(model, analysis.recorded, analysis.labelling, inputs, open_ended | (plain & refused.keys()))
+    analysis.own_code += own
+    left = open_ended - {one.path for one in own}
+    refused |= _trace(model, analysis, [one for one in calls if one[1].path in left], known, traces)
+    for path in {one.path for one in own}:
+        refused.pop(path, None)
+    for _, call in calls:
         if call.path in refused:
             _pin_holders(analysis.labelling, call, holders[id(call)], known, refused[call.path])
+
+
+def _trace(
+    model: nn.Module, analysis: Analysis, calls: Iterable[tuple[Capture, ModuleCall]], known: Mapping[int, Labelled],
+    traces: Mapping[int, list[TracedForward]],
+) -> dict[str, TraceError]:  # fmt: skip
+    """Trace modules in each of their calls; returns why some could not be traced."""
+    modes = _own_modes(analysis.recorded)
+    found: list[TracedForward] = []
+    refused: dict[str, TraceError] = {}
+    for captured, call in calls:
+        module, mode = model.get_submodule(call.path), modes.get(id(call))
+        try:
+            found += traces.get(id(call)) or trace_modes(module, call, captured, analysis.labelling, known, mode)
+        except TraceError as error:
+            refused[call.path] = error
+    analysis.traced += [traced for traced in found if traced.path not in refused]
+    return refused
 
 
 def _pin_holders(
@@ -203,6 +223,7 @@ def trace_calls(model: nn.Module, analysis: Analysis, path: str) -> bool:
     """
     if any(one.path == path for one in analysis.traced):
         return False
+    analysis.own_code = [one for one in analysis.own_code if one.path != path]
     known, found = analysis.labelling.by_tensor(), list[TracedForward]()
     calls = [(captured, call) for captured in analysis.captures for call in captured.calls() if call.path == path]
     modes = _own_modes(analysis.recorded)

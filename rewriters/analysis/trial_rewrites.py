@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -54,6 +54,13 @@ def _nowhere_empty(labelling: Labelling, class_of: np.ndarray, live: Tensor) -> 
     return kept
 
 
+def trial_masks(labelling: Labelling, class_of: np.ndarray) -> Iterator[LabelMask]:
+    """Masks of trial patterns, for the classes of all labels."""
+    size = int(class_of.max(initial=ALWAYS)) + 1
+    for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, class_of)):
+        yield LabelMask(labelling.stays(_nowhere_empty(labelling, class_of, live)))
+
+
 def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> None:
     """Rewrite every traced forward for trial patterns, and pin what has no form for them.
 
@@ -63,10 +70,8 @@ def pin_unresizable(labelling: Labelling, forwards: Sequence[TracedForward]) -> 
     while not settled:
         settled = True
         class_of = labelling.class_of_label()
-        unlike = {_likeness(traced, class_of): traced for traced in forwards}
-        size = int(class_of.max(initial=-1)) + 1
-        for live in (trial_pattern(size, 0), trial_pattern(size, 1), _staggered_pattern(labelling, class_of)):
-            mask = LabelMask(labelling.stays(_nowhere_empty(labelling, class_of, live)))
+        unlike = {likeness(traced, class_of): traced for traced in forwards}
+        for mask in trial_masks(labelling, class_of):
             refused = any(_refusal(traced, mask) for traced in unlike.values())
             collect()
             if not refused:
@@ -87,7 +92,7 @@ def _refusal(traced: TracedForward, mask: LabelMask) -> CannotResizeError | None
     return None
 
 
-def _likeness(traced: TracedForward, class_of: np.ndarray) -> tuple[str, str, bytes]:
+def likeness(traced: TracedForward, class_of: np.ndarray) -> tuple[str, str, bytes]:
     """A key that is equal for forwards of the same code and numbers, on tensors with equal shapes and coupling."""
     in_order = np.full(class_of.max(initial=ALWAYS) + 2, -1)  # classes renumbered in the order in which they come
     in_order[ALWAYS] = 0

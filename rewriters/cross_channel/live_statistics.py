@@ -214,7 +214,7 @@ def _variance_arguments(
 
 
 class LiveOrZero(LiveStatistic):
-    """A call with zeros for dead channels: `F.normalize`, a vector norm, a convolution along channels."""
+    """A call with zeros for dead channels: `F.normalize`, a vector or weight norm, a convolution along channels."""
 
     def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
         super().__init__(size, dim, like)
@@ -292,6 +292,7 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
         for form in (name, getattr(torch, name))
     },
     F.normalize: partial(LiveOrZero, function=F.normalize),
+    torch._weight_norm: partial(LiveOrZero, function=torch._weight_norm),
     torch.linalg.vector_norm: partial(LiveOrZero, function=torch.linalg.vector_norm),
     **dict.fromkeys([torch.norm, "norm"], partial(LiveOrZero, function=torch.norm)),
 }

@@ -6,6 +6,7 @@ from rewriters.forwards.fused_layers import disable_fused_layers
 from rewriters.forwards.guards import GUARDS, ShapeGuardError
 from rewriters.forwards.label_mask import LabelMask, labelled_dims
 from rewriters.forwards.moves import only_moves
+from rewriters.forwards.recorded_code import code_as_graph, is_right
 from rewriters.forwards.resizing import CannotResizeError, sweep
 from rewriters.forwards.rewritten_forward import (
     Graphs,
@@ -30,8 +31,10 @@ __all__ = [
     "ShapeGuardError",
     "TracedForward",
     "bind_arguments",
+    "code_as_graph",
     "disable_fused_layers",
     "graphs_by_mode",
+    "is_right",
     "labelled_dims",
     "only_moves",
     "out_of_place",

@@ -57,10 +57,14 @@ class Resizer:
         known: labels of the tensors in it, by id.
         mask: which labels stay.
         where: the module's path, for errors.
+        numbers: attributes that are other numbers after slimming, by name.
     """
 
-    def __init__(self, graph: fx.Graph, known: Mapping[int, Labelled], mask: LabelMask, where: str):
-        self._where = where
+    def __init__(
+        self, graph: fx.Graph, known: Mapping[int, Labelled], mask: LabelMask, where: str,
+        numbers: Mapping[str, int] | None = None,
+    ):  # fmt: skip
+        self._where, self._numbers = where, numbers or {}
         self._shapes = SlimShapes(known, mask)
         self._slim: dict[fx.Node, Any] = {}
         self._whole: set[fx.Node] = set()  # whose values lose nothing
@@ -92,16 +96,19 @@ class Resizer:
     def _copy(self, node: fx.Node) -> None:
         copy = self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
         if node.target in _CONCATENATIONS and isinstance(operands := args_of(node)[0], (list, tuple)):
-            shapes = (self._shapes.shape(operand.meta["val"]) for operand in operands)
-            alive = [operand for operand, shape in zip(args_of(copy)[0], shapes, strict=True) if 0 not in shape]
+            emptied = (self._is_emptied(operand.meta["val"]) for operand in operands)
+            alive = [operand for operand, gone in zip(args_of(copy)[0], emptied, strict=True) if not gone]
             if 0 < len(alive) < len(operands):
                 copy.args = (alive, *copy.args[1:])
                 self.changed = True
 
+    def _is_emptied(self, tensor: Tensor) -> bool:
+        return 0 in self._shapes.shape(tensor) and 0 not in tensor.shape
+
     def _visit(self, node: fx.Node) -> None:
         if node.op not in ("call_function", "call_method"):
             if node.op != "output":
-                self._slim[node] = self._expected(node)
+                self._slim[node] = self._numbers.get(str(node.target), self._expected(node))
             self._copy(node)
             if node.op == "placeholder":
                 self._keep_identity(node)

@@ -38,13 +38,15 @@ class Side(NamedTuple):
 class Kernel:
     """The weight of a convolution or linear layer, with its cost.
 
-    `macs` are the multiply-adds that one pair (index of dimension 0, index of dimension 1) of the weight costs for one
-    sample, over all calls of the layer: a layer costs macs * live_0 * live_1. `mixes` says that channels are summed
+    `macs` are the multiply-adds that one pair (input channel, output channel) of the weight costs for one sample, over
+    all calls of the layer: a layer costs macs * live inputs * live outputs. `mixes` says that channels are summed
     over dimension `input_dim`, so that a gate may stand there. It is false for a depthwise convolution.
 
     `outputs` are the elements that the layer returns for one sample, over all calls, for each index along the
     dimensions `output_dims`: outputs * live_0 if that is (0,). Only a grouped transposed convolution has its output
     channels along both.
+
+    The output channels lie along the other of the first two dimensions, if `output_dim` names no other one.
 
     A layer may run once for each channel of other layers, as a mixer's layers across tokens do. Then `repeats` are the
     classes of those channels, and `macs` and `outputs` are for one of them: macs * live_0 * live_1 * (live classes in
@@ -63,6 +65,7 @@ class Kernel:
     outputs: float = 0.0
     output_dims: tuple[int, ...] = (0,)
     repeats: tuple[int, ...] = ()
+    output_dim: int | None = None
 
     @classmethod
     def without_weight(cls, module: str, macs: float, outputs: float) -> Kernel:
@@ -82,7 +85,7 @@ class Kernel:
     @property
     def output_side(self) -> Side:
         """The side where channels are computed."""
-        return Side(self.weight, 1 - self.input_dim)
+        return Side(self.weight, 1 - self.input_dim if self.output_dim is None else self.output_dim)
 
 
 @dataclass(frozen=True)

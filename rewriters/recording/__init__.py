@@ -7,10 +7,12 @@ from rewriters.recording.capture import (
     in_every_place,
     without_fast_paths,
 )
+from rewriters.recording.function_calls import FunctionCall, FunctionCalls
 from rewriters.recording.garbage_collection import collect, frozen_heap
 from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
 from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.module_walk import modules_of, named_modules, named_tensors, tensor_slots
+from rewriters.recording.numbers_in_code import Sourced, plain
 from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubbed
 from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors_at, tensors_of
 from rewriters.recording.random_draws import OneNumber, is_draw
@@ -33,12 +35,15 @@ from rewriters.recording.side_effects import (
 __all__ = [
     "AnsweredCalls",
     "Capture",
+    "FunctionCall",
+    "FunctionCalls",
     "MetaMode",
     "ModuleCall",
     "OneNumber",
     "Opaque",
     "OtherRounding",
     "RunningModules",
+    "Sourced",
     "all_tensors",
     "args_of",
     "attributes_preserved",
@@ -59,6 +64,7 @@ __all__ = [
     "only_restrides",
     "opaque_call",
     "opaque_modules_stubbed",
+    "plain",
     "random_numbers_kept",
     "random_states",
     "reshapes_in_place",

@@ -29,6 +29,7 @@ from rewriters.errors import AutogateError, CaptureError
 from rewriters.interrupts import let_signals_in
 from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.error_messages import explain, why_unrecordable
+from rewriters.recording.function_calls import FunctionCalls
 from rewriters.recording.meta_kernels import fakify
 from rewriters.recording.mode_reads import attribute_writes, mode_reads
 from rewriters.recording.module_calls import ModuleCall
@@ -124,6 +125,7 @@ class _Unrecordable(Exception):
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
     opaque: Mapping[str, Opaque] | None = None, answers: AnsweredCalls | None = None,
+    calls: FunctionCalls | None = None,
 ) -> Capture:  # fmt: skip
     """Record `model(*args, **kwargs)` in the mode (train or eval) that the model is in.
 
@@ -138,6 +140,7 @@ def capture(
         opaque: the modules that are opaque in an earlier recording. Nothing runs for real then, and no others are
             added.
         answers: the outputs of the model's children from an earlier recording.
+        calls: what some modules' own code calls is noted here too.
 
     Raises:
         CaptureError: the forward fails, or the model's own control flow depends on a tensor's values. The message
@@ -147,7 +150,7 @@ def capture(
     while True:
         let_signals_in()
         try:
-            return _record(model, args, kwargs or {}, known, answers)
+            return _record(model, args, kwargs or {}, known, answers, calls)
         except _Unrecordable as failure:
             if opaque is None and run is None and any(failure.paths):
                 run = _run_for_real(model, args, kwargs or {}, failure)
@@ -192,7 +195,7 @@ def _as_input(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
 def _record(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], opaque: Mapping[str, Opaque],
-    answers: AnsweredCalls | None,
+    answers: AnsweredCalls | None, calls: FunctionCalls | None,
 ) -> Capture:  # fmt: skip
     """Record a forward in which some modules are opaque. Raises `_Unrecordable`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True) if answers is None else answers.mode
@@ -219,6 +222,7 @@ def _record(
             attribute_writes(lambda module: recorder.note_write(names.get(module, [""])[0])),
             record_module_calls(recorder, names, opaque, replies, answers),
             recorder,
+            contextlib.nullcontext() if calls is None else calls.noted(model, recorder),
         ):
             output = functional_call(
                 model, in_every_place(model, real, fakes), fake_args, fake_kwargs, tie_weights=False

@@ -98,6 +98,20 @@ def _addmm(bias: Tensor, rows: Tensor, columns: Tensor, *, beta: float = 1, alph
     return _new(rows, shape)
 
 
+def _grouped_mm(
+    rows: Tensor, kernels: Tensor, ends: Tensor | None = None, bias: Tensor | None = None, dtype: Any = None
+) -> Any:
+    """Rows (S, k) in groups, each multiplied by its own one of the kernels (groups, k, n). torch knows it in half
+    precision only."""
+    if rows.dtype not in _SINGLE_OR_DOUBLE or rows.dim() != 2 or kernels.dim() != 3 or dtype not in (None, rows.dtype):
+        return NotImplemented
+    if rows.shape[1] != kernels.shape[1] or (ends is not None and len(ends) != len(kernels)):
+        raise RuntimeError(f"rows of shape {tuple(rows.shape)} for kernels of shape {tuple(kernels.shape)}")
+    length, of_16_bytes = kernels.shape[2], 16 // rows.element_size()
+    stride = -(-length // of_16_bytes) * of_16_bytes
+    return torch.empty_strided((rows.shape[0], length), (stride, 1), dtype=rows.dtype, device="meta")
+
+
 def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
     return _like(x) if _alike(x) and dtype is None and -x.dim() <= dim < x.dim() else NotImplemented
 
@@ -163,6 +177,7 @@ META_KERNELS: Mapping[Any, Callable[..., Any]] = {
     _aten.convolution.default: _convolution,
     _aten.empty.memory_format: _empty,
     _aten.addmm.default: _addmm,
+    _aten._grouped_mm.default: _grouped_mm,
     _aten.cat.default: _cat,
     _aten.mean.dim: _mean,
     _aten._safe_softmax.default: _safe_softmax,

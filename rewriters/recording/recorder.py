@@ -110,11 +110,17 @@ class Recorder(TorchDispatchMode):
         restrides = only_restrides(func, args)
         if reshapes_in_place(func) and not restrides:
             self._keep_as_it_is(args[0])
-        out = run_on_fakes(self._mode, func, args, kwargs)
+        out = self._one_draw(kwargs) if _draws_one(func, args) else run_on_fakes(self._mode, func, args, kwargs)
         if restrides or not tensors_of(out):
             return out  # not a step of the forward, or a query of a tensor's device or layout
         self._write(func, args, kwargs, out)
         return out
+
+    def _one_draw(self, options: Mapping[str, Any]) -> Tensor:
+        """A number from [0, 1) whose value is known: a forward asks for it, to leave out a layer now and then."""
+        with unset_fake_temporarily():
+            drawn = torch.full((), 0.5, dtype=options.get("dtype"), device="cpu")
+        return constant(self._mode, drawn)
 
     def _reserve(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The tensor without elements that each batch norm makes for its backward: no step of the forward."""
@@ -191,6 +197,11 @@ _BATCH_NORM = torch.ops.aten.native_batch_norm.default
 @functools.cache
 def _name_for(func: Any) -> str:
     return str(func.__name__).strip("_").replace(".", "_")
+
+
+def _draws_one(op: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call is `torch.rand(())`."""
+    return op is torch.ops.aten.rand.default and len(args[0]) == 0
 
 
 @functools.cache  # tags are slow to read

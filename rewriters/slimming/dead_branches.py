@@ -6,8 +6,8 @@ constant for each channel replaces it. Where a whole operand of a concatenation 
 computed them isn't called any more.
 
 Both are done in the forward of the one module in which the branch meets the rest. A branch that can't be removed this
-way (its value differs from position to position, a padded convolution follows, its module is called several times)
-stays, one channel wide.
+way (its value differs from position to position, a padded convolution follows, its module is called several times or
+keeps its own code for what it gets through `**kwargs`) stays, one channel wide.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from rewriters.analysis import Analysis
+from rewriters.analysis import Analysis, is_open_ended
 from rewriters.errors import SurgeryError, TraceError
 from rewriters.forwards import (
     GUARDS,
@@ -77,11 +77,12 @@ def prune_branches(
     mask = analysis.label_mask(live)
     constant, varying = constant_nodes(analysis, live)
     times = Counter(call.path for call in analysis.captures[0].calls())
-    unlike = _run_differently(analysis)
+    unlike = _run_differently(analysis) | {one.path for one in analysis.own_code}
     found = [
         pruned
         for call in _meeting_calls(analysis, constant, mask)
         if times[call.path] == 1 and call.path not in unlike and (decided is None or call.path in decided)
+        if not is_open_ended(model.get_submodule(call.path), call)
         for pruned in _prune(model, analysis, call, (constant, varying), live, args, kwargs, decided)
     ]
     gone = frozenset[str]().union(*(pruned.removed for pruned in found))

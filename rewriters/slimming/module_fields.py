@@ -1,7 +1,8 @@
 """Module fields that follow when the shapes of a module's tensors change.
 
 Convolutions, linear layers, recurrent layers and attention have such fields. `normalized_shape`, `num_channels` and
-`num_groups` of norms follow the norm's vectors; an instance norm without tensors has only its field (`bare_norms`).
+`num_groups` of norms follow the norm's vectors; an instance norm without tensors has only its field
+(`widths_of_bare_norms`). Attributes in which other modules hold sizes are found by their use (`analysis/own_code.py`).
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def refresh_flat_weights(model: nn.Module, undo_log: UndoLog) -> None:
             undo_log.set_attribute(module, "_flat_weight_refs", references)
 
 
-def widths_of_bare_norms(model: nn.Module, analysis: Analysis, mask: LabelMask) -> dict[str, int]:
-    """Channels that are left to instance norms without tensors, by path: only their field says how many there are.
+def widths_of_bare_norms(model: nn.Module, analysis: Analysis, mask: LabelMask) -> dict[str, dict[str, int]]:
+    """Fields of instance norms without tensors, by path: nothing else says how many channels are left to them.
 
     A norm that is called for several widths is left out.
     """
@@ -122,4 +123,4 @@ def widths_of_bare_norms(model: nn.Module, analysis: Analysis, mask: LabelMask) 
         x = tensors_of((call.args, call.kwargs))[0]
         dim = x.ndim - norms[call.path]._get_no_batch_dim()
         found.setdefault(call.path, set()).add(mask.shape(known[id(x)])[dim])
-    return {path: widths.pop() for path, widths in found.items() if len(widths) == 1}
+    return {path: {"num_features": widths.pop()} for path, widths in found.items() if len(widths) == 1}

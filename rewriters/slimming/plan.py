@@ -48,7 +48,7 @@ class SlimPlan:
         restored: modules that get back the forward that they had before an earlier rewriting: that forward, or None for
             their class's own.
         decisions: what was read from the weights.
-        bare_norms: channels left to instance norms without tensors, by path.
+        fields: numbers of the channels that are left, in attributes of modules, by path and name.
     """
 
     live: Tensor
@@ -59,7 +59,7 @@ class SlimPlan:
     kernels: tuple[Kernel, ...]
     restored: Mapping[str, RewrittenForward | None] = field(default_factory=dict)
     decisions: Decisions = field(default_factory=Decisions)
-    bare_norms: Mapping[str, int] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def flops(self, channel_map: ChannelMap) -> float:
         """Multiply-adds of what is left, for one sample."""
@@ -112,9 +112,11 @@ def plan(
     kernels = tuple(kernel for kernel in channel_map.kernels if kernel.weight not in gone)
     mask = analysis.label_mask(live)
     forwards, constants = _rewrite(analysis, mask, pruned)
-    norms = widths_of_bare_norms(model, analysis, mask)
+    fields = widths_of_bare_norms(model, analysis, mask) | {
+        one.path: one.fields(mask) for one in analysis.own_code if one.path not in forwards
+    }
     decisions = Decisions(branches={one.path: one.uniform for one in pruned})
-    return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions, bare_norms=norms)
+    return SlimPlan(live, kept, forwards, constants, removed, kernels, decisions=decisions, fields=fields)
 
 
 def _tensors_under(model: nn.Module, paths: Set[str]) -> set[str]:
@@ -213,8 +215,9 @@ def apply(
     for name, value in slim_plan.constants.items():
         path, _, own_name = name.rpartition(".")
         undo_log.set_tensor(model.get_submodule(path), own_name, value)
-    for path, width in slim_plan.bare_norms.items():
-        undo_log.set_attribute(model.get_submodule(path), "num_features", width)
+    for path, numbers in slim_plan.fields.items():
+        for name, number in numbers.items():
+            undo_log.set_attribute(model.get_submodule(path), name, number)
     for path in slim_plan.removed:
         parent, _, own_name = path.rpartition(".")
         undo_log.remove(model.get_submodule(parent)._modules, own_name)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 
 from torch import Tensor
 
@@ -272,18 +272,46 @@ def _note_matrix(
     rows: Tensor | None,
 ) -> None:  # fmt: skip
     """Note the call of a matrix kernel. It may be transposed or viewed: its labels say which side is which."""
-    into = call.space.side_of(against) if against is not None else None
-    out = call.space.side_of(kept) if kept is not None else None
-    if into is not None and into.tensor == weight.source:
-        input_dim = into.dim
-    elif out is not None and out.tensor == weight.source:
-        input_dim = 1 - out.dim if out.dim < 2 else 1
-    else:
-        input_dim = 1
-    pairs = prod(call.space.blocks.get(Side(str(weight.source), dim), (0, 1))[1] for dim in (input_dim, 1 - input_dim))
+    into, out = (_side_on(call, weight, labels) for labels in (against, kept))
+    given, made = (None if side is None else side.dim for side in (into, out))
+    input_dim = given if given is not None else {None: 1, 0: 1, 1: 0}.get(made, 1)
+    output_dim = made if made is not None else {0: 1, 1: 0}.get(input_dim, 1)
+    pairs = prod(call.space.blocks.get(Side(str(weight.source), dim), (0, 1))[1] for dim in (input_dim, output_dim))
     each = macs * prod(weight.shape[-2:]) / pairs  # a pair has several elements if other dimensions were flattened
     assert weight.source is not None  # `_product` takes an operand that has one
-    note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (1 - input_dim,))
+    note = Kernel(call.module, weight.source, each, input_dim, gate, macs, (output_dim,))
+    if output_dim != 1 - input_dim:
+        note = replace(note, output_dim=output_dim)
     call.findings.kernels.append(KernelCall(note, rows))
     if gate and into is not None:
         call.findings.gated.add(into)
+
+
+def _side_on(call: OpCall, weight: Labelled, labels: Tensor | None) -> Side | None:
+    """The side of a kernel's own parameter that these labels are; None if they are another's, or not all of one."""
+    side = call.space.side_of(labels) if labels is not None else None
+    return side if side is not None and side.tensor == weight.source else None
+
+
+_ALIGNED = 8
+
+
+@rule("aten._grouped_mm")
+def grouped_matmul(call: OpCall) -> Result:
+    """Experts of a mixture: rows (S, k), of which each group goes through its own one of the kernels (experts, k, n).
+
+    All experts are one parameter, so they lose the same channels. torch's kernels take rows of a multiple of 16 bytes
+    only, so the channels that are summed over die in bundles of eight (in half precision) or four.
+    """
+    rows, kernels = call.args[:2]
+    if rows.ndim != 2 or kernels.ndim != 3 or kernels.source is None:
+        return unknown(call)
+    for value in (rows, kernels):
+        call.mix(value, [0], "values decide which kernel multiplies which rows")
+    against, made = (_vector(call, kernels, dim) for dim in (1, 2))
+    if against is not None:
+        bundle = gcd(len(against), _ALIGNED)
+        call.space.merge_along(against.view(-1, bundle), [1])
+    gate = _consume(call, _vector(call, rows, 1), kernels, 1)
+    _note_matrix(call, kernels, against, made, rows.shape[0], gate, None)
+    return Labelled(call.shape, () if made is None else (made.view(1, -1),))

@@ -232,7 +232,8 @@ def _standardised(call: OpCall) -> Result:
 def weight_norm(call: OpCall) -> Result:
     """v * g / norm(v), with the norm over all dimensions but one; columns of zeros add nothing to it.
 
-    Along that one dimension a gate would change nothing until it is zero, where the norm is zero too.
+    Along that one dimension a gate would change nothing until it is zero, where the norm is zero too. If it is one of
+    the positions (wav2vec 2.0), the norm includes the outputs, on which no gate stands: it is taken over the live ones.
 
     Salimans and Kingma, "Weight Normalization", section 2.
     """
@@ -242,7 +243,10 @@ def weight_norm(call: OpCall) -> Result:
         call.findings.normed.add(Side(v.source, keep))
     for layer in v.layers:
         if varying(layer) != (keep,):
-            call.findings.zeroed.append(Zeroed(layer.flatten(), call.module, str(call.op)))
+            if varying(layer) == (0,) and keep > 1:
+                call.note_statistic(layer.flatten(), -v.ndim, "normalised over its channels")
+            else:
+                call.findings.zeroed.append(Zeroed(layer.flatten(), call.module, str(call.op)))
             call.pin(layer.flatten()[:1], "a kernel of zeros has no norm to divide by")
     return [
         Labelled(v.shape, meet(call, [g, v]), v.source, derived=v.derived),

@@ -59,6 +59,20 @@ def test_a_size_that_a_model_was_built_for_is_still_found():
     assert how is not None and how.arguments == {"num_classes": 3, "img_size": [32, 32]}, why_not
 
 
+def test_a_tag_that_timm_does_not_know_is_left_out():
+    """Weights from elsewhere have tags of their own; the architecture is what is built."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "tag": "mine_in3"}
+    how, why_not = find_timm_build(model, Dense(describe_tensors(model), describe_modules(model)))
+    assert how is not None and (how.name, how.arguments) == ("test_resnet", {"num_classes": 3}), why_not
+
+
+def test_a_model_with_gates_is_not_saved(tmp_path: Path):
+    model = autogate.prepare(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(2, 4))
+    with pytest.raises(autogate.AutogateError, match=r"it has gates: it is prepared, .* Finalize it first"):
+        autogate.save(model, tmp_path / "slim.safetensors")
+
+
 def test_a_model_that_is_not_timms(tmp_path: Path):
     def build() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 9, 3), nn.ReLU(), nn.Conv2d(9, 3, 3))

@@ -87,6 +87,16 @@ def test_a_convolution_that_two_norms_follow_is_scaled_itself():
     assert torch.equal(model.conv(IMAGES).flatten(2).ne(0).any(2), model.conv.saliency.open)
 
 
+def test_a_block_is_no_norm_whatever_it_is_called():
+    class NormFreeBlock(nn.Sequential):
+        pass
+
+    block = NormFreeBlock(nn.SiLU(), nn.Conv2d(8, 16, 3, 2))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), block, nn.SiLU(), nn.Conv2d(16, 2, 3)).eval()
+    wanted = model(IMAGES)
+    assert torch.equal(adaptive.prepare(model, IMAGES, flops=0.9)(IMAGES), wanted)
+
+
 def test_ignored_layers_are_computed_whole():
     model = adaptive.prepare(chain(), IMAGES, flops=0.9, ignore="3")
     assert chosen(model) == ["5"]  # 3 and what it reads

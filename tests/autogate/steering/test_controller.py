@@ -14,9 +14,14 @@ def test_settings_outside_their_range_are_refused(name, value):
         Course(**{name: value})
 
 
-def test_a_run_has_steps():
-    with pytest.raises(AutogateError, match="steps is 0; it must be at least 1"):
-        Schedule(0)
+@pytest.mark.parametrize("steps", [0, 2.5, "9", float("nan"), float("inf")])
+def test_a_run_has_a_whole_number_of_steps(steps):
+    with pytest.raises(AutogateError, match=f"steps is {steps!r}; it must be a whole number from 1 up"):
+        Schedule(steps)
+
+
+def test_a_whole_number_may_be_written_as_a_float():
+    assert repr(Schedule(5e3).steps) == "5000"
 
 
 @pytest.mark.parametrize(

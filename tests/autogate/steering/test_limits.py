@@ -9,7 +9,7 @@ import autogate
 from autogate.budget.products import Flops
 from autogate.budget.targets import Target, Targets
 from autogate.steering.groups import groups_of
-from autogate.steering.limits import Limit, limited
+from autogate.steering.limits import Limit, exceeded, limited
 from autogate.steering.schedule import Schedule
 from autogate.steering.selection import Selection
 from rewriters.errors import AutogateError
@@ -36,6 +36,18 @@ def trained(limits, flops=0.5, steps=80, net=None, **options) -> nn.Module:
 def test_shares_become_numbers_of_classes():
     assert counts(conv_limit(1, 0.8), conv_limit(2, 0.25, 0.5)) == [(13, None), (6, 12), (0, None)]
     assert counts(conv_limit(2, 0.3, 0.7), round_to=8) == [(0, None), (8, 16), (0, None)]
+
+
+def test_layers_above_their_limit_are_named():
+    model = trained({"conv2": (0.1, 0.5)}, flops=0.9, steps=1)
+    bank = autogate.gates(model)
+    with torch.no_grad():
+        bank.alpha[:3] = 0  # of conv1
+    with pytest.warns(autogate.BudgetNotMetWarning, match=r"left.* and conv2 has 24 channels .* limit lets 12 stay"):
+        autogate.finalize(model)
+    done = trained({"conv2": (0.1, 0.5)})
+    live = autogate.gates(done).live
+    assert exceeded(autogate.gates(done).learner.groups, autogate.gates(done).channel_map, live) == ""
 
 
 def test_a_classifier_is_bounded_by_what_it_reads():

@@ -13,7 +13,7 @@ from rewriters.analysis import analyse
 from rewriters.analysis.capture_modes import capture_modes
 from rewriters.recording import capture
 from tests.rewriters.exactness import place_statistics, random_live, slim, zero_kernels
-from tests.rewriters.helpers import Net, conv, image, is_pinned, reasons
+from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, reasons
 
 
 def channel_dropout_by_hand(y):
@@ -111,6 +111,33 @@ def test_a_block_that_runs_other_code_in_each_mode_is_traced_in_both():
     assert {mode for traced in slimmed.analysis.traced for mode in traced.modes} == {False, True}
     assert slimmed.plan.forwards.keys() == {"block"}
     model.train()(image().double())
+
+
+class LeavesOut(nn.Module):
+    """Leaves out a layer at random, and adds a parameter in train mode only, as wav2vec 2.0 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.head = conv(3, 8), nn.GroupNorm(1, 8), conv(8, 8), conv(8, 2)
+        self.mask = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x):
+        y = self.norm(self.a(x))
+        if self.training:
+            if x.shape[-1] > 4 and x.sum().item() > 0:  # this can't be recorded
+                y = y * 2
+            y = y + self.mask
+            if torch.rand(()) < 0.3:
+                return self.head(y)
+        return self.head(y + self.b(y))
+
+
+def test_what_train_mode_adds_is_seen_although_it_leaves_layers_out():
+    model, x = LeavesOut().double().eval(), image().double()
+    for others in ((), [((image(size=6).double(),), {})]):
+        analysis = analyse(model, (x,), others=others)
+        assert classes(analysis.channel_map, "mask", 0) == classes(analysis.channel_map, "a.weight", 0)
+        assert not is_pinned(analysis.channel_map, "mask", 0)
 
 
 class Mixing(nn.Module):

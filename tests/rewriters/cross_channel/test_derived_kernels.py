@@ -240,3 +240,13 @@ def test_a_depthwise_transposed_kernel_with_weight_norm_loses_channels():
     layer = parametrizations.weight_norm(nn.ConvTranspose2d(8, 8, 4, 2, groups=8))
     model = Net(lambda m, x: m.last(m.b(m.a(x))), a=conv(3, 8), b=layer, last=conv(8, 2)).double().eval()
     assert not is_pinned(assert_exact(model, (image().double(),)).analysis.channel_map, "a.weight", 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_kernel_normed_at_each_position_loses_channels_on_both_sides(groups):
+    """wav2vec 2.0's convolution for positions: its norm includes outputs, on which no gate stands."""
+    layer = parametrizations.weight_norm(conv(8, 8, 3, groups=groups), dim=3)
+    model = Net(lambda m, x: m.last(m.b(m.a(x)).relu()), a=conv(3, 8), b=layer, last=conv(8, 2)).double().eval()
+    found = assert_exact(model, (image().double(),)).analysis.channel_map
+    kernel = PARAMETERS["weight_norm"]
+    assert {Side(f"b.{kernel}", 0), Side("a.weight", 0), Side("last.weight", 1)} <= set(found.classes)

@@ -4,6 +4,9 @@ import torch
 from torch import nn
 
 from rewriters.labelling.channel_map import Side
+from rewriters.outputs import relative_error, run_eval
+from rewriters.slimming.plan import apply
+from rewriters.undo_log import UndoLog
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import conv, image
 
@@ -18,10 +21,24 @@ class WithOptions(nn.Module):
         return self.head(y + self.outer(self.inner(y)))
 
 
-def test_a_forward_that_takes_any_keywords():
+def test_a_forward_that_takes_any_number_of_arguments():
+    class Summing(WithOptions):
+        def forward(self, x, *others):
+            return super().forward(x, *others, scale=2.0)
+
+    x = image().double()
+    slimmed = assert_exact(Summing().double(), (x, 0.5))
+    assert slimmed.plan.removed == {"inner", "outer"}
+
+
+def test_a_branch_stays_where_any_keyword_may_be_given():
     x = image().double()
     slimmed = assert_exact(WithOptions().double(), (x, 0.5), {"scale": 2.0, "unused": None})
-    assert slimmed.plan.removed == {"inner", "outer"}
+    apply(slimmed.model, slimmed.plan, UndoLog())
+    assert slimmed.model.inner.out_channels == 1 and not slimmed.plan.removed
+    wanted = run_eval(slimmed.model, (x, 0.5), {"scale": 2.0, "unused": None})
+    got = run_eval(slimmed.model, (x, 0.5), {"scale": 2.0, "more": 1, "others": 2})
+    assert relative_error(got, wanted) == 0
 
 
 class Block(nn.Module):

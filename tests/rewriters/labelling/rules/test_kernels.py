@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rewriters.analysis import analyse
 from rewriters.labelling.channel_map import ALWAYS, Side
-from tests.rewriters.exactness import assert_exact
+from tests.rewriters.exactness import assert_exact, slim
 from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, mapped, reasons
 
 
@@ -154,3 +155,48 @@ def test_a_depthwise_blur_in_a_buffer_passes_channels():
     blur = torch.ones(4, 1, 3, 3)
     found = mapped(lambda m, x: m.b(F.conv2d(m.a(x), m.fixed, groups=4)), a=conv(3, 4), fixed=blur, b=conv(4, 2))
     assert classes(found, "a.weight", 0) == classes(found, "fixed", 0) == classes(found, "b.weight", 1) == [0, 1, 2, 3]
+
+
+class Experts(nn.Module):
+    """Rows sorted by expert, and each expert's own kernels, as transformers' mixtures have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(16, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 32, 16) / 4), nn.Parameter(torch.randn(3, 16, 16) / 4)
+
+    def forward(self, x):
+        chosen, order = self.router(x).argmax(1).sort()
+        ends = torch.histc(chosen.float(), 3, 0, 2).cumsum(0, dtype=torch.int32)
+        gate, up = F.grouped_mm(x[order], self.up.transpose(1, 2), offs=ends).chunk(2, -1)
+        y = F.grouped_mm(gate.sigmoid() * up, self.down.transpose(1, 2), offs=ends)
+        return y[order.argsort()]
+
+
+def mixture():
+    torch.manual_seed(0)
+    return Net(lambda m, x: m.b(m.experts(m.a(x))), a=nn.Linear(6, 16), experts=Experts(), b=nn.Linear(16, 4)).eval()
+
+
+def test_experts_lose_the_same_channels_in_bundles():
+    found = analyse(mixture(), (torch.randn(10, 6),)).channel_map
+    bundles = [number for number in (0, 1) for _ in range(8)]
+    assert classes(found, "a.weight", 0) == classes(found, "experts.router.weight", 1) == bundles
+    assert classes(found, "experts.up", 2) == bundles
+    inner = classes(found, "experts.down", 2)
+    assert classes(found, "experts.up", 1) == [*inner, *inner] and len(set(inner)) == 2
+    assert (
+        classes(found, "experts.down", 1) == classes(found, "b.weight", 1)
+        and len(set(found.classes[Side("b.weight", 1)].tolist())) == 16
+    )
+    assert is_pinned(found, "experts.up", 0) and is_pinned(found, "experts.router.weight", 0)
+    up = next(kernel for kernel in found.kernels if kernel.weight == "experts.up")
+    assert (up.input_side, up.output_side) == (Side("experts.up", 2), Side("experts.up", 1))
+    assert up.macs == up.outputs == 1  # every row goes through one expert
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_are_slimmed_exactly(seed):
+    slimmed = slim(mixture(), (torch.randn(10, 6),), share=0.6, seed=seed)
+    assert slimmed.error <= 1e-5
+    assert slimmed.model.experts.up.shape[1] < 32 or slimmed.model.experts.up.shape[2] < 16

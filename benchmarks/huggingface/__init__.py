@@ -1,0 +1,1 @@
+"""Hugging Face's models, tiny from their configurations: reach, exactness and generated tokens."""
