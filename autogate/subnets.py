@@ -19,35 +19,40 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import random
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from autogate.api import gates, prepare
+from autogate.closing import close
+from autogate.criteria import Allocation, By
 from autogate.inputs import as_calls
 from autogate.lock import locked
-from autogate.naming import did_you_mean
 from autogate.saliency import check_not_adaptive
 from autogate.slim import PrepareRecord
-from autogate.switching import SUBNETS, Structure, Subnets, subnets_of
+from autogate.switching import (
+    SUBNETS,
+    Sharing,
+    Status,
+    Structure,
+    Subnets,
+    Which,
+    latencies,
+    number_of,
+    status_of,
+    subnets_of,
+    table_of,
+)
 from autogate.switching import extract as extract_subnet
 from autogate.switching import fuse as fuse_structures
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, UndoLog
 
 M = TypeVar("M", bound=nn.Module)
-
-Which = int | str | float
-"""A subnet: its number (0 is the smallest), its name, or the share of the FLOPs that it may have (a float)."""
-
-TOLERANCE = 0.005
-"""A subnet fits a share if it has at most this much more: budgets are met to within half a point."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Found:
     origin: PrepareRecord = field(repr=False)
 
     def __str__(self) -> str:
-        return _table(self.structures)
+        return table_of(self.structures)
 
 
 def of(*prepared: nn.Module, names: Sequence[str] | None = None) -> Found:
@@ -95,40 +100,66 @@ def of(*prepared: nn.Module, names: Sequence[str] | None = None) -> Found:
     shares = [bank.shares() for bank in banks]
     called = names if names is not None else [f"{next(iter(one.values())):.3f}" for one in shares]
     structures = tuple(
-        Structure.of(name, bank.channel_map, bank.live.cpu(), share)
+        Structure.of(name, bank.channel_map, bank.live.cpu(), share, bank.dead.cpu())
         for name, bank, share in zip(called, banks, shares, strict=True)
     )
     return Found(structures, origins[0])
 
 
 def find(
-    model: nn.Module, example_inputs: Any = None, *, flops: Sequence[float], train: Callable[[nn.Module], object],
-    **arguments: Any,
+    model: nn.Module, example_inputs: Any = None, *, flops: Sequence[float],
+    train: Callable[[nn.Module], object] | None = None, by: By | None = None, batches: Iterable[Any] | None = None,
+    loss: Callable[..., Tensor] | None = None, allocation: Allocation = "global", **arguments: Any,
 ) -> Found:  # fmt: skip
-    """Find a structure for each budget: a copy of the model is prepared and trained for each.
+    """Find a structure for each budget, with or without training.
+
+    With `train`, a copy of the model is prepared and trained for each. With `by`, one copy closes its gates to one
+    budget after the other, so that each subnet is a part of the next.
 
     Args:
         model: the dense model; left as it is.
         example_inputs: as for `prepare`.
         flops: the share of the FLOPs of each subnet, in (0, 1).
-        train: trains a prepared model until its gates have met the budget, or closes them at once.
+        train: trains a prepared model until its gates have met the budget, or closes them itself.
+        by: instead, the criterion to close gates by, as for `close`.
+        batches: for the criterion, as for `close`; a list or a loader, because they are run through for each budget.
+        loss: for the criterion, as for `close`.
+        allocation: for the criterion, as for `close`.
         arguments: more arguments of `prepare`: `steps`, `shortcuts`, `round_to` ...
 
     Raises:
-        AutogateError: as `prepare`.
+        AutogateError: as `prepare` and `close`; or not one of `train` and `by` is given.
     """
-    found: list[Found] = []
-    for share in flops:
-        trial = prepare(copy.deepcopy(model), example_inputs, flops=share, **arguments)
-        train(trial)
-        found.append(of(trial, names=[f"{share:g}"]))
-    if not found:
+    if not flops:
         raise AutogateError("no share is given.", where="subnets.find", remedy="Pass flops=(0.1, 0.3).")
-    return Found(tuple(one.structures[0] for one in found), found[0].origin)
+    if (train is None) == (by is None):
+        raise AutogateError(
+            "channels are found by training or by a criterion.", where="subnets.find",
+            remedy='Pass train=fit, or by="l1".',
+        )  # fmt: skip
+    if by is None and (batches is not None or loss is not None or allocation != "global"):
+        raise AutogateError(
+            "batches, loss and allocation are for a criterion.", where="subnets.find", remedy="Pass them with by=."
+        )
+    found: dict[float, Found] = {}
+    if train is not None:
+        for share in flops:
+            trial = prepare(copy.deepcopy(model), example_inputs, flops=share, **arguments)
+            train(trial)
+            found[share] = of(trial, names=[f"{share:g}"])
+    elif by is not None:
+        trial = prepare(copy.deepcopy(model), example_inputs, flops=min(flops), **arguments)
+        for share in sorted(flops, reverse=True):
+            close(trial, by, batches=batches, loss=loss, allocation=allocation, flops=share)
+            found[share] = of(trial, names=[f"{share:g}"])
+    return Found(tuple(found[share].structures[0] for share in flops), found[flops[0]].origin)
 
 
 @locked
-def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own", example_inputs: Any = None) -> M:
+def fuse(
+    model: M, found: Found, *, norms: Literal["own", "statistics"] = "own", nested: bool = False,
+    example_inputs: Any = None,
+) -> M:  # fmt: skip
     """Make a model that holds all subnets; its largest is the model itself, called "full".
 
     The same object is returned, with its class, its paths and its parameters. Between two forwards its state_dict is
@@ -140,11 +171,14 @@ def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own",
         found: the structures.
         norms: "own": statistics, weights and biases of batch norms are each subnet's own; "statistics": weights and
             biases are shared. Norms across channels (layer norm ...) run over the subnet's channels and are shared.
+        nested: each subnet is a part of the next. Channels are put in an order in which it has the first ones, so that
+            its slices are views of the weights and take no memory; the model computes what it did. Groups whose
+            position matters to the forward keep their order, and slices of these are copies.
         example_inputs: as for `prepare`; those that the structures were found with if None.
 
     Raises:
-        AutogateError: the model has gates or subnets, the structures belong to another one, or two have the same name.
-            The model is left as it was.
+        AutogateError: the model has gates or subnets, the structures belong to another one, aren't nested as they
+            should be, or two have the same name. The model is left as it was.
     """
     where = type(model).__name__
     check_not_adaptive(model)
@@ -158,7 +192,8 @@ def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own",
     options = found.origin.options.on(calls)
     undo_log = UndoLog()
     try:
-        fuse_structures(model, found.structures, replace(found.origin, options=options), norms == "own", undo_log)
+        origin, sharing = replace(found.origin, options=options), Sharing(norms == "own", nested)
+        fuse_structures(model, found.structures, origin, sharing, undo_log)
     except BaseException:
         undo_log.undo()
         raise
@@ -166,15 +201,25 @@ def fuse(model: M, found: Found, *, norms: Literal["own", "statistics"] = "own",
 
 
 def switch(
-    model: nn.Module, which: Which | None = None, *, flops: float | None = None, params: float | None = None
-) -> Structure:
+    model: nn.Module, which: Which | None = None, *, flops: float | None = None, params: float | None = None,
+    latency: float | None = None, between: bool = False,
+) -> Structure:  # fmt: skip
     """Make one subnet the active one, until the next switch. No tensor is copied that is there already.
+
+    With `between`, a width that was never trained will do: on the way from a subnet to the next wider one, the same
+    part of the channels that it lacks is there in every group, and those that died last come first (Yang et al.,
+    section V.A). Its batch norms start with those of its neighbours, so call `autogate.recalibrate` before it is used.
+    It stays with the model, so that the next switch to it takes no longer than to another subnet.
 
     Args:
         model: has subnets.
         which: number, name, or share of the FLOPs (a float) of the subnet.
         flops: take the largest subnet with at most this share of the FLOPs, in (0, 1].
-        params: the same for the parameters; with `flops`, both hold.
+        params: the same for the parameters; if several are given, all hold.
+        latency: the same for the time of a forward over one sample, of the dense model's. It is measured once a subnet,
+            at the first call.
+        between: whether to make a width that comes nearer to the share, where no subnet is within half a point of it.
+            It has at most the share.
 
     Returns:
         What is active now.
@@ -183,17 +228,20 @@ def switch(
         AutogateError: no subnet is called so or fits; or a forward is running.
     """
     model, subnets = _with_subnets(model)
-    subnets.switch(model, _index(subnets, which, flops, params))
+    limits = {"FLOPs": flops, "parameters": params, "latency": latency}
+    subnets.switch(model, _number(model, subnets, which, limits, between))
     return subnets.subnet.structure
 
 
 @contextlib.contextmanager
 def active(
-    model: nn.Module, which: Which | None = None, *, flops: float | None = None, params: float | None = None
-) -> Iterator[Structure]:
+    model: nn.Module, which: Which | None = None, *, flops: float | None = None, params: float | None = None,
+    latency: float | None = None, between: bool = False,
+) -> Iterator[Structure]:  # fmt: skip
     """Inside, another subnet is active. Arguments are those of `switch`."""
     model, subnets = _with_subnets(model)
-    with subnets.switched(model, _index(subnets, which, flops, params)):
+    limits = {"FLOPs": flops, "parameters": params, "latency": latency}
+    with subnets.switched(model, _number(model, subnets, which, limits, between)):
         yield subnets.subnet.structure
 
 
@@ -256,8 +304,9 @@ def _turns(model: nn.Module, subnets: Subnets, numbers: Sequence[int]) -> Iterat
 
 @locked
 def extract(
-    model: nn.Module, which: Which | None = None, *, flops: float | None = None, params: float | None = None
-) -> nn.Module:
+    model: nn.Module, which: Which | None = None, *, flops: float | None = None, params: float | None = None,
+    latency: float | None = None,
+) -> nn.Module:  # fmt: skip
     """A subnet as a slim model of its own: to export, to save, to train on. Arguments are those of `switch`.
 
     Returns:
@@ -268,48 +317,39 @@ def extract(
         VerificationError: its outputs would not be those of the subnet.
     """
     model, subnets = _with_subnets(model)
-    return extract_subnet(model, subnets, _index(subnets, which, flops, params))
+    limits = {"FLOPs": flops, "parameters": params, "latency": latency}
+    number = number_of(model, subnets, which, limits)
+    if not subnets.subnets[number].calibrated:
+        warnings.warn(
+            f"the norms of the width {subnets.subnets[number].structure.name!r} were never recalibrated: they have "
+            "the statistics of other widths. Call autogate.recalibrate(model, loader) while it is active.",
+            stacklevel=2,
+        )
+    return extract_subnet(model, subnets, number)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One subnet of a switchable model.
-
-    Attributes:
-        structure: its channels and shares.
-        active: whether the next forward runs it.
-        own_bytes: memory of the tensors that it has for itself.
-        kept_bytes: memory of the slices that are kept for it now.
-    """
-
-    structure: Structure
-    active: bool
-    own_bytes: int
-    kept_bytes: int
-
-
-@dataclass(frozen=True)
-class Status:
-    """The subnets of a model, the smallest first. Print it for a table."""
-
-    rows: tuple[Row, ...]
-
-    def __str__(self) -> str:
-        return _table([row.structure for row in self.rows], self.rows)
-
-
-def status(model: nn.Module) -> Status:
+def status(model: nn.Module, *, latency: bool = False) -> Status:
     """What subnets a model has, which one is active, and what is kept of them in memory.
+
+    Args:
+        model: has subnets.
+        latency: whether to time those that were not timed on this machine yet.
 
     Raises:
         AutogateError: the model has no subnets.
     """
-    _, subnets = _with_subnets(model)
-    rows = []
-    for number, (subnet, tree) in enumerate(zip(subnets.subnets, subnets.children(), strict=True)):
-        own = sum(tensor.nbytes for tensor in (*tree.parameters(), *tree.buffers()))
-        rows.append(Row(subnet.structure, number == subnets.active, own, subnet.kept_bytes))
-    return Status(tuple(rows))
+    model, subnets = _with_subnets(model)
+    if latency:
+        locked(latencies)(model, subnets)
+    return status_of(model, subnets)
+
+
+def _number(
+    model: nn.Module, subnets: Subnets, which: Which | None, limits: Mapping[str, float | None], between: bool
+) -> int:
+    """`number_of`; where that makes or measures something, no other thread does."""
+    meant = locked(number_of) if between or limits["latency"] is not None else number_of
+    return meant(model, subnets, which, limits, between)
 
 
 def _with_subnets(model: nn.Module) -> tuple[nn.Module, Subnets]:
@@ -320,47 +360,3 @@ def _with_subnets(model: nn.Module) -> tuple[nn.Module, Subnets]:
             "it has no subnets.", where=type(model).__name__, remedy="Call autogate.subnets.fuse(model, found) first."
         )
     return model, found
-
-
-def _index(subnets: Subnets, which: Which | None, flops: float | None, params: float | None) -> int:
-    structures = [subnet.structure for subnet in subnets.subnets]
-    names = [one.name for one in structures]
-    if isinstance(which, str):
-        if which not in names:
-            raise AutogateError(f"no subnet is called {which!r}.", where="subnets", remedy=did_you_mean(which, names))
-        return names.index(which)
-    if isinstance(which, int) and not isinstance(which, bool):
-        if not -len(names) <= which < len(names):
-            raise AutogateError(f"there is no subnet {which}.", where="subnets", remedy=f"There are {len(names)}.")
-        return range(len(names))[which]
-    asked = {"FLOPs": which if flops is None else flops, "parameters": params}
-    limits = {name: limit for name, limit in asked.items() if limit is not None}
-    if not limits:
-        raise AutogateError("no subnet is named.", where="subnets", remedy="Pass a name, a number or flops=0.3.")
-    fitting = [
-        number for number, one in enumerate(structures)
-        if all(limit >= 1 or one.shares[name] <= limit + TOLERANCE for name, limit in limits.items())
-    ]  # fmt: skip
-    if not fitting:
-        least = ", ".join(f"{share:.1%} of the {name}" for name, share in structures[0].shares.items())
-        raise AutogateError(
-            f"no subnet fits {' and '.join(f'{limit:.1%} of the {name}' for name, limit in limits.items())}.",
-            where="subnets",
-            remedy=f"The smallest, {names[0]!r}, has {least}.",
-        )
-    return fitting[-1]
-
-
-def _table(structures: Sequence[Structure], rows: Sequence[Row] = ()) -> str:
-    table = Table("subnet", *(name for name in structures[0].shares), *(("active", "own", "kept") if rows else ()))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for number, one in enumerate(structures):
-        more = []
-        if rows:
-            row = rows[number]
-            more = ["*" if row.active else "", f"{row.own_bytes / 2**20:.1f} MB", f"{row.kept_bytes / 2**20:.1f} MB"]
-        table.add_row(one.name, *(f"{share:.1%}" for share in one.shares.values()), *more)
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(table)
-    return console.export_text().rstrip()

@@ -1,6 +1,6 @@
 """What several widths in one network cost: a training step, latency, switching, memory.
 
-    python -m benchmarks.subnets [--model resnet50 --batch 16 --size 160 --rounds 5]
+    python -m benchmarks.subnets [--model resnet50 --batch 16 --size 160 --rounds 5 --nested]
 
 A switchable network with subnets of 5, 22, 45 and 100 % of the FLOPs (channels by L1 norm, the same part of every
 layer) beside the four networks that `subnets.extract` makes of it. Times are medians of runs that take turns.
@@ -17,18 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import autogate
 from autogate import subnets
 from benchmarks.cost import in_turn, seconds
 
 SHARES = (0.05, 0.22, 0.45)
 
 
-def switchable(name: str) -> nn.Module:
+def switchable(name: str, nested: bool) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name)
-    found = subnets.find(model, flops=SHARES, train=lambda gated: autogate.close(gated, by="l1", allocation="uniform"))
-    return subnets.fuse(model, found)
+    found = subnets.find(model, flops=SHARES, by="l1", allocation="uniform")
+    return subnets.fuse(model, found, nested=nested)
 
 
 def training(model: nn.Module, alone: list[nn.Module], batch: int, size: int, rounds: int) -> None:
@@ -97,8 +96,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--nested", action="store_true", help="keep slices as views of the weights")
     options = parser.parse_args()
-    model = switchable(options.model).eval()
+    model = switchable(options.model, options.nested).eval()
     print(subnets.status(model))
     alone = [subnets.extract(model, number) for number in range(len(SHARES) + 1)]
     switching(model, options.rounds)

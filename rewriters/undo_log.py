@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,6 +13,7 @@ class UndoLog:
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {}  # by the id of what was changed
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
 
     def set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
         """`entries[key] = value`, for a module's `__dict__`, `_parameters`, `_buffers` or `_modules`."""
@@ -35,8 +37,18 @@ class UndoLog:
         """Replace a parameter or buffer."""
         self.set(module._parameters if name in module._parameters else module._buffers, name, value)
 
+    @torch.no_grad()
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Write values to a tensor in place."""
+        self._values.setdefault(id(tensor), (tensor, tensor.detach().clone()))
+        tensor.copy_(values)
+
+    @torch.no_grad()
     def undo(self) -> None:
         """Undo all changes; entries get their order back too."""
+        for tensor, values in self._values.values():
+            tensor.copy_(values)
+        self._values.clear()
         for entries, before in self._before.values():
             entries.clear()
             entries.update(before)

@@ -3,6 +3,7 @@
 from autogate.budget.products import Activations, Flops, Params
 from autogate.budget.resource import Resource, SideCounts
 from autogate.budget.targets import ROUNDING, ResourceMaker, Shares, Target, Targets
+from autogate.budget.timing import machine, time_model
 
 __all__ = [
     "ROUNDING",
@@ -15,4 +16,6 @@ __all__ = [
     "SideCounts",
     "Target",
     "Targets",
+    "machine",
+    "time_model",
 ]

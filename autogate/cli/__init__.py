@@ -41,14 +41,34 @@ class _Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, found, rest = super().resolve_command(ctx, args)
-        return name, found and _command(found.name or ""), rest
+        if found is None:
+            return name, found, rest
+        function = getattr(importlib.import_module(f"autogate.cli.{found.name}"), found.name or "")
+        return name, _command(found.name or "", function), _repeated(rest, getattr(function, "several", ()))
 
 
-def _command(name: str) -> Any:
-    """The command with this name, out of its file."""
+def _command(name: str, function: Any) -> Any:
+    """The command with this name."""
     only = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    only.command(name)(getattr(importlib.import_module(f"autogate.cli.{name}"), name))
+    only.command(name)(function)
     return typer.main.get_command(only)
+
+
+def _repeated(words: list[str], options: tuple[str, ...]) -> list[str]:
+    """The words of a command line, with an option before each of its numbers.
+
+    >>> _repeated(["m", "--subnets", "0.1", "0.5", "--amp"], ("--subnets",))
+    ['m', '--subnets', '0.1', '--subnets', '0.5', '--amp']
+    """
+    found: list[str] = []
+    option = ""
+    for word in words:
+        is_number = word.replace(".", "", 1).isdigit()
+        if is_number and option and found[-1] != option:
+            found.append(option)
+        option = word if word in options else option if is_number else ""
+        found.append(word)
+    return found
 
 
 def _print_version(asked: bool) -> None:

@@ -13,7 +13,17 @@ from torch import nn
 
 from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.files import dense_model, load
-from autogate.inspection import Comparison, Duration, Summary, compare, compare_onnx, short, summarise_slim
+from autogate.inspection import (
+    Comparison,
+    Duration,
+    Summary,
+    compare,
+    compare_onnx,
+    short,
+    summarise_slim,
+    time_subnets,
+)
+from autogate.switching import subnets_of
 from rewriters import AutogateError
 
 
@@ -38,6 +48,8 @@ def bench(
 
     On the CPU their ONNX files are timed in onnxruntime too, where that is installed.
 
+    A switchable model's subnets are measured in it, without torch.compile, and the time of switching to each.
+
     The dense model has random weights. Prints the median of all measurements, with quartiles.
 
     Example: autogate bench slim.safetensors --batch-size 1 --batch-size 64 --device cpu
@@ -49,7 +61,11 @@ def bench(
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    models = dense_model(written_model(slim)), load(slim)
+    model = load(written_model(slim))
+    if subnets_of(model) is not None:
+        _bench_subnets(model, batch_size or [1, 64], device, seconds, image_size)
+        return
+    models = dense_model(slim), model
     modes = (False,) if eager else (False, True)
     with console.status("measuring"):
         for found in compare(
@@ -64,6 +80,29 @@ def bench(
     console.print(_left(left), highlight=False, soft_wrap=True)
     for name, text in () if left.data_config is None else left.data_config.rows():
         console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
+
+
+def _bench_subnets(
+    model: nn.Module, batches: Sequence[int], devices: Sequence[str] | None, seconds: float, side: int | None
+) -> None:
+    """A row for each subnet of a switchable model."""
+    for device in devices or ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+        table = Table(
+            "subnet", "FLOPs", "parameters", *(f"batch of {batch} (ms)" for batch in batches), "switch, new (ms)",
+            "switch, kept (ms)", title=f"{device}, eager: median (quartiles)",
+        )  # fmt: skip
+        for column in table.columns[1:]:
+            column.justify = "right"
+        with console.status("measuring"):
+            timed = time_subnets(model.to(device), batches, seconds, side)
+        for one in timed:
+            shares = one.structure.shares
+            table.add_row(
+                one.structure.name, f"{shares['FLOPs']:.1%}", f"{shares['parameters']:.1%}", *map(_time, one.times),
+                *(f"{1e3 * time:.3g}" for time in (one.switch_new, one.switch_kept)),
+            )  # fmt: skip
+        console.print(table)
     console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
 
 

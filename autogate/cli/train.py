@@ -36,6 +36,7 @@ from autogate.training import (
     RunInfo,
     StepMetrics,
     TensorBoard,
+    Widths,
     is_slim_file,
     join_world,
     names_function,
@@ -54,7 +55,9 @@ def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
-_budget, _data, _learn, _run = (functools.partial(_option, panel) for panel in ("Budget", "Images", "Training", "Run"))
+_budget, _widths, _data, _learn, _run = (
+    functools.partial(_option, panel) for panel in ("Budget", "Several widths", "Images", "Training", "Run")
+)
 
 
 _L, _I = Learning, Images  # the options have the defaults of these
@@ -74,6 +77,12 @@ def train(
     shortcuts: Annotated[str, _budget('"shared", or "conv": 1x1 convolutions on shortcuts.')] = "shared",
     ignore: Annotated[list[str] | None, _budget("Module whose channels all stay; can be repeated.")] = None,
     limit: Annotated[list[str] | None, _budget("NAME=LEAST[:MOST], shares of channels; can be repeated.")] = None,
+    subnet_shares: Annotated[
+        list[float] | None, _widths("Train several widths in one network: shares of the FLOPs.", "--subnets")
+    ] = None,
+    subnets_by: Annotated[str | None, _widths("Criterion for their channels. Default: a run with gates each.")] = None,
+    subnets_rule: Annotated[str, _widths('"all" in each step, or "sandwich".')] = "all",
+    nested: Annotated[bool, _widths("Keep slices as views of the weights.", "--nested")] = False,
     method: Annotated[str, _option("Method", f"What decides which channels die: {', '.join(METHODS)}.")] = "gdp",
     pretrained: Annotated[bool, _learn("Start from timm's weights.", "--pretrained")] = False,
     initial_checkpoint: Annotated[Path | None, _learn("Start from the weights in a file.", exists=True)] = None,
@@ -133,6 +142,9 @@ def train(
     goes on longer, a finished one too: the learning rate follows the schedule of the longer run. For distributed
     training use torchrun: torchrun --nproc-per-node 2 -m autogate.cli train ...
 
+    With --subnets 0.05 0.22 0.45 the run makes one network of several widths: it finds the channels of each, then
+    trains all together, for --epochs each time. --distill is then in place.
+
     Example: autogate train resnet50 --pretrained --data imagenet/ --flops 0.5 --epochs 30 --amp
     """
     asked = context.params
@@ -176,8 +188,12 @@ def _recipe(asked: dict[str, Any]) -> Recipe:
     limits = read_limits(asked["limit"] or [])
     budget = _filled(Budget, asked, ignore=tuple(asked["ignore"] or ()), limits=limits)
     teacher = Distillation(asked["distill_weight"], asked["distill_temperature"]) if asked["distill"] else None
+    shares = tuple(sorted({share for share in asked["subnet_shares"] or () if share != 1}))
+    widths = Widths(shares, asked["subnets_by"], asked["subnets_rule"], asked["nested"]) if shares else None
+    if widths is None and (asked["subnets_by"] or asked["nested"] or asked["subnets_rule"] != "all"):
+        raise typer.BadParameter("it is for several widths; name their shares.", param_hint="--subnets")
     parts = {"network": network, "images": images, "budget": budget, "learning": _filled(Learning, asked)}
-    return _filled(Recipe, asked, **parts, distillation=teacher, method=asked_method(asked))
+    return _filled(Recipe, asked, **parts, distillation=teacher, method=asked_method(asked), subnets=widths)
 
 
 def _model_name(name: str) -> str:
@@ -219,6 +235,9 @@ def _resumed(run: Path, context: typer.Context) -> Recipe:
     return dataclasses.replace(recipe, images=images, learning=learning, device=given.get("device", recipe.device))
 
 
+train.several = ("--subnets",)  # type: ignore[attr-defined]
+
+
 class _Signals:
     """Whether Ctrl-C or SIGTERM has asked the run to stop. A second Ctrl-C ends the run at once."""
 
@@ -258,9 +277,9 @@ class _Bar(Callback):
     def started(self, info: RunInfo, step: int) -> None:
         self.info = info
         self.progress.console.print(
-            f"{info.recipe.network.name}: {short(info.flops)} FLOPs, {short(info.params)} parameters, {info.gates} "
-            f"gates; {info.train_images} training and {info.val_images} validation images of {info.num_classes} "
-            f"classes at {info.input_size[-1]} pixels; {info.steps} steps",
+            f"{info.recipe.network.name}: {short(info.flops)} FLOPs, {short(info.params)} parameters, "
+            f"{_subject(info)}; {info.train_images} training and {info.val_images} validation images of "
+            f"{info.num_classes} classes at {info.input_size[-1]} pixels; {info.steps} steps",
             highlight=False,
             soft_wrap=True,
         )
@@ -270,10 +289,9 @@ class _Bar(Callback):
 
     def stepped(self, metrics: StepMetrics) -> None:
         if self.task is not None:
-            words = (
-                f"epoch {metrics.epoch}/{self.info.recipe.learning.epochs}, loss {metrics.loss:.3f}, FLOPs "
-                f"{metrics.flops:.1%}, gates {metrics.live}/{self.info.gates}"
-            )
+            words = f"epoch {metrics.epoch}/{self.info.recipe.learning.epochs}, loss {metrics.loss:.3f}"
+            if self.info.recipe.subnets is None:
+                words += f", FLOPs {metrics.flops:.1%}, gates {metrics.live}/{self.info.gates}"
             self.progress.update(self.task, completed=metrics.step, description=words)
             if self.interval is not None and metrics.step >= self.told + self.interval:
                 self.told = metrics.step
@@ -283,9 +301,10 @@ class _Bar(Callback):
     def evaluated(self, row: EpochRow) -> None:
         loss = "" if row.train_loss is None else f"loss {row.train_loss:.3f}, "
         average = "" if row.ema_accuracy is None else f" (averaged {row.ema_accuracy:.2f} %)"
+        left = f", FLOPs {row.flops:.1%}, parameters {row.params:.1%}, gates {row.live}/{row.gates}"
         self.progress.console.print(
-            f"{f'epoch {row.epoch}' if row.epoch else 'dense model'}: {loss}accuracy {row.accuracy:.2f} %{average}, "
-            f"FLOPs {row.flops:.1%}, parameters {row.params:.1%}, gates {row.live}/{row.gates}",
+            f"{f'epoch {row.epoch}' if row.epoch else 'dense model'}: {loss}accuracy {row.accuracy:.2f} %{average}"
+            f"{left if self.info.recipe.subnets is None else ''}",
             highlight=False,
             soft_wrap=True,
         )
@@ -304,6 +323,9 @@ def _print_result(result: Result | None, folder: Path, processes: int) -> None:
             command = ["torchrun", "--nproc-per-node", str(processes), "-m", "autogate.cli", *command[1:]]
         console.print(f"stopped; resume with: {shlex.join(command)}", soft_wrap=True, highlight=False, markup=False)
         return
+    if RunFolder(folder).info().recipe.subnets is not None:
+        _print_subnets(RunFolder(folder))
+        return
     table = Table("", "dense", "slim", "slim / dense")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -317,3 +339,23 @@ def _print_result(result: Result | None, folder: Path, processes: int) -> None:
     console.print(table)
     console.print(f"slim model: {RunFolder(folder).slim_file.resolve()}", soft_wrap=True, highlight=False)
     console.print(f"report: autogate report {shlex.quote(str(folder))}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _subject(info: RunInfo) -> str:
+    """What is trained, in a few words."""
+    widths = info.recipe.subnets
+    return f"{info.gates} gates" if widths is None else f"{len(widths.shares) + 1} widths"
+
+
+def _print_subnets(folder: RunFolder) -> None:
+    table = Table("subnet", "FLOPs", "parameters", "accuracy (%)", "latency (ms)")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in folder.subnet_sizes():
+        numbers = (one.accuracy, "{:.2f}"), (None if one.seconds is None else 1e3 * one.seconds, "{:.2f}")
+        shown = ("-" if number is None else text.format(number) for number, text in numbers)
+        table.add_row(one.name, f"{one.flops:.1%}", f"{one.params:.1%}", *shown)
+    console.print(table)
+    console.print(f"switchable model: {folder.switchable_file.resolve()}", soft_wrap=True, highlight=False)
+    report = f"report: autogate report {shlex.quote(str(folder.path))}"
+    console.print(report, soft_wrap=True, highlight=False, markup=False)

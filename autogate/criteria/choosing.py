@@ -30,6 +30,9 @@ def choose(
         live: bool, shape (classes,), on the CPU.
         allocation: which classes are compared.
         over_price: compare scores divided by what a class costs.
+
+    Returns:
+        The classes, first those that are missed least.
     """
     if allocation == "uniform":
         scores = _places(scores, live, groups)
@@ -43,7 +46,7 @@ def choose(
         importance = scores / price.clamp(min=torch.finfo(price.dtype).tiny)
         candidates = left & torch.isfinite(scores)
         deaths = selection.choose(importance, candidates, left, start * (1 - portion / PORTIONS))
-        chosen.append(deaths.classes)
+        chosen.append(deaths.classes[torch.argsort(importance[deaths.classes], stable=True)])
         left = left.index_fill(0, deaths.classes, False)
     return Deaths(torch.cat([torch.zeros(0, dtype=torch.int64), *chosen]), deaths.settled)
 

@@ -18,7 +18,8 @@ from autogate.files.atomic_write import atomic_write
 from autogate.files.data_config import NAME, as_json, data_config_of
 from autogate.inputs import Inputs
 from autogate.lock import locked
-from autogate.slim import History, history_of, read_inputs
+from autogate.slim import history_of, read_inputs
+from autogate.switching import check_one_width, subnets_of
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
 from rewriters.outputs import full_precision
 from rewriters.recording import generators_kept, tensors_of
@@ -34,21 +35,22 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
     """Random inputs like those that a slim model was prepared with, for `batch` samples.
 
     Args:
-        slim: a slim model.
+        slim: a slim model, or a switchable one.
         batch: number of samples.
         side: side of square images, if the inputs are one batch of images; the original size if None.
 
     Raises:
         AutogateError: the model has no record of its example inputs, or `side` is given and they are not images.
     """
-    history = history_of(slim)
-    if not isinstance(history, History) or history.slimmings[-1].inputs is None:
+    history, subnets = history_of(slim), subnets_of(slim)
+    record = subnets.record if subnets is not None else history.slimmings[-1] if history is not None else None
+    if record is None or record.inputs is None:
         raise AutogateError(
             "it has no record of its example inputs: it was not slimmed, or with inputs that no file holds.",
             where=type(slim).__name__,
             remedy="Pass the model that autogate.finalize or autogate.load returned.",
         )
-    inputs = read_inputs(history.slimmings[-1].inputs)
+    inputs = read_inputs(record.inputs)
     tensors = tensors_of(inputs)
     if side is not None and (len(tensors) != 1 or tensors[0].ndim != 4):
         raise AutogateError(
@@ -84,9 +86,10 @@ def to_torch_export(slim: nn.Module, path: str | os.PathLike[str], side: int | N
         The largest relative difference between the outputs, over batches of two and of three samples.
 
     Raises:
-        AutogateError: torch.export can't export the model, or the file can't be written.
+        AutogateError: torch.export can't export the model, it holds several subnets, or the file can't be written.
         VerificationError: the outputs of the program differ; no file is written.
     """
+    check_one_width(slim)
     path, draw = Path(path), partial(inputs_of, slim, side=side)
     program = _program(slim, draw(2))
     with atomic_write(path) as temporary:
@@ -110,10 +113,11 @@ def to_onnx(slim: nn.Module, path: str | os.PathLike[str], side: int | None = No
         The largest relative difference between the outputs under onnxruntime, over batches of two and of three samples.
 
     Raises:
-        AutogateError: onnx, onnxscript or onnxruntime is not installed, the model can't be exported, or the file can't
-            be written.
+        AutogateError: onnx, onnxscript or onnxruntime is not installed, the model can't be exported or holds several
+            subnets, or the file can't be written.
         VerificationError: the outputs of the file would differ; no file is written.
     """
+    check_one_width(slim)
     return write_onnx(slim, path, partial(inputs_of, slim, side=side))
 
 

@@ -67,7 +67,7 @@ class GateBank(BankBuffers):
         learner: as given.
         alpha: float32, shape (classes,): learnable gate parameters, 1 at first.
         folded: float32, shape (classes,): the gates that the kernels hold now.
-        dead: float32, shape (classes,): above 0 for dead classes (no bool, so that averages of it mean something).
+        dead: float32, shape (classes,): above 0 for dead classes, larger for later ones; averages mean something.
         step_count: 0-dim float64, steps taken.
         balance: 0-dim float64, lambda of the latest step.
         integral: 0-dim float64, the controller's memory.
@@ -225,13 +225,13 @@ class GateBank(BankBuffers):
         """Close gates now: these classes die, and their columns become exactly zero.
 
         Args:
-            classes: their indices, int64.
+            classes: their indices, int64, in the order in which they are to count as dead.
             settled: whether the model is now as close to its targets as its classes allow.
         """
         self.alpha.index_fill_(0, classes.to(self.alpha.device), 0.0)
-        if settled:
-            self.settled.fill_(1.0)
+        self.settled.clamp_(min=float(settled))
         self.fold()
+        self.dead[classes] += torch.arange(len(classes)).to(self.dead)
 
     def kernel_sums(self) -> KernelSums:
         """Sums over the columns of each class, on all its gated kernels, and over their gradients."""

@@ -93,7 +93,7 @@ class Folding:
         moved = (ratio != 1) & (folded != 0)
         scaled, died = self._where_to_scale(state, moved, live)
         if died:
-            state.dead.masked_fill_(~live, 1.0)
+            state.dead.add_((state.live & ~live) * (state.dead.max() + 1))  # of later deaths it is larger
         if scaled or died or self._folded_at is None:
             alpha.masked_fill_(~live, 0.0)
             folded.copy_(torch.where(moved, gate, folded).masked_fill_(~live, 0.0))

@@ -1,6 +1,14 @@
 """Tables about a model: what is left under gates, what could be removed, how long it takes."""
 
-from autogate.inspection.comparison import Comparison, Duration, compare, compare_onnx, time_in_turns
+from autogate.inspection.comparison import (
+    Comparison,
+    Duration,
+    SubnetTimes,
+    compare,
+    compare_onnx,
+    time_in_turns,
+    time_subnets,
+)
 from autogate.inspection.coupling_graph import check_drawable, counted, draw_coupling_graph, shortened
 from autogate.inspection.model_inspection import Inspection, Stage, inspect_model
 from autogate.inspection.summary import Summary, short, summarise, summarise_slim
@@ -10,6 +18,7 @@ __all__ = [
     "Duration",
     "Inspection",
     "Stage",
+    "SubnetTimes",
     "Summary",
     "check_drawable",
     "compare",
@@ -22,4 +31,5 @@ __all__ = [
     "summarise",
     "summarise_slim",
     "time_in_turns",
+    "time_subnets",
 ]

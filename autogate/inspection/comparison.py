@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +16,7 @@ from torch import nn
 
 from autogate.files import inputs_of, write_onnx
 from autogate.inputs import Inputs
+from autogate.switching import Structure, Subnets, subnets_of
 from rewriters.recording import tensors_of
 
 
@@ -104,6 +107,61 @@ def _in_onnxruntime(model: nn.Module, draw: Callable[[int], Inputs]) -> Callable
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
     return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
+@dataclass(frozen=True)
+class SubnetTimes:
+    """How long a subnet of a switchable model takes, in it.
+
+    Attributes:
+        structure: the subnet's channels and shares.
+        times: of a forward, for each batch size: seconds, or why it could not be run.
+        switch_new, switch_kept: seconds of a switch to it, when its slices have to be taken, and when they are kept.
+    """
+
+    structure: Structure
+    times: tuple[Duration | str, ...]
+    switch_new: float
+    switch_kept: float
+
+
+def time_subnets(
+    model: nn.Module, batches: Sequence[int] = (1, 64), seconds: float = 1.0, side: int | None = None
+) -> list[SubnetTimes]:
+    """Time the subnets of a switchable model in eval mode, and switching to them.
+
+    Args:
+        model: the model, put in eval mode.
+        batches: numbers of samples.
+        seconds: minimum time to measure each subnet and batch size for.
+        side: side of square images, if not that of the example inputs.
+    """
+    subnets, model = subnets_of(model), model.eval()
+    assert subnets is not None
+    found = []
+    for number, subnet in enumerate(subnets.subnets):
+        times: list[Duration | str] = []
+        with subnets.switched(model, number):
+            for batch in batches:
+                times += time_in_turns([model], inputs_of(model, batch, side), seconds)
+        found.append(SubnetTimes(subnet.structure, tuple(times), *_switch_times(model, subnets, number)))
+    return found
+
+
+@torch.no_grad()
+def _switch_times(model: nn.Module, subnets: Subnets, number: int) -> tuple[float, float]:
+    """Median seconds of switches to a subnet from another one: with its slices gone, and kept."""
+    new: list[float] = []
+    kept: list[float] = []
+    for _ in range(10):
+        for times, forgets in ((new, True), (kept, False)):
+            subnets.switch(model, (number + 1) % len(subnets.subnets))
+            if forgets:
+                subnets.subnets[number].forget()
+            began = time.perf_counter()
+            subnets.switch(model, number)
+            times.append(time.perf_counter() - began)
+    return statistics.median(new), statistics.median(kept)
 
 
 def time_in_turns(

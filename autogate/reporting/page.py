@@ -18,7 +18,17 @@ from markupsafe import Markup
 
 from autogate.files import atomic_write, dense_model, load
 from autogate.inspection import Comparison, Duration, compare, draw_coupling_graph, inspect_model, short
-from autogate.training import EpochRow, GateRow, ModelFunction, Result, RunFolder, RunInfo, build_network
+from autogate.training import (
+    EpochRow,
+    GateRow,
+    ModelFunction,
+    Result,
+    RunFolder,
+    RunInfo,
+    SubnetRow,
+    SubnetSize,
+    build_network,
+)
 from rewriters import AutogateError, ChannelMap
 
 
@@ -32,6 +42,7 @@ class Report:
         channel_map: the dense model's channels.
         latency: latency of the slim and the dense model; empty if it was not measured.
         threads: CPU threads during that measurement.
+        sizes, subnets: of a run of several widths, as in its folder.
     """
 
     name: str
@@ -42,6 +53,8 @@ class Report:
     channel_map: ChannelMap
     latency: tuple[Comparison, ...] = ()
     threads: int = 1
+    sizes: tuple[SubnetSize, ...] = ()
+    subnets: tuple[SubnetRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,9 @@ def read_report(
     example = torch.randn(2, *info.input_size)
     found = inspect_model(model, example, ignore=budget.ignore, shortcuts=budget.shortcuts)
     timed: tuple[Comparison, ...] = ()
-    if latency:
+    if info.recipe.subnets is not None and not folder.subnets():
+        raise AutogateError("there is nothing to report yet: no subnet was evaluated.", where=str(run))
+    if latency and info.recipe.subnets is None:
         if not folder.slim_file.is_file():
             raise AutogateError(
                 "there is no slim model to measure yet.",
@@ -91,7 +106,7 @@ def read_report(
         timed = tuple(compare(*models, batches=batches, compiled=(False,)))
     return Report(
         run.resolve().name, info, rows, folder.gates(), folder.result(), found.channel_map, timed,
-        torch.get_num_threads(),
+        torch.get_num_threads(), folder.subnet_sizes(), folder.subnets(),
     )  # fmt: skip
 
 
@@ -121,8 +136,9 @@ def write_report(report: Report, out: Path) -> Path:
     page = environment.get_template("page.html").render(
         report=report,
         pictures=_pictures(report, out),
-        numbers=_numbers(report),
-        layers=_layers(report),
+        numbers=_numbers(report) if report.gates else [],
+        layers=_layers(report) if report.gates else [],
+        subnets=[_subnet(size) for size in report.sizes],
         changes=_changes(report.result),
         latency=[_timing(row) for row in report.latency],
         options=_options(report.info),
@@ -136,31 +152,64 @@ def write_report(report: Report, out: Path) -> Path:
 def _pictures(report: Report, out: Path) -> list[_Picture]:
     from autogate.reporting import plots
 
-    last = report.gates[-1]
     with plots.styled():
-        figures = {
-            "course": plots.course(report.info, report.rows, report.result),
-            "gates": plots.gate_histogram(report.gates),
-            "widths": plots.widths(report.info, last),
-        }
-    drawn = {name: Markup(plots.as_svg(figure, name)) for name, figure in figures.items()}
-    for name, figure in figures.items():
+        figures = _of_subnets(report) if report.info.recipe.subnets is not None else _of_gates(report)
+    for name, _, _, figure in figures:
         plots.as_png(figure, out / f"{name}.png")
     with plots.styled(), tempfile.TemporaryDirectory() as folder:
         draw_coupling_graph(report.channel_map, out / "groups.png", plots.WIDTH)
         draw_coupling_graph(report.channel_map, Path(folder) / "groups.svg", plots.WIDTH)
-        drawn["groups"] = Markup(plots.only_svg((Path(folder) / "groups.svg").read_text(encoding="utf-8")))
+        groups = Markup(plots.only_svg((Path(folder) / "groups.svg").read_text(encoding="utf-8")))
     return [
-        _Picture("course", "What is left, and the accuracy", "Epoch 0 is the dense model.", drawn["course"]),
-        _Picture("widths", "Channels of each layer", f"After epoch {last.epoch}.", drawn["widths"]),
-        _Picture("gates", "Gates", "Number of gates by value, after each epoch.", drawn["gates"]),
+        *(
+            _Picture(name, title, words, Markup(plots.as_svg(figure, name)))
+            for name, title, words, figure in figures
+        ),
         _Picture(
             "groups", "Coupled channels",
             "Left: kernels, in the order they run. Right: groups of coupled channels, with the numbers that autogate "
             "inspect has.",
-            drawn["groups"],
+            groups,
         ),
     ]  # fmt: skip
+
+
+def _of_gates(report: Report) -> list[tuple[str, str, str, Any]]:
+    """The figures of a run with gates: name, title, one line of text, figure."""
+    from autogate.reporting import plots
+
+    last, course = report.gates[-1], plots.course(report.info, report.rows, report.result)
+    return [
+        ("course", "What is left, and the accuracy", "Epoch 0 is the dense model.", course),
+        ("widths", "Channels of each layer", f"After epoch {last.epoch}.", plots.widths(report.info, last)),
+        ("gates", "Gates", "Number of gates by value, after each epoch.", plots.gate_histogram(report.gates)),
+    ]
+
+
+def _of_subnets(report: Report) -> list[tuple[str, str, str, Any]]:
+    """The same of a run of several widths."""
+    from autogate.reporting import plots
+
+    sizes = report.sizes
+    course = plots.subnet_course(report.subnets, sizes)
+    found = [
+        ("course", "Accuracy of the subnets", "After each epoch; in epoch 0 they have the dense weights.", course),
+        ("widths", "Channels of each layer", "In each subnet.", plots.subnet_widths(report.info, sizes)),
+    ]
+    if all(one.seconds is not None for one in sizes):
+        flops, latency = (plots.subnet_accuracy(sizes, by_time) for by_time in (False, True))
+        words = "Measured at the end of the run, on its machine."
+        found += [
+            ("flops", "Accuracy and FLOPs", "At the end of the run.", flops),
+            ("times", "Accuracy and latency", words, latency),
+        ]
+    return found
+
+
+def _subnet(size: SubnetSize) -> tuple[str, ...]:
+    accuracy = "-" if size.accuracy is None else f"{size.accuracy:.2f} %"
+    seconds = "-" if size.seconds is None else f"{1e3 * size.seconds:.3g}"
+    return size.name, f"{size.flops:.1%}", f"{size.params:.1%}", accuracy, seconds
 
 
 def _numbers(report: Report) -> list[tuple[str, str, str, str]]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from autogate.inspection import shortened
-from autogate.training import BINS, EpochRow, GateRow, Result, RunInfo
+from autogate.training import BINS, EpochRow, GateRow, Result, RunInfo, SubnetRow, SubnetSize
 
 WIDTH = 4.6
 """Width of a figure in inches. At this width labels are legible on a phone, where the figure fills the screen."""
@@ -43,6 +43,54 @@ def widths(info: RunInfo, last: GateRow) -> Figure:
     axes.set_xlabel("output channels")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
+
+
+def subnet_widths(info: RunInfo, sizes: Sequence[SubnetSize]) -> Figure:
+    """Draw the output channels of each layer in each subnet (Yang et al., figures 6 and 7), the widest behind."""
+    names = [layer.module for layer in info.layers]
+    places = np.arange(len(names))
+    figure, axes = _figure(1.1 + 0.17 * len(names))
+    for size, colour in zip(reversed(sizes), reversed(_shades(len(sizes))), strict=True):
+        axes.barh(places, size.outputs, height=0.8, color=colour, label=f"{size.name} ({size.flops:.0%})")
+    axes.set_yticks(places, [shortened(name, 26) for name in names], fontsize=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel("output channels")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, title="subnet (share of the FLOPs)")
+    return figure
+
+
+def subnet_accuracy(sizes: Sequence[SubnetSize], by_time: bool) -> Figure:
+    """Draw the accuracy of the subnets over their FLOPs (figure 9) or over their latency (figure 8)."""
+    figure, axes = _figure(2.9)
+    shown = [(1e3 * one.seconds if by_time else 100 * one.flops, one) for one in sizes if one.seconds is not None]
+    axes.plot([at for at, _ in shown], [one.accuracy for _, one in shown], "-", color=DENSE, zorder=1)
+    for (at, one), colour in zip(shown, _shades(len(shown)), strict=True):
+        axes.plot([at], [one.accuracy], "o", color=colour, markersize=6)
+        axes.annotate(one.name, (at, one.accuracy), textcoords="offset points", xytext=(6, -11), fontsize=8)
+    axes.margins(x=0.12, y=0.15)
+    axes.set_xlabel("latency for one image (ms)" if by_time else "FLOPs (% of the dense model's)")
+    axes.set_ylabel("accuracy (%)")
+    return figure
+
+
+def subnet_course(rows: Sequence[SubnetRow], sizes: Sequence[SubnetSize]) -> Figure:
+    """Draw the accuracy of each subnet by epoch."""
+    figure, axes = _figure(2.9)
+    for size, colour in zip(sizes, _shades(len(sizes)), strict=True):
+        own = [row for row in rows if row.name == size.name]
+        points = [row.epoch for row in own], [row.accuracy for row in own]
+        axes.plot(*points, "o-", color=colour, markersize=3, label=size.name)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("accuracy (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _shades(count: int) -> list[Any]:
+    """A colour for each subnet: dark for small ones, light for the largest."""
+    return [colormaps["viridis"](0.05 + 0.8 * at / max(1, count - 1)) for at in range(count)]
 
 
 def gate_histogram(gates: Sequence[GateRow]) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,33 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from autogate.budget import Flops, Params, Resource
-from autogate.inputs import Inputs, dtype_of_parameters
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
     add_shortcut_convolutions,
     analyse_channels,
-    as_described,
-    check_same,
     describe,
     slim_and_record,
     verify,
 )
 from autogate.switching.bank import SUBNETS, Subnets
+from autogate.switching.nesting import in_order
 from autogate.switching.own_tensors import own_tensors
-from autogate.switching.record import Fusing
+from autogate.switching.record import Fusing, Sharing
 from autogate.switching.structure import Structure
 from autogate.switching.subnet import Subnet
-from rewriters import Analysis, AutogateError, ChannelMap, Decisions, Outputs, SlimPlan, UndoLog, plan
+from rewriters import Analysis, AutogateError, ChannelMap, Decisions, Outputs, Shortcut, SlimPlan, UndoLog, plan
 from rewriters.recording import tensor_slots
-from rewriters.slimming import Overlay, Place, with_all_forwards
+from rewriters.slimming import Overlay, Place
 
 FULL = "full"
 """Name of the subnet that is the dense model."""
 
 
 def fuse(
-    model: nn.Module, structures: Sequence[Structure], origin: PrepareRecord, affine: bool,
+    model: nn.Module, structures: Sequence[Structure], origin: PrepareRecord, sharing: Sharing,
     undo_log: UndoLog, decided: Sequence[Decisions] | None = None,
 ) -> Subnets:  # fmt: skip
     """Give a model subnets of these structures.
@@ -47,66 +45,99 @@ def fuse(
         model: dense, without gates or subnets; changed in place.
         structures: at least one, in any order.
         origin: how the model is analysed.
-        affine: whether weights and biases of batch norms are each subnet's own, beside the statistics.
+        sharing: what subnets have for themselves, and how slices are kept.
         undo_log: takes changes, also if this raises.
-        decided: for each structure, what was read from the weights before; they aren't looked at then.
+        decided: for each structure, what was read from the weights before. Then they aren't looked at, and channels are
+            in order already.
 
     Raises:
-        AutogateError: a structure belongs to another model, or two have the same name.
+        AutogateError: a structure belongs to another model, two have the same name, or they aren't nested as they
+            should be.
     """
     options = origin.options
     shortcuts = add_shortcut_convolutions(model, options, undo_log)
     analysis = analyse_channels(model, options)
     channel_map = analysis.channel_map
-    added = {shortcut.weight for shortcut in shortcuts}
-    resources = [Flops(channel_map, model, added), Params(channel_map, model, added)]
+    resources = resources_of(model, channel_map, shortcuts)
     wanted = _by_size(structures, decided or [None] * len(structures), channel_map, resources)
-    full = _structure(FULL, channel_map, torch.ones(channel_map.size, dtype=torch.bool), resources)
+    everything = torch.ones(channel_map.size, dtype=torch.bool)
+    full = Structure.of(FULL, channel_map, everything, shares_of(everything, resources))
     _check_names([*(one.structure.name for one in wanted), FULL], model)
-    plans = [_plan(model, analysis, one, options) for one in wanted]
-    overlays = [Overlay.of(model, done) for done in plans]
-    *overlays, of_full = with_all_forwards([*overlays, Overlay((), (), ())])
-    made = []
-    for one, slim_plan, overlay in zip(wanted, plans, overlays, strict=True):
-        tree, own = own_tensors(model, overlay, slim_plan.removed, affine)
-        made.append((Subnet(one.structure, overlay, own), tree))
-    made.append((Subnet(full, of_full, []), nn.Module()))
+    if sharing.nested and decided is None:
+        ordered = in_order(model, analysis, [one.structure for one in wanted], options, undo_log)
+        wanted = [Wanted(one, one.live(channel_map)) for one in ordered]
+    made = [make_subnet(model, analysis, one, options, sharing) for one in wanted]
+    of_full = Subnet(full, Overlay((), (), ()), [])
     before, modules = describe(model, options, shortcuts)
     record = Fusing(
         **vars(before),
         modules=modules,
         structures=tuple(one.structure for one in wanted),
-        branches=tuple(slim_plan.decisions.branches for slim_plan in plans),
-        affine=affine,
+        branches=tuple(one.branches for one in made),
+        sharing=sharing,
         active=len(wanted),
     )
-    subnets = Subnets(made, replace(origin, shortcuts=shortcuts), record)
+    held = [*((one.subnet, one.tree) for one in made), (of_full, nn.Module())]
+    subnets = Subnets(held, replace(origin, shortcuts=shortcuts), record)
     subnets.attach(model)
     return subnets
 
 
-class _Wanted(NamedTuple):
+class Made(NamedTuple):
+    """A subnet, the tree of its own tensors, and what was decided of its dead branches."""
+
+    subnet: Subnet
+    tree: nn.Module
+    branches: Mapping[str, tuple[bool, ...]]
+
+
+class Wanted(NamedTuple):
     """A structure, its live classes (bool, shape (classes,)), and what was decided for it before."""
 
     structure: Structure
     live: Tensor
-    decided: Decisions | None
+    decided: Decisions | None = None
+
+
+def make_subnet(
+    model: nn.Module, analysis: Analysis, wanted: Wanted, options: AnalysisOptions, sharing: Sharing
+) -> Made:  # fmt: skip
+    """Make a subnet of a dense model, which is left as it was.
+
+    Args:
+        model: the dense model.
+        analysis: its channels.
+        wanted: the subnet's structure.
+        options: how the model was analysed.
+        sharing: what it has for itself, and how slices are kept.
+    """
+    slim_plan = _plan(model, analysis, wanted, options)
+    overlay = Overlay.of(model, slim_plan, sharing.nested)
+    tree, own = own_tensors(model, overlay, slim_plan.removed, sharing.affine)
+    return Made(Subnet(wanted.structure, overlay, own), tree, slim_plan.decisions.branches)
 
 
 def _by_size(
     structures: Sequence[Structure], decided: Sequence[Decisions | None], channel_map: ChannelMap,
     resources: Sequence[Resource],
-) -> list[_Wanted]:  # fmt: skip
+) -> list[Wanted]:  # fmt: skip
     """The structures with their shares in this model, the smallest first."""
     found = []
     for structure, decisions in zip(structures, decided, strict=True):
         live = structure.live(channel_map)
-        found.append(_Wanted(_structure(structure.name, channel_map, live, resources), live, decisions))
+        found.append(Wanted(replace(structure, shares=shares_of(live, resources)), live, decisions))
     return sorted(found, key=lambda one: tuple(one.structure.shares.values()))
 
 
-def _structure(name: str, channel_map: ChannelMap, live: Tensor, resources: Sequence[Resource]) -> Structure:
-    return Structure.of(name, channel_map, live, {one.name: one.share(live) for one in resources})
+def resources_of(model: nn.Module, channel_map: ChannelMap, shortcuts: Sequence[Shortcut]) -> list[Resource]:
+    """What the shares of structures are of. Convolutions that were put on shortcuts count in what is left alone."""
+    added = {shortcut.weight for shortcut in shortcuts}
+    return [Flops(channel_map, model, added), Params(channel_map, model, added)]
+
+
+def shares_of(live: Tensor, resources: Sequence[Resource]) -> dict[str, float]:
+    """The share of each resource that live classes (bool, shape (classes,)) have."""
+    return {one.name: one.share(live) for one in resources}
 
 
 def _check_names(names: Sequence[str], model: nn.Module) -> None:
@@ -117,36 +148,7 @@ def _check_names(names: Sequence[str], model: nn.Module) -> None:
             )
 
 
-def fuse_again(model: nn.Module, record: Fusing, calls: Sequence[Inputs], undo_log: UndoLog) -> Subnets:
-    """Give `model` subnets as a record says.
-
-    Args:
-        model: a model like the one that had them, apart from its weights.
-        record: the record.
-        calls: example inputs on the model's device, all those that `prepare` got.
-        undo_log: takes changes, also if this raises.
-
-    Raises:
-        AutogateError: it is another model, or its channels are coupled in another way.
-    """
-    options = as_described(model, record, calls, undo_log)
-    origin = PrepareRecord(options, dtype_of_parameters(model))
-    decided = [Decisions(branches=one) for one in record.branches]
-    subnets = fuse(model, record.structures, origin, record.affine, undo_log, decided)
-    try:
-        made = subnets.record
-        check_same("the set of convolutions on shortcuts", made.convolutions, record.convolutions)
-        for mine, theirs in zip(made.structures, record.structures, strict=True):
-            check_same("the set of subnets", mine.name, theirs.name)
-        check_same("the set of removed branches", made.branches, record.branches)
-        subnets.switch(model, record.active)
-    except BaseException:
-        subnets.detach(model)
-        raise
-    return subnets
-
-
-def _plan(model: nn.Module, analysis: Analysis, wanted: _Wanted, options: AnalysisOptions) -> SlimPlan:
+def _plan(model: nn.Module, analysis: Analysis, wanted: Wanted, options: AnalysisOptions) -> SlimPlan:
     if wanted.decided is not None:
         return plan(model, analysis, wanted.live, *options.inputs, wanted.decided)
     with dead_columns_closed(model, analysis.channel_map, wanted.live):

@@ -27,6 +27,9 @@ class Subnet:
         own: tensors that only it has.
 
     Attributes:
+        first_statistics: of a width that was never trained: some of the statistics that its batch norms started with,
+            which are those of other widths.
+        timed: seconds of its forward over one sample, and what machine that is on; None if it wasn't measured.
         whole: where it has the dense tensors, and other subnets don't. They stand in the modules' `__dict__` all the
             same: compiled code looks at what is there, and would not notice if nothing were.
     """
@@ -34,6 +37,8 @@ class Subnet:
     def __init__(self, structure: Structure, overlay: Overlay, own: list[OwnTensor]):
         self.structure, self.overlay, self.own = structure, overlay, own
         self.whole: list[Place] = []
+        self.first_statistics: tuple[float, ...] = ()
+        self.timed: tuple[dict[str, Any], float] | None = None
         places = {place for one in own for place in one.places}
         self._shared = [one for one in overlay.slices if not places.intersection(one.places)]
         self._recurrent = [one.module for one in overlay.fields if one.name == "_flat_weights"]
@@ -60,6 +65,10 @@ class Subnet:
         for module in self._recurrent:
             refresh_flat_weights(module, UndoLog())
 
+    def forget(self) -> None:
+        """Keep no slices."""
+        self._kept = None
+
     def remove(self) -> None:
         """Give the modules the dense model's tensors, sizes and forwards again."""
         self.overlay.remove()
@@ -67,12 +76,9 @@ class Subnet:
             place.clear()
 
     @contextlib.contextmanager
-    def detached(self) -> Iterator[None]:
-        """Inside, the slices don't lead back to the shared tensors: PyTorch copies no tensor that was computed."""
-        put = [(place, place.module.__dict__.get(place.name)) for one in self._shared for place in one.places]
-        for place, tensor in put:
-            if tensor is not None:
-                place.put(tensor.detach())
+    def without_slices(self) -> Iterator[None]:
+        """Inside, no slice is there: PyTorch copies no tensor that was computed, and whole tensors for their views."""
+        put = [(place, place.module.__dict__.pop(place.name, None)) for one in self._shared for place in one.places]
         try:
             yield
         finally:
@@ -80,10 +86,38 @@ class Subnet:
                 if tensor is not None:
                     place.put(tensor)
 
+    def indices(self, place: Place) -> Tensor:
+        """Which indices it has of a tensor with one dimension, int64."""
+        cuts = next((one.cuts for one in self.overlay.slices if place in one.places), ())
+        return cuts[0][1] if cuts else torch.arange(len(place.own()))
+
+    def spread_own(self, place: Place) -> tuple[Tensor, Tensor]:
+        """What it has for a tensor with one dimension, in the dense one's shape, and where it has anything (bool)."""
+        dense = place.own().detach()
+        if not self.own:  # the dense model
+            return dense, torch.ones_like(dense, dtype=torch.bool)
+        spread, known = torch.zeros_like(dense), torch.zeros_like(dense, dtype=torch.bool)
+        for one in self.own:
+            if place in one.places:
+                indices = self.indices(place).to(dense.device)
+                spread[indices], known[indices] = one.at.own().detach(), True
+        return spread, known
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its batch norms have statistics of its own, and not those that they started with."""
+        return not self.first_statistics or self.statistics() != self.first_statistics
+
+    def statistics(self) -> tuple[float, ...]:
+        """The first mean and variance of each of its batch norms."""
+        own = [one for one in self.own if one.places[0].name in ("running_mean", "running_var")]
+        return tuple(float(one.at.own()[0]) for one in own)
+
     @property
     def kept_bytes(self) -> int:
-        """Memory of the slices that are kept now."""
-        return sum(tensor.nbytes for tensor in self._kept[1]) if self._kept is not None else 0
+        """Memory of the slices that are kept now, without views of the dense tensors."""
+        slices = () if self._kept is None else zip(self._shared, self._kept[1], strict=True)
+        return sum(tensor.nbytes for one, tensor in slices if not one.is_view)
 
     def _slices(self) -> list[Tensor]:
         dense = [one.places[0].own() for one in self._shared]

@@ -8,8 +8,18 @@ from autogate.training.distributed import World, join_world
 from autogate.training.finalize_checkpoint import FinalizedCheckpoint, finalize_checkpoint
 from autogate.training.network import ModelFunction, build_network, is_slim_file, names_function
 from autogate.training.pruning import Folder, Pruned, prune
-from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe
-from autogate.training.run_folder import BINS, EpochRow, GateRow, LayerSize, Result, RunFolder, RunInfo
+from autogate.training.recipe import SCHEDULES, Budget, Distillation, Images, Learning, Network, Recipe, Widths
+from autogate.training.run_folder import (
+    BINS,
+    EpochRow,
+    GateRow,
+    LayerSize,
+    Result,
+    RunFolder,
+    RunInfo,
+    SubnetRow,
+    SubnetSize,
+)
 from autogate.training.runs import resume, start
 from autogate.training.validating import Validation, validate
 
@@ -34,8 +44,11 @@ __all__ = [
     "RunFolder",
     "RunInfo",
     "StepMetrics",
+    "SubnetRow",
+    "SubnetSize",
     "TensorBoard",
     "Validation",
+    "Widths",
     "World",
     "build_network",
     "finalize_checkpoint",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from autogate.switching import subnets_of
 from rewriters import AutogateError
 
 
@@ -54,7 +55,9 @@ class World:
         if self.size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        # A subnet uses no norm of the others.
+        unused = subnets_of(model) is not None
+        return nn.parallel.DistributedDataParallel(model, device_ids=devices, find_unused_parameters=unused)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def finalize_checkpoint(
         function: as for `start`.
 
     Raises:
-        AutogateError: there is no checkpoint, or it is damaged.
+        AutogateError: there is no checkpoint, or it is damaged; or the run trains several widths.
         FileNotFoundError: there is no such file.
 
     Warns:
@@ -48,6 +48,12 @@ def finalize_checkpoint(
     else:
         found = load_checkpoint(path)
     info, recipe = found.info, found.info.recipe
+    if recipe.subnets is not None:
+        raise AutogateError(
+            "the run trains several widths in one network, and has no slim model.",
+            where=str(path),
+            remedy=f"autogate train --resume {folder.path} goes on to its end; autogate.subnets.extract takes one out.",
+        )
     model = build_network(recipe.network, info.num_classes, weights=False, function=function)
     config = {**data_config(model, recipe.network), "input_size": info.input_size}
     note_data_config(model, config, info.class_names, info.num_classes)

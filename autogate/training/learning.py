@@ -28,10 +28,15 @@ def seed_at(*place: int) -> None:
     Args:
         place: the run's seed, process, epoch, batch.
     """
-    seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+    seed = number_at(*place)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def number_at(*place: int) -> int:
+    """A random number for a place in the run, the same each time."""
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
 
 
 class Stepper:
@@ -121,14 +126,29 @@ class Loss:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of images (N, C, H, W) with labels (N,). The images may be mixed in place."""
-        if self.mixup is not None:
-            images, labels = self.mixup(images, labels)
+        images, labels = self.mixed(images, labels)
+        wanted = None
         logits = model(images)
+        if self.teacher is not None:
+            with torch.no_grad():
+                wanted = self.teacher(images)
+        return self.of_outputs(logits, labels, wanted)
+
+    def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The images, mixed in place if the recipe says so, and labels, which then are shares of classes."""
+        return (images, labels) if self.mixup is None else self.mixup(images, labels)
+
+    def of_outputs(self, logits: Tensor, labels: Tensor, wanted: Tensor | None) -> Tensor:
+        """The mean loss of outputs.
+
+        Args:
+            logits: shape (N, classes).
+            labels: of mixed images.
+            wanted: what a teacher answers; None without one.
+        """
         loss = F.cross_entropy(logits, labels, label_smoothing=0.0 if self.mixup is not None else self.smoothing)
-        if self.distillation is None or self.teacher is None:
+        if self.distillation is None or wanted is None:
             return loss
-        with torch.no_grad():
-            wanted = self.teacher(images)
         weight = self.distillation.weight
         return (1 - weight) * loss + weight * distance(logits, wanted, self.distillation.temperature)
 

@@ -11,6 +11,7 @@ from typing import Literal
 from timm.optim import list_optimizers
 
 from autogate.budget import Shares
+from autogate.criteria import CRITERIA
 from autogate.methods import method_of
 from rewriters import AutogateError
 
@@ -174,6 +175,34 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Several widths in one network (`autogate.subnets`), instead of one slim model.
+
+    Attributes:
+        shares: the share of the FLOPs of each subnet but the largest, in (0, 1), ascending.
+        by: the criterion that finds their channels (`autogate.close`); None: a run with gates for each.
+        rule: which of them a step trains: "all", or "sandwich" (`autogate.subnets.each`).
+        nested: whether slices are views of the weights (`autogate.subnets.fuse`).
+    """
+
+    shares: tuple[float, ...]
+    by: str | None = None
+    rule: Literal["all", "sandwich"] = "all"
+    nested: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.shares or not all(0 < share < 1 for share in self.shares):
+            raise AutogateError(
+                "it takes one share or more, each in (0, 1); the whole model is there anyway.", where="subnets"
+            )
+        if list(self.shares) != sorted(set(self.shares)):
+            raise AutogateError("the shares are not ascending.", where="subnets")
+        if self.by is not None:
+            _known("subnets_by", self.by, [name for name, one in CRITERIA.items() if one.needs == "weights"])
+        _known("subnets_rule", self.rule, ("all", "sandwich"))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on.
 
@@ -184,6 +213,8 @@ class Recipe:
         seed: seed of the weights, the order of images and all other random numbers.
         device: "cpu", "cuda"; a GPU if there is one, if None.
         tensorboard: whether to log for TensorBoard too.
+        subnets: the widths of a switchable network; None for one slim model. `distillation` is then in place: narrower
+            subnets learn from the largest one's answers.
     """
 
     network: Network
@@ -195,6 +226,7 @@ class Recipe:
     seed: int = 42
     device: str | None = None
     tensorboard: bool = False
+    subnets: Widths | None = None
 
     def __post_init__(self) -> None:
         method_of(self.method)

@@ -7,6 +7,11 @@ last.pt             the checkpoint to resume from
 previous-last.pt    the one before it, in case that is damaged
 dense.pt            the teacher's weights, if the run distills
 slim.safetensors    the slim model, as autogate.save writes it
+switchable.safetensors  in its place, if the run trains several widths: the network with all its subnets
+structures.json     the channels of each subnet
+subnets.json        what each subnet is, and at the end what it does (SubnetSize)
+subnets.csv         one row per subnet and epoch (SubnetRow)
+find/SHARE/         the folder of the run that found a subnet's channels
 result.json         the result for the slim model (Result)
 """
 
@@ -15,7 +20,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +28,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from autogate.files import DataConfig, atomic_write
+from autogate.switching import Structure
 from autogate.training.recipe import Recipe
 from rewriters import AutogateError
 
@@ -162,12 +168,48 @@ class Result:
         return self.step == self.steps and self.accuracy is not None
 
 
+@dataclass(frozen=True)
+class SubnetRow:
+    """A subnet after an epoch.
+
+    Attributes:
+        epoch, step: as in `EpochRow`.
+        name: the subnet.
+        accuracy: top 1 on the validation images, in percent.
+    """
+
+    epoch: int
+    step: int
+    name: str
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class SubnetSize:
+    """A subnet of a run.
+
+    Attributes:
+        name: the subnet.
+        flops, params: its shares of the dense model's.
+        outputs: output channels of each layer, in the order of `RunInfo.layers`.
+        accuracy: at the end of the run, in percent.
+        seconds: of a forward over one image, measured at the end of the run.
+    """
+
+    name: str
+    flops: float
+    params: float
+    outputs: tuple[int, ...]
+    accuracy: float | None = None
+    seconds: float | None = None
+
+
 T = TypeVar("T")
 
 
-def to_json(value: Any) -> str:
-    """Write a dataclass as JSON."""
-    return TypeAdapter(type(value)).dump_json(value, indent=1).decode()
+def to_json(value: Any, kind: Any = None) -> str:
+    """Write a dataclass as JSON; a value of another kind if that is named."""
+    return TypeAdapter(kind or type(value)).dump_json(value, indent=1).decode()
 
 
 def from_json(kind: type[T], text: str, where: str) -> T:
@@ -203,6 +245,10 @@ class RunFolder:
         self.checkpoint_file = path / "last.pt"
         self.teacher_file = path / "dense.pt"
         self.slim_file = path / "slim.safetensors"
+        self.switchable_file = path / "switchable.safetensors"
+        self.structures_file = path / "structures.json"
+        self.sizes_file = path / "subnets.json"
+        self.subnets_file = path / "subnets.csv"
         self.result_file = path / "result.json"
 
     def check_free(self) -> None:
@@ -223,6 +269,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._write(self.metrics_file, _csv_line([column.name for column in fields(EpochRow)]))
         self._write(self.gates_file, "")
+        if info.recipe.subnets is not None:
+            self._write(self.subnets_file, _csv_line([column.name for column in fields(SubnetRow)]))
         self._write(self.info_file, to_json(info))
 
     def info(self) -> RunInfo:
@@ -243,9 +291,26 @@ class RunFolder:
 
     def metrics(self) -> tuple[EpochRow, ...]:
         """Read the rows of all epochs so far."""
-        with self.metrics_file.open(newline="") as lines:
-            found = [{name: text or None for name, text in row.items()} for row in csv.DictReader(lines)]
-        return tuple(from_json(EpochRow, json.dumps(row), str(self.metrics_file)) for row in found)
+        return _rows(EpochRow, self.metrics_file)
+
+    def subnets(self) -> tuple[SubnetRow, ...]:
+        """Read the rows of the subnets after each epoch; none if the run trains one width."""
+        return _rows(SubnetRow, self.subnets_file) if self.subnets_file.is_file() else ()
+
+    def subnet_sizes(self) -> tuple[SubnetSize, ...]:
+        """Read what the subnets are, the smallest first; none if that isn't known yet."""
+        return self._read(tuple[SubnetSize, ...], self.sizes_file)
+
+    def structures(self) -> tuple[Structure, ...]:
+        """Read the channels of the subnets, without the largest; none if they aren't found yet."""
+        return self._read(tuple[Structure, ...], self.structures_file)
+
+    def _read(self, kind: type[tuple[T, ...]], file: Path) -> tuple[T, ...]:
+        return from_json(kind, file.read_text(), str(file)) if file.is_file() else ()
+
+    def of_share(self, share: float) -> RunFolder:
+        """The folder of the run that finds the channels of a subnet."""
+        return RunFolder(self.path / "find" / f"{share:g}")
 
     def gates(self) -> tuple[GateRow, ...]:
         """Read the gates after each epoch so far."""
@@ -258,15 +323,34 @@ class RunFolder:
             return None
         return from_json(Result, self.result_file.read_text(), str(self.result_file))
 
-    def add(self, row: EpochRow, gates: GateRow) -> None:
-        """Append an epoch to the metrics and gates."""
+    def add(self, row: EpochRow, gates: GateRow | None = None) -> None:
+        """Append an epoch to the metrics, and to the gates if there are any."""
         with self.metrics_file.open("a", newline="") as lines:
             lines.write(_csv_line(["" if value is None else value for value in asdict(row).values()]))
-        with self.gates_file.open("a") as lines:
-            lines.write(json.dumps(asdict(gates)) + "\n")
+        if gates is not None:
+            with self.gates_file.open("a") as lines:
+                lines.write(json.dumps(asdict(gates)) + "\n")
+
+    def add_subnets(self, rows: Sequence[SubnetRow]) -> None:
+        """Append an epoch to the rows of the subnets."""
+        with self.subnets_file.open("a", newline="") as lines:
+            lines.write("".join(_csv_line(list(asdict(row).values())) for row in rows))
+
+    def write_structures(self, structures: tuple[Structure, ...]) -> None:
+        """Write the channels of the subnets."""
+        self._write(self.structures_file, to_json(structures, tuple[Structure, ...]))
+
+    def write_subnet_sizes(self, sizes: Sequence[SubnetSize]) -> None:
+        """Write what the subnets are."""
+        self._write(self.sizes_file, to_json(tuple(sizes), tuple[SubnetSize, ...]))
 
     def rewind(self, epoch: int) -> None:
         """Delete the rows of `epoch` and later ones, because these epochs are going to be trained again."""
+        if self.subnets_file.is_file():
+            rows = [row for row in self.subnets() if row.epoch < epoch]
+            header = _csv_line([column.name for column in fields(SubnetRow)])
+            self._write(self.subnets_file, header)
+            self.add_subnets(rows)
         for file, keep in ((self.metrics_file, epoch + 1), (self.gates_file, epoch)):  # the metrics have a header
             self._write(file, "".join(file.read_text().splitlines(keepends=True)[:keep]))
 
@@ -277,6 +361,13 @@ class RunFolder:
     def _write(self, file: Path, text: str) -> None:
         with atomic_write(file) as temporary:
             temporary.write_text(text)
+
+
+def _rows(kind: type[T], file: Path) -> tuple[T, ...]:
+    """The rows of a table, as values."""
+    with file.open(newline="") as lines:
+        found = [{name: text or None for name, text in row.items()} for row in csv.DictReader(lines)]
+    return tuple(from_json(kind, json.dumps(row), str(file)) for row in found)
 
 
 def _csv_line(values: list[Any]) -> str:

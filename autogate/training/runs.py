@@ -5,17 +5,24 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from autogate.training.callbacks import Callback
-from autogate.training.checkpoint import Position, load_newest
+from autogate.api import gates
+from autogate.subnets import Found
+from autogate.training.callbacks import Callback, TensorBoard
+from autogate.training.checkpoint import Checkpoint, Position, load_newest
 from autogate.training.data import find_data
 from autogate.training.distributed import World
+from autogate.training.epochs import Epochs, Stop
 from autogate.training.learning import seed_at
-from autogate.training.loop import Loop, Stop
+from autogate.training.loop import Loop
 from autogate.training.network import ModelFunction, build_network
 from autogate.training.recipe import Recipe
-from autogate.training.run_folder import Result, RunFolder
+from autogate.training.run_folder import Result, RunFolder, RunInfo
+from autogate.training.structures import check_widths, find_structures
+from autogate.training.switchable import SwitchableLoop, describe_widths
 from autogate.training.tensor_files import read_tensors, write_tensors
 from rewriters import AutogateError
 
@@ -43,6 +50,8 @@ def start(
     world, folder = world or World(), RunFolder(path)
     if world.main:
         folder.check_free()
+    if recipe.subnets is not None:
+        return _run_widths(_Widths(recipe, folder, world, callbacks, stop, function), None)
     seed_at(recipe.seed)
     data = find_data(recipe.images)
     model = build_network(recipe.network, recipe.network.num_classes or data.num_classes, function=function)
@@ -87,7 +96,8 @@ def resume(
         )
     result = folder.result()
     steps = recipe.learning.epochs * info.steps_per_epoch  # an older result may be that of a shorter run
-    if result is not None and result.complete and result.steps == steps and folder.slim_file.is_file():
+    made = folder.slim_file if recipe.subnets is None else folder.switchable_file
+    if result is not None and result.complete and result.steps == steps and made.is_file():
         return result
     if world.size != info.processes:
         raise AutogateError(
@@ -95,6 +105,8 @@ def resume(
             where=str(path),
             remedy="Resume with the same number of processes.",
         )
+    if recipe.subnets is not None:
+        return _run_widths(_Widths(recipe, folder, world, callbacks, stop, function), info)
     try:
         found, file = load_newest(folder.checkpoint_file)
     except FileNotFoundError as error:
@@ -109,19 +121,83 @@ def resume(
         teacher = copy.deepcopy(model)
         teacher.load_state_dict(read_tensors(folder.teacher_file))
     loop = Loop.prepare(recipe, data, model, teacher, folder, world)
+    _check_same(loop.info, info, path)
+    return _go_on(loop, found, file, info, callbacks, stop)
+
+
+def _check_same(now: RunInfo, then: RunInfo, path: Path) -> None:
     for name in ("num_classes", "train_images", "val_images", "batches", "steps_per_epoch", "gates"):
-        now, then = getattr(loop.info, name), getattr(info, name)
-        if now != then:
+        here, there = getattr(now, name), getattr(then, name)
+        if here != there:
             raise AutogateError(
-                f"{name.replace('_', ' ')}: there are {now} now, and there were {then} when the run started.",
+                f"{name.replace('_', ' ')}: there are {here} now, and there were {there} when the run started.",
                 where=str(path),
             )
+
+
+def _go_on(
+    loop: Epochs, found: Checkpoint, file: Path, info: RunInfo, callbacks: Sequence[Callback], stop: Stop
+) -> Result | None:
+    """Continue a run from a checkpoint that was read from a file."""
+    folder, world, epochs = loop.folder, loop.world, loop.recipe.learning.epochs
     loop.load(found)
     if world.main:
         folder.rewind(found.position.epoch)
-        if recipe.learning.epochs > planned:
-            folder.lengthen(recipe.learning.epochs)
+        if epochs > info.recipe.learning.epochs:
+            folder.lengthen(epochs)
     world.wait()
     if world.main and file != folder.checkpoint_file:  # else the damaged one would become the previous one
         os.replace(file, folder.checkpoint_file)
     return loop.run(found.position, callbacks, stop)
+
+
+class _Widths(NamedTuple):
+    """A run of several widths: what `start` and `resume` are given."""
+
+    recipe: Recipe
+    folder: RunFolder
+    world: World
+    callbacks: Sequence[Callback]
+    stop: Stop
+    function: ModelFunction | None
+
+    def train(self, recipe: Recipe, folder: RunFolder, resumed: bool) -> bool:
+        """Train one width with gates, in a folder of its own. Returns whether that came to its end."""
+        callbacks = [one for one in self.callbacks if not isinstance(one, TensorBoard)]
+        if not resumed:
+            return start(recipe, folder.path, self.world, callbacks, self.stop, self.function) is not None
+
+        def moved(then: Recipe) -> Recipe:
+            return replace(then, images=recipe.images, device=recipe.device)
+
+        return resume(folder.path, self.world, callbacks, self.stop, moved, self.function) is not None
+
+
+def _run_widths(run: _Widths, then: RunInfo | None) -> Result | None:
+    """Find the channels of each width and train them together, from where the run is.
+
+    Args:
+        run: the run.
+        then: what its folder says of it; None if it starts.
+    """
+    recipe, folder, world = run.recipe, run.folder, run.world
+    assert recipe.subnets is not None
+    check_widths(recipe, recipe.subnets)
+    found = load_newest(folder.checkpoint_file) if folder.checkpoint_file.is_file() else None
+    seed_at(recipe.seed)
+    data = find_data(recipe.images)
+    classes = recipe.network.num_classes or data.num_classes if then is None else then.num_classes
+    model = build_network(recipe.network, classes, weights=found is None, function=run.function).to(world.device)
+    info, prepared = describe_widths(recipe, data, model, world)
+    if then is not None:
+        _check_same(info, then, folder.path)
+    elif world.main:
+        folder.create(info)
+    structures = find_structures(info, folder, world, model, run.function, run.train)
+    if structures is None:
+        return None
+    bank = gates(prepared)
+    loop = SwitchableLoop.prepare(info, data, model, Found(structures, bank.origin), bank.channel_map, folder, world)
+    if found is None or then is None:
+        return loop.run(Position(), run.callbacks, run.stop)
+    return _go_on(loop, *found, then, run.callbacks, run.stop)

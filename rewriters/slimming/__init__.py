@@ -5,6 +5,7 @@ from rewriters.slimming.decisions import Decisions
 from rewriters.slimming.dry_run import dry_run
 from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
+from rewriters.slimming.ordering import order_channels
 from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
 from rewriters.slimming.plan import SlimPlan, apply, plan
 from rewriters.slimming.probe_inputs import Probe, Probes, one_sample, probes
@@ -34,6 +35,7 @@ __all__ = [
     "is_under",
     "like",
     "one_sample",
+    "order_channels",
     "pin_refused",
     "plan",
     "probes",

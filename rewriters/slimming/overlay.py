@@ -77,19 +77,26 @@ class TensorSlice:
         cuts: (dimension, indices that stay) for each dimension that loses any.
         closed: (dimension, bool of that length) for input sides where a dead channel stays, because a layer needs one:
             which indices of the slice aren't zero.
+        is_view: whether it is a view of the dense tensor, because the first indices stay, and not a copy.
     """
 
     name: str
     places: tuple[Place, ...]
     cuts: tuple[tuple[int, Tensor], ...]
     closed: Columns = ()
+    is_view: bool = False
 
     def take(self) -> Tensor:
         """The slice of the dense tensor as it is now; gradients flow into that.
 
         Several backward passes may go through one slice, each with its own part of the graph behind it.
         """
-        return _Take.apply(self.places[0].own(), self)  # type: ignore[no-any-return, no-untyped-call]
+        dense = self.places[0].own()
+        if self.is_view:
+            for dim, indices in self.cuts:
+                dense = dense.narrow(dim, 0, len(indices))
+            return dense
+        return _Take.apply(dense, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def cut(self, dense: Tensor) -> Tensor:
         """The slice of a tensor of the dense one's shape."""
@@ -139,6 +146,30 @@ class Field:
 
 
 @dataclass(frozen=True, eq=False)
+class Hook:
+    """An entry of a module's hooks that only the slim model has: in front of the caller's own.
+
+    Attributes:
+        module: the module.
+        name: the attribute that holds the hooks.
+        key, value: the entry.
+    """
+
+    module: nn.Module
+    name: str
+    key: int
+    value: Any
+
+    def put(self) -> None:
+        hooks = self.module.__dict__[self.name]
+        hooks[self.key] = self.value
+        hooks.move_to_end(self.key, last=False)
+
+    def remove(self) -> None:
+        self.module.__dict__[self.name].pop(self.key, None)
+
+
+@dataclass(frozen=True, eq=False)
 class Overlay:
     """All that a slim model has in another form than the dense one.
 
@@ -146,24 +177,28 @@ class Overlay:
         slices: the tensors that lose indices.
         constants: tensors that only the slim model has, each with its place and qualified name.
         fields: sizes and forwards.
+        hooks: on modules' forwards.
     """
 
     slices: tuple[TensorSlice, ...]
     constants: tuple[tuple[str, Place, Tensor], ...]
     fields: tuple[Field, ...]
+    hooks: tuple[Hook, ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, slim_plan: SlimPlan) -> Overlay:
+    def of(cls, model: nn.Module, slim_plan: SlimPlan, views: bool = False) -> Overlay:
         """The overlay that makes `model` what `apply` would make of it. The model is left as it was.
 
         Args:
             model: the dense model. Kernels of dead classes need not be zero, because the overlay leaves them out.
             slim_plan: made for this model.
+            views: whether slices are views of the dense tensors where the first indices stay. They take no memory;
+                a layer may need more time on them, as they aren't contiguous.
         """
         undo_log = _BesideLog()
         try:
             apply(model, replace(slim_plan, removed=frozenset()), undo_log)
-            changed = list(undo_log.changes(model))
+            changed, hooks = list(undo_log.changes(model)), tuple(undo_log.hooks(model))
         finally:
             undo_log.undo()
         slots: dict[int, list[Place]] = {}
@@ -173,8 +208,15 @@ class Overlay:
             tensors[name] = tensor
         cuts, closed = slim_plan.cuts(), slim_plan.closed
         slices = tuple(
-            TensorSlice(name, tuple(slots[id(tensors[name])]), tuple(cuts.get(name, ())), closed.get(name, ()))
+            TensorSlice(
+                name,
+                tuple(slots[id(tensors[name])]),
+                tuple(own),
+                closed.get(name, ()),
+                views and name not in closed and all(_is_prefix(indices) for _, indices in own),
+            )
             for name in dict.fromkeys([*cuts, *closed])  # a layer may lose no index and all that it reads
+            for own in [cuts.get(name, ())]
         )
         constants = []
         for name, value in slim_plan.constants.items():
@@ -182,15 +224,19 @@ class Overlay:
             constants.append((name, Place(model.get_submodule(path), own_name), value))
         beside = {place for one in slices for place in one.places} | {place for _, place, _ in constants}
         fields = tuple(one for one in changed if Place(one.module, one.name) not in beside)
-        return cls(slices, tuple(constants), fields)
+        return cls(slices, tuple(constants), fields, hooks)
 
     def put_fields(self) -> None:
-        """Give the modules the slim model's sizes and forwards."""
+        """Give the modules the slim model's sizes, forwards and hooks."""
         for one in self.fields:
             one.put(one.slim)
+        for hook in self.hooks:
+            hook.put()
 
     def remove(self) -> None:
-        """Give the modules the dense model's tensors, sizes and forwards again."""
+        """Give the modules the dense model's tensors, sizes, forwards and hooks again."""
+        for hook in self.hooks:
+            hook.remove()
         for part in self.slices:
             for place in part.places:
                 place.clear()
@@ -218,11 +264,23 @@ def with_all_forwards(overlays: Iterable[Overlay]) -> list[Overlay]:
     ]
 
 
+def _is_prefix(indices: Tensor) -> bool:
+    return torch.equal(indices, torch.arange(len(indices)).to(indices))
+
+
 class _BesideLog(UndoLog):
     """Puts tensors beside those that modules own, and tells afterwards what has changed."""
 
     def set_tensor(self, module: nn.Module, name: str, value: Tensor) -> None:
         self.set(module.__dict__, name, value)
+
+    def hooks(self, model: nn.Module) -> Iterator[Hook]:
+        """The hooks that modules have now, and didn't have."""
+        for module in model.modules():
+            for name in ("_forward_hooks", "_forward_hooks_with_kwargs"):
+                entries = module.__dict__[name]
+                _, before = self._before.get(id(entries), (None, entries))
+                yield from (Hook(module, name, key, value) for key, value in entries.items() if key not in before)
 
     def changes(self, model: nn.Module) -> Iterator[Field]:
         """What has another value now in the modules' `__dict__`."""

@@ -103,13 +103,23 @@ def test_misuse_is_refused_by_name(net):
         (lambda: subnets.of(model), "no gates"),
         (lambda: subnets.of(closed(model, example, 0.5, 0), other), "other arguments"),
         (lambda: subnets.find(model, example, flops=(), train=print), "no share"),
+        (lambda: subnets.find(model, example, flops=(0.5,)), "by training or by a criterion"),
+        (lambda: subnets.find(model, example, flops=(0.5,), train=print, loss=print), "are for a criterion"),
         (lambda: subnets.fuse(model, subnets.of(closed(model, example, 0.5, 0)), norms="shared"), "norms is 'shared'"),
     ):  # fmt: skip
         with pytest.raises(autogate.AutogateError, match=f"(?s){message}"):
             call()
 
 
-@pytest.mark.parametrize("verb", [autogate.prepare, autogate.finalize])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        autogate.prepare,
+        autogate.finalize,
+        lambda model: autogate.to_onnx(model, "x.onnx"),
+        lambda model: autogate.to_torch_export(model, "x.pt2"),
+    ],
+)
 def test_other_verbs_refuse_a_switchable_model(net, verb):
     switchable, _, _ = net
     with pytest.raises(autogate.AutogateError, match="subnets"):
@@ -140,3 +150,33 @@ def test_models_that_take_several_ways_have_subnets():
         subnets.switch(switchable, number)
         for call in ((x,), (x, mask), (x[:1],), (x[:1], mask[2:])):
             torch.testing.assert_close(switchable(*call), one(*call))
+
+
+def test_a_criterion_finds_nested_structures_and_the_order_of_death():
+    model, example = small_net(dtype=torch.float32)
+    found = subnets.find(model, example, flops=(0.2, 0.4), by="l1", allocation="uniform")
+    assert [one.name for one in found.structures] == ["0.2", "0.4"]
+    narrow, wide = ({side: set(kept.kept) for kept in one.kept for side in kept.sides} for one in found.structures)
+    assert wide and all(narrow[side] <= kept for side, kept in wide.items())
+    early = {one.side: one.indices for one in found.structures[1].deaths}
+    late = {one.side: one.indices for one in found.structures[0].deaths}
+    assert len(early) > 3 and all(late[side][: len(indices)] == indices for side, indices in early.items())
+
+
+def test_a_subnet_is_taken_by_its_time(net, monkeypatch):
+    switchable, _, _ = net
+    timed = []
+
+    def time_model(model, layers, inputs):
+        timed.append(model._modules[SUBNETS].active)
+        return {0: 0.2, 1: 0.5, 2: 1.0}[timed[-1]], {}
+
+    monkeypatch.setattr("autogate.switching.latency.time_model", time_model)
+    names = [row.structure.name for row in subnets.status(switchable).rows]
+    assert subnets.switch(switchable, latency=0.6).name == names[1]
+    assert subnets.switch(switchable, latency=0.3).name == names[0]
+    assert sorted(timed) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [row.seconds for row in subnets.status(switchable).rows] == [0.2, 0.5, 1.0]
+    assert "500.0 ms" in str(subnets.status(switchable))
+    with pytest.raises(autogate.AutogateError, match=r"no subnet fits 10\.0% of the latency"):
+        subnets.switch(switchable, latency=0.1)

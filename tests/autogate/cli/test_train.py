@@ -123,7 +123,7 @@ import torch.distributed as dist
 from autogate.cli import app
 from autogate.training import loop
 
-finish = loop.Loop._finish
+finish = loop.Loop.finish
 
 
 def compared(run, row):
@@ -134,7 +134,7 @@ def compared(run, row):
     return finish(run, row)
 
 
-loop.Loop._finish = compared
+loop.Loop.finish = compared
 app()
 """
 

@@ -115,3 +115,21 @@ def test_a_layer_that_was_exchanged_is_told_of(tmp_path):
 def test_a_model_that_is_neither_slim_nor_switchable_is_refused(tmp_path):
     with pytest.raises(autogate.AutogateError, match="no record of a slimming"):
         autogate.save(built(), tmp_path / "x.safetensors")
+
+
+def test_widths_between_subnets_come_back(tmp_path):
+    switchable = trained(fused(built(), EXAMPLE, (0.2, 0.5))[0])
+    for share, calibrated in ((0.4, True), (0.6, False)):
+        subnets.switch(switchable, flops=share, between=True)
+        if calibrated:
+            autogate.recalibrate(switchable, [EXAMPLE])
+    autogate.save(switchable, tmp_path / "switchable.safetensors")
+    loaded = autogate.load(tmp_path / "switchable.safetensors")
+    assert [row.structure for row in subnets.status(loaded).rows[3:]] == [
+        row.structure for row in subnets.status(switchable).rows[3:]
+    ]
+    assert [row.calibrated for row in subnets.status(loaded).rows[3:]] == [True, False]
+    assert torch.equal(loaded(EXAMPLE), switchable(EXAMPLE))
+    name = subnets.status(loaded).rows[3].structure.name
+    assert subnets.switch(loaded, name) == subnets.switch(switchable, name)
+    assert torch.equal(loaded(EXAMPLE), switchable(EXAMPLE))

@@ -157,3 +157,17 @@ def test_changes_that_a_half_precision_kernel_would_round_away_wait():
     bank.fold()
     assert not torch.equal(net.conv2.weight, before)
     torch.testing.assert_close(bank.folded, bank.gates())
+
+
+def test_what_dies_later_has_a_larger_number():
+    _, bank = gated_net()
+    bank.close(torch.tensor([4, 2]))
+    bank.alpha[7] = 0
+    bank.fold()
+    bank.close(torch.tensor([0]))
+    assert torch.argsort(bank.dead[[4, 2, 7, 0]]).tolist() == [0, 1, 2, 3]
+    assert (
+        not bank.dead[bank.live].any()
+        and (bank.dead[~bank.live] > 0).all()
+        and int(bank.live.sum()) == len(bank.live) - 4
+    )

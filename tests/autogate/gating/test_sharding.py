@@ -183,5 +183,6 @@ def test_sharded_kernels_learn_the_gates_of_one_process(tmp_path):
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     assert_same(*states)
     alone = model.state_dict()
-    assert alone["autogate.dead"].any() and torch.equal(states[0]["autogate.dead"], alone["autogate.dead"])
+    assert alone["autogate.dead"].any()
+    assert torch.equal(states[0]["autogate.dead"] > 0, alone["autogate.dead"] > 0)
     torch.testing.assert_close(states[0]["autogate.alpha"], alone["autogate.alpha"], rtol=1e-3, atol=1e-4)

@@ -61,9 +61,10 @@ PREPARED = {
 
 
 def sums(bank: GateBank) -> Numbers:
-    names = Numbers._fields[:-1]
+    buffers = {name: getattr(bank, name).double() for name in Numbers._fields[:-1]}
+    buffers["dead"] = (bank.dead > 0).double()  # it holds the order in which they died
     kernels = sum(kernel.detach().double().abs().sum() for kernel in bank.kernels())
-    return Numbers(*(float(getattr(bank, name).double().sum()) for name in names), float(kernels))
+    return Numbers(*(float(buffer.sum()) for buffer in buffers.values()), float(kernels))
 
 
 def quadratic(net: nn.Module) -> torch.Tensor:

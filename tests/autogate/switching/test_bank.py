@@ -92,6 +92,21 @@ def test_a_checkpoint_holds_all_subnets(net):
         assert torch.equal(switchable.eval()(example), other.eval()(example))
 
 
+def test_a_checkpoint_with_other_subnets_is_refused(net):
+    switchable, _, _ = net
+    model, example = small_net()
+    prepared = [closed(model, example, share, seed) for seed, share in enumerate((0.5, 0.2))]
+    state = switchable.state_dict()
+    other = subnets.fuse(model, subnets.of(*prepared, names=["0", "1"]))
+    other.load_state_dict(state)
+    moved = subnets.fuse(small_net()[0], subnets.of(*(closed(small_net()[0], example, 0.5, 7) for _ in range(1))))
+    for one in (state, {**state, f"{SUBNETS}.layout": torch.tensor(1.0)}):
+        with pytest.raises(RuntimeError, match=r"autogate_subnets: these subnets have other channels"):
+            moved.load_state_dict(one)
+    assert moved.half()._modules[SUBNETS].layout.dtype == torch.float64
+    moved.load_state_dict(moved.state_dict())
+
+
 class Slow(nn.Module):
     """A network whose forward can be stopped in the middle."""
 
@@ -126,3 +141,40 @@ def test_after_a_failed_forward_it_can_be_switched(net):
     with pytest.raises(RuntimeError):
         switchable(example[:, :2])
     subnets.switch(switchable, 0)
+
+
+class CopiesItself(nn.Module):
+    """A model whose class says how to copy it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm, self.conv2 = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 3)
+        self.copies = 0
+
+    def forward(self, x):
+        return self.conv2(self.norm(self.conv1(x)).relu())
+
+    def __deepcopy__(self, memo):
+        copied = type(self)()
+        copied.load_state_dict(self.state_dict())
+        copied.copies = self.copies + 1
+        return copied.train(self.training)
+
+
+def test_a_class_that_copies_itself_is_copied_with_its_subnets():
+    model, example = CopiesItself().eval(), torch.randn(2, 3, 8, 8)
+    switchable = subnets.fuse(model, subnets.find(model, example, flops=(0.3, 0.6), by="l1"))
+    subnets.switch(switchable, 1)
+    copied = copy.deepcopy(switchable)
+    assert type(copied) is CopiesItself and copied.copies == switchable.copies + 1
+    assert [row.active for row in subnets.status(copied).rows] == [False, True, False]
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(2)
+        assert not torch.equal(copied(example), switchable(example))
+        for number in (1, 0, 2):
+            subnets.switch(copied, number)
+            assert torch.equal(copied(example), subnets.extract(copied, number)(example))
+            with subnets.active(switchable, number):
+                assert torch.equal(switchable(example), subnets.extract(switchable, number)(example))
+    autogate.recalibrate(switchable, [example])

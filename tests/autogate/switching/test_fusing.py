@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import nn
 
 import autogate
 from autogate import subnets
@@ -66,7 +69,7 @@ def test_norms_may_share_their_affine_parameters():
     model, example = small_net()
     found = subnets.of(closed(model, example, 0.4, 0))
     switchable = subnets.fuse(model, found, norms="statistics")
-    own = [name for name in switchable.state_dict() if name.startswith(SUBNETS)]
+    own = [name for name in switchable.state_dict() if name.startswith(f"{SUBNETS}.0")]
     assert own and all(
         name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked") for name in own
     )
@@ -87,3 +90,34 @@ def test_two_of_one_name_are_refused():
     prepared = closed(model, example, 0.5, 0)
     with pytest.raises(autogate.AutogateError, match="two subnets are called 'a'"):
         subnets.fuse(model, subnets.of(prepared, prepared, names=["a", "a"]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padded_positions_of_an_encoder_get_what_the_slim_model_gives_them():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+            self.embed, self.encoder = nn.Linear(6, 16), nn.TransformerEncoder(layer, 1)
+            self.out = nn.Linear(16, 3)
+
+        def forward(self, x, padding):
+            return self.out(self.encoder(self.embed(x), src_key_padding_mask=padding))
+
+    torch.manual_seed(0)
+    model, x = Encoder().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    padding = torch.tensor([[False] * 5, [False] * 2 + [True] * 3])
+    examples = autogate.Examples((x, padding))
+    switchable = subnets.fuse(copy.deepcopy(model), subnets.find(model, examples, flops=(0.6,), by="l2"))
+    slim = autogate.finalize(autogate.close(autogate.prepare(copy.deepcopy(model), examples, flops=0.6), by="l2"))
+    for number in (0, 1, 0):
+        subnets.switch(switchable, number)
+        other = slim if number == 0 else model
+        for training, gradients in ((False, False), (False, True), (True, True)):
+            with torch.set_grad_enabled(gradients):
+                outputs = [one.train(training)(x, padding) for one in (switchable, other)]
+            torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        assert switchable.eval()(x, padding)[1, 3:].std(0).max() < 1e-12
+        torch.testing.assert_close(subnets.extract(switchable, 0)(x, padding), switchable(x, padding))
+        torch.testing.assert_close(copy.deepcopy(switchable)(x, padding), switchable(x, padding))

@@ -1,0 +1,52 @@
+"""Several widths on the command line: train, resume, bench, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import autogate
+from autogate import subnets
+from autogate.cli import app
+from autogate.training import RunFolder
+
+SMALL = ("--img-size", "32", "-b", "8", "-j", "0", "--device", "cpu", "--epochs", "1")
+
+
+def invoke(*words: object):
+    return CliRunner().invoke(app, [*map(str, words)], env={"COLUMNS": "200"})
+
+
+@pytest.mark.slow
+def test_widths_are_trained_measured_and_drawn(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    widths = ("--subnets", 0.3, 0.6, 1, "--subnets-by", "l1", "--subnets-rule", "sandwich", "--nested", "--distill")
+    told = invoke("train", "test_resnet", "--data", pictures, *SMALL, *widths)
+    assert told.exit_code == 0, told.output
+    folder = RunFolder(Path("runs/test_resnet"))
+    for words in ("3 widths", "dense model: accuracy", "epoch 1: loss", "switchable model:", "full"):
+        assert words in told.output, words
+    assert "gates" not in told.output
+    model = autogate.load(folder.switchable_file)
+    assert [row.structure.name for row in subnets.status(model).rows] == ["0.3", "0.6", "full"]
+    again = invoke("train", "--resume", folder.path)
+    assert again.exit_code == 0 and "switchable model:" in again.output
+    measured = invoke("bench", folder.switchable_file, "--batch-size", 2, "--device", "cpu", "--seconds", 0.02)
+    assert measured.exit_code == 0, measured.output
+    for words in ("0.3", "0.6", "full", "100.0%", "switch, new (ms)", "switch, kept (ms)"):
+        assert words in measured.output, words
+    drawn = invoke("report", folder.path)
+    assert drawn.exit_code == 0, drawn.output
+    page = (folder.path / "report" / "index.html").read_text(encoding="utf-8")
+    for words in ("in several widths", "Accuracy and latency", "Accuracy and FLOPs", "Channels of each layer", "0.6"):
+        assert words in page, words
+    for name in ("course", "widths", "flops", "times", "groups"):
+        assert Image.open(folder.path / "report" / f"{name}.png").width > 300
+
+
+def test_options_of_widths_without_shares_are_refused(pictures: Path):
+    told = invoke("train", "test_resnet", "--data", pictures, "--nested")
+    assert told.exit_code == 2 and "--subnets" in told.output
