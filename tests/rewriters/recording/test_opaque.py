@@ -188,7 +188,7 @@ def test_running_for_real_changes_nothing():
     example = image().requires_grad_()
     kept = example.detach().clone()
     captured = capture(model, (example,))
-    assert set(captured.opaque) == {"5", "6", "7"}
+    assert set(captured.opaque) == {"5", "6"}  # numbers that are drawn are known while it is recorded
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [set(vars(module)) for module in model.modules()] == names
     assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state

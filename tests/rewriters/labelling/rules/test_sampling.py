@@ -45,8 +45,9 @@ def deformable(masked: bool = True, offset_groups: int = 1, **options) -> nn.Mod
         return m.head(m.bn(m.deformable(y, m.offset(y), *mask)).relu())
 
     torch.manual_seed(0)
+    of_mask = {"mask": conv(8, 9 * offset_groups)} if masked else {}
     return Net(
-        forward, stem=conv(3, 8, 3), offset=conv(8, 18 * offset_groups), mask=conv(8, 9 * offset_groups),
+        forward, stem=conv(3, 8, 3), offset=conv(8, 18 * offset_groups), **of_mask,
         deformable=ops.DeformConv2d(8, 12, 3, **{"padding": 1, **options}), bn=nn.BatchNorm2d(12), head=conv(12, 2),
     ).double()  # fmt: skip
 
