@@ -217,7 +217,7 @@ def _finalize(model: nn.Module, inputs: Inputs) -> tuple[float, float, float]:
 
     with mock.patch.object(outputs, "relative_error", note):
         start = time.process_time()
-        autogate.finalize(model, inputs[0] or inputs[1], warn=False)
+        autogate.finalize(model, inputs[0] or inputs[1], warn=False, probe=False)  # one comparison
         ((difference, told),) = found
         return difference, told, time.process_time() - start
 
