@@ -52,13 +52,24 @@ def slim_and_gated(model: nn.Module, tiny: Tiny) -> tuple[nn.Module, nn.Module, 
 @torch.no_grad()
 def largest_error(slim: nn.Module, gated: nn.Module, tiny: Tiny) -> float:
     """The largest relative difference between their outputs, also of copies of the slim one."""
-    copies = (slim, copy.deepcopy(slim), pickle.loads(pickle.dumps(slim)))
     wanted = [_outputs(gated, call) for call in tiny.calls()]
+    copies = [slim, copy.deepcopy(slim)]
+    if _can_be_pickled(gated):
+        copies.append(pickle.loads(pickle.dumps(slim)))
     return max(
         rewriters.relative_error(_outputs(one, call), outputs)
         for one in copies
         for call, outputs in zip(tiny.calls(), wanted, strict=True)
     )
+
+
+def _can_be_pickled(model: nn.Module) -> bool:
+    """PyTorch refuses parametrized modules, and some of transformers' hooks are local functions."""
+    try:
+        pickle.dumps(model)
+    except (AttributeError, RuntimeError, pickle.PicklingError):
+        return False
+    return True
 
 
 def _outputs(model: nn.Module, call: dict[str, Any]) -> list[Tensor]:
