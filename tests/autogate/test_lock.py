@@ -23,6 +23,7 @@ def prepared(name: str) -> int:
     return autogate.gates(model).channel_map.checksum()
 
 
+@pytest.mark.slow
 def test_several_threads_prepare_several_models():
     names = ["test_vit", "test_resnet", "test_vit", "test_convnext"]
     alone = [prepared(name) for name in names]

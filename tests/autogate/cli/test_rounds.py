@@ -92,6 +92,7 @@ def test_a_folder_from_before_classes_had_names(first, tmp_path: Path):
     assert folder.info().class_names == () and folder.result().data_config is None
 
 
+@pytest.mark.slow
 def test_a_second_round(first, pictures: Path, tmp_path: Path):
     folder, _ = first
     slim = folder / "slim.safetensors"

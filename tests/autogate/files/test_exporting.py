@@ -29,6 +29,7 @@ def test_torch_export_for_batches_of_any_size(slim: Path, tmp_path: Path):
     assert torch.allclose(program(batch), autogate.load(slim)(batch), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_for_batches_of_any_size(slim: Path, tmp_path: Path):
     told = invoke(slim, "--onnx", tmp_path / "slim.onnx")
     assert told.exit_code == 0, told.output

@@ -34,6 +34,7 @@ def asked(pictures: Path, **changes):
     return dataclasses.replace(recipe(pictures), **{"budget": autogate.training.Budget(), **plain, **changes})
 
 
+@pytest.mark.slow
 def test_a_run_trains_all_widths_and_saves_one_network(pictures: Path, tmp_path: Path):
     folder, diary = RunFolder(tmp_path / "run"), Diary()
     result = start(asked(pictures), folder.path, callbacks=[diary])
