@@ -225,6 +225,14 @@ class Epochs(ABC):
         batches = max(position.batch, 1) * self.world.size
         return position.loss / batches if position.epoch else None
 
+    def row(self, position: Position, **measured: Any) -> EpochRow:
+        """The row of the epoch that has ended, with what was measured at its end."""
+        seconds = round(position.seconds, 3) if position.epoch else None
+        return EpochRow(
+            epoch=position.epoch, step=position.step, lr=position.lr, train_loss=self.mean_loss(position),
+            seconds=seconds, **measured,
+        )  # fmt: skip
+
     def accuracy(self, model: nn.Module, stop: Stop) -> float:
         """Accuracy on the validation images, in percent."""
 

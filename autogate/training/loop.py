@@ -100,12 +100,8 @@ class Loop(Epochs):
 
     def evaluate(self, position: Position, stop: Stop) -> EpochRow:
         now = Snapshot.of(self.model) if self.final_gates is None else self.final_gates.snapshot
-        row = EpochRow(
-            epoch=position.epoch,
-            step=position.step,
-            lr=position.lr,
-            train_loss=self.mean_loss(position),
-            seconds=round(position.seconds, 3) if position.epoch else None,
+        row = self.row(
+            position,
             accuracy=self.accuracy(self.model, stop),
             ema_accuracy=None if self.average is None else self.accuracy(self.average, stop),
             flops=now.flops / self.info.flops,

@@ -82,12 +82,8 @@ class SwitchableLoop(Epochs):
     def evaluate(self, position: Position, stop: Stop) -> EpochRow:
         rows = [SubnetRow(position.epoch, position.step, *one) for one in self._accuracies(self.model, stop)]
         averaged = None if self.average is None else self._accuracies(self.average, stop)
-        row = EpochRow(
-            epoch=position.epoch,
-            step=position.step,
-            lr=position.lr,
-            train_loss=self.mean_loss(position),
-            seconds=round(position.seconds, 3) if position.epoch else None,
+        row = self.row(
+            position,
             accuracy=rows[-1].accuracy,
             ema_accuracy=None if averaged is None else averaged[-1][1],
             flops=1.0,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from rewriters.analysis.analyse import analyse
 from rewriters.errors import CaptureError
@@ -14,7 +13,7 @@ from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, conv, image
 
 
-@torch.library.custom_op("autogate_tests::doubled", mutates_args=())
+@library.custom_op("autogate_tests::doubled", mutates_args=())
 def doubled(x: Tensor) -> Tensor:
     return 2 * x.contiguous()
 
@@ -24,7 +23,7 @@ def _(x: Tensor) -> Tensor:  # in another memory order than the result has
     return x.new_empty(x.transpose(1, 3).shape).transpose(1, 3)
 
 
-@torch.library.custom_op("autogate_tests::halved", mutates_args=())
+@library.custom_op("autogate_tests::halved", mutates_args=())
 def halved(x: Tensor) -> Tensor:
     return x / 2
 
