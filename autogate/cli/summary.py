@@ -9,7 +9,8 @@ import typer
 
 from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.files import load
-from autogate.inspection import summarise_slim
+from autogate.inspection import summarise_adaptive, summarise_slim
+from autogate.saliency import saliency_of
 
 
 @one_line_errors
@@ -22,7 +23,9 @@ def summary(
 
     Example: autogate summary runs/resnet50/slim.safetensors
     """
-    found = summarise_slim(load(written_model(slim)))
+    model = load(written_model(slim))
+    bank = saliency_of(model)
+    found = summarise_slim(model) if bank is None else summarise_adaptive(model, bank)
     if json:
         print(found.to_json())
     else:
