@@ -259,6 +259,16 @@ def summary(model: nn.Module) -> Summary | AdaptiveSummary:
     own = unwrap(model)
     if (bank := saliency_of(own)) is not None:
         return summarise_adaptive(own, bank)
+    return gated_summary(model)
+
+
+def gated_summary(model: nn.Module) -> Summary:
+    """As `summary`, of a prepared or slim model.
+
+    Raises:
+        AutogateError: it is neither.
+    """
+    own = unwrap(model)
     if isinstance(own, nn.Module) and BANK not in own._modules and history_of(own) is not None:
         return summarise_slim(own)
     return summarise(own, gates(model))

@@ -274,6 +274,6 @@ def check_not_adaptive(model: object) -> None:
         raise AutogateError(
             "it has saliency modules: it chooses its channels for each image.",
             where=type(model).__name__,
-            remedy="Its verbs are in autogate.adaptive, and autogate.summary tells what it uses. For gates start from a "
-            "model without saliency modules.",
+            remedy="Its verbs are in autogate.adaptive, and autogate.summary tells what it uses. For gates start from "
+            "a model without saliency modules.",
         )
