@@ -82,7 +82,7 @@ def bench(
     console.print(_left(left), highlight=False, soft_wrap=True)
     for name, text in () if left.data_config is None else left.data_config.rows():
         console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
+    console.print(f"CPU threads: {torch.get_num_threads()}, torch {torch.__version__}", highlight=False)
 
 
 def _bench_subnets(
@@ -105,7 +105,7 @@ def _bench_subnets(
                 *(f"{1e3 * time:.3g}" for time in (one.switch_new, one.switch_kept)),
             )  # fmt: skip
         console.print(table)
-    console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
+    console.print(f"CPU threads: {torch.get_num_threads()}, torch {torch.__version__}", highlight=False)
 
 
 def _in_onnxruntime(

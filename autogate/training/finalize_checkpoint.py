@@ -61,8 +61,10 @@ def finalize_checkpoint(
     model = build_network(recipe.network, info.num_classes, weights=False, function=function)
     config = {**data_config(model, recipe.network), "input_size": info.input_size}
     note_data_config(model, config, info.class_names, info.num_classes)
+    names: tuple[str, ...] = ()
     if recipe.subnets is None:
-        model, result, names, file = *_slim(model, found, path), (), folder.slim_file
+        model, result = _slim(model, found, path)
+        file = folder.slim_file
     else:
         model, result = _switchable(model, found, path, recipe.subnets)
         names = tuple(row.structure.name for row in subnets.status(model).rows)
