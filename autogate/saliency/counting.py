@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from autogate.saliency.sites import Scaling
 from rewriters import AutogateError
 
 Kind = Literal["chosen", "follows", "whole"]
@@ -73,6 +74,7 @@ class CountedLayer:
         groups: of its channels.
         inputs, outputs: class of each channel, int64; -1 if it always stays.
         own: multiply-adds of its saliency module for one image.
+        scaling: where its output is scaled, for one that isn't whole.
     """
 
     path: str
@@ -82,6 +84,7 @@ class CountedLayer:
     inputs: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
     own: int = 0
+    scaling: Scaling | None = None
 
     @property
     def dense(self) -> float:
@@ -118,12 +121,13 @@ class Counting:
     rest: float
 
     def checksum(self) -> int:
-        """The same for two models whose layers have the same channels and choose alike."""
-        number = 0
+        """The same for two models whose layers are coupled and choose alike, however classes are numbered."""
+        number, places = 0, {-1: -1}
         for layer in self.layers:
             number = zlib.crc32(f"{layer.path} {layer.kind} {layer.own}".encode(), number)
-            for classes in (layer.inputs, layer.outputs):
-                number = zlib.crc32(classes.numpy().tobytes(), number)
+            for classes in (layer.inputs.tolist(), layer.outputs.tolist()):
+                in_order = [places.setdefault(one, len(places)) for one in classes]
+                number = zlib.crc32(repr(in_order).encode(), number)
         return number
 
     @torch.no_grad()
