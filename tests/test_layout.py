@@ -21,7 +21,7 @@ ORDER = {
     ],
     "autogate": [
         "cli", "reporting", "training", "integrations", "demo", "outlook", "subnets", "adaptive", "closing", "api",
-        "inspection", "files", "switching", "saliency", "slim", "criteria", "gating", "methods", "steering", "budget",
+        "inspection", "files", "switching", "skipping", "saliency", "slim", "criteria", "gating", "methods", "steering", "budget",
         "naming", "inputs", "wrappers", "lock", "digits", "version",
     ],
 }  # fmt: skip

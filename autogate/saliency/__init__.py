@@ -1,19 +1,31 @@
 """A choice of channels for each image. In: a model. Out: the same model, whose convolutions score their channels."""
 
 from autogate.saliency.bank import SALIENCY, SaliencyBank, check_not_adaptive, saliency_of
+from autogate.saliency.counting import CountedLayer, Counting
 from autogate.saliency.installing import install
 from autogate.saliency.method import SANP
-from autogate.saliency.observing import LayerUse, Use, meet, use_of
+from autogate.saliency.module import NAME, FollowingModule, SaliencyModule, broadcast
+from autogate.saliency.observing import LayerUse, Use, costs, meet, use_of
 from autogate.saliency.run import Run
+from autogate.saliency.sites import Scaling, classes_of
 
 __all__ = [
+    "NAME",
     "SALIENCY",
     "SANP",
+    "CountedLayer",
+    "Counting",
+    "FollowingModule",
     "LayerUse",
     "Run",
     "SaliencyBank",
+    "SaliencyModule",
+    "Scaling",
     "Use",
+    "broadcast",
     "check_not_adaptive",
+    "classes_of",
+    "costs",
     "install",
     "meet",
     "saliency_of",

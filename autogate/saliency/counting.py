@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from autogate.saliency.sites import Scaling
 from rewriters import AutogateError
 
 Kind = Literal["chosen", "follows", "whole"]
@@ -35,23 +36,28 @@ class Notes:
 
     Attributes:
         all_off: in eval mode no score is positive: for finding out which channels are zero then.
+        running: whether a forward of the whole model runs.
+        alive: bool, (images, classes + 1): the classes that some layer has made so far in this forward, for those who
+            skip what is zero; None before the first.
+        untold: a layer has run that doesn't say what it makes.
     """
 
     def __init__(self) -> None:
         self.calls: list[Note] = []
-        self.all_off, self._running = False, False
+        self.alive: Tensor | None = None
+        self.all_off, self.running, self.untold = False, False, False
 
     def begin(self) -> None:
         """A forward begins."""
-        self.calls, self._running = [], True
+        self.calls, self.alive, self.running, self.untold = [], None, True, False
 
     def end(self) -> None:
         """It is over: what backward computes again, for checkpointing, isn't noted."""
-        self._running = False
+        self.running, self.alive = False, None
 
     def add(self, layer: int, positions: float, scores: Tensor | None = None) -> None:
         """A layer was called."""
-        if self._running:
+        if self.running:
             self.calls.append(Note(layer, positions, scores))
 
     def code(self, scores: Tensor) -> Tensor:
@@ -59,7 +65,7 @@ class Notes:
         return torch.zeros_like(scores) if self.all_off else (scores.detach() > 0).to(scores.dtype)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"calls": [], "all_off": False, "_running": False}  # a copy has run nothing
+        return {**self.__dict__, "calls": [], "alive": None, "all_off": False, "running": False, "untold": False}  # a copy has run nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +79,8 @@ class CountedLayer:
         groups: of its channels.
         inputs, outputs: class of each channel, int64; -1 if it always stays.
         own: multiply-adds of its saliency module for one image.
+        scaling: where its output is scaled, for one that isn't whole.
+        prepared: pairs of channels that it had when the model was prepared; None: those that it has.
     """
 
     path: str
@@ -82,15 +90,22 @@ class CountedLayer:
     inputs: Tensor = field(repr=False)
     outputs: Tensor = field(repr=False)
     own: int = 0
+    scaling: Scaling | None = None
+    prepared: float | None = None
+
+    @property
+    def left(self) -> float:
+        """Multiply-adds at one position with all channels that it has."""
+        return self.taps * len(self.inputs) * len(self.outputs) / self.groups
 
     @property
     def dense(self) -> float:
-        """Multiply-adds at one position with all channels."""
-        return self.taps * len(self.inputs) * len(self.outputs) / self.groups
+        """The same with all channels that it had when the model was prepared."""
+        return self.left if self.prepared is None else self.taps * self.prepared
 
 
 class Cost(NamedTuple):
-    """FLOPs of each image, float64 of shape (images,), and of an image if all channels are computed."""
+    """FLOPs of each image, float64 of shape (images,), and of an image in the model as it was prepared."""
 
     images: Tensor
     dense: float
@@ -111,11 +126,13 @@ class Counting:
         layers: by number.
         zero: bool, shape (classes,): the classes that are zero where all the layers that make them are off.
         rest: FLOPs of one image outside of the layers.
+        prepared_rest: those of the model as it was prepared; None: the same.
     """
 
     layers: tuple[CountedLayer, ...]
     zero: Tensor
     rest: float
+    prepared_rest: float | None = None
 
     def checksum(self) -> int:
         """The same for two models whose layers have the same channels and choose alike."""
@@ -144,12 +161,12 @@ class Counting:
         stays = torch.cat([~self.zero, self.zero.new_ones(1)]).to(device)  # the last entry is that of class -1
         alive = stays.float().repeat(images, 1)
         cost = torch.full((images,), self.rest, dtype=torch.float64, device=device)
-        dense = self.rest
+        dense = self.rest if self.prepared_rest is None else self.prepared_rest
         for call in calls:
             layer, positions = self.layers[call.layer], call.positions / images
             dense += positions * layer.dense
             if layer.kind == "whole":
-                cost += positions * layer.dense
+                cost += positions * layer.left
                 continue
             inputs, outputs = layer.inputs.to(device), layer.outputs.to(device)
             read = alive[:, inputs].sum(1, dtype=torch.float64)

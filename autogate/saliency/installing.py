@@ -134,7 +134,7 @@ class _Placing:
             elif groups > 1:  # the kernel has the channels of one group
                 inputs, outputs = (torch.full((size,), ALWAYS) for size in (conv.in_channels, conv.out_channels))
             own = module.macs if module is not None else 0
-            counted.append(CountedLayer(kernel.module, layer.kind, taps, groups, inputs, outputs, own))
+            counted.append(CountedLayer(kernel.module, layer.kind, taps, groups, inputs, outputs, own, layer.scaling))
         known = {layer.kernel.weight for layer in layers}
         everything = torch.ones(channel_map.size, dtype=torch.bool)
         rest = sum(channel_map.macs(kernel, everything) for kernel in channel_map.kernels if kernel.weight not in known)

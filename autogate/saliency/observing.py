@@ -79,7 +79,7 @@ def use_of(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Use:
     rows = [0] * len(used)
     number = {module.layer: place for place, module in enumerate(bank.saliency_modules)}
     shares = []
-    for cost in _costs(model, bank, batches):
+    for cost in costs(model, bank, batches):
         shares.append((cost.images / cost.dense).cpu())
         for call in bank.notes.calls:
             if call.scores is not None:
@@ -109,8 +109,8 @@ def meet(model: nn.Module, bank: SaliencyBank, flops: float, batches: Iterable[A
 
     def share(threshold: float) -> float:
         bank.set_threshold(threshold)
-        costs = [(float((cost.images / cost.dense).sum()), len(cost.images)) for cost in _costs(model, bank, batches)]
-        return sum(total for total, _ in costs) / sum(images for _, images in costs)
+        found = torch.cat([(cost.images / cost.dense).cpu() for cost in costs(model, bank, batches)])
+        return float(found.mean())
 
     try:
         least = share(torch.inf)
@@ -145,8 +145,14 @@ def _nearest(share: Callable[[float], float], flops: float, start: float) -> tup
     return min(tried, key=lambda one: abs(one[0] - flops))
 
 
-def _costs(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Iterator[Cost]:
-    """The cost of each batch, in eval mode. Modes are restored."""
+def costs(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Iterator[Cost]:
+    """Run a model on batches in eval mode; after each, its cost, while the bank's notes have its calls.
+
+    Modes are restored at the end.
+
+    Raises:
+        AutogateError: there are no batches, or scores are NaN.
+    """
     before = set_modes(model, False)
     given = 0
     try:
