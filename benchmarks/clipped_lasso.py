@@ -4,8 +4,9 @@
     python -m benchmarks.clipped_lasso cifar10 --data FOLDER --out runs/clipped_lasso --epochs 30
 
 `digits` prints the table of docs/methods.md. `cifar10` trains a ResNet-20 (FOLDER as in
-`benchmarks.accuracy.data.load`), writes results.json, and draws norms.svg: how far the norms of live classes are from
-their group's mean (Yang et al., "Non-uniform DNN Structured Subnets Sampling for Dynamic Inference", figure 10). Needs
+`benchmarks.accuracy.data.load`), writes a JSON file a run, prints a table, and draws norms.svg: how far the norms of
+live classes are from their group's mean (Yang et al., "Non-uniform DNN Structured Subnets Sampling for Dynamic
+Inference", figure 10). A run whose file exists is skipped, so an interrupted benchmark can be continued. Needs
 matplotlib.
 """
 
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import itertools
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +27,12 @@ from torch import Tensor, nn
 import autogate
 from autogate.digits import load as load_digits
 from autogate.methods import Method
+from benchmarks.accuracy.blocks import dense_network
 from benchmarks.accuracy.data import Data, load, normalise
-from benchmarks.accuracy.models import ResNet
 from benchmarks.accuracy.recipe import fit, predict
-from benchmarks.accuracy.setting import Recipe, accuracy
+from benchmarks.accuracy.setting import Recipe, Setting, accuracy
 from benchmarks.accuracy.settings import CIFAR
+from benchmarks.cifar10 import once
 
 METHODS: dict[str, Method] = {
     "GDP": autogate.GDP(),
@@ -91,30 +94,37 @@ def relative_norms(model: nn.Module) -> list[float]:
     return found
 
 
-def cifar10(train: Data, test: Data, out: Path, epochs: int, layers: int, flops: tuple[float, ...]) -> None:
-    """Train with each method, write results.json and draw norms.svg."""
+def gated_run(dense: nn.Module, train: Data, test: Data, setting: Setting, flops: float, method: Method) -> dict:
+    """Train with gates from the trained dense network: what is left, accuracy, and the norms of live classes."""
+    torch.manual_seed(1)
+    recipe = setting.recipe
+    model = autogate.prepare(
+        copy.deepcopy(dense), normalise(train.inputs[:2]), flops=flops, shortcuts="conv",
+        steps=recipe.steps(train, recipe.epochs), method=method,
+    )  # fmt: skip
+    fit(model, train, setting, recipe.epochs, recipe.peak / 2)
+    left, norms = autogate.gates(model).shares()["FLOPs"], relative_norms(model)
+    slim = autogate.finalize(model, warn=False)
+    return {"left": left, "accuracy": accuracy(predict(slim, test.inputs, setting), test.labels), "norms": norms}
+
+
+def cifar10(train: Data, test: Data, out: Path, setting: Setting, flops: tuple[float, ...]) -> None:
+    """Train with each method, print a table and draw norms.svg."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    train, test, recipe = train.to(device), test.to(device), Recipe(epochs)
-    setting = replace(CIFAR["resnet20"], recipe=recipe)
-    torch.manual_seed(0)
-    dense = ResNet(layers).to(device)
-    fit(dense, train, setting, epochs, recipe.peak)
-    results: list[dict[str, object]] = []
-    for share in flops:
-        for name, method in METHODS.items():
-            torch.manual_seed(1)
-            model = autogate.prepare(
-                copy.deepcopy(dense), normalise(train.inputs[:2]), flops=share, shortcuts="conv",
-                steps=recipe.steps(train, epochs), method=method,
-            )  # fmt: skip
-            fit(model, train, setting, epochs, recipe.peak / 2)
-            left, norms = autogate.gates(model).shares()["FLOPs"], relative_norms(model)
-            slim = autogate.finalize(model, warn=False)
-            right = accuracy(predict(slim, test.inputs, setting), test.labels)
-            results.append({"flops": share, "method": name, "left": left, "accuracy": right, "norms": norms})
-            print(f"{share} {name}: {right:.2f} %, {left:.3f} of the FLOPs left", flush=True)
+    train, test = train.to(device), test.to(device)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results))
+    dense, score, _ = dense_network("resnet20", 0, setting, train, test, out)
+    print(f"dense: {score:.2f} %", flush=True)
+    results = []
+    for share, (name, method) in itertools.product(flops, METHODS.items()):
+        found = once(
+            out / f"{name.replace(' ', '')}_{share}.json",
+            lambda share=share, method=method: gated_run(dense, train, test, setting, share, method),
+        )
+        results.append({"flops": share, "method": name} | found)
+        spread = statistics.pstdev(found["norms"])
+        right, left = found["accuracy"], found["left"]
+        print(f"{share} {name}: {right:.2f} %, {left:.3f} of the FLOPs left, spread of norms {spread:.2f}", flush=True)
     draw(results, out / "norms.svg")
 
 
@@ -143,8 +153,9 @@ def main() -> None:
     parser.add_argument("what", choices=("digits", "cifar10"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/clipped_lasso"))
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of each method")
+    parser.add_argument("--dense-epochs", type=int, help="epochs of dense training before; as many if not given")
+    parser.add_argument("--images", type=int, help="training images; all if not given")
     parser.add_argument("--flops", type=float, nargs="*", default=SHARES)
     args = parser.parse_args()
     if args.what == "digits":
@@ -152,9 +163,9 @@ def main() -> None:
     elif args.data is None:
         parser.error("cifar10 needs --data")
     else:
-        cifar10(
-            load(args.data, "train"), load(args.data, "test"), args.out, args.epochs, args.layers, tuple(args.flops)
-        )
+        setting = replace(CIFAR["resnet20"], recipe=Recipe(args.epochs, args.dense_epochs))
+        train = load(args.data, "train").some(args.images)
+        cifar10(train, load(args.data, "test"), args.out, setting, tuple(args.flops))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from autogate.files.atomic_write import atomic_write
 from autogate.files.data_config import NAME, as_json, data_config_of
 from autogate.inputs import Inputs
 from autogate.lock import locked
+from autogate.saliency import saliency_of
 from autogate.slim import history_of, read_inputs
 from autogate.switching import check_one_width, subnets_of
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
@@ -35,22 +36,14 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
     """Random inputs like those that a slim model was prepared with, for `batch` samples.
 
     Args:
-        slim: a slim model, or a switchable one.
+        slim: a slim model, a switchable or an adaptive one.
         batch: number of samples.
         side: side of square images, if the inputs are one batch of images; the original size if None.
 
     Raises:
         AutogateError: the model has no record of its example inputs, or `side` is given and they are not images.
     """
-    history, subnets = history_of(slim), subnets_of(slim)
-    record = subnets.record if subnets is not None else history.slimmings[-1] if history is not None else None
-    if record is None or record.inputs is None:
-        raise AutogateError(
-            "it has no record of its example inputs: it was not slimmed, or with inputs that no file holds.",
-            where=type(slim).__name__,
-            remedy="Pass the model that autogate.finalize or autogate.load returned.",
-        )
-    inputs = read_inputs(record.inputs)
+    inputs = _example_of(slim)
     tensors = tensors_of(inputs)
     if side is not None and (len(tensors) != 1 or tensors[0].ndim != 4):
         raise AutogateError(
@@ -69,6 +62,21 @@ def inputs_of(slim: nn.Module, batch: int, side: int | None = None) -> Inputs:
         return drawn.to(at, tensor.dtype)
 
     return tree_map_only(Tensor, like, inputs)
+
+
+def _example_of(slim: nn.Module) -> Inputs:
+    """The example inputs that a model was prepared with, or zeros of their shapes."""
+    history, subnets, bank = history_of(slim), subnets_of(slim), saliency_of(slim)
+    if bank is not None:
+        return bank.origin.calls_for(slim)[0]
+    record = subnets.record if subnets is not None else history.slimmings[-1] if history is not None else None
+    if record is None or record.inputs is None:
+        raise AutogateError(
+            "it has no record of its example inputs: it was not slimmed, or with inputs that no file holds.",
+            where=type(slim).__name__,
+            remedy="Pass the model that autogate.finalize or autogate.load returned.",
+        )
+    return read_inputs(record.inputs)
 
 
 @locked

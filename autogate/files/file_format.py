@@ -22,6 +22,7 @@ from torch import Tensor
 
 from autogate.files.data_config import DataConfig
 from autogate.files.timm_builds import TimmBuild
+from autogate.saliency import Choosing
 from autogate.slim import Analysed, Slimming
 from autogate.switching import Fusing
 from rewriters import AutogateError
@@ -49,6 +50,7 @@ class Header:
         forwards: code of the rewritten forwards in eval and train mode, for people to read; it is never run.
         channels_last: tensors whose memory has channels last, in two or three dimensions of space.
         subnets: how the model holds several widths; None if it has one.
+        adaptive: how it chooses its channels for each image; None if it doesn't.
         data_config: how images become inputs, and the classes' names; None if the model doesn't say.
     """
 
@@ -66,11 +68,13 @@ class Header:
     forwards: Mapping[str, Mapping[str, str]]
     channels_last: tuple[str, ...] = ()
     subnets: Fusing | None = None
+    adaptive: Choosing | None = None
     data_config: DataConfig | None = None
 
     def records(self) -> tuple[Analysed, ...]:
         """What was done to the dense model, in order."""
-        return (*self.slimmings, *((self.subnets,) if self.subnets is not None else ()))
+        last = (self.adaptive, self.subnets)
+        return (*self.slimmings, *(record for record in last if record is not None))
 
 
 _JSON = TypeAdapter(Header)

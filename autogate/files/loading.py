@@ -24,6 +24,7 @@ from autogate.files.timm_builds import build_with_timm
 from autogate.gating import BANK
 from autogate.inputs import Inputs, as_calls
 from autogate.lock import locked
+from autogate.saliency import Choosing, install_again, saliency_of
 from autogate.slim import (
     ATTRIBUTE,
     Analysed,
@@ -51,7 +52,7 @@ def load(
     device: torch.device | str | None = None,
     max_bytes: int | None = None,
 ) -> nn.Module:
-    """Read the slim model from a file that `save` wrote.
+    """Read the slim, switchable or adaptive model from a file that `save` wrote.
 
     The model is as it was when saved: the same outputs to the last bit, the same dtypes, frozen parameters, and train
     or eval mode. It can be trained, saved and slimmed again. No code in the file is run, no pickle is read, and nothing
@@ -78,7 +79,7 @@ def load(
     limit = default_limit(Path(path).stat().st_size) if max_bytes is None else max_bytes
     if model is None:
         model = _built(header, path, limit)
-    elif history_of(model) is not None or BANK in model._modules or subnets_of(model) is not None:
+    elif _is_changed(model):
         raise AutogateError(
             "it is already prepared or slim.", where=type(model).__name__, remedy="Pass the dense model."
         )
@@ -86,7 +87,8 @@ def load(
     try:
         if example_inputs is None:
             check_inputs(header, limit, model)
-        _slim_again(model, header, example_inputs, undo_log)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        _slim_again(model, header, example_inputs, shapes, undo_log)
         _fill(model, header, tensors, device, undo_log)
         if header.data_config is not None:
             set_data_config(model, header.data_config, undo_log)
@@ -95,6 +97,8 @@ def load(
     except BaseException as error:
         if (subnets := subnets_of(model)) is not None:
             subnets.detach(model)
+        if (bank := saliency_of(model)) is not None:
+            bank.detach()
         undo_log.undo()
         if isinstance(error, Exception):
             raise _not_carried_out(error, header, type(model).__name__, path) from error
@@ -139,20 +143,30 @@ def _not_carried_out(error: Exception, header: Header, model: str, path: str | o
     return AutogateError(f"it can't be slimmed as the file says: {error} {place}", where=model)
 
 
-def _slim_again(model: nn.Module, header: Header, example_inputs: Any, undo_log: UndoLog) -> None:
+def _is_changed(model: nn.Module) -> bool:
+    """Whether autogate has prepared or slimmed it."""
+    found = history_of(model), subnets_of(model), saliency_of(model)
+    return BANK in model._modules or any(one is not None for one in found)
+
+
+def _slim_again(
+    model: nn.Module, header: Header, example_inputs: Any, shapes: Mapping[str, tuple[int, ...]], undo_log: UndoLog
+) -> None:
     dense = describe_modules(model)
     at = next((tensor.device for *_, tensor in tensor_slots(model)), torch.device("cpu"))
     for record in header.records():
         calls = tree_map_only(Tensor, lambda tensor: tensor.to(at), _calls(record, example_inputs, model))
         if isinstance(record, Fusing):
             fuse_again(model, record, calls, undo_log)
+        elif isinstance(record, Choosing):
+            install_again(model, record, calls, shapes, undo_log)
         else:
             assert isinstance(record, Slimming)
             replay(model, record, calls, undo_log)
     made = history_of(model)
     if made is not None:
         undo_log.set_attribute(model, ATTRIBUTE, History(header.slimmings, dense, made.modules, made.shapes))
-    elif header.subnets is None:
+    elif not header.records():
         raise AutogateError("the file's header lists no slimming.")
 
 

@@ -20,12 +20,9 @@ from autogate.files.file_format import CHANNELS_LAST, Header, checksum, metadata
 from autogate.files.timm_builds import Dense, dense_of, find_timm_build
 from autogate.gating import BANK
 from autogate.lock import locked
-from autogate.slim import (
-    describe_buffers,
-    first_difference,
-    history_of,
-)
-from autogate.switching import Fusing, form_of, subnets_of
+from autogate.saliency import record_of, saliency_of
+from autogate.slim import Form, History, describe_buffers, first_difference, form_of, history_of
+from autogate.switching import SUBNETS, Fusing, subnets_of
 from autogate.version import __version__
 from autogate.wrappers import unwrap
 from rewriters import AutogateError
@@ -35,7 +32,7 @@ from rewriters.recording import tensor_slots
 
 @locked
 def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[str, Any] | None = None) -> None:
-    """Write a slim or switchable model to a safetensors file, from which `load` restores it to the last bit.
+    """Write a slim, switchable or adaptive model to a safetensors file, from which `load` restores it to the last bit.
 
     The file says how timm's `create_model` builds the dense model, if it does (that is checked by building it), and
     which of its channels stay. The file is written under a temporary name and then moved into place: if writing fails,
@@ -56,16 +53,16 @@ def save(slim: nn.Module, path: str | os.PathLike[str], *, model_args: Mapping[s
         True
 
     Args:
-        slim: the model that `finalize` or `subnets.fuse` returned, trained further or not, or a compiled or distributed
-            wrapper around it.
+        slim: the model that `finalize`, `subnets.fuse` or `adaptive.prepare` returned, trained further or not, or a
+            compiled or distributed wrapper around it.
         path: path of the file, by convention "*.safetensors".
         model_args: arguments of `timm.create_model` that the dense model was built with and that can't be read off the
             model. Most can.
 
     Raises:
-        AutogateError: the model was not slimmed or fused; it was changed since in a way that the file can't record; it
-            holds a tensor that safetensors can't store; timm doesn't build the dense model with `model_args`; or the
-            file can't be written.
+        AutogateError: the model was not slimmed, fused or made adaptive; it was changed since in a way that the file
+            can't record; it holds a tensor that safetensors can't store; timm doesn't build the dense model with
+            `model_args`; or the file can't be written.
     """
     slim = unwrap(slim)
     if BANK in slim._modules:
@@ -103,6 +100,7 @@ def _contents(
         forwards=_forwards(slim),
         channels_last=_channels_last(slim, tensors),
         subnets=fusing,
+        adaptive=None if (bank := saliency_of(slim)) is None else record_of(slim, bank),
         data_config=data_config_of(slim),
     )
     return header, tensors
@@ -111,10 +109,14 @@ def _contents(
 def _check_unchanged(slim: nn.Module) -> None:
     """Raise unless nothing but the records and the weights sets a model apart from the dense one."""
     where = type(slim).__name__
-    subnets, now = subnets_of(slim), form_of(slim)
-    since = "when the model was finalized." if subnets is None else "when the model was fused."
-    before = history_of(slim) if subnets is None else subnets.form
+    before: Form | History | None = history_of(slim)
+    since, added = "when the model was finalized.", tuple[str, ...]([SUBNETS])
+    if (subnets := subnets_of(slim)) is not None:
+        before, since = subnets.form, "when the model was fused."
+    elif (bank := saliency_of(slim)) is not None:
+        before, since, added = bank.form, "when it was given saliency modules.", bank.added
     assert before is not None  # `dense_of` has looked
+    now = form_of(slim, added)
     for here, there in ((now.shapes, before.shapes), (now.modules, before.modules)):
         different = first_difference(here, there)
         if different is not None:

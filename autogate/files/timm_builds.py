@@ -19,6 +19,7 @@ from timm.layers import DropPath
 from timm.models import FeatureInfo
 from torch import nn
 
+from autogate.saliency import saliency_of
 from autogate.slim import TensorSpec, describe_modules, describe_tensors, first_difference, history_of
 from autogate.switching import subnets_of
 from rewriters import AutogateError
@@ -49,16 +50,18 @@ class Dense:
 
 
 def dense_of(model: nn.Module) -> Dense:
-    """The dense model that a slim or a switchable one was made from.
+    """The dense model that a slim, switchable or adaptive one was made from.
 
     Raises:
-        AutogateError: it is neither.
+        AutogateError: it is none of these.
     """
-    history, subnets = history_of(model), subnets_of(model)
+    history, subnets, bank = history_of(model), subnets_of(model), saliency_of(model)
     if history is not None:
         return Dense(history.slimmings[0].tensors, history.dense_modules)
     if subnets is not None:
         return Dense(subnets.record.tensors, subnets.record.modules)
+    if bank is not None:
+        return Dense(describe_tensors(model, bank.added), bank.form.modules)
     raise AutogateError(
         "it was not slimmed: it has no record of a slimming.",
         where=type(model).__name__,

@@ -2,10 +2,11 @@
 
 from autogate.saliency.bank import SALIENCY, SaliencyBank, check_not_adaptive, saliency_of
 from autogate.saliency.counting import CountedLayer, Counting
-from autogate.saliency.installing import install
+from autogate.saliency.installing import install, install_again
 from autogate.saliency.method import SANP
 from autogate.saliency.module import NAME, FollowingModule, SaliencyModule, broadcast
 from autogate.saliency.observing import LayerUse, Use, costs, meet, use_of
+from autogate.saliency.record import Choosing, record_of
 from autogate.saliency.run import Run
 from autogate.saliency.sites import Scaling, classes_of
 
@@ -13,6 +14,7 @@ __all__ = [
     "NAME",
     "SALIENCY",
     "SANP",
+    "Choosing",
     "CountedLayer",
     "Counting",
     "FollowingModule",
@@ -27,7 +29,9 @@ __all__ = [
     "classes_of",
     "costs",
     "install",
+    "install_again",
     "meet",
+    "record_of",
     "saliency_of",
     "use_of",
 ]

@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from autogate.gating import hooks
 from autogate.naming import tell_beside
 from autogate.saliency.counting import Cost, Counting, Notes
-from autogate.saliency.module import SaliencyModule
+from autogate.saliency.module import NAME, SaliencyModule
 from autogate.saliency.run import Run, RunState
-from autogate.slim import PrepareRecord
+from autogate.slim import Form, PrepareRecord
 from autogate.wrappers import child_of
 from rewriters import AutogateError, UndoLog
 
@@ -39,6 +39,7 @@ class SaliencyBank(nn.Module):
         run: the course of the training.
         origin: how the model was analysed.
         handles: of the modules' hooks.
+        form: of the model without them.
 
     Attributes:
         step_count: 0-dim float64, optimizer steps taken.
@@ -59,12 +60,12 @@ class SaliencyBank(nn.Module):
 
     def __init__(
         self, model: nn.Module, modules: Mapping[str, SaliencyModule], counting: Counting, notes: Notes, run: Run,
-        origin: PrepareRecord, handles: Sequence[RemovableHandle],
+        origin: PrepareRecord, handles: Sequence[RemovableHandle], form: Form,
     ):  # fmt: skip
         super().__init__()
         for name in ("step_count", "cost", "integral", "threshold", "balance"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
-        self.counting, self.notes, self.run, self.origin = counting, notes, run, origin
+        self.counting, self.notes, self.run, self.origin, self.form = counting, notes, run, origin, form
         self._checksum = counting.checksum()
         self.register_buffer("layout", torch.tensor(float(self._checksum), dtype=torch.float64))
         self.paths, self.saliency_modules = tuple(modules), tuple(modules.values())
@@ -91,6 +92,18 @@ class SaliencyBank(nn.Module):
     def forward(self, x: Any = None) -> Any:
         """Return `x`: a `nn.Sequential` runs all of its children."""
         return x
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Paths of the modules that the model was given."""
+        owners = [layer.path for layer in self.counting.layers if layer.kind != "whole"]
+        return (*(f"{path}.{NAME}".lstrip(".") for path in owners), SALIENCY)
+
+    def detach(self) -> None:
+        """End the bank's life: its hooks and those of its modules are gone. The modules are left to an `UndoLog`."""
+        hooks.unregister(self)
+        for handle in self.handles:
+            handle.remove()
 
     def cost_of_images(self) -> Cost:
         """What the latest forward has cost.

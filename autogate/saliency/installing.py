@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from autogate.inputs import Inputs, dtype_of_parameters
 from autogate.saliency.bank import SALIENCY, SaliencyBank
 from autogate.saliency.counting import CountedLayer, Counting, Fixed, Notes
 from autogate.saliency.module import NAME, FollowingModule, SaliencyModule
+from autogate.saliency.record import Choosing, check_recorded, recorded_zero
 from autogate.saliency.run import Run
 from autogate.saliency.sites import Layer, classes_of, hidden_units, layers_in
-from autogate.slim import PrepareRecord
+from autogate.slim import PrepareRecord, analyse_channels, as_described, first_difference, form_of
 from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, UndoLog, run_eval
 from rewriters.recording import named_tensors
 
@@ -38,18 +40,43 @@ def install(model: nn.Module, analysis: Analysis, run: Run, origin: PrepareRecor
     if not any(layer.kind == "chosen" for layer in layers):
         raise _no_choice(model, layers)
     placing = _Placing(model, layers, analysis.channel_map, run, undo_log)
-    try:
-        placing.place()
-        counting = placing.counting(origin)
+    with placing.placed():
+        counting = placing.counting(placing.zero(origin))
         _check_budget(model, counting.fixed(placing.notes.calls), run)
         placing.notes.calls = []
-        bank = SaliencyBank(model, placing.modules, counting, placing.notes, run, origin, placing.handles)
-    except BaseException:
-        for handle in placing.handles:
-            handle.remove()
-        raise
-    undo_log.set(model._modules, SALIENCY, bank)
-    return bank
+        return placing.bank(counting, origin)
+
+
+def install_again(
+    model: nn.Module, record: Choosing, calls: Sequence[Inputs], shapes: Mapping[str, tuple[int, ...]],
+    undo_log: UndoLog,
+) -> SaliencyBank:  # fmt: skip
+    """Give a model saliency modules as a record says. No value of the model matters, and it doesn't run.
+
+    Args:
+        model: a model like the one that had them, apart from its weights.
+        record: the record.
+        calls: example inputs on the model's device, all those that `prepare` got.
+        shapes: of the tensors that the modules will get; looked at before any memory is taken.
+        undo_log: takes every change but hooks, also if this raises.
+
+    Raises:
+        AutogateError: it is another model, or its channels are coupled in another way.
+    """
+    options = as_described(model, record, calls, undo_log)
+    analysis = analyse_channels(model, options)
+    placing = _Placing(
+        model, layers_in(model, analysis, record.run.method.reduction), analysis.channel_map, record.run, undo_log
+    )
+    wanted = placing.shapes()
+    different = first_difference(wanted, {name: shapes.get(name) for name in wanted})
+    if different is not None:
+        name, here, there = different
+        raise AutogateError(f"its shape is {here} for this model, and {there} in the file.", where=name)
+    with placing.placed():
+        counting = placing.counting(recorded_zero(placing.classes(), analysis.channel_map.size, record))
+        check_recorded(counting, record)
+        return placing.bank(counting, PrepareRecord(options, dtype_of_parameters(model)))
 
 
 class _Placing:
@@ -67,12 +94,45 @@ class _Placing:
         self._model, self._layers, self._channel_map, self._run, self._undo_log = (
             model, layers, channel_map, run, undo_log
         )  # fmt: skip
+        self._form = form_of(model)
         self.notes = Notes()
         self.modules: dict[str, SaliencyModule] = {}
         self.handles: list[RemovableHandle] = []
 
-    def place(self) -> None:
-        """Put the modules and their hooks in."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights that the modules will have, by name."""
+        found: dict[str, tuple[int, ...]] = {}
+        for layer in self._layers:
+            if layer.kind == "chosen":
+                conv: Any = self._model.get_submodule(layer.kernel.module)
+                hidden, path = self._hidden(conv), f"{layer.kernel.module}.{NAME}".lstrip(".")
+                found[f"{path}.reduce.weight"] = (hidden, conv.in_channels)
+                found[f"{path}.expand.weight"] = (conv.out_channels, hidden)
+        return found
+
+    def _hidden(self, conv: Any) -> int:
+        return hidden_units(conv.out_channels, self._run.method.reduction)
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Put the modules and their hooks in. If what follows raises, the hooks are gone."""
+        try:
+            self._place()
+            yield
+        except BaseException:
+            for handle in self.handles:
+                handle.remove()
+            raise
+
+    def bank(self, counting: Counting, origin: PrepareRecord) -> SaliencyBank:
+        """Give the model a bank for its modules."""
+        made = SaliencyBank(
+            self._model, self.modules, counting, self.notes, self._run, origin, self.handles, self._form
+        )  # fmt: skip
+        self._undo_log.set(self._model._modules, SALIENCY, made)
+        return made
+
+    def _place(self) -> None:
         for number, layer in enumerate(self._layers):
             conv: Any = self._model.get_submodule(layer.kernel.module)
             if layer.kind == "whole":
@@ -87,7 +147,7 @@ class _Placing:
         method = self._run.method
         module = SaliencyModule(
             conv.in_channels, conv.out_channels, conv.weight.ndim - 2,
-            hidden=hidden_units(conv.out_channels, method.reduction), layer=number, notes=self.notes,
+            hidden=self._hidden(conv), layer=number, notes=self.notes,
             published=method.lam is not None, closes=layer.scaling.across,
         )  # fmt: skip
         module.to(conv.weight.device, conv.weight.dtype).train(conv.training)
@@ -120,27 +180,38 @@ class _Placing:
         else:
             self.handles.append(scaled.register_forward_hook(module.scale))
 
-    def counting(self, origin: PrepareRecord) -> Counting:
+    def classes(self) -> list[tuple[Tensor, Tensor]]:
+        """The classes of the inputs and outputs of each layer."""
+        return [self._classes(layer) for layer in self._layers]
+
+    def _classes(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        sides = layer.kernel.input_side, layer.kernel.output_side
+        inputs, outputs = (classes_of(self._channel_map, side) for side in sides)
+        conv: Any = self._model.get_submodule(layer.kernel.module)
+        if layer.kind == "follows":
+            return outputs, outputs
+        if getattr(conv, "groups", 1) > 1:  # the kernel has the channels of one group
+            inputs, outputs = (torch.full((size,), ALWAYS) for size in (conv.in_channels, conv.out_channels))
+        return inputs, outputs
+
+    def counting(self, zero: Tensor) -> Counting:
         """How forwards are counted."""
         channel_map, layers = self._channel_map, self._layers
         counted = []
         for layer in layers:
             kernel, module = layer.kernel, self.modules.get(layer.kernel.module)
-            inputs, outputs = (classes_of(channel_map, side) for side in (kernel.input_side, kernel.output_side))
-            conv: Any = self._model.get_submodule(kernel.module)
-            taps, groups = self._model.get_parameter(kernel.weight)[0, 0].numel(), getattr(conv, "groups", 1)
-            if layer.kind == "follows":
-                inputs = outputs
-            elif groups > 1:  # the kernel has the channels of one group
-                inputs, outputs = (torch.full((size,), ALWAYS) for size in (conv.in_channels, conv.out_channels))
+            taps = self._model.get_parameter(kernel.weight)[0, 0].numel()
+            groups = getattr(self._model.get_submodule(kernel.module), "groups", 1)
             own = module.macs if module is not None else 0
-            counted.append(CountedLayer(kernel.module, layer.kind, taps, groups, inputs, outputs, own, layer.scaling))
+            counted.append(
+                CountedLayer(kernel.module, layer.kind, taps, groups, *self._classes(layer), own, layer.scaling)
+            )
         known = {layer.kernel.weight for layer in layers}
         everything = torch.ones(channel_map.size, dtype=torch.bool)
         rest = sum(channel_map.macs(kernel, everything) for kernel in channel_map.kernels if kernel.weight not in known)
-        return Counting(tuple(counted), self._zero(origin), rest)
+        return Counting(tuple(counted), zero, rest)
 
-    def _zero(self, origin: PrepareRecord) -> Tensor:
+    def zero(self, origin: PrepareRecord) -> Tensor:
         """The classes that are zero where all that make them are off: found by a forward with all modules off."""
         zero = torch.ones(self._channel_map.size + 1, dtype=torch.bool)
         zero[ALWAYS] = False

@@ -25,6 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 TOLERANCE = 0.01
 """How far above the budget the mean cost may be without a warning."""
 
+
 def finalize_adaptive(
     model: M, bank: SaliencyBank, example_inputs: Any = None, *, batches: Iterable[Any] | None = None,
     break_even: float | None = None, warn: bool = True,

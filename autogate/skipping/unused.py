@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autogate.saliency import NAME, SALIENCY, CountedLayer, FollowingModule, SaliencyBank, SaliencyModule, classes_of, costs
+from autogate.saliency import (
+    NAME,
+    SALIENCY,
+    CountedLayer,
+    FollowingModule,
+    SaliencyBank,
+    SaliencyModule,
+    classes_of,
+    costs,
+)
 from autogate.slim import KeptIndices, analyse_channels, kept_by_side, slim_and_record
 from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Kernel, Side, UndoLog
 
@@ -181,8 +190,9 @@ def _slim_layer(model: nn.Module, layer: CountedLayer, stay: _Kept) -> CountedLa
 
 def _slim_module(module: SaliencyModule, stay: _Kept, undo_log: UndoLog) -> None:
     inputs, outputs = (index.to(module.expand.weight.device) for index in stay)
+    reduce, expand = module.reduce, module.expand
     for owner, name, dim, index in (
-        (module.reduce, "weight", 1, inputs), (module.expand, "weight", 0, outputs), (module.expand, "bias", 0, outputs),
+        (reduce, "weight", 1, inputs), (expand, "weight", 0, outputs), (expand, "bias", 0, outputs),
     ):  # fmt: skip
         before = getattr(owner, name)
         sliced = before.detach().index_select(dim, index).clone()

@@ -220,6 +220,20 @@ def _describe(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}({shown})"
 
 
+@dataclass(frozen=True)
+class Form:
+    """A model's shapes and modules as text: what nobody may change between the call that records them and `save`."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: Mapping[str, str]
+
+
+def form_of(model: nn.Module, excluded: Collection[str] = ()) -> Form:
+    """The form of a model without the modules in `excluded`; of a switchable one that of its active subnet."""
+    shapes = {name: spec.shape for name, spec in describe_tensors(model, excluded).items()}
+    return Form(shapes, describe_modules(model, excluded))
+
+
 def is_persistent(module: nn.Module, own_name: str) -> bool:
     """Whether a module's parameter or buffer is in its state_dict."""
     return own_name not in module._non_persistent_buffers_set

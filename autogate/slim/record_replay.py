@@ -184,13 +184,21 @@ def slim_and_record(
 
 
 def describe(
-    model: nn.Module, options: AnalysisOptions, shortcuts: tuple[Shortcut, ...]
+    model: nn.Module, options: AnalysisOptions, shortcuts: tuple[Shortcut, ...], excluded: Collection[str] = ()
 ) -> tuple[Analysed, dict[str, str]]:
-    """A model as it was given to `prepare`, for a record, and its modules as text (`describe_modules`)."""
+    """A model as it was given to `prepare`, for a record, and its modules as text (`describe_modules`).
+
+    Args:
+        model: the model.
+        options: how it was analysed.
+        shortcuts: the convolutions that were put on its shortcuts.
+        excluded: other modules that it hasn't had before.
+    """
     added = [shortcut.path for shortcut in shortcuts]
     with plain_statistics(model):
-        tensors, buffers = describe_tensors(model, added), describe_buffers(model)
-        modules = describe_modules(model, added)
+        tensors = describe_tensors(model, [*added, *excluded])
+        buffers = {name: dtype for name, dtype in describe_buffers(model).items() if not is_under(name, set(excluded))}
+        modules = describe_modules(model, [*added, *excluded])
     described = Analysed(
         tensors=tensors,
         buffers=buffers,

@@ -1,6 +1,6 @@
 """Several widths in one network. In: a model and structures. Out: the same model, which can be switched."""
 
-from autogate.switching.bank import SUBNETS, Subnets, check_one_width, form_of, subnets_of
+from autogate.switching.bank import SUBNETS, Subnets, check_one_width, subnets_of
 from autogate.switching.choosing import Which, number_of
 from autogate.switching.fusing import FULL, extract, fuse
 from autogate.switching.latency import latencies
@@ -21,7 +21,6 @@ __all__ = [
     "Which",
     "check_one_width",
     "extract",
-    "form_of",
     "fuse",
     "fuse_again",
     "latencies",

@@ -12,14 +12,14 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from autogate.slim import PrepareRecord, describe_modules, describe_tensors
+from autogate.slim import PrepareRecord, form_of
 from autogate.switching.record import Fusing
 from autogate.switching.subnet import Subnet
 from autogate.wrappers import child_of
@@ -49,20 +49,6 @@ def subnets_of(model: object) -> Subnets | None:
     """The subnets of a model; None if it has one width."""
     found = child_of(model, SUBNETS)
     return found if isinstance(found, Subnets) else None
-
-
-@dataclass(frozen=True)
-class Form:
-    """A model's shapes and modules as text, without its subnets: what nobody may change between `fuse` and `save`."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    modules: Mapping[str, str]
-
-
-def form_of(model: nn.Module) -> Form:
-    """The form of a model; of a switchable one that of its largest subnet, if that is active."""
-    shapes = {name: spec.shape for name, spec in describe_tensors(model, [SUBNETS]).items()}
-    return Form(shapes, describe_modules(model, [SUBNETS]))
 
 
 class Subnets(nn.Module):
@@ -98,7 +84,7 @@ class Subnets(nn.Module):
     def attach(self, model: nn.Module) -> None:
         """Add this to the model, active in the forwards of it and of its copies."""
         self._caching = with_caches(model.modules())
-        self.form = form_of(model)
+        self.form = form_of(model, [SUBNETS])
         model.add_module(SUBNETS, self)
         before = model.register_forward_pre_hook(self._before_forward)
         after = model.register_forward_hook(self._after_forward, always_call=True)

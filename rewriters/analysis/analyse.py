@@ -20,7 +20,14 @@ from rewriters.analysis.trial_rewrites import pin_unresizable
 from rewriters.analysis.unrun_layers import pin_for_unrun_layers
 from rewriters.cross_channel import plain_statistics
 from rewriters.forwards import patches_held
-from rewriters.labelling import Labelling, merge_grids, pin_ungated_zeros, same_classes, tie_recurrent_layers
+from rewriters.labelling import (
+    Labelling,
+    merge_grids,
+    pin_ungated_statistics,
+    pin_ungated_zeros,
+    same_classes,
+    tie_recurrent_layers,
+)
 from rewriters.labelling.rules import Findings
 from rewriters.recording import Capture, tensors_at, tensors_of, without_caches
 
@@ -70,6 +77,7 @@ def _analyse(
     pin_for_unrun_layers(model, analysis)
     merge_grids(labelling)
     analysis.resized = pin_unresizable(labelling, analysis.traced)
+    pin_ungated_statistics(labelling)
     analysis.settle(samples_in(args, kwargs))
     return analysis
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rewriters.cross_channel.live_statistics import FORMS, FORMS_BY_POSITION, LiveStatistic
+from rewriters.cross_channel.live_statistics import FORMS, ZEROS_ADD_NOTHING, LiveOperand, LiveStatistic
 from rewriters.errors import TraceError
 from rewriters.forwards import Graphs, LiveForward, disable_fused_layers, set_forward
 from rewriters.labelling import ALWAYS, ChannelMap, Statistic
@@ -80,16 +80,14 @@ def find_statistics(
 
 def _statistics_of(path: str, graphs: Mapping[bool, fx.Graph], recorded: int) -> list[LabelledStatistic]:
     """The statistics in both modes of one trace. Raises `TraceError`."""
-    distinct = list(dict.fromkeys(graphs.values()))
-    taken = [
-        [statistic for node in _with_statistics(graph) for statistic in node.meta["statistics"]] for graph in distinct
-    ]
-    for graph in distinct:
-        for node in _with_statistics(graph):
-            if len(node.meta["statistics"]) > 1 or node.target not in _forms(node.meta["statistics"][0]):
-                raise TraceError(f"{node.format_node()} has no form for live channels", where=path)
-    first, targets = taken[0], [[node.target for node in _with_statistics(graph)] for graph in distinct]
-    alike = all(_alike(first, other) for other in taken) and all(other == targets[0] for other in targets)
+    distinct = [_taken(graph) for graph in dict.fromkeys(graphs.values())]
+    for node, statistic in (one for taken in distinct for one in taken):
+        if _form(node, statistic) is None:
+            raise TraceError(f"{node.format_node()} has no form for live channels", where=path)
+    first = [statistic for _, statistic in distinct[0]]
+    targets = [[node.target for node, _ in taken] for taken in distinct]
+    alike = all(_alike(first, [statistic for _, statistic in taken]) for taken in distinct)
+    alike = alike and all(other == targets[0] for other in targets)
     if len(first) != recorded or not alike:
         raise TraceError("traced, it takes other statistics than it took when it was recorded", where=path)
     return first
@@ -101,15 +99,19 @@ def take_alike(site: StatisticSite, other: StatisticSite) -> bool:
 
 
 def _taken_by(site: StatisticSite) -> list[Any]:
-    return [node.target for way in site.ways for node in _with_statistics(next(iter(way.values())))]
+    return [node.target for way in site.ways for node, _ in _taken(next(iter(way.values())))]
 
 
-def _forms(statistic: LabelledStatistic) -> Mapping[Any, Callable[[int, int, Tensor], LiveStatistic]]:
-    return FORMS_BY_POSITION if statistic.by_position else FORMS
+def _form(node: fx.Node, statistic: LabelledStatistic) -> Callable[[int, int, Tensor], LiveStatistic] | None:
+    """The module that takes one of a call's statistics over the live channels, or None."""
+    if node.target in ZEROS_ADD_NOTHING:
+        return LiveOperand if statistic.operands else None
+    return None if len(node.meta["statistics"]) > 1 or statistic.by_position else FORMS.get(node.target)
 
 
-def _with_statistics(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.meta.get("statistics")]
+def _taken(graph: fx.Graph) -> list[tuple[fx.Node, LabelledStatistic]]:
+    """The statistics in a graph, each with the call that takes it."""
+    return [(node, statistic) for node in graph.nodes for statistic in node.meta.get("statistics", ())]
 
 
 def _alike(first: Sequence[LabelledStatistic], second: Sequence[LabelledStatistic]) -> bool:
@@ -148,16 +150,18 @@ def install_live_statistics(
         module = model.get_submodule(one.path)
         graphs = _with_children(one, removable)
         forward = LiveForward(module, graphs, one.path, tuple(one.names[index] for index in removable))
-        nodes = [node for way in one.ways for node in _with_statistics(next(iter(way.values())))]
+        nodes = [node for way in one.ways for node, _ in _taken(next(iter(way.values())))]
         for index in removable:
             statistic, node = one.statistics[index], nodes[index]
-            form = _forms(statistic)[node.target](len(statistic.labels), statistic.dim, _like(module, node))
-            undo_log.set(module._modules, one.names[index], form.train(module.training))
+            form = _form(node, statistic)
+            assert form is not None  # `find_statistics` has seen to that
+            child = form(len(statistic.labels), statistic.dim, _like(node))
+            undo_log.set(module._modules, one.names[index], child.train(module.training))
         set_forward(module, forward, undo_log)
 
 
-def _like(module: nn.Module, node: fx.Node) -> Tensor:
-    """An empty tensor with the device and dtype that the module computes with."""
+def _like(node: fx.Node) -> Tensor:
+    """An empty tensor with the device and dtype that a call computes with."""
     value = next((arg.meta["val"] for arg in node.all_input_nodes if isinstance(arg.meta["val"], Tensor)), None)
     assert value is not None  # a statistic has a tensor among its arguments
     return torch.empty(0, dtype=value.dtype, device=value.device)
@@ -168,7 +172,7 @@ def _with_children(one: StatisticSite, indices: Sequence[int]) -> Graphs:
     made: dict[bool, list[fx.Graph]] = {False: [], True: []}
     names = iter([name if index in indices else None for index, name in enumerate(one.names)])
     for way in one.ways:
-        own = list(itertools.islice(names, len(_with_statistics(next(iter(way.values()))))))
+        own = list(itertools.islice(names, len(_taken(next(iter(way.values()))))))
         copies = {graph: _with_calls(graph, own) for graph in dict.fromkeys(way.values())}
         for mode, graph in way.items():
             made[mode].append(copies[graph])
@@ -180,13 +184,18 @@ def _with_calls(graph: fx.Graph, names: Sequence[str | None]) -> fx.Graph:
     copied = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     copied.output(copied.graph_copy(graph, copies))
-    for taking, name in zip(_with_statistics(graph), names, strict=True):
-        if name is not None:
-            node = copies[taking]
-            with copied.inserting_before(node):
+    for (taking, statistic), name in zip(_taken(graph), names, strict=True):
+        node = copies[taking]
+        if name is None:
+            continue
+        with copied.inserting_before(node):
+            if taking.target in ZEROS_ADD_NOTHING:
+                for operand in [node.all_input_nodes[index] for index in statistic.operands]:
+                    node.replace_input_with(operand, copied.call_module(name, (operand,)))
+            else:
                 call = copied.call_module(name, node.args, dict(node.kwargs))
-            node.replace_all_uses_with(call)
-            copied.erase_node(node)
+                node.replace_all_uses_with(call)
+                copied.erase_node(node)
     return copied
 
 

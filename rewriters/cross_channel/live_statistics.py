@@ -20,6 +20,7 @@ Values at dead channels have to be finite, because they are multiplied by zero h
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -213,15 +214,11 @@ def _variance_arguments(
     return tuple(dims), float(unbiased) if correction is None else correction, keepdim
 
 
-class LiveOrZero(LiveStatistic):
-    """A call with zeros for dead channels: `F.normalize`, a vector or weight norm, a convolution along channels."""
+class LiveOperand(LiveStatistic):
+    """What a call is given, with zeros for dead channels: they add nothing to a sum, a vector norm, a product."""
 
-    def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
-        super().__init__(size, dim, like)
-        self.function = function
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.function(input if self.plain() else input * self.along(input), *args, **kwargs)
+    def forward(self, operand: Tensor) -> Tensor:
+        return operand if self.plain() else operand * self.along(operand)
 
 
 class LiveExtreme(LiveStatistic):
@@ -260,27 +257,11 @@ class LiveStandardisation(LiveStatistic):
         return _narrowed(_scaled(norm, x, weight, bias, eps, self.share()), input)
 
 
-class LiveKernel(LiveStatistic):
-    """A convolution or matrix product with a derived kernel, whose dead columns are masked."""
-
-    def __init__(self, size: int, dim: int, like: Tensor, function: Callable[..., Tensor]):
-        super().__init__(size, -1 if function is F.linear else dim, like)  # a matrix product has it transposed
-        self.function = function
-
-    def forward(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.plain():
-            weight = weight * self.along(weight)
-        return self.function(input, weight, *args, **kwargs)
-
-
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
 FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     F.layer_norm: LiveLayerNorm,
     **dict.fromkeys([F.rms_norm, torch.rms_norm], LiveRMSNorm),
     F.group_norm: LiveGroupNorm,
     F.batch_norm: LiveStandardisation,
-    **{function: partial(LiveKernel, function=function) for function in (F.linear, *_CONVOLUTIONS)},
     **dict.fromkeys([torch.mean, "mean"], LiveMean),
     **dict.fromkeys([torch.var, "var"], partial(LiveVariance, name="var")),
     **dict.fromkeys([torch.std, "std"], partial(LiveVariance, name="std")),
@@ -291,14 +272,18 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
         for name in ("amax", "amin", "max", "min")
         for form in (name, getattr(torch, name))
     },
-    F.normalize: partial(LiveOrZero, function=F.normalize),
-    torch._weight_norm: partial(LiveOrZero, function=torch._weight_norm),
-    torch.linalg.vector_norm: partial(LiveOrZero, function=torch.linalg.vector_norm),
-    **dict.fromkeys([torch.norm, "norm"], partial(LiveOrZero, function=torch.norm)),
 }
 """The module that takes a statistic over the live channels, by the function or method name of the traced call."""
 
-FORMS_BY_POSITION: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
-    function: partial(LiveOrZero, function=function) for function in _CONVOLUTIONS
-}
-"""The same for calls that know channels by position."""
+ZEROS_ADD_NOTHING = frozenset((
+    torch.sum, "sum", torch.nansum, "nansum", torch.count_nonzero, "count_nonzero", torch.norm, "norm",
+    torch.linalg.norm, torch.linalg.vector_norm, F.normalize, torch._weight_norm, F.cosine_similarity, torch.cdist,
+    torch.matmul, "matmul", operator.matmul, "__matmul__", torch.bmm, "bmm", torch.mm, "mm", torch.baddbmm, "baddbmm",
+    torch.addmm, "addmm", torch.einsum, torch.tensordot, torch.inner, "inner", F.linear, F.conv1d, F.conv2d, F.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+))  # fmt: skip
+"""Calls that are right over the live channels if operands have zeros for the dead ones, by function or method name.
+
+For a kernel that is derived from a parameter, this operand is the kernel; for a convolution along the channels, its
+input.
+"""

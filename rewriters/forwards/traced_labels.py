@@ -7,13 +7,15 @@ from then. Rules run only for other calls, those of train mode, say.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from rewriters.labelling import Labelled, Labelling
-from rewriters.labelling.rules import Findings, OpCall, elementwise
+from rewriters.labelling import Labelled, Labelling, varying
+from rewriters.labelling.rules import Findings, LabelledStatistic, OpCall, elementwise
 from rewriters.recording import ModuleCall, leaves_of, tensors_of
 
 _AHEAD = 4
@@ -81,6 +83,25 @@ class TracedLabels:
             return value
         return self.known.get(id(value)) or Labelled.unknown(value)
 
+    def along(self, statistic: LabelledStatistic, operands: Sequence[Any]) -> LabelledStatistic:
+        """A statistic that a call takes, with the labels and the dimension of the operands that its channels lie along.
+
+        The ATen op that takes it may have moved or repeated them: `torch.einsum` flattens what it sums over.
+        """
+        lines = [
+            (index, varying(layer)[0] - layer.ndim, layer.flatten())
+            for index, operand in enumerate(operands)
+            for layer in (self.of(operand).layers if isinstance(operand, Tensor) else ())
+            if len(varying(layer)) == 1
+        ]
+        for is_same in (torch.equal, _have_the_same):
+            found = [line for line in lines if is_same(line[2], statistic.labels)]
+            if found:
+                _, dim, labels = found[0]
+                alike = tuple(index for index, other, own in found if other == dim and torch.equal(own, labels))
+                return replace(statistic, labels=labels, dim=dim, operands=alike)
+        return statistic
+
     def link(self, traced: Any, captured: Any) -> None:
         """Merge the labels of what was traced with those of what was captured at the same place.
 
@@ -97,6 +118,10 @@ class TracedLabels:
                 shapes = [tuple(a.shape)]
                 call = OpCall("forward", (), {}, shapes, self._path, labelling.space, labelling.findings)
                 elementwise.meet(call, pair)
+
+
+def _have_the_same(labels: Tensor, others: Tensor) -> bool:
+    return torch.equal(labels.unique(), others.unique())
 
 
 def _are_one(one: Any, other: Any) -> bool:

@@ -283,7 +283,8 @@ class _Tracer(ValueTracer):
         if same:  # pytree makes a tuple of a torch.Size
             value = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
         node.meta["val"] = value
-        node.meta["statistics"] = findings.statistics
+        operands = [_value_of(source) for source in node.all_input_nodes]
+        node.meta["statistics"] = [self.labels.along(statistic, operands) for statistic in findings.statistics]
 
     def _attribute(self, name: str) -> Tensor:
         """The fake tensor for a parameter or buffer of the module."""

@@ -15,7 +15,12 @@ from rewriters.labelling.channel_map import (
 from rewriters.labelling.labels import Labelled, parts, picked, reshaped, varying
 from rewriters.labelling.propagate import Labelling
 from rewriters.labelling.read_channel_map import keeps_classes, read_channel_map, same_classes
-from rewriters.labelling.settling import merge_grids, pin_ungated_zeros, tie_recurrent_layers
+from rewriters.labelling.settling import (
+    merge_grids,
+    pin_ungated_statistics,
+    pin_ungated_zeros,
+    tie_recurrent_layers,
+)
 
 __all__ = [
     "ALWAYS",
@@ -34,6 +39,7 @@ __all__ = [
     "merge_grids",
     "parts",
     "picked",
+    "pin_ungated_statistics",
     "pin_ungated_zeros",
     "read_channel_map",
     "reshaped",

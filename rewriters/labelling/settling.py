@@ -22,9 +22,10 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
 from torch import nn
 
-from rewriters.labelling.channel_map import Side
+from rewriters.labelling.channel_map import ALWAYS, Side
 from rewriters.labelling.propagate import Labelling
 from rewriters.labelling.rules import DeferredMerge
 from rewriters.recording import named_modules
@@ -92,3 +93,13 @@ def pin_ungated_zeros(labelling: Labelling) -> None:
         side = labelling.space.side_of(zeroed.labels)
         if side not in labelling.findings.gated:
             labelling.space.pin(zeroed.labels, zeroed.module, zeroed.op, "normalised over its channels")
+
+
+def pin_ungated_statistics(labelling: Labelling) -> None:
+    """Pin channels that a statistic looks at and that no gate can close, which says why they stay."""
+    class_of = labelling.class_of_label()
+    for statistic in labelling.findings.statistics:
+        stays = (class_of[statistic.labels.numpy()] == ALWAYS) & ~labelling.pinned(statistic.labels)
+        if stays.any():
+            labels = statistic.labels[torch.from_numpy(stays)]
+            labelling.space.pin(labels, statistic.module, statistic.op, statistic.reason)

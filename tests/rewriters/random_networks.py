@@ -315,3 +315,11 @@ def random_recipe(seed: int) -> Recipe:
     blocks = tuple((rng.choice(names), rng.randrange(1000)) for _ in range(rng.randint(1, 4)))
     wiring = rng.choice(["chain", "chain", "residual", "dense", "two inputs"])
     return Recipe(kind, rng.randrange(1000), blocks, rng.choice(HEADS[kind]), wiring)
+
+
+def deep_recipe(seed: int) -> Recipe:
+    """A recipe for hundreds of layers."""
+    rng = random.Random(seed)
+    names = [block.__name__ for block in IMAGES]
+    blocks = tuple((rng.choice(names), rng.randrange(1000)) for _ in range(60))
+    return Recipe("image", rng.randrange(1000), blocks, "pool", rng.choice(["chain", "residual"]))

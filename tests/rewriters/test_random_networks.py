@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from rewriters.analysis import Analysis
 from rewriters.analysis.analyse import analyse
+from rewriters.forwards import ShapeGuardError
 from rewriters.outputs import relative_error, rounding_errors, run_eval
+from rewriters.recording import OneNumber, tensors_of
 from rewriters.shortcuts.replacing import replace_shortcuts
 from rewriters.shortcuts.restoring import restore
 from rewriters.slimming.plan import apply, plan
 from rewriters.undo_log import UndoLog
-from tests.rewriters.draws import DRAWS, FRESH, chunks, over_seeds
+from tests.rewriters.draws import DRAWS, FIRST, FRESH, chunks, over_seeds
 from tests.rewriters.exactness import (
     TOLERANCE,
     copies_agree,
@@ -29,11 +32,18 @@ from tests.rewriters.exactness import (
     slim,
     zero_kernels,
 )
-from tests.rewriters.random_networks import Network, Recipe, build, inputs, random_recipe
+from tests.rewriters.random_networks import Network, Recipe, build, deep_recipe, inputs, random_recipe
 
 
-def check(recipe: Recipe, share: float, seed: int) -> float:
-    """Everything that is promised of a slim network; returns the share of channels that can be removed."""
+class Checked(NamedTuple):
+    """The share of channels that can be removed, and whether training was compared too."""
+
+    prunable: float
+    trained: bool
+
+
+def check(recipe: Recipe, share: float, seed: int) -> Checked:
+    """Everything that is promised of a slim network."""
     network = build(recipe)
     attributes = attribute_names(network.model)
     analysis = analyse(network.model, network.args, network.kwargs)
@@ -45,16 +55,33 @@ def check(recipe: Recipe, share: float, seed: int) -> float:
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(gated, analysis.channel_map, live)
     place_statistics(gated, analysis, live)
-    for batch, more in ((3, 0), (1, 0), (2, 4)):
+    for batch, more in ((3, 0), (1, 0), (5, 0), (2, 4), (4, 8)):
         if not more or gated.any_size:
             check_other_sizes(gated, network.model, *inputs(recipe, batch, more))
+    check_other_options(gated, network)
+    # the constant in place of a removed branch isn't trained
+    trained = not slimmed.plan.removed and can_be_trained(recipe)
+    if trained:
+        check_training(recipe, copy.deepcopy(network.model), gated, analysis, live)
     copy.deepcopy(network.model).train()(*network.args, **network.kwargs)
     slimmed.undo_log.undo()
     restored = run_eval(network.model, network.args, network.kwargs)
     assert all(torch.equal(a, b) for a, b in zip(restored, slimmed.wanted, strict=True))
     slimmed.placed.undo()
     assert attribute_names(network.model) == attributes
-    return prunable_share(network.model, analysis.channel_map)
+    return Checked(prunable_share(network.model, analysis.channel_map), trained)
+
+
+def check_other_options(gated: nn.Module, network: Network) -> None:
+    """With other options than the example's, the slim network agrees with the gated one, or says what it misses."""
+    for name, value in {"return_maps": not network.kwargs.get("return_maps"), "other": None}.items():
+        kwargs = network.kwargs | {name: value}
+        try:
+            got = run_eval(network.model, network.args, kwargs)
+        except ShapeGuardError:
+            continue
+        error = relative_error(got, run_eval(gated, network.args, kwargs))
+        assert error <= TOLERANCE, f"{error:.1e} off with {name}={value}"
 
 
 def check_other_sizes(gated: nn.Module, slim_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,6 +93,36 @@ def check_other_sizes(gated: nn.Module, slim_model: nn.Module, args: tuple[Any, 
     assert error <= TOLERANCE, f"{error:.1e} off for inputs of shape {tuple(args[0].shape)}"
 
 
+def can_be_trained(recipe: Recipe) -> bool:
+    """Whether the dense network can: blocks that write in place may spoil what the backward of others needs."""
+    args, kwargs = inputs(recipe, batch=3)
+    try:
+        sum(one.sum() for one in tensors_of(build(recipe).model.train()(*args, **kwargs))).backward()
+    except RuntimeError as error:
+        return "inplace operation" not in str(error)
+    return True
+
+
+def check_training(recipe: Recipe, slim_model: nn.Module, gated: nn.Module, analysis: Analysis, live: Tensor) -> None:
+    """The slim network gives what the gated one gives through three steps of training, in train mode."""
+    models = (gated.train(), slim_model.train())
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-2) for model in models]
+    for step in range(3):
+        args, kwargs = inputs(recipe, batch=3 + step)
+        outputs = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            with OneNumber(step):
+                found = tensors_of(model(*args, **kwargs))
+            torch.stack([one.square().mean().log1p() for one in found]).sum().backward()
+            nn.utils.clip_grad_value_(model.parameters(), 1.0)
+            optimizer.step()
+            outputs.append([one.detach() for one in found])
+        zero_kernels(gated, analysis.channel_map, live)
+        error = relative_error(outputs[1], outputs[0])
+        assert error <= 1e-6, f"{error:.1e} off in step {step} of training"
+
+
 def attribute_names(model: nn.Module) -> list[set[str]]:
     """What stands in each module, by name."""
     return [{*vars(module), *module._parameters, *module._buffers, *module._modules} for module in model.modules()]
@@ -73,10 +130,21 @@ def attribute_names(model: nn.Module) -> list[set[str]]:
 
 @pytest.mark.parametrize("seeds", chunks(DRAWS), ids=str)
 def test_networks_are_slimmed_exactly_and_most_channels_can_be_removed(seeds: range):
-    shares = over_seeds(check, seeds)
+    found = over_seeds(check, seeds)
     if not FRESH:
+        shares = [one.prunable for one in found]
         assert sum(shares) / len(shares) > 0.4, "networks that are pinned all over prove nothing"
         assert sum(share > 0.1 for share in shares) / len(shares) > 0.8
+        assert sum(one.trained for one in found) / len(found) > 0.5, "training was hardly compared"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + max(3, DRAWS // 200) if FRESH else 3))
+def test_networks_of_hundreds_of_layers_are_slimmed_exactly(seed: int):
+    recipe = deep_recipe(seed)
+    layers = [module for module in build(recipe).model.modules() if not list(module.children())]
+    assert len(layers) > 200
+    check(recipe, 0.7, seed)
 
 
 def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:

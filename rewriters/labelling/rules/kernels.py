@@ -31,6 +31,8 @@ from rewriters.labelling.rules.registry import READS_KEPT, KernelCall, OpCall, R
 NORMED = "weight norm along these channels divides zeros by their norm"
 """Why the input channels of a kernel stay that is normed along them."""
 
+_SUMMED = "summed in a product of activations"
+
 
 def _vector(call: OpCall, value: Labelled, dim: int) -> Tensor | None:
     """Labels along one dimension, shape (size,), merged along all others; None if it has no labels."""
@@ -204,8 +206,7 @@ def addmm(call: OpCall) -> Result:
 
 def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
     if left.source is None and right.source is None:
-        reason = "summed in a product of activations"
-        from_left, from_right = call.mix(left, [-1], reason), call.mix(right, [-2], reason)
+        from_left, from_right = _contracted(call, left, right)
         _note_heads(call, *from_left, *from_right)
         return _outer(call, left, from_left, right, from_right)
     flipped = left.source is not None and right.source is None
@@ -218,6 +219,40 @@ def _product(call: OpCall, left: Labelled, right: Labelled) -> Labelled:
     rows = _rows(_rest(data, contracted[0]))
     _note_matrix(call, weight, against, _vector(call, weight, out_dim[1]), macs, gate, rows)
     return _outer(call, left, _rest(left, -1), right, _rest(right, -2))
+
+
+def _contracted(call: OpCall, left: Labelled, right: Labelled) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Layers that survive a sum along the last dimension of `left` and the last but one of `right`.
+
+    Where nothing but channels lies there, on both sides, the sum is one over the live ones. Positions in heads are
+    merged instead.
+    """
+    met = _meet_in_a_line(call, left.layer(-1), right.layer(-2))
+    if not met:
+        return call.mix(left, [-1], _SUMMED), call.mix(right, [-2], _SUMMED)
+    call.note_statistic(met[0], -1, _SUMMED)
+    return _rest(left, -1), _rest(right, -2)
+
+
+def _meet_in_a_line(call: OpCall, *layers: Tensor | None) -> list[Tensor]:
+    """Merge labels that are summed against each other, if they vary along nothing else; else returns none of them."""
+    lines = [layer.flatten() for layer in layers if layer is not None and len(varying(layer)) == 1]
+    if not call.findings.live or len(lines) < len(layers):
+        return []
+    call.space.merge(*lines)
+    return lines
+
+
+@rule("aten._cdist_forward", "aten._euclidean_dist")
+def distances(call: OpCall) -> Labelled:
+    """Distances of the rows of (..., m, k) from those of (..., n, k)."""
+    left, right = call.args[:2]
+    met = _meet_in_a_line(call, left.layer(-1), right.layer(-1))
+    for labels in met:
+        call.note_statistic(labels, -1, _SUMMED)
+    rows, columns = (_rest(value, -1) if met else call.mix(value, [-1], _SUMMED) for value in (left, right))
+    flipped = Labelled((*right.shape[:-2], 1, right.shape[-2]), tuple(layer.transpose(-1, -2) for layer in columns))
+    return _outer(call, left, rows, flipped, flipped.layers)
 
 
 def _rows(layers: Sequence[Tensor]) -> Tensor | None:
@@ -249,10 +284,9 @@ def attention(call: OpCall) -> Result:
         if query.ndim < 3 or query.shape[:-3] != value.shape[:-3] or query.shape[-3] % value.shape[-3]:
             return unknown(call)
         key, value = (_for_each_head(x, query.shape[-3]) for x in (key, value))
-    reason = "summed in a product of activations"
-    scores = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in (query, key)]
-    masks = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], reason)) for x in list(call.tensors())[3:]]
-    weighed = Labelled((*value.shape[:-2], 1, value.shape[-1]), call.mix(value, [-2], reason))
+    scores = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], _SUMMED)) for x in (query, key)]
+    masks = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], _SUMMED)) for x in list(call.tensors())[3:]]
+    weighed = Labelled((*value.shape[:-2], 1, value.shape[-1]), call.mix(value, [-2], _SUMMED))
     _note_heads(call, *(layer for score in scores for layer in score.layers))
     layers = meet(call, [*scores, *masks, weighed])
     return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]

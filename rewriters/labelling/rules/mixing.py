@@ -2,9 +2,10 @@
 
 Mixing over channels pins them. Where labels vary along other dimensions too, they are merged along the mixed dimension
 instead (split attention's softmax over radix). Statistics don't pin: layer, group and RMS norms, means, variances,
-vector norms and extremes are noted (`OpCall.statistic`), wherever they stand, so global response norms and norms
-written by hand need no rule. They are taken over the live channels while gates train. Sums are pinned, because what
-divides them may be the number of channels that there was.
+vector norms, extremes and sums are noted (`OpCall.statistic`), wherever they stand, so global response norms and norms
+written by hand need no rule. They are taken over the live channels while gates train. What divides a sum stays the
+number of channels that there was, because the forward is rewritten. A sum over a kernel is pinned: its column may be
+divided by it.
 
 Group norms die by whole groups or by position in the group, as grouped convolutions do.
 """
@@ -69,19 +70,23 @@ _STATISTICS = {
 }  # fmt: skip
 
 
+_SUMS = {torch.ops.aten.sum, torch.ops.aten.nansum, torch.ops.aten.count_nonzero}
+
 _EXTREMES_WITH_PLACES = {torch.ops.aten.max.dim, torch.ops.aten.min.dim}
 
 
 def _is_statistic(call: OpCall) -> bool:
     """Whether this reduction over the live channels is what the slim model's own code computes over all it has.
 
-    That holds for a mean, an extreme (not its index), and a norm to which zeros add nothing. A sum may be divided by
-    the number of channels that there was.
+    That holds for a mean, an extreme (not its index), and a sum or norm to which zeros add nothing. A kernel may be
+    divided by the sums of its columns, which would be zero for dead ones.
     """
     if call.op in _EXTREMES_WITH_PLACES:
         return 1 in call.unused
     if call.op.overloadpacket is torch.ops.aten.linalg_vector_norm:
         return call.arg(1, "ord", 2) > 0
+    if call.op.overloadpacket in _SUMS:
+        return call.args[0].source is None
     return call.op.overloadpacket in _STATISTICS
 
 

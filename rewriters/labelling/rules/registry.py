@@ -44,6 +44,7 @@ class LabelledStatistic:
         by_position: the op is not a statistic but knows channels by their positions (a convolution along them, as in
             efficient channel attention). While gates train, dead channels are zeros to it. The slim model puts the live
             ones back at their positions, which a buffer holds, and picks them out of the result.
+        operands: in a traced call, which of the nodes that it takes as inputs have `labels` along `dim`.
     """
 
     labels: Tensor
@@ -52,6 +53,7 @@ class LabelledStatistic:
     op: str
     reason: str
     by_position: bool = False
+    operands: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

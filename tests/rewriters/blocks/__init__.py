@@ -32,6 +32,7 @@ from tests.rewriters.blocks.gating import (
     SplitAttention,
     SqueezeExcite,
 )
+from tests.rewriters.blocks.idioms import Popped, Returned, Sized, TrainOnly
 from tests.rewriters.blocks.joins import (
     CrossStage,
     Dense,
@@ -67,7 +68,7 @@ ANY = (
     SplitAttention, FunctionalConv, FunctionalLayers, ChannelsLast, Attention, SpatialAttention, PositionGate,
     EfficientChannelAttention, GatedUnit, Rearranged, Unknown, StandardisedConv, Bilinear, Constants, Dropped,
     Branches, TwoStreams, Nested, InstanceScale, Statistics, PreNorm, PreNorm, FoldedAttention,
-    PositionsAsChannels, Written,
+    PositionsAsChannels, Written, Returned, Returned, TrainOnly, TrainOnly, Popped, Sized, Sized,
 )  # fmt: skip
 """Blocks for any number of spatial dimensions."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rewriters.cross_channel.live_statistics import FORMS, LiveStatistic
+from rewriters.cross_channel.live_statistics import FORMS, ZEROS_ADD_NOTHING, LiveOperand, LiveStatistic
 
 LIVE = torch.tensor([True, False, True, True, False, False, True, True])
 
@@ -32,9 +32,6 @@ def forms():
     yield torch.var, -2, ((1, 2), False, True), ((1, 2), False, True)
     yield torch.var, -1, (False,), (False,)
     yield torch.std, -1, (2, True, True), (2, True, True)
-    yield F.normalize, -1, (2.0, -1), (2.0, -1)
-    yield torch.linalg.vector_norm, -1, (3, -1), (3, -1)
-    yield torch.norm, -2, (2, 1, True), (2, 1, True)
 
 
 CASES = [(FORMS[target], target, *rest) for target, *rest in forms()]
@@ -92,6 +89,33 @@ def test_no_live_channel_gives_numbers_all_the_same(form, target, dim, full, lef
     module.write(torch.zeros(8, dtype=torch.bool))
     if target not in (torch.var, torch.std):  # of one element there is no variance either
         assert torch.isfinite(module(x, *full)).all()
+
+
+def self_similarity(function):
+    return lambda x: function(x, x.tanh())
+
+
+SUMS = {
+    torch.sum: (-1, lambda x: torch.sum(x, -1)),
+    F.normalize: (-1, lambda x: living(F.normalize(x, 2.0, -1), -1)),
+    torch.linalg.vector_norm: (-1, lambda x: torch.linalg.vector_norm(x, 3, -1)),
+    torch.norm: (-2, lambda x: torch.norm(x, 2, 1, True)),
+    torch.einsum: (-2, self_similarity(lambda x, y: torch.einsum("nct,ncs->ts", x, y))),
+    torch.matmul: (-1, self_similarity(lambda x, y: x @ y.transpose(1, 2))),
+    F.cosine_similarity: (-2, self_similarity(lambda x, y: F.cosine_similarity(x, y, 1))),
+    torch.cdist: (-1, self_similarity(torch.cdist)),
+}
+
+
+@pytest.mark.parametrize("target", SUMS)
+def test_zeros_for_dead_channels_add_nothing(target):
+    assert target in ZEROS_ADD_NOTHING
+    dim, call = SUMS[target]
+    x = images(dim)
+    operand = LiveOperand(8, dim, x)
+    assert operand(x) is x
+    operand.write(LIVE)
+    torch.testing.assert_close(call(operand(x)), call(living(x, dim)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

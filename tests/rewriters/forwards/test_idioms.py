@@ -100,6 +100,16 @@ IDIOMS = {
     "permute(*range)": lambda m, y: y.permute(*range(4)),
     "a transposed kernel": lambda m, y: F.conv2d(F.conv2d(y, m.tied).relu(), m.tied.transpose(0, 1)),
     "a transposed matrix": lambda m, y: (y.movedim(1, -1) @ m.matrix.t() @ m.matrix).movedim(-1, 1),
+    "a sum along channels": lambda m, y: y * (y * y.tanh()).sum(1, keepdim=True),
+    "a mean by a sum": lambda m, y: y - y.sum(1, keepdim=True) / y.shape[1],
+    "a sum of everything": lambda m, y: y * torch.sum(y) / y[0].numel(),
+    "einsum": lambda m, y: y * torch.einsum("bchw,bchw->bhw", y, y.tanh())[:, None],
+    "einsum over positions too": lambda m, y: y * torch.einsum("bchw,bchw->b", y, y.tanh())[:, None, None, None],
+    "bmm": lambda m, y: y * torch.bmm(y.flatten(2).mT, y.tanh().flatten(2)).mean(2).view(len(y), 1, *y.shape[2:]),
+    "attention over pixels": lambda m, y: (y.flatten(2) @ (y.flatten(2).mT @ y.flatten(2)).softmax(-1)).view(y.shape),
+    "cosine_similarity": lambda m, y: y * F.cosine_similarity(y, y.tanh(), 1)[:, None],
+    "normalised and multiplied": lambda m, y: y * (F.normalize(y) * F.normalize(y.tanh())).sum(1, keepdim=True),
+    "cdist": lambda m, y: y * torch.cdist(y.flatten(2).mT, y.tanh().flatten(2).mT).mean((1, 2))[:, None, None, None],
 }  # fmt: skip
 
 
