@@ -23,14 +23,14 @@ from autogate.gating import check_preparable
 from autogate.inputs import as_calls, dtype_of_parameters
 from autogate.lock import locked
 from autogate.naming import Ignored, named_by
-from autogate.saliency import SANP, Run, SaliencyBank, Use, check_not_adaptive, install, meet, saliency_of, use_of
-from autogate.skipping import finalize_adaptive
+from autogate.saliency import SANP, Run, SaliencyBank, Use, check_not_adaptive, install, saliency_of, use_of
+from autogate.skipping import Grouping, finalize_adaptive, grouping_of, set_budget
 from autogate.slim import AnalysisOptions, PrepareRecord, analyse_channels
 from autogate.switching import check_one_width
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, UndoLog
 
-__all__ = ["SANP", "bank", "budget", "cost", "finalize", "prepare", "use"]
+__all__ = ["SANP", "bank", "budget", "cost", "finalize", "grouping", "prepare", "use"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -163,13 +163,13 @@ def budget(model: nn.Module, *, flops: float, batches: Iterable[Any]) -> float:
     """
     found = bank(model)
     Run(flops, steps=1)  # raises for a wrong share
-    return meet(unwrap(model), found, flops, batches)
+    return set_budget(unwrap(model), found, flops, batches)
 
 
 @locked
 def finalize(
-    model: M, example_inputs: Any = None, *, batches: Iterable[Any] | None = None, break_even: float | None = None,
-    warn: bool = True,
+    model: M, example_inputs: Any = None, *, batches: Iterable[Any] | None = None, prototypes: int | None = None,
+    break_even: float | None = None, warn: bool = True,
 ) -> M:  # fmt: skip
     """Skip what is off for an image, so that the cost falls on a clock too. Channels that no image uses are removed.
 
@@ -178,6 +178,11 @@ def finalize(
     behind it is part of the kernel. Images of a batch that have the same code are run together. A layer runs whole
     where too little is off for this to be faster: from which share on, is measured for each layer on this machine, on
     one image like the example's. In train mode, with gradients, and compiled or exported, it runs as before.
+
+    With `prototypes=k`, the images of a batch run in at most k groups in each stage of the model (a module that takes
+    and returns a feature map, such as the layers of one resolution): as they enter it, the means of its channels say to
+    which prototype an image belongs. Then it computes no channel that its prototype lacks, at any batch size, so
+    outputs change: `grouping(model)` tells by how much.
 
         >>> import timm, torch, autogate
         >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
@@ -194,6 +199,8 @@ def finalize(
         batches: yields images, or tuples whose first item are images: those that the model is for, the training set or
             a part of it. A channel that none of them uses is removed for all images, as `autogate.finalize` removes a
             dead one. None removes none. If channels go, build a new optimizer before you train on.
+        prototypes: how many codes the images may have in each stage of the model, for fast batches; chosen on the
+            batches. None: each image has a code of its own.
         break_even: the share of its work up to which a layer skips, for all layers alike: 1 skips whatever is off, 0
             nothing. None: measured.
         warn: whether to warn if the warm-up isn't over, or if the budget isn't met.
@@ -205,8 +212,30 @@ def finalize(
         VerificationError: the outputs would differ. The model is left as it was.
     """
     return finalize_adaptive(
-        unwrap(model), bank(model), example_inputs, batches=batches, break_even=break_even, warn=warn
-    )
+        unwrap(model), bank(model), example_inputs, batches=batches, prototypes=prototypes, break_even=break_even,
+        warn=warn,
+    )  # fmt: skip
+
+
+def grouping(model: nn.Module) -> Grouping | None:
+    """How a model that was finalized with prototypes runs images in groups, and how it agrees with the model before.
+
+    Print it for a sentence. None if each image has a code of its own.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
+        >>> images = torch.randn(8, 3, 64, 64)
+        >>> fast = autogate.adaptive.finalize(model, batches=[images], prototypes=2, warn=False)
+        >>> autogate.adaptive.grouping(fast).same
+        1.0
+
+    Args:
+        model: a model that `finalize` returned, or a compiled or distributed wrapper around it.
+
+    Raises:
+        AutogateError: it has no saliency modules.
+    """
+    return grouping_of(bank(model))
 
 
 def bank(model: nn.Module) -> SaliencyBank:

@@ -1,7 +1,7 @@
 """A choice of channels for each image. In: a model. Out: the same model, whose convolutions score their channels."""
 
 from autogate.saliency.bank import SALIENCY, SaliencyBank, check_not_adaptive, saliency_of
-from autogate.saliency.counting import CountedLayer, Counting
+from autogate.saliency.counting import CountedLayer, Counting, Note, Notes
 from autogate.saliency.installing import install, install_again
 from autogate.saliency.method import SANP
 from autogate.saliency.module import NAME, FollowingModule, SaliencyModule, broadcast
@@ -19,6 +19,8 @@ __all__ = [
     "Counting",
     "FollowingModule",
     "LayerUse",
+    "Note",
+    "Notes",
     "Run",
     "SaliencyBank",
     "SaliencyModule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -40,11 +40,14 @@ class Notes:
         alive: bool, (images, classes + 1): the classes that some layer has made so far in this forward, for those who
             skip what is zero; None before the first.
         untold: a layer has run that doesn't say what it makes.
+        allowed: the channels that the images that run now may use, by the number of each layer, bool of shape
+            (channels,); None if their own codes decide. They run together, and compute what any of them uses.
     """
 
     def __init__(self) -> None:
         self.calls: list[Note] = []
         self.alive: Tensor | None = None
+        self.allowed: Mapping[int, Tensor] | None = None
         self.all_off, self.running, self.untold = False, False, False
 
     def begin(self) -> None:
@@ -60,9 +63,16 @@ class Notes:
         if self.running:
             self.calls.append(Note(layer, positions, scores))
 
-    def code(self, scores: Tensor) -> Tensor:
+    def code(self, layer: int, scores: Tensor) -> Tensor:
         """Equation 8 without noise: 1 where a channel is computed."""
-        return torch.zeros_like(scores) if self.all_off else (scores.detach() > 0).to(scores.dtype)
+        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores.detach() > 0
+        if self.allowed is not None and layer in self.allowed:
+            made = made & self.allowed[layer]
+        return made.to(scores.dtype)
+
+    def counted(self, scores: Tensor, open: Tensor) -> Tensor:
+        """Scores that are positive where a channel is computed: if images run together, for any of them."""
+        return scores if self.allowed is None else open.any(0).to(scores.dtype).sub(0.5).expand_as(scores)
 
     def __getstate__(self) -> dict[str, object]:
         return vars(Notes())  # a copy has run nothing

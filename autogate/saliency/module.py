@@ -117,9 +117,10 @@ class SaliencyModule(nn.Module):
             soft = torch.rand_like(scores[..., :1]) < self.soft
             code = binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
         else:
-            code = self.notes.code(scores - self.threshold)
+            code = self.notes.code(self.layer, scores - self.threshold)
         self.open = code.detach() > 0
-        self.factor, self._scores = scores * code, (scores - self.threshold).detach()
+        self.factor = scores * code
+        self._scores = self.notes.counted((scores - self.threshold).detach(), self.open)
 
     def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""

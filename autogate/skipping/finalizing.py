@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from autogate.inputs import Inputs, as_calls, fitted
-from autogate.saliency import NAME, SaliencyBank
+from autogate.saliency import NAME, SaliencyBank, meet
 from autogate.skipping.break_even import ALL, BreakEven
 from autogate.skipping.folding import PassingNorm, norm_of
 from autogate.skipping.forwards import SkippingForward
+from autogate.skipping.grouping import group, grouping_of, ungroup
 from autogate.skipping.timing import inputs_of, measured
 from autogate.skipping.unused import analysed, close, live_classes, put_on, slim, take_off, used_classes
 from autogate.slim import check_finite, verify
@@ -28,7 +29,7 @@ TOLERANCE = 0.01
 
 def finalize_adaptive(
     model: M, bank: SaliencyBank, example_inputs: Any = None, *, batches: Iterable[Any] | None = None,
-    break_even: float | None = None, warn: bool = True,
+    prototypes: int | None = None, break_even: float | None = None, warn: bool = True,
 ) -> M:  # fmt: skip
     """Make a model skip what its saliency modules switch off. See `autogate.adaptive.finalize`.
 
@@ -37,6 +38,7 @@ def finalize_adaptive(
         bank: its saliency bank.
         example_inputs: inputs to compare the outputs on; those given to `prepare` if None.
         batches: of images; channels that none of them uses are removed. None removes none.
+        prototypes: how many codes images may have in a stage of the model; None: any. Chosen on the batches.
         break_even: share of a layer's work up to which it skips; None: measured.
         warn: whether to warn if the training isn't over.
 
@@ -50,6 +52,12 @@ def finalize_adaptive(
             "it skips already: it was finalized before.", where=type(model).__name__,
             remedy="Finalize it once. autogate.adaptive.budget sets another budget.",
         )  # fmt: skip
+    if prototypes is not None and (batches is None or prototypes < 1):
+        raise AutogateError(
+            f"prototypes is {prototypes!r}, and batches are {'missing' if batches is None else 'given'}.",
+            where="finalize", remedy="Ask for one or more, and pass batches=loader: prototypes are chosen on images.",
+        )  # fmt: skip
+    batches = list(batches) if batches is not None and iter(batches) is batches else batches
     check_finite(model)
     if warn and (missed := _missed(bank)):
         warnings.warn(missed, stacklevel=4)
@@ -73,10 +81,30 @@ def finalize_adaptive(
         for path, forward in able.items():
             given = BreakEven(break_even or 0.0, break_even or 0.0)
             forward.break_even = measured(forward, inputs[path]) if break_even is None else given
+        if prototypes is not None and batches is not None:
+            group(model, bank, calls[0], batches, prototypes, undo_log)
     except BaseException:
         undo_log.undo()
         raise
     return model
+
+
+def set_budget(model: nn.Module, bank: SaliencyBank, flops: float, batches: Iterable[Any]) -> float:
+    """Set another budget, see `autogate.adaptive.budget`; a model with prototypes gets new ones for it."""
+    grouping = grouping_of(bank)
+    if grouping is None:
+        return meet(model, bank, flops, batches)
+    batches = list(batches) if iter(batches) is batches else batches
+    before, undo_log = float(bank.threshold), UndoLog()
+    try:
+        ungroup(model, bank, undo_log)
+        meet(model, bank, flops, batches)
+        count = max(found for _, found in grouping.stages)
+        return group(model, bank, bank.origin.calls_for(model)[0], batches, count, undo_log).cost
+    except BaseException:
+        undo_log.undo()
+        bank.set_threshold(before)
+        raise
 
 
 def _missed(bank: SaliencyBank) -> str:
@@ -102,8 +130,8 @@ def _slimmed(
     """Remove the channels that aren't used. Returns the outputs with these channels off."""
     taken = take_off(model, bank, undo_log)
     analysis = analysed(model, bank)
-    live = live_classes(bank, analysis.channel_map, used)
     put_on(taken, undo_log)
+    live = live_classes(model, bank, analysis.channel_map, used)
     close(bank, live, undo_log)
     wanted = [Outputs.of(model, *call) for call in calls]
     if not live.all():

@@ -140,6 +140,8 @@ class SkippingForward:
     def _groups(self, open: Tensor, read: Tensor | None, break_even: BreakEven) -> list[Group]:
         if len(open) == 1:
             return [self._group(None, open[0], None if read is None else read[0], break_even)]
+        if self.module.notes.allowed is not None:
+            return [self._group(None, open.any(0), None if read is None else read.any(0), break_even)]
         codes, of = torch.unique(open, dim=0, return_inverse=True)
         if len(codes) == 1:
             return [self._group(None, codes[0], None if read is None else read.any(0), break_even)]

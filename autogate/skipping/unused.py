@@ -20,7 +20,7 @@ from autogate.saliency import (
     costs,
 )
 from autogate.slim import KeptIndices, analyse_channels, kept_by_side, slim_and_record
-from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Kernel, Side, UndoLog
+from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Kernel, Side, UndoLog, run_eval
 
 CLOSED = -1e4
 """A score that no threshold lets through."""
@@ -41,7 +41,7 @@ def used_classes(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -
     return used[:-1]
 
 
-def live_classes(bank: SaliencyBank, channel_map: ChannelMap, used: Tensor) -> Tensor:
+def live_classes(model: nn.Module, bank: SaliencyBank, channel_map: ChannelMap, used: Tensor) -> Tensor:
     """The classes that stay, bool, shape (classes,).
 
     They are used, or aren't zero where they are off, or statistics across channels are taken over them. Each layer
@@ -51,10 +51,45 @@ def live_classes(bank: SaliencyBank, channel_map: ChannelMap, used: Tensor) -> T
     for layer in bank.counting.layers:
         if layer.kind == "chosen":
             made[layer.outputs] = True
-    live = used | ~bank.counting.zero | ~made[:-1]
+    live = used | ~bank.counting.zero | ~made[:-1] | _read_whole(model, bank, channel_map)
     for statistic in channel_map.statistics:
         live[statistic.classes[statistic.classes != ALWAYS]] = True
     return channel_map.survivors(live)
+
+
+def _read_whole(model: nn.Module, bank: SaliencyBank, channel_map: ChannelMap) -> Tensor:
+    """The classes that layers which run whole read as something else than zero when all channels are off."""
+    found = torch.zeros(channel_map.size + 1, dtype=torch.bool)
+    kernels, handles, choosing = _kernels(channel_map), [], set()
+    for layer in bank.counting.layers:
+        if layer.kind != "whole":
+            choosing.add(layer.path)
+        elif layer.groups == 1 and layer.path in kernels:
+            choosing.add(layer.path)
+            handles.append(model.get_submodule(layer.path).register_forward_pre_hook(_Looking(layer.inputs, found)))
+    for kernel in channel_map.kernels:
+        if kernel.module not in choosing or kernels[kernel.module] is not kernel:
+            found[classes_of(channel_map, kernel.input_side)] = True
+    bank.notes.all_off = True
+    try:
+        args, kwargs = bank.origin.calls_for(model)[0]
+        run_eval(model, args, kwargs)
+    finally:
+        bank.notes.all_off = False
+        for handle in handles:
+            handle.remove()
+    return found[:-1]
+
+
+class _Looking:
+    """A hook that notes which classes aren't zero where a layer reads them."""
+
+    def __init__(self, classes: Tensor, found: Tensor):
+        self._classes, self._found = classes, found
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0] if isinstance(module, nn.Linear) else args[0].movedim(1, -1)
+        self._found[self._classes[x.flatten(0, -2).ne(0).any(0).cpu()]] = True
 
 
 def close(bank: SaliencyBank, live: Tensor, undo_log: UndoLog) -> None:
