@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-ROUNDS = 20
-"""Most rounds of k-means."""
+STARTS, ROUNDS = 8, 20
+"""Runs of k-means, and most rounds of each."""
 
 RIDGE = 1e-2
 """Of the readout: added to the variance of each feature, which is one."""
@@ -66,18 +66,24 @@ def chosen(codes: dict[int, Tensor], descriptors: Tensor, count: int) -> Prototy
 
 
 def _clusters(codes: Tensor, count: int) -> Tensor:
-    """The cluster of each image, by k-means from images that are far apart."""
-    centers = codes.mean(0, keepdim=True)
-    while len(centers) < min(count, len(codes)):
-        centers = torch.cat([centers, codes[torch.cdist(codes, centers).amin(1).argmax()][None]])
-    of = torch.cdist(codes, centers).argmin(1)
+    """The cluster of each image: the tightest of several runs of k-means."""
+    random = torch.Generator().manual_seed(0)
+    runs = [_cluster(codes, codes[torch.randperm(len(codes), generator=random)[:count]]) for _ in range(STARTS)]
+    return min(runs, key=lambda run: run[0])[1]
+
+
+def _cluster(codes: Tensor, centers: Tensor) -> tuple[float, Tensor]:
+    """The sum of distances after k-means, and the cluster of each image."""
     for _ in range(ROUNDS):
-        centers = torch.stack([codes[of == one].mean(0) if (of == one).any() else centers[one]
-                               for one in range(len(centers))])  # fmt: skip
-        before, of = of, torch.cdist(codes, centers).argmin(1)
-        if torch.equal(before, of):
+        nearest = torch.cdist(codes, centers).min(1)
+        parts = [codes[nearest.indices == one] for one in range(len(centers))]
+        moved = torch.stack(
+            [part.mean(0) if len(part) else center for part, center in zip(parts, centers, strict=True)]
+        )
+        if torch.equal(moved, centers):
             break
-    return of
+        centers = moved
+    return float(nearest.values.sum()), nearest.indices
 
 
 def _readout(descriptors: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,18 +36,18 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1
 
 
 def assert_skips_exactly(model: nn.Module, images: Tensor) -> None:
-    """Batches of one, of several and of equal images, other resolutions, and codes that are all off and all on."""
+    """Batches of one, of several and of equal images, other resolutions, codes as drawn, all off, one on, all on."""
     larger = F.interpolate(images, scale_factor=1.5)
     batches = images, images[:1], images[1:].repeat(2, 1, 1, 1), images[:1].repeat(3, 1, 1, 1), larger
     masked = copy.deepcopy(model)
     fast = adaptive.finalize(model, break_even=1, warn=False)
     assert forwards_in(fast)
-    for bias in (0.0, -1e3, 1e3):
+    for on in (None, 0, 1, 10**6):
         for one in (masked, fast):
-            for module in adaptive.bank(one).saliency_modules:
-                nn.init.zeros_(module.expand.weight) if bias else None
-                nn.init.constant_(module.expand.bias, bias) if bias < 0 else None
-                nn.init.zeros_(module.expand.bias) if bias > 0 else None
+            for module in adaptive.bank(one).saliency_modules if on is not None else ():
+                nn.init.zeros_(module.expand.weight)
+                with torch.no_grad():
+                    module.expand.bias.fill_(-2.0)[:on] = 0.5
         assert_close(outputs(fast, *batches), outputs(masked, *batches))
         assert torch.equal(adaptive.cost(fast), adaptive.cost(masked))
 
@@ -111,29 +111,28 @@ def test_what_is_off_is_not_multiplied():
         model(IMAGES[:1])
     convolved = counter.get_flop_counts()["Global"][torch.ops.aten.convolution] / 2
     bank = adaptive.bank(model)
-    others = model[-1].weight.numel() + sum(module.macs for module in bank.saliency_modules)
+    others = model[10].weight.numel() + sum(module.macs for module in bank.saliency_modules)
     assert convolved + others == pytest.approx(float(adaptive.cost(model)))
     assert convolved < 0.6 * bank.cost_of_images().dense
 
 
 def test_channels_that_no_image_uses_are_removed():
     model = prepared(Branches())
-    before, use = copy.deepcopy(model), adaptive.use(model, [IMAGES])
+    before, use = copy.deepcopy(model), {layer.path: layer for layer in adaptive.use(model, [IMAGES]).layers}
     wanted = outputs(model, IMAGES, IMAGES[:1])
     share = (adaptive.cost(model) / adaptive.bank(model).cost_of_images().dense).mean()
     slim = adaptive.finalize(model, batches=[(IMAGES[:2], 0), (IMAGES[2:], 0)], break_even=1, warn=False)
     assert slim is model and type(slim.stem[0]) is nn.Conv2d
-    assert slim.branch[0].out_channels == before.branch[0].out_channels - use.layers[1].never
+    assert slim.branch[0].out_channels == 24 - use["branch.0"].never
     assert slim.depthwise[0].groups == slim.branch[0].out_channels
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in before.parameters())
     assert_close(outputs(slim, IMAGES, IMAGES[:1]), wanted)
     slim(IMAGES)
     now = (adaptive.cost(slim) / adaptive.bank(slim).cost_of_images().dense).mean()
     assert share * 0.9 < now < share  # of the FLOPs of the model as it was prepared; modules are smaller too
-    removed = sum(layer.never for layer in use.layers) - sum(
-        layer.never for layer in adaptive.use(slim, [IMAGES]).layers
-    )
-    assert removed > 10
+    left = {layer.path: layer.never for layer in adaptive.use(slim, [IMAGES]).layers}
+    assert left["stem.0"] == left["branch.0"] == 0 < use["stem.0"].never
+    assert left["left.0"] == use["left.0"].never > 0  # a norm across channels counts them
 
 
 def test_training_goes_on_masked():
@@ -157,16 +156,9 @@ def test_masked_and_skipping_layers_may_be_mixed():
     model = prepared(Branches())
     fast = adaptive.finalize(copy.deepcopy(model), break_even=1, warn=False)
     for one in (model, fast):
-        one.branch.train()
-        for module in one.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        adaptive.bank(one).set_threshold(0.0)
-        one.branch[0].saliency.eval()
+        one.stem[0].train()  # its saliency module stays in eval mode: no noise
+        one.stem[0].saliency.eval()
     assert_close(outputs(fast, IMAGES), outputs(model, IMAGES))
-    assert_close(
-        outputs(fast.branch, torch.randn(2, 16, 8, 8)), outputs(fast.branch.eval(), torch.randn(2, 16, 8, 8)), 9
-    )
 
 
 def test_a_part_of_the_model_runs_alone():
@@ -244,12 +236,14 @@ def test_training_that_is_not_over_is_told():
 
 def test_a_failed_call_leaves_the_model_as_it_was():
     model = prepared(Branches())
-    wanted, names = outputs(model, IMAGES), list(model.state_dict())
 
     def refused(match: str, **options):
+        before = copy.deepcopy(model.state_dict())
         with pytest.raises(autogate.AutogateError, match=match):
             adaptive.finalize(model, warn=False, **options)
-        assert list(model.state_dict()) == names and not forwards_in(model)
+        after = model.state_dict()
+        assert list(after) == list(before) and not forwards_in(model)
+        assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in after.items())
 
     refused("yields none", batches=[])
     with torch.no_grad():
@@ -257,12 +251,8 @@ def test_a_failed_call_leaves_the_model_as_it_was():
     refused("left.0.saliency.expand.bias")
     with torch.no_grad():
         model.left[0].saliency.expand.bias[3] = -5.0
-    stem = model.stem[0]
-    model.join.weight = nn.Parameter(torch.cat([model.join.weight, model.join.weight]))
-    model.head.weight = nn.Parameter(torch.cat([model.head.weight, model.head.weight], 1))
-    model.join.bias = nn.Parameter(torch.cat([model.join.bias, model.join.bias]))
-    refused("", batches=[IMAGES])
-    assert model.stem[0] is stem and wanted
+    model.head = nn.Linear(24, 7)
+    refused("has changed since", batches=[IMAGES])
 
 
 def test_a_model_is_finalized_once():
