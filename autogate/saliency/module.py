@@ -105,8 +105,11 @@ class SaliencyModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Equations 5 and 6: scores, shape (images, outputs), of a convolution's input."""
         d = x.flatten(-self.dims).mean(-1, dtype=torch.float32)
+        d = d.to(self.reduce.weight.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            return 1 + self.expand(F.relu(self.reduce(d)))
         with torch.autocast(x.device.type, enabled=False):  # a code must not hang on half precision
-            return 1 + self.expand(F.relu(self.reduce(d.to(self.reduce.weight.dtype))))
+            return 1 + self.expand(F.relu(self.reduce(d)))
 
     def read(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the convolution: score its channels."""

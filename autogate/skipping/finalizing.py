@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +15,13 @@ from autogate.skipping.break_even import ALL, BreakEven
 from autogate.skipping.folding import PassingNorm, norm_of
 from autogate.skipping.forwards import SkippingForward
 from autogate.skipping.grouping import group, grouping_of, ungroup
+from autogate.skipping.pooling import PoolingForward
 from autogate.skipping.timing import inputs_of, measured
 from autogate.skipping.unused import analysed, close, live_classes, put_on, slim, take_off, used_classes
 from autogate.slim import check_finite, verify
 from autogate.wrappers import unwrap_accelerate
 from rewriters import AutogateError, Outputs, UndoLog
+from rewriters.recording import set_modes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,14 +75,12 @@ def finalize_adaptive(
             wanted = _slimmed(model, bank, used, calls, undo_log)
             _verify(model, calls, wanted, "the slim model")
         forwards = _with_forwards(model, bank, undo_log)
-        inputs = inputs_of(model, {path: forward.conv for path, forward in forwards.items()}, calls[0])
-        able = {path: forward for path, forward in forwards.items() if forward.can_skip and path in inputs}
+        inputs = inputs_of(model, list(forwards), calls[0])
+        able = {path: forward for path, forward in forwards.items() if path in inputs}
         for forward in able.values():
             forward.break_even = ALL
         _verify(model, calls, wanted, "the model that skips")
-        for path, forward in able.items():
-            given = BreakEven(break_even or 0.0, break_even or 0.0)
-            forward.break_even = measured(forward, inputs[path]) if break_even is None else given
+        _set_break_even(model, able, inputs, break_even)
         if prototypes is not None and batches is not None:
             group(model, bank, calls[0], batches, prototypes, undo_log)
     except BaseException:
@@ -124,6 +124,21 @@ def forwards_in(model: nn.Module) -> dict[str, SkippingForward]:
     return {path: forward for path, forward in found if isinstance(forward, SkippingForward)}
 
 
+def _set_break_even(
+    model: nn.Module,
+    forwards: Mapping[str, SkippingForward | PoolingForward],
+    inputs: Mapping[str, Tensor],
+    given: float | None,
+) -> None:
+    before = set_modes(model, False)  # what runs later: in train mode a norm would take statistics of what is timed
+    try:
+        for path, forward in forwards.items():
+            known = None if given is None else BreakEven(given, given)
+            forward.break_even = measured(forward, inputs[path]) if known is None else known
+    finally:
+        set_modes(model, before)
+
+
 def _slimmed(
     model: nn.Module, bank: SaliencyBank, used: Tensor, calls: Sequence[Inputs], undo_log: UndoLog
 ) -> list[Outputs]:
@@ -146,9 +161,11 @@ def _verify(model: nn.Module, calls: Sequence[Inputs], wanted: Sequence[Outputs]
         verify(model, call, outputs, what)
 
 
-def _with_forwards(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> dict[str, SkippingForward]:
-    """Put forwards that can skip on the layers that choose or follow; so far they skip nothing."""
-    found: dict[str, SkippingForward] = {}
+def _with_forwards(
+    model: nn.Module, bank: SaliencyBank, undo_log: UndoLog
+) -> dict[str, SkippingForward | PoolingForward]:
+    """Put forwards on the layers that choose or follow, and on poolings. Returns those that can skip; none does yet."""
+    found: dict[str, SkippingForward | PoolingForward] = {}
     stays = torch.cat([~bank.counting.zero, torch.ones(1, dtype=torch.bool)])
     for layer in bank.counting.layers:
         if layer.scaling is None:
@@ -160,6 +177,12 @@ def _with_forwards(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> d
         if known is not None:
             norm = PassingNorm(known)
             undo_log.set_attribute(known, "forward", norm)
-        found[layer.path] = SkippingForward(conv, module, layer, stays, norm, by_itself or norm is not None)
-        undo_log.set_attribute(conv, "forward", found[layer.path])
+        forward = SkippingForward(conv, module, layer, stays, norm, by_itself or norm is not None)
+        undo_log.set_attribute(conv, "forward", forward)
+        if forward.can_skip:
+            found[layer.path] = forward
+    for path, pool in model.named_modules():
+        if type(pool) is nn.MaxPool2d and "forward" not in pool.__dict__:
+            found[path] = PoolingForward(pool)
+            undo_log.set_attribute(pool, "forward", found[path])
     return found

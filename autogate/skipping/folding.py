@@ -33,6 +33,10 @@ class PassingNorm:
 
     def __init__(self, norm: nn.Module):
         self.norm, self.done = norm, False
+        self._known: tuple[list[tuple[int, int]], Affine] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known": None}
 
     def __call__(self, input: Tensor) -> Tensor:
         done, self.done = self.done, False
@@ -50,6 +54,17 @@ class PassingNorm:
 
     def affine(self) -> Affine:
         """The norm as a scale and a shift."""
+        norm: Any = self.norm
+        tensors = [one for one in (norm.running_mean, norm.running_var, norm.weight, norm.bias) if one is not None]
+        if any(one.is_inference() for one in tensors):  # these don't count their versions
+            return self._computed()
+        now = [(id(one), one._version) for one in tensors]
+        if self._known is None or self._known[0] != now:
+            self._known = now, self._computed()
+        return self._known[1]
+
+    @torch.no_grad()
+    def _computed(self) -> Affine:
         norm: Any = self.norm
         precise = torch.promote_types(norm.running_var.dtype, torch.float32)
         scale = torch.rsqrt(norm.running_var.to(precise) + norm.eps)

@@ -84,7 +84,8 @@ class SkippingForward:
             notes.untold = True
         if self.break_even is None or self.conv.training or torch.is_grad_enabled() or not self._batched(input):
             return self._whole(input, *args, **kwargs)
-        groups = self._groups(self.module.open, read, self.break_even)
+        open: Any = self.module.open
+        groups = self._groups(open, read, self.break_even)
         if all(group.on is None for group in groups):
             return self._whole(input)
         return self._skipped(input, groups)
@@ -172,7 +173,8 @@ class SkippingForward:
     def _skipped(self, input: Tensor, groups: list[Group]) -> Tensor:
         affine, factor = self._affine(), None
         if affine is not None:
-            factor = self.module.open.to(affine.scale.dtype) if self.follows else self.module.factor
+            found: Any = self.module.open if self.follows else self.module.factor
+            factor = found.to(affine.scale.dtype)
         made = [self._computed(input, group, affine, factor) for group in groups]
         if affine is not None:
             self._tell_done()
@@ -206,7 +208,8 @@ class SkippingForward:
         if len(x) == 1 and kernel[0].numel() < prod(x.shape[2:]):
             return self._run(x, kernel * broadcast(scale[0], kernel.ndim - 1).to(kernel.dtype), shift[0].to(x.dtype))
         made = self._run(x, kernel, None)
-        return made.mul_(broadcast(scale, self.module.dims)).add_(broadcast(shift, self.module.dims))
+        scale, shift = (broadcast(one, self.module.dims).to(made.dtype) for one in (scale, shift))
+        return torch.addcmul(shift, made, scale, out=made)
 
     def _run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.conv
@@ -224,21 +227,27 @@ class SkippingForward:
 
     def _spread(self, input: Tensor, groups: list[Group], made: list[Tensor]) -> Tensor:
         """The output of the whole batch, zero where channels are off."""
-        first = made[0]
-        out = first.new_zeros(len(input), self.conv.out_channels, *first.shape[2:])
-        if input.ndim == 4 and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
-            out = out.to(memory_format=torch.channels_last)
+        outputs, first = self.conv.out_channels, made[0]
+        if groups[0].images is None:
+            assert groups[0].on is not None
+            return spread(first, groups[0].on, outputs)
+        out = first.new_zeros(len(input), outputs, *first.shape[2:])
         for group, y in zip(groups, made, strict=True):
-            if group.images is None:
-                assert group.on is not None
-                out.index_copy_(1, group.on, y)
-            elif group.on is None:
+            assert group.images is not None
+            if group.on is None:
                 out.index_copy_(0, group.images, y)
             elif len(y) == 1:
                 out[int(group.images)].index_copy_(0, group.on, y[0])
             else:
                 out[group.images[:, None], group.on] = y
         return out
+
+
+def spread(x: Tensor, on: Tensor, channels: int) -> Tensor:
+    """A feature map with all channels, from those that are on; the others are zero."""
+    place = on.new_full((channels,), len(on))
+    place[on] = torch.arange(len(on), device=on.device)
+    return torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1).index_select(1, place)
 
 
 def _taken(x: Tensor, dim: int, index: Tensor | None) -> Tensor:

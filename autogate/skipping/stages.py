@@ -42,7 +42,8 @@ class StageForward:
         of = self.prototypes.of(x.flatten(2).mean(2))
         groups = [(of == one).nonzero().flatten() for one in of.unique().tolist()]
         notes, begun, alive = self.notes, len(self.notes.calls), self.notes.alive
-        made, runs, after = [], [], []
+        made, runs = [], []
+        after: list[Any] = []
         try:
             for images in groups:
                 one = int(of[images[0]])

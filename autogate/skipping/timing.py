@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from autogate.inputs import Inputs
 from autogate.skipping.break_even import BreakEven
 from autogate.skipping.forwards import SkippingForward
+from autogate.skipping.pooling import PoolingForward
 from rewriters import run_eval, samples_in
 from rewriters.interrupts import let_signals_in
 
@@ -23,7 +24,7 @@ REPETITIONS = 4
 
 
 @torch.inference_mode()
-def measured(forward: SkippingForward, input: Tensor) -> BreakEven:
+def measured(forward: SkippingForward | PoolingForward, input: Tensor) -> BreakEven:
     """Time a layer with its norm, with fewer and fewer of its channels on.
 
     Args:
@@ -53,18 +54,19 @@ def _seconds(call: Callable[[], Tensor]) -> float:
     return best
 
 
-def inputs_of(model: nn.Module, convolutions: Mapping[str, nn.Module], call: Inputs) -> dict[str, Tensor]:
-    """What convolutions read of the first sample of a call, by path; those that don't run are missing."""
+def inputs_of(model: nn.Module, paths: Sequence[str], call: Inputs) -> dict[str, Tensor]:
+    """What modules read of the first sample of a call, by path; those that don't run are missing."""
     samples = samples_in(*call)
     args, kwargs = tree_map_only(Tensor, lambda x: x[:1] if x.ndim and len(x) == samples else x, call)
     found: dict[str, Tensor] = {}
     handles = []
-    for path, conv in convolutions.items():
+    for path in paths:
 
         def note(module: nn.Module, given: Sequence[Tensor], path: str = path) -> None:
-            found.setdefault(path, given[0][:1])
+            if given:
+                found.setdefault(path, given[0][:1])
 
-        handles.append(conv.register_forward_pre_hook(note))
+        handles.append(model.get_submodule(path).register_forward_pre_hook(note))
     try:
         run_eval(model, args, kwargs)
     finally:

@@ -114,7 +114,7 @@ class Entry(NamedTuple):
 def take_off(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> list[Entry]:
     """Take the saliency modules and their hooks off a model. Returns what to put on again."""
     owners = [model.get_submodule(layer.path) for layer in bank.counting.layers if layer.kind != "whole"]
-    places = [(handle.hooks_dict_ref(), handle.id) for handle in bank.handles]
+    places: list[tuple[Any, Any]] = [(handle.hooks_dict_ref(), handle.id) for handle in bank.handles]
     places += [(owner._modules, NAME) for owner in owners] + [(model._modules, SALIENCY)]
     taken = [Entry(entries, key, entries[key]) for entries, key in places if entries is not None]
     for one in taken:

@@ -103,10 +103,9 @@ def test_real_networks_skip_exactly(name):
     assert_skips_exactly(prepared(model, images), images)
 
 
-def test_what_is_off_is_not_multiplied():
-    model = autogate.finalize(prepared(chain()), warn=False)
-    for forward in forwards_in(model).values():
-        forward.break_even = type(forward.break_even)(1.0, 1.0)
+@pytest.mark.parametrize("batches", [None, [IMAGES]])
+def test_what_is_off_is_not_multiplied(batches):
+    model = adaptive.finalize(prepared(chain()), batches=batches, break_even=1, warn=False)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(IMAGES[:1])
     convolved = counter.get_flop_counts()["Global"][torch.ops.aten.convolution] / 2
@@ -129,7 +128,7 @@ def test_channels_that_no_image_uses_are_removed():
     assert_close(outputs(slim, IMAGES, IMAGES[:1]), wanted)
     slim(IMAGES)
     now = (adaptive.cost(slim) / adaptive.bank(slim).cost_of_images().dense).mean()
-    assert share * 0.9 < now < share  # of the FLOPs of the model as it was prepared; modules are smaller too
+    assert share / 2 < now < share  # of the FLOPs of the model as it was prepared; what runs whole is narrower
     left = {layer.path: layer.never for layer in adaptive.use(slim, [IMAGES]).layers}
     assert left["stem.0"] == left["branch.0"] == 0 < use["stem.0"].never
     assert left["left.0"] == use["left.0"].never > 0  # a norm across channels counts them
@@ -207,7 +206,9 @@ def test_a_budget_is_set_after_finalizing():
 def test_measured_break_even_changes_no_output():
     model = prepared(Branches())
     wanted = outputs(model, IMAGES, IMAGES[:1])
-    fast = autogate.finalize(model, warn=False)
+    fast = autogate.finalize(model.train(), warn=False)
+    assert model.training and model.stem[1].training
+    model.eval()
     assert all(forward.break_even is not None for forward in forwards_in(fast).values())
     assert_close(outputs(fast, IMAGES, IMAGES[:1]), wanted)
 
