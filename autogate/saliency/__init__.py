@@ -5,7 +5,7 @@ from autogate.saliency.counting import CountedLayer, Counting, Note, Notes
 from autogate.saliency.installing import install, install_again
 from autogate.saliency.method import SANP
 from autogate.saliency.module import NAME, FollowingModule, SaliencyModule, broadcast
-from autogate.saliency.observing import LayerUse, Use, costs, meet, use_of
+from autogate.saliency.observing import LayerUse, MeanUse, Use, costs, known_use, meet, use_of
 from autogate.saliency.record import Choosing, record_of
 from autogate.saliency.run import Run
 from autogate.saliency.sites import Scaling, classes_of
@@ -19,6 +19,7 @@ __all__ = [
     "Counting",
     "FollowingModule",
     "LayerUse",
+    "MeanUse",
     "Note",
     "Notes",
     "Run",
@@ -32,6 +33,7 @@ __all__ = [
     "costs",
     "install",
     "install_again",
+    "known_use",
     "meet",
     "record_of",
     "saliency_of",

@@ -58,6 +58,11 @@ class Notes:
         """It is over: what backward computes again, for checkpointing, isn't noted."""
         self.running, self.alive = False, None
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether a forward has been noted that has chosen something."""
+        return any(call.scores is not None for call in self.calls)
+
     def add(self, layer: int, positions: float, scores: Tensor | None = None) -> None:
         """A layer was called."""
         if self.running:
@@ -78,6 +83,38 @@ class Notes:
         return vars(Notes())  # a copy has run nothing
 
 
+@dataclass(frozen=True)
+class LayerUse:
+    """How the images use the channels of a layer.
+
+    Attributes:
+        path: of the convolution.
+        never, sometimes, always: number of channels that no image, some or all of them use.
+        mean: the share of its channels that an image uses on average.
+    """
+
+    path: str
+    never: int
+    sometimes: int
+    always: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class MeanUse:
+    """What images use of a model on average.
+
+    Attributes:
+        images: how many they were.
+        share: the share of the FLOPs that an image takes on average.
+        layers: those that choose, in the order they run.
+    """
+
+    images: int
+    share: float
+    layers: tuple[LayerUse, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class CountedLayer:
     """A convolution or linear layer, as it is counted.
@@ -90,6 +127,7 @@ class CountedLayer:
         inputs, outputs: class of each channel, int64; -1 if it always stays.
         own: multiply-adds of its saliency module for one image.
         scaling: where its output is scaled, for one that isn't whole.
+        positions: of its outputs for one image of the example.
         prepared: pairs of channels that it had when the model was prepared; None: those that it has.
     """
 
@@ -101,6 +139,7 @@ class CountedLayer:
     outputs: Tensor = field(repr=False)
     own: int = 0
     scaling: Scaling | None = None
+    positions: float = 0.0
     prepared: float | None = None
 
     @property
@@ -143,6 +182,12 @@ class Counting:
     zero: Tensor
     rest: float
     prepared_rest: float | None = None
+
+    @property
+    def dense(self) -> float:
+        """FLOPs of an image of the example in the model as it was prepared."""
+        rest = self.rest if self.prepared_rest is None else self.prepared_rest
+        return rest + sum(layer.positions * layer.dense for layer in self.layers)
 
     def checksum(self) -> int:
         """The same for two models whose layers are coupled and choose alike, however classes are numbered."""
