@@ -156,6 +156,7 @@ def course(info: RunInfo, rows: Sequence[EpochRow], result: Result | None) -> Fi
     """Draw the shares left and the accuracy, by epoch."""
     epochs = [row.epoch for row in rows]
     figure, (left, right) = _figure(4.2, rows=2)
+    during, after = ("with gates", "slim") if info.gates else ("in training", "at the end")
     left.plot(epochs, [100 * row.flops for row in rows], "o-", color=SLIM, markersize=3, label="FLOPs")
     if info.gates:
         left.plot(epochs, [100 * row.params for row in rows], "o-", color=OTHER, markersize=3, label="parameters")
@@ -165,13 +166,13 @@ def course(info: RunInfo, rows: Sequence[EpochRow], result: Result | None) -> Fi
     left.set_ylim(0, 105)
     left.set_ylabel("left (%)")
     left.legend(frameon=False, fontsize=8, ncols=2)
-    right.plot(epochs, [row.accuracy for row in rows], "o-", color=SLIM, markersize=3, label="with gates" if info.gates else "in training")
+    right.plot(epochs, [row.accuracy for row in rows], "o-", color=SLIM, markersize=3, label=during)
     averaged = [(row.epoch, row.ema_accuracy) for row in rows if row.ema_accuracy is not None]
     if averaged:
         right.plot(*zip(*averaged, strict=True), "o-", color=OTHER, markersize=3, label="averaged weights")
     right.axhline(rows[0].accuracy, color="0.5", linestyle="--", linewidth=1, label="dense, at the start")
     if result is not None and result.accuracy is not None:
-        right.plot([epochs[-1]], [result.accuracy], "D", color="k", markersize=5, label="slim" if info.gates else "at the end", zorder=3)
+        right.plot([epochs[-1]], [result.accuracy], "D", color="k", markersize=5, label=after, zorder=3)
     right.set_ylabel("accuracy (%)")
     right.set_xlabel("epoch")
     right.legend(frameon=False, fontsize=8)
