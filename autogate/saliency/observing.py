@@ -66,7 +66,7 @@ def use_of(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Use:
         AutogateError: there are no batches, or scores are NaN.
     """
     counts, shares, channels = _Counts(bank), [], []
-    for cost in _costs(model, bank, batches):
+    for cost in costs(model, bank, batches):
         shares.append((cost.images / cost.dense).cpu())
         channels.append(bank.counting.computed(bank.notes.calls).cpu())
         counts.add(bank.notes.calls)
@@ -169,8 +169,14 @@ def _nearest(share: Callable[[float], float], flops: float, start: float) -> tup
     return min(tried, key=lambda one: abs(one[0] - flops))
 
 
-def _costs(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Iterator[Cost]:
-    """The cost of each batch, in eval mode. Modes are restored."""
+def costs(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Iterator[Cost]:
+    """Run a model on batches in eval mode; after each, its cost, while the bank's notes have its calls.
+
+    Modes are restored at the end.
+
+    Raises:
+        AutogateError: there are no batches, or scores are NaN.
+    """
     before = set_modes(model, False)
     given = 0
     try:
