@@ -9,7 +9,8 @@ import typer
 
 from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.cli.functions import FunctionOption, slim_model
-from autogate.inspection import summarise_slim
+from autogate.inspection import summarise_adaptive, summarise_slim
+from autogate.saliency import saliency_of
 
 
 @one_line_errors
@@ -23,7 +24,9 @@ def summary(
 
     Example: autogate summary runs/resnet50/slim.safetensors
     """
-    found = summarise_slim(slim_model(written_model(slim), model))
+    network = slim_model(written_model(slim), model)
+    bank = saliency_of(network)
+    found = summarise_slim(network) if bank is None else summarise_adaptive(network, bank)
     if json:
         print(found.to_json())
     else:
