@@ -84,7 +84,7 @@ def layers_in(
         if not isinstance(module, (_ConvNd, nn.Linear)) or kernel.weight != f"{kernel.module}.weight".lstrip("."):
             continue
         kind, why = _kind(module, kernel, channel_map, calls.get(kernel.module, []), reduction)
-        hidden = hidden_units(module.out_channels, reduction) if kind == "chosen" else 0
+        hidden = hidden_units(channel_map.sizes[kernel.output_side], reduction) if kind == "chosen" else 0
         if known is not None:
             before = known.get(kernel.module, Known("whole", 0))
             kind, hidden = before if _can_be(module, before.kind) and kernel.module in calls else Known("whole", 0)
