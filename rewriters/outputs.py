@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewriters.recording import OneNumber, OtherRounding, generators_kept, set_modes, set_train_mode, tensors_of
+from rewriters.recording import OneNumber, OtherRounding, generators_kept, held_tensors, set_modes, set_train_mode
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference that is accepted between the outputs of the gated and the slim model, by dtype."""
@@ -44,7 +44,7 @@ def run_train(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad(), full_precision(), generators_kept(model, args, kwargs), OneNumber(_SEEDS[0]):
-            return tensors_of(model(*args, **(kwargs or {})))
+            return held_tensors(model(*args, **(kwargs or {})))
     finally:
         set_modes(model, before)
         for buffer, values in buffers:
@@ -57,7 +57,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     before = set_modes(model, False)
     try:
         with torch.no_grad(), full_precision(), generators_kept(model, args, kwargs) as drawn:
-            return tensors_of(model(*args, **kwargs)), drawn()
+            return held_tensors(model(*args, **kwargs)), drawn()
     finally:
         set_modes(model, before)
 

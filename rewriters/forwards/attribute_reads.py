@@ -1,8 +1,9 @@
 """What a traced forward reads from modules besides tensors: temperatures, flags, loop counts, `child.training`.
 
 A number that is only computed with stays an expression (`self.temperature`), so that the rewritten forward follows its
-changes. Where Python needs the value (a branch, `range`), it is guarded, and so are flags, texts and tuples. Not
-guarded: sizes that slimming updates (`in_features`), and what can't be compared (a configuration, a function).
+changes. Where Python needs the value (a branch, `range`), it is guarded, and so are flags, texts and tuples, and the
+fields of an object and entries of a dict that the code which reads it names (`self.config.scale`, `self.scales["k"]`).
+Not guarded: sizes that slimming updates (`in_features`), and what can't be compared (a function).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rewriters.errors import TraceError
 from rewriters.forwards.read_code import asks_types, caller, compares_identity, line_of_caller
@@ -47,7 +48,7 @@ class AttributeReads:
         self._root, self._node, self._guard, self._follows = root, node, guard, followed
         self._paths = {module: path for path, module in root.named_modules()}
         self._read: dict[tuple[str, str], Any] = {}
-        self._guarded: set[tuple[str, str]] = set()
+        self._guarded: set[tuple[str, ...]] = set()
         self._written: set[tuple[str, str]] = set()
 
     @property
@@ -60,7 +61,10 @@ class AttributeReads:
         if name in _OWN_TO_TORCH or module not in self._paths:
             return value
         key = (self._paths[module], name)
-        if key in self._written or not (_is_number(name, value) or _is_compared(name, value)):
+        if key in self._written:
+            return value
+        if not (_is_number(name, value) or _is_compared(name, value)):
+            self._guard_parts(key, value)
             return value
         if name == "training":
             return self._mode(key, value)
@@ -83,6 +87,24 @@ class AttributeReads:
             self._guarded.add(key)
             name = ".".join(key).lstrip(".")
             self._guard(self._node(name, value), f"self.{name} at {line_of_caller()}")
+
+    def _guard_parts(self, key: tuple[str, str], value: Any) -> None:
+        """Guard those fields of an object, or entries of a dict, that the code which reads it names."""
+        code = caller().f_code
+        if type(value) is dict:
+            named = {one: value[one] for one in code.co_consts if isinstance(one, str) and one in value}
+        elif _is_plain_object(value):
+            fields = {**vars(type(value)), **vars(value)}
+            named = {one: fields[one] for one in code.co_names if one in fields}
+        else:
+            return
+        whole = None
+        for name, part in named.items():
+            if (*key, name) not in self._guarded and _is_compared(name, part):
+                self._guarded.add((*key, name))
+                whole = whole or self._node(".".join(key).lstrip("."), value)
+                read = whole[name] if type(value) is dict else getattr(whole, name)
+                self._guard(read, f"self.{'.'.join((*key, name)).lstrip('.')} at {line_of_caller()}")
 
     def write(self, module: nn.Module, name: str) -> None:
         """Note that the forward sets an attribute, which it reads as it is from then on."""
@@ -110,6 +132,12 @@ def _is_compared(name: str, value: Any) -> bool:
     if type(value) in (tuple, list):
         return 0 < len(value) <= _MOST_ENTRIES and all(type(entry) in (*_NUMBERS, *_FLAGS) for entry in value)
     return type(value) in (*_NUMBERS, *_FLAGS) and value == value
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether it is an object of the user's with fields: a configuration, say."""
+    closed = isinstance(value, (nn.Module, Tensor, type)) or callable(value)
+    return not closed and hasattr(value, "__dict__") and not type(value).__module__.startswith("torch.")
 
 
 def _needs_value(value: Any) -> bool:

@@ -17,6 +17,7 @@ from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubb
 from rewriters.recording.pytrees import (
     all_tensors,
     args_of,
+    held_tensors,
     leaves_of,
     maker_of,
     map_tensors,
@@ -63,6 +64,7 @@ __all__ = [
     "drop_caches",
     "frozen_heap",
     "generators_kept",
+    "held_tensors",
     "in_every_place",
     "is_draw",
     "is_getitem",

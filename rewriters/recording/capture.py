@@ -45,7 +45,7 @@ from rewriters.recording.opaque import (
     opaque_modules,
     run_for_real,
 )
-from rewriters.recording.pytrees import tensors_of
+from rewriters.recording.pytrees import held_tensors
 from rewriters.recording.real_results import may_be_a_fault_of_fakes, run_with_real_layout
 from rewriters.recording.recorder import Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
@@ -239,7 +239,7 @@ def _record(
         paths = [call.path for call in recorder.failed]
         told = explain(error, paths[0] if paths else "")
         raise _Unrecordable(told, why_unrecordable(error), paths, error) from error
-    returned = tensors_of(output)
+    returned = held_tensors(output)
     if answers is None and not returned:
         raise CaptureError(
             f"no tensors are found in what it returns, of type {type(output).__name__}.",

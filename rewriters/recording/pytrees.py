@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from types import ModuleType
 from typing import Any
@@ -28,43 +27,36 @@ def leaves_of(value: Any) -> list[Any]:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in a value, in order: those in fields of objects too, which pytree doesn't open."""
+    """All tensors in a value, in order: those in containers of classes derived from list, tuple and dict too."""
     if isinstance(value, Tensor):  # the usual case
         return [value]
-    return list(_tensors_in(value, ()))
+    return list(_tensors_in(value, _entries, ()))
 
 
-def _tensors_in(value: Any, above: tuple[int, ...]) -> Iterator[Tensor]:
+def held_tensors(value: Any) -> list[Tensor]:
+    """As `tensors_of`, and those in fields of objects.
+
+    Not those in a cache of transformers, which gets narrower with the heads: only the model reads it.
+    """
+    return list(_tensors_in(value, _held_by, ()))
+
+
+def _tensors_in(value: Any, opened: Callable[[Any], Iterable[Any]], above: tuple[int, ...]) -> Iterator[Tensor]:
     for leaf in leaves_of(value):
         if isinstance(leaf, Tensor):
             yield leaf
         elif type(leaf) not in _ONE and id(leaf) not in above:  # an object may hold itself
-            yield from _tensors_in(_held_by(leaf), (*above, id(leaf)))
+            yield from _tensors_in([*opened(leaf)], opened, (*above, id(leaf)))
 
 
 def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with each of its tensors changed: pytree's `tree_map`, for all that `tensors_of` finds.
+    """`value` with each of its tensors changed: pytree's `tree_map`, for all that `tensors_of` finds."""
 
-    Objects that hold tensors are copied; one that holds itself holds the copied object's fields as they were.
-    """
-    return _mapped(change, value, ())
-
-
-def _mapped(change: Callable[[Tensor], Any], value: Any, above: tuple[int, ...]) -> Any:
     def each(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return change(leaf)
-        if type(leaf) in _ONE or id(leaf) in above or not tensors_of(leaf):
-            return leaf
-        inside = (*above, id(leaf))
-        kind = plain_kind(leaf)
-        if kind is not None or isinstance(leaf, (set, frozenset)):
-            plain = list(leaf) if kind is None else kind(leaf)
-            return maker_of(leaf)(_mapped(change, plain, inside))
-        copied = copy.copy(leaf)
-        for name, held in _fields(leaf).items():
-            object.__setattr__(copied, name, _mapped(change, held, inside))
-        return copied
+        kind = plain_kind(leaf) if tensors_of(leaf) else None
+        return leaf if kind is None else maker_of(leaf)(map_tensors(change, kind(leaf)))
 
     return tree_map(each, value)
 
@@ -74,10 +66,15 @@ _CLOSED = (nn.Module, ModuleType, type, fx.Node, fx.Proxy, fx.Tracer)
 
 def _held_by(leaf: Any) -> list[Any]:
     """What an object holds: the entries of a container, and its fields."""
-    if issubclass(type(leaf), _CLOSED) or callable(leaf) or type(leaf).__module__.startswith("torch._"):
+    kind = type(leaf)
+    if issubclass(kind, _CLOSED) or callable(leaf) or kind.__module__.startswith("torch._"):
         return []
-    entries = leaf.values() if isinstance(leaf, dict) else leaf if isinstance(leaf, _ENTRIES) else ()
-    return [*entries, *_fields(leaf).values()]
+    return [] if hasattr(kind, "get_seq_length") else [*_entries(leaf), *_fields(leaf).values()]
+
+
+def _entries(leaf: Any) -> Iterable[Any]:
+    kind = type(leaf)
+    return leaf.values() if issubclass(kind, dict) else leaf if issubclass(kind, _ENTRIES) else ()
 
 
 def _fields(leaf: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.meta_kernels import constant, has_real, run_on_fakes
 from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.opaque import Opaque, RecordedOutputs, opaque_call
-from rewriters.recording.pytrees import maker_of, plain_kind, tensors_of
+from rewriters.recording.pytrees import held_tensors, maker_of, plain_kind, tensors_of
 
 
 class Recorder(TorchDispatchMode):
@@ -250,7 +250,7 @@ def record_module_calls(
     def reply(call: ModuleCall) -> Any:
         output = replies.next(call.path, call.args, call.kwargs)
         own = (tensor for module in inside[call.path] for tensor in (*module.parameters(), *module.buffers()))
-        recorder.write_opaque(opaque[call.path].reason, tensors_of((call.args, call.kwargs)), own, output)
+        recorder.write_opaque(opaque[call.path].reason, held_tensors((call.args, call.kwargs)), own, output)
         return output
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

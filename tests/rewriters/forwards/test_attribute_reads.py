@@ -15,6 +15,15 @@ from tests.rewriters.forwards.networks import traced
 from tests.rewriters.helpers import Net, analysed, conv, image, mapped
 
 
+class Configuration:
+    """An object with fields, one of them its class's."""
+
+    scale = 2.0
+
+    def __init__(self) -> None:
+        self.flag, self.other = True, 1
+
+
 class Inner(nn.Module):
     """A block with attributes of its own, whose forward is rewritten because it cuts its channels in two."""
 
@@ -23,6 +32,7 @@ class Inner(nn.Module):
         self.function = function
         self.a, self.b, self.drop = conv(4, 16), conv(8, 8), nn.Dropout(0.5)
         self.number, self.count, self.flag, self.sizes, self.name = 2.0, 2, True, (1, 1), "tanh"
+        self.config, self.scales = Configuration(), {"first": 2.0, "second": 3.0}
 
     def forward(self, x):
         first, second = self.a(x).chunk(2, 1)
@@ -99,6 +109,32 @@ def test_what_decides_the_control_flow_is_guarded(case):
         setattr(block.get_submodule(path), own, value)
         with pytest.raises(ShapeGuardError, match=r"block: .* at .*test_attribute_reads:\d+ \(.*set it before prepare"):
             block(x[:, :1].expand(-1, block.a.in_channels, -1, -1))
+
+
+def through_a_variable(m, y):
+    config = m.config
+    return y * config.flag
+
+
+PARTS = {
+    "field": (lambda m: setattr(m.config, "flag", False), lambda m, y: -y if m.config.flag else y),
+    "field of a class": (lambda m: setattr(m.config, "scale", 1.0), lambda m, y: y * m.config.scale),
+    "by another name": (lambda m: setattr(m.config, "flag", False), through_a_variable),
+    "entry": (lambda m: m.scales.update(first=1.0), lambda m, y: y * m.scales["first"]),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_fields_and_entries_that_the_code_names_are_guarded(case):
+    """Others may change."""
+    change, function = PARTS[case]
+    slim_model, gated = slim_and_gated(function)
+    x = image(batch=3).double()
+    slim_model.block.config.other, slim_model.block.scales["second"] = 2, 0.0
+    assert relative_error(run_eval(slim_model, (x,)), run_eval(gated, (x,))) <= TOLERANCE
+    change(slim_model.block)
+    with pytest.raises(ShapeGuardError, match=r"block: .* self\.(config|scales)\.\w+ at .*set it before prepare"):
+        slim_model(x)
 
 
 def test_children_have_the_mode_of_the_module():
