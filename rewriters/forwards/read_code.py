@@ -13,7 +13,8 @@ import sys
 import types
 
 _PASSED = ("torch.fx", "rewriters.forwards.proxies", "rewriters.forwards.tracing", "rewriters.forwards.tracer_patches",
-           "rewriters.forwards.read_code", "rewriters.forwards.attribute_reads")  # fmt: skip
+           "rewriters.forwards.read_code", "rewriters.forwards.attribute_reads", "rewriters.forwards.following",
+           "rewriters.forwards.function_patches")  # fmt: skip
 
 
 def caller() -> types.FrameType:
