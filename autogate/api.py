@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from autogate.budget import ResourceMaker
 from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
 from autogate.inputs import as_calls, dtype_of_parameters, fitted
-from autogate.inspection import Summary, summarise, summarise_slim
+from autogate.inspection import AdaptiveSummary, Summary, summarise, summarise_adaptive, summarise_slim
 from autogate.lock import locked
 from autogate.methods import Learner, Method, as_method, budget_of
 from autogate.naming import Ignored, named_by
-from autogate.saliency import check_not_adaptive
+from autogate.saliency import check_not_adaptive, saliency_of
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
@@ -236,11 +236,12 @@ def step(model: nn.Module, *, lr: float) -> None:
 
 
 @locked
-def summary(model: nn.Module) -> Summary:
-    """Summarise a prepared or slim model: FLOPs, parameters and channels left, and what is pinned and why.
+def summary(model: nn.Module) -> Summary | AdaptiveSummary:
+    """Summarise a prepared, slim or adaptive model: FLOPs, parameters and channels left, and what is pinned and why.
 
     Print the result, or take its `table()` or `to_json()`. Alphas that you set by hand count. Of a slim model it tells
-    widths before and after, what was removed, and which forwards were rewritten.
+    widths before and after, what was removed, and which forwards were rewritten. Of one of `autogate.adaptive`, what an
+    image costs on average, and how many channels of each layer are never, sometimes and always used.
 
         >>> import timm, torch, autogate
         >>> model = autogate.prepare(timm.create_model("resnet18"), flops=0.5)
@@ -249,10 +250,23 @@ def summary(model: nn.Module) -> Summary:
         (1814073344.0, 11689512, 1.0)
 
     Args:
-        model: the model that `prepare`, `finalize` or `load` returned, or a compiled or distributed wrapper around it.
+        model: the model that `prepare`, `finalize`, `adaptive.prepare` or `load` returned, or a compiled or distributed
+            wrapper around it.
 
     Raises:
         AutogateError: the model was neither prepared nor slimmed.
+    """
+    own = unwrap(model)
+    if (bank := saliency_of(own)) is not None:
+        return summarise_adaptive(own, bank)
+    return gated_summary(model)
+
+
+def gated_summary(model: nn.Module) -> Summary:
+    """As `summary`, of a prepared or slim model.
+
+    Raises:
+        AutogateError: it is neither.
     """
     own = unwrap(model)
     if isinstance(own, nn.Module) and BANK not in own._modules and history_of(own) is not None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autogate import digits
-from autogate.api import finalize, prepare, summary
+from autogate.api import finalize, gated_summary, prepare
 from autogate.budget import Shares
 
 MODEL = "test_resnet"
@@ -136,7 +136,7 @@ def run(
 
     model = prepare(model, train.images[:2], flops=flops, steps=steps_in(gated_epochs, train))
     fit(model, train, gated_epochs, 0.05, advance)
-    state = summary(model)
+    state = gated_summary(model)
     gated = logits(model, test.images)
     slim = finalize(model)
 

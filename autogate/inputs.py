@@ -69,7 +69,7 @@ def as_call(example_inputs: Any, model: nn.Module) -> Inputs:
     if isinstance(example_inputs, Mapping):
         return _bound(model, (), dict(example_inputs))
     raise AutogateError(
-        f"example_inputs is a {type(example_inputs).__name__}.",
+        f"example_inputs is of type {type(example_inputs).__name__}.",
         where=type(model).__name__,
         remedy="Pass a tensor, a tuple of positional arguments or a dict of keyword arguments.",
     )

@@ -39,7 +39,7 @@ def _tensors_of(model: nn.Module, what: Any) -> list[str]:
     is_type = isinstance(what, type) and issubclass(what, nn.Module)
     if not is_type and not isinstance(what, (nn.Module, Tensor)):
         raise AutogateError(
-            f"ignore has a {type(what).__name__}: {what!r}.",
+            f"ignore has {what!r}, of type {type(what).__name__}.",
             where=type(model).__name__,
             remedy='Give names of modules or parameters ("head", "blocks.*.attn"), modules, or types of modules.',
         )
@@ -48,7 +48,11 @@ def _tensors_of(model: nn.Module, what: Any) -> list[str]:
     paths = [path for path, module in modules if module is what or (is_type and isinstance(module, what))]
     own = [name for name, tensor in tensors if tensor is what]
     if not paths and not own:
-        missing = f"{what.__name__}, of which the model has none" if is_type else f"a {type(what).__name__} not in it"
+        missing = (
+            f"{what.__name__}, of which the model has none"
+            if is_type
+            else f"an object of type {type(what).__name__} that isn't in it"
+        )
         raise AutogateError(f"ignore has {missing}.", where=type(model).__name__, remedy="See model.named_modules().")
     under = tuple(f"{path}." for path in paths if path)
     return own + [name for name, _ in tensors if "" in paths or (under and name.startswith(under))]

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from autogate.api import finalize, gates, prepare, summary
+from autogate.api import finalize, gated_summary, gates, prepare
 from autogate.budget import Activations, Flops, Params, Resource
 from autogate.closing import close
 from autogate.criteria import By
@@ -150,7 +150,7 @@ def what_if(
             twins[share] = str(error)
     twins[None] = narrowest = copy.deepcopy(gated)
     gates(narrowest).close(torch.nonzero(~fewest).flatten())
-    widths = {layer.module: layer.all_outputs for layer in summary(gated).layers}
+    widths = {layer.module: layer.all_outputs for layer in gated_summary(gated).layers}
     drafts = [_draft(share, twin, resources) for share, twin in twins.items()]
     slim = [finalize(twin, warn=False) for twin in twins.values() if isinstance(twin, nn.Module)]
     dense, *times = time_in_turns([one.eval() for one in (copy.deepcopy(model), *slim)], args, seconds)
@@ -175,7 +175,7 @@ def _draft(share: float | None, twin: nn.Module | str, resources: Mapping[str, R
         return Variant(share, {}, {}, None, twin)
     live = gates(twin).live.cpu()
     left = {resource.name: resource.share(live) for resource in resources.values()}
-    return Variant(share, left, {layer.module: layer.outputs for layer in summary(twin).layers}, None)
+    return Variant(share, left, {layer.module: layer.outputs for layer in gated_summary(twin).layers}, None)
 
 
 def _with_time(draft: Variant, time: Duration | str) -> Variant:

@@ -3,7 +3,7 @@
 from autogate.budget.products import Activations, Flops, Params
 from autogate.budget.resource import Resource, SideCounts
 from autogate.budget.targets import ROUNDING, ResourceMaker, Shares, Target, Targets
-from autogate.budget.timing import machine, time_model
+from autogate.budget.timing import machine, time_model, timer
 
 __all__ = [
     "ROUNDING",
@@ -18,4 +18,5 @@ __all__ = [
     "Targets",
     "machine",
     "time_model",
+    "timer",
 ]

@@ -53,7 +53,7 @@ class Shares:
         for name, share in (*self._named(), *((str(maker), share) for maker, share in self.resources.items())):
             if isinstance(share, bool) or not isinstance(share, Real):
                 raise AutogateError(
-                    f"{name} is {share!r}, a {type(share).__name__}; a share must be a number in (0, 1].",
+                    f"{name} is {share!r}, of type {type(share).__name__}; a share must be a number in (0, 1].",
                     where="budget",
                 )
             if not 0 < share <= 1:

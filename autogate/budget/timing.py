@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import platform
 import re
@@ -34,10 +35,19 @@ SECONDS = 0.02
 def seconds(call: Callable[[], Any]) -> float:
     """Median seconds of a call after a warm-up, including the work of a GPU."""
     call()
-    from torch.utils.benchmark import Timer  # not above: it looks for a compiler of CUDA, and prints that there is none
+    return float(timer("call()", {"call": call}).blocked_autorange(min_run_time=SECONDS).median)
 
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=SECONDS).median
+
+def timer(statement: str, names: Mapping[str, Any]) -> Any:
+    """A `torch.utils.benchmark.Timer` of a statement with these globals, on as many threads as torch uses."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    level = log.level
+    log.setLevel(logging.ERROR)  # the import looks for a compiler of CUDA, and warns where there is one and no GPU
+    try:
+        from torch.utils.benchmark import Timer  # not above: importing autogate would look for the compiler, too
+    finally:
+        log.setLevel(level)
+    return Timer(statement, globals=dict(names), num_threads=torch.get_num_threads())
 
 
 def time_model(model: nn.Module, layers: Sequence[Layer], inputs: Inputs) -> tuple[float, dict[Layer, list[Tensor]]]:

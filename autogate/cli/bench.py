@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from autogate.cli.common import Debug, console, one_line_errors, written_model
-from autogate.files import dense_model, load
+from autogate.cli.functions import FunctionOption, dense_by, slim_model
+from autogate.files import dense_model
 from autogate.inspection import (
     Comparison,
     Duration,
@@ -42,6 +43,7 @@ def bench(
     eager: Annotated[bool, typer.Option("--eager", help="Measure only without torch.compile.")] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time to measure each model for, in seconds.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
+    model: FunctionOption = None,
     debug: Debug = False,
 ) -> None:
     """Measure latency and throughput of a slim model and of its dense model.
@@ -61,11 +63,11 @@ def bench(
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    model = load(written_model(slim))
-    if subnets_of(model) is not None:
-        _bench_subnets(model, batch_size or [1, 64], device, seconds, image_size)
+    network = slim_model(written_model(slim), model)
+    if subnets_of(network) is not None:
+        _bench_subnets(network, batch_size or [1, 64], device, seconds, image_size)
         return
-    models = dense_model(slim), model
+    models = (dense_model(slim) if model is None else dense_by(model, slim)), network
     modes = (False,) if eager else (False, True)
     with console.status("measuring"):
         for found in compare(
@@ -80,7 +82,7 @@ def bench(
     console.print(_left(left), highlight=False, soft_wrap=True)
     for name, text in () if left.data_config is None else left.data_config.rows():
         console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
+    console.print(f"CPU threads: {torch.get_num_threads()}, torch {torch.__version__}", highlight=False)
 
 
 def _bench_subnets(
@@ -103,7 +105,7 @@ def _bench_subnets(
                 *(f"{1e3 * time:.3g}" for time in (one.switch_new, one.switch_kept)),
             )  # fmt: skip
         console.print(table)
-    console.print(f"{torch.get_num_threads()} threads on the CPU, torch {torch.__version__}", highlight=False)
+    console.print(f"CPU threads: {torch.get_num_threads()}, torch {torch.__version__}", highlight=False)
 
 
 def _in_onnxruntime(

@@ -35,7 +35,7 @@ OPTIONS = {
     "`prepare(..., ignore=[...])`": "--ignore MODULE",
     "`ignore`": "--ignore",
     "`shortcuts`": "--shortcuts",
-    "Pass the dense model: autogate.load(path, model=...).": "Load it in Python: autogate.load(path, model=...).",
+    "Pass the dense model: autogate.load(path, model=...).": "Name what builds it: --model package.module:function.",
     "Pass example_inputs, for instance torch.randn(2, 3, 224, 224).": "Give --image-size.",
 }
 """What messages advise in Python, and how the same is said on the command line."""

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from autogate.cli.common import Debug, console, one_line_errors, written_model
-from autogate.files import load, to_onnx, to_torch_export
+from autogate.cli.functions import FunctionOption, slim_model
+from autogate.files import to_onnx, to_torch_export
 
 
 @one_line_errors
@@ -19,6 +20,7 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images in pixels. Default: as given to prepare.")
     ] = None,
+    model: FunctionOption = None,
     debug: Debug = False,
 ) -> None:
     """Export a slim model to ONNX or torch.export, for batches of any size.
@@ -29,9 +31,9 @@ def export(
     """
     if onnx is None and torch_export is None:
         raise typer.BadParameter("give --onnx FILE, --torch-export FILE or both.", param_hint="--onnx")
-    model = load(written_model(slim))
+    network = slim_model(written_model(slim), model)
     for path, write in ((torch_export, to_torch_export), (onnx, to_onnx)):
         if path is not None:
             with console.status(f"writing {path}"):
-                error = write(model, path, image_size)
+                error = write(network, path, image_size)
             console.print(f"{path.resolve()}: outputs equal to {error:.0e}", soft_wrap=True, highlight=False)

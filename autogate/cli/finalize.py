@@ -17,14 +17,15 @@ from autogate.training import finalize_checkpoint
 def finalize(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, or its last.pt.")],
     out: Annotated[
-        Path | None, typer.Option(help="File for the slim model. Default: slim.safetensors next to the checkpoint.")
+        Path | None, typer.Option(help="File for the model. Default: slim.safetensors next to the checkpoint.")
     ] = None,
     model: FunctionOption = None,
     debug: Debug = False,
 ) -> None:
     """Make the slim model of a run from its last checkpoint, however far training is.
 
-    If the budget is not met yet, a warning says so with the numbers. The run can be resumed afterwards.
+    If the budget is not met yet, a warning says so with the numbers. The run can be resumed afterwards. Of a run with
+    --subnets it makes the switchable model, once the channels of all widths are found.
 
     Example: autogate finalize runs/resnet50
     """
@@ -33,10 +34,12 @@ def finalize(
     with one_line_warnings(), console.status("finalizing"):
         found = finalize_checkpoint(checkpoint, out, model_function(model, "--model"))
     result = found.result
+    what = f"subnets {', '.join(found.subnets)}"
+    if not found.subnets:
+        what = (
+            f"{short(result.flops)} of {short(result.dense_flops)} FLOPs ({result.flops / result.dense_flops:.1%}), "
+            f"{short(result.params)} of {short(result.dense_params)} parameters"
+        )
     console.print(
-        f"{found.file.resolve()}: {short(result.flops)} of {short(result.dense_flops)} FLOPs "
-        f"({result.flops / result.dense_flops:.1%}), {short(result.params)} of {short(result.dense_params)} "
-        f"parameters, after {result.step} of {result.steps} steps",
-        soft_wrap=True,
-        highlight=False,
+        f"{found.file.resolve()}: {what}, after {result.step} of {result.steps} steps", soft_wrap=True, highlight=False
     )

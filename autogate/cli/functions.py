@@ -9,15 +9,36 @@ import difflib
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
-from autogate.training import ModelFunction, names_function
+from autogate.files import load, read_file
+from autogate.training import ModelFunction, Network, build_network, names_function
 
 FunctionOption = Annotated[
-    str | None, typer.Option("--model", help="package.module:function, if the run was started with one.")
+    str | None, typer.Option("--model", help="package.module:function, if that builds the dense model.")
 ]
+
+
+def dense_by(name: str, path: Path) -> nn.Module:
+    """The dense model of a slim file, built by the function with this name.
+
+    Raises:
+        AutogateError: the file can't be read, or the function fails.
+    """
+    function, known = model_function(name, "--model"), read_file(path)[0].data_config
+    if function is None:
+        raise typer.BadParameter(f"{name!r} is not package.module:function.", param_hint="--model")
+    classes = None if known is None or known.label_names is None else len(known.label_names)
+    return build_network(Network(name), classes, function=function)
+
+
+def slim_model(path: Path, name: str | None) -> nn.Module:
+    """The slim model of a file. The function with this name builds its dense model; timm does if it is None."""
+    return load(path) if name is None else load(path, dense_by(name, path))
 
 
 def model_function(name: str | None, hint: str = "MODEL") -> ModelFunction | None:

@@ -47,7 +47,7 @@ def scores_of(model: nn.Module, bank: GateBank, by: By, batches: Batches | None 
         scores = by(bank)
     else:
         raise AutogateError(
-            f"`by` is a {type(by).__name__}.", where="close", remedy="Pass the name of a criterion or a function."
+            f"`by` is of type {type(by).__name__}.", where="close", remedy="Pass the name of a criterion or a function."
         )
     name = by if isinstance(by, str) else getattr(by, "__name__", type(by).__name__)
     return _over_processes(_checked(scores, bank, name))

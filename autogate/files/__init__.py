@@ -3,6 +3,7 @@
 from autogate.files.atomic_write import atomic_write
 from autogate.files.data_config import DataConfig, data_config_of, set_data_config
 from autogate.files.exporting import inputs_of, to_onnx, to_torch_export, write_onnx
+from autogate.files.file_format import read_file
 from autogate.files.loading import dense_model, load
 from autogate.files.saving import save
 from autogate.files.timm_builds import TimmBuild, build_with_timm
@@ -17,6 +18,7 @@ __all__ = [
     "dense_model",
     "inputs_of",
     "load",
+    "read_file",
     "save",
     "set_data_config",
     "to_onnx",

@@ -24,6 +24,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         AutogateError: the file can't be written.
     """
     path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise AutogateError(f"it could not be written: there is no folder {path.parent}.", where=str(path))
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
         temporary.touch(exist_ok=False)

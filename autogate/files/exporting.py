@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,8 +101,10 @@ def to_torch_export(slim: nn.Module, path: str | os.PathLike[str], side: int | N
     check_one_width(slim)
     path, draw = Path(path), partial(inputs_of, slim, side=side)
     program = _program(slim, draw(2))
+    made = io.BytesIO()  # torch aborts the process if it writes to a full disk itself
+    torch.export.save(program, made, extra_files=_told(slim, draw(2), f"{NAME}.json"))
     with atomic_write(path) as temporary:
-        torch.export.save(program, temporary, extra_files=_told(slim, draw(2), f"{NAME}.json"))
+        temporary.write_bytes(made.getbuffer())
         loaded = torch.export.load(temporary).module()
         return _compare(slim, draw, path, lambda args, kwargs: loaded(*args, **kwargs))
 

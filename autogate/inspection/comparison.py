@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autogate.budget import timer
 from autogate.files import inputs_of, write_onnx
 from autogate.inputs import Inputs
 from autogate.switching import Structure, Subnets, subnets_of
@@ -179,13 +180,13 @@ def time_in_turns(
         For each model its time, or why it could not be run.
     """
     rounds = 3
-    timers = [_timer(model, inputs, by_compiler) for model in models]
+    timed = [_timer(model, inputs, by_compiler) for model in models]
     times: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
-        for timer, found in zip(timers, times, strict=True):
-            if not isinstance(timer, str):
-                found.extend(timer.blocked_autorange(min_run_time=seconds / rounds).times)
-    return [timer if isinstance(timer, str) else _latency(found) for timer, found in zip(timers, times, strict=True)]
+        for one, found in zip(timed, times, strict=True):
+            if not isinstance(one, str):
+                found.extend(one.blocked_autorange(min_run_time=seconds / rounds).times)
+    return [one if isinstance(one, str) else _latency(found) for one, found in zip(timed, times, strict=True)]
 
 
 def _timer(model: Callable[..., Any], inputs: Inputs, by_compiler: bool) -> Any:
@@ -199,10 +200,7 @@ def _timer(model: Callable[..., Any], inputs: Inputs, by_compiler: bool) -> Any:
     except Exception as error:  # such as a missing compiler or too little memory
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     names = {"run": run, "args": args, "kwargs": kwargs, "torch": torch}
-    statement = "with torch.inference_mode(): run(*args, **kwargs)"
-    from torch.utils.benchmark import Timer  # not above: it looks for a compiler of CUDA, and prints that there is none
-
-    return Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    return timer("with torch.inference_mode(): run(*args, **kwargs)", names)
 
 
 def _latency(times: list[float]) -> Duration:

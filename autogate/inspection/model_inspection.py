@@ -15,6 +15,7 @@ from autogate.budget import Flops, Params, Shares, Target, Targets
 from autogate.inputs import as_call
 from autogate.lock import locked
 from autogate.naming import Ignored, named_by
+from autogate.saliency import check_not_adaptive
 from autogate.slim import AnalysisOptions, add_shortcut_convolutions, analyse_channels
 from autogate.steering import Narrowing, fewest_live, groups_of, part_alike
 from rewriters import ChannelMap, Pin, UndoLog
@@ -93,8 +94,10 @@ def inspect_model(
         by_layer: make a stage of each layer.
 
     Raises:
-        AutogateError: as for `prepare`; but a budget out of reach is met as closely as possible.
+        AutogateError: as for `prepare`; but a budget out of reach is met as closely as possible. Also if the model
+            chooses its channels for each image.
     """
+    check_not_adaptive(model)
     Shares(flops=flops)  # raises if the share is outside of (0, 1]
     ignored = dict.fromkeys(named_by(model, ignore), "the caller asked for it")
     options = AnalysisOptions(as_call(example_inputs, model), ignored, shortcuts)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from autogate.files import DataConfig, data_config_of
 from autogate.gating import GateBank, Progress
+from autogate.inspection.printing import Printed, short
 from autogate.slim import Layer, history_of, layers_of
 from rewriters import AutogateError, ChannelMap, Pin, Side
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Printed):
     """What is left of a prepared or a slim model. Print it for tables; a notebook shows them.
 
     Counts are for one sample. FLOPs are multiply-adds of convolutions and linear layers, as fvcore counts them.
@@ -62,20 +61,9 @@ class Summary:
         """All of it as JSON, for other programs."""
         return json.dumps(asdict(self), indent=1)
 
-    def __str__(self) -> str:
-        return self._printed().export_text().rstrip()
-
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        return self._printed().export_html(code_format='<pre style="line-height: 1.2">{code}</pre>', inline_styles=True)
-
-    def _printed(self) -> Console:
-        console = Console(width=110, record=True, file=io.StringIO())
-        for table in (_totals, _layers, _shortcuts, _pins, _changes):
-            found = table(self)
-            if found.row_count:
-                console.print(found)
-        return console
+    def tables(self) -> tuple[Table, ...]:
+        """What is printed."""
+        return tuple(table(self) for table in (_totals, _layers, _shortcuts, _pins, _changes))
 
 
 def summarise(model: nn.Module, bank: GateBank) -> Summary:
@@ -174,14 +162,6 @@ def _totals(summary: Summary) -> Table:
 
 def _share(left: float, whole: float) -> str:
     return f"{short(left)} of {short(whole)} ({left / whole:.1%})" if whole else "0"
-
-
-def short(number: float) -> str:
-    """A number with a unit prefix: 4.09 G."""
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return f"{number:.0f}"
 
 
 def _layers(summary: Summary) -> Table:

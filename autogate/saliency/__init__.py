@@ -3,7 +3,7 @@
 from autogate.saliency.bank import SALIENCY, SaliencyBank, check_not_adaptive, saliency_of
 from autogate.saliency.installing import install, install_again
 from autogate.saliency.method import SANP
-from autogate.saliency.observing import LayerUse, Use, meet, use_of
+from autogate.saliency.observing import LayerUse, MeanUse, Use, known_use, meet, use_of
 from autogate.saliency.record import Choosing, record_of
 from autogate.saliency.run import Run
 
@@ -12,12 +12,14 @@ __all__ = [
     "SANP",
     "Choosing",
     "LayerUse",
+    "MeanUse",
     "Run",
     "SaliencyBank",
     "Use",
     "check_not_adaptive",
     "install",
     "install_again",
+    "known_use",
     "meet",
     "record_of",
     "saliency_of",

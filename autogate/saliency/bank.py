@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autogate.gating import hooks
 from autogate.naming import tell_beside
-from autogate.saliency.counting import Cost, Counting, Notes
+from autogate.saliency.counting import Cost, Counting, MeanUse, Notes
 from autogate.saliency.module import NAME, SaliencyModule
 from autogate.saliency.run import Run, RunState
 from autogate.slim import Form, PrepareRecord
@@ -49,6 +49,7 @@ class SaliencyBank(nn.Module):
         threshold: 0-dim float64, what a score must exceed for its channel to be computed.
         balance: 0-dim float64, lambda of the latest step (equation 10).
         layout: 0-dim float64, a checksum: the state of another model is refused.
+        measured: the use that was measured last, and the state that the run was in.
     """
 
     step_count: Tensor
@@ -73,6 +74,7 @@ class SaliencyBank(nn.Module):
         before = model.register_forward_pre_hook(self._before_forward)
         after = model.register_forward_hook(self._after_forward, always_call=True)
         self.handles = [*handles, before, after]
+        self.measured: tuple[RunState, MeanUse] | None = None
         self._begin()
         self.to(next(self.saliency_modules[0].parameters()).device)
         self._write()
@@ -111,13 +113,23 @@ class SaliencyBank(nn.Module):
         Raises:
             AutogateError: there was none, or scores are NaN.
         """
-        if not any(call.scores is not None for call in self.notes.calls):
+        if not self.notes.has_scores:
             raise AutogateError(
                 "no forward has run since it was prepared, copied or loaded.",
                 where=type(self._model[0]).__name__,
                 remedy="Run model(images) first.",
             )
         return self.counting.cost(self.notes.calls)
+
+    def keep(self, use: MeanUse) -> None:
+        """Keep what was measured of the model as it is now."""
+        self.measured = (self._state(), use)
+
+    @property
+    def kept(self) -> MeanUse | None:
+        """What was measured last; None if the run has gone on since, or the threshold is another."""
+        state, use = self.measured or (None, None)
+        return use if state == self._state() else None
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any) -> None:
@@ -174,7 +186,7 @@ class SaliencyBank(nn.Module):
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """After the step: measure the mean cost, and steer the penalty by it."""
-        if not lr or not any(call.scores is not None for call in self.notes.calls):
+        if not lr or not self.notes.has_scores:
             return
         found = self.cost_of_images()
         after = self.run.step(self._state(), float(found.images.mean()) / found.dense)
@@ -262,5 +274,6 @@ def check_not_adaptive(model: object) -> None:
         raise AutogateError(
             "it has saliency modules: it chooses its channels for each image.",
             where=type(model).__name__,
-            remedy="Its verbs are in autogate.adaptive. For gates start from a model without saliency modules.",
+            remedy="Its verbs are in autogate.adaptive, and autogate.summary tells what it uses. For gates start from "
+            "a model without saliency modules.",
         )

@@ -50,6 +50,11 @@ class Notes:
         """It is over: what backward computes again, for checkpointing, isn't noted."""
         self._running = False
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether a forward has been noted that has chosen something."""
+        return any(call.scores is not None for call in self.calls)
+
     def add(self, layer: int, positions: float, scores: Tensor | None = None) -> None:
         """A layer was called."""
         if self._running:
@@ -61,6 +66,38 @@ class Notes:
 
     def __getstate__(self) -> dict[str, object]:
         return {"calls": [], "all_off": False, "_running": False}  # a copy has run nothing
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """How the images use the channels of a layer.
+
+    Attributes:
+        path: of the convolution.
+        never, sometimes, always: number of channels that no image, some or all of them use.
+        mean: the share of its channels that an image uses on average.
+    """
+
+    path: str
+    never: int
+    sometimes: int
+    always: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class MeanUse:
+    """What images use of a model on average.
+
+    Attributes:
+        images: how many they were.
+        share: the share of the FLOPs that an image takes on average.
+        layers: those that choose, in the order they run.
+    """
+
+    images: int
+    share: float
+    layers: tuple[LayerUse, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +112,7 @@ class CountedLayer:
         inputs, outputs: class of each channel, int64; -1 if it always stays.
         own: multiply-adds of its saliency module for one image.
         scaling: where its output is scaled, for one that isn't whole.
+        positions: of its outputs for one image of the example.
     """
 
     path: str
@@ -85,6 +123,7 @@ class CountedLayer:
     outputs: Tensor = field(repr=False)
     own: int = 0
     scaling: Scaling | None = None
+    positions: float = 0.0
 
     @property
     def dense(self) -> float:
@@ -119,6 +158,11 @@ class Counting:
     layers: tuple[CountedLayer, ...]
     zero: Tensor
     rest: float
+
+    @property
+    def dense(self) -> float:
+        """FLOPs of an image of the example if all channels are computed."""
+        return self.rest + sum(layer.positions * layer.dense for layer in self.layers)
 
     def checksum(self) -> int:
         """The same for two models whose layers are coupled and choose alike, however classes are numbered."""

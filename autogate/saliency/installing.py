@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +77,9 @@ def install_again(
     with placing.placed():
         counting = placing.counting(recorded_zero(placing.classes(), analysis.channel_map.size, record))
         check_recorded(counting, record)
-        return placing.bank(counting, PrepareRecord(options, dtype_of_parameters(model)))
+        bank = placing.bank(counting, PrepareRecord(options, dtype_of_parameters(model)))
+        bank.measured = record.measured
+        return bank
 
 
 class _Placing:
@@ -197,17 +200,16 @@ class _Placing:
     def counting(self, zero: Tensor) -> Counting:
         """How forwards are counted."""
         channel_map, layers = self._channel_map, self._layers
+        everything = torch.ones(channel_map.size, dtype=torch.bool)
         counted = []
         for layer in layers:
             kernel, module = layer.kernel, self.modules.get(layer.kernel.module)
             taps = self._model.get_parameter(kernel.weight)[0, 0].numel()
             groups = getattr(self._model.get_submodule(kernel.module), "groups", 1)
             own = module.macs if module is not None else 0
-            counted.append(
-                CountedLayer(kernel.module, layer.kind, taps, groups, *self._classes(layer), own, layer.scaling)
-            )
+            one = CountedLayer(kernel.module, layer.kind, taps, groups, *self._classes(layer), own, layer.scaling)
+            counted.append(replace(one, positions=channel_map.macs(kernel, everything) / one.dense))
         known = {layer.kernel.weight for layer in layers}
-        everything = torch.ones(channel_map.size, dtype=torch.bool)
         rest = sum(channel_map.macs(kernel, everything) for kernel in channel_map.kernels if kernel.weight not in known)
         return Counting(tuple(counted), zero, rest)
 

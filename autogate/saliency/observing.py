@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autogate.inputs import run_on
 from autogate.saliency.bank import SaliencyBank
-from autogate.saliency.counting import Cost
+from autogate.saliency.counting import Cost, LayerUse, MeanUse, Note
 from rewriters import AutogateError
 from rewriters.interrupts import let_signals_in
 from rewriters.recording import set_modes
@@ -24,23 +24,6 @@ CLOSE_ENOUGH = 1e-3
 
 MOST_RUNS = 30
 """Thresholds that are tried."""
-
-
-@dataclass(frozen=True)
-class LayerUse:
-    """How the images use the channels of a layer.
-
-    Attributes:
-        path: of the convolution.
-        never, sometimes, always: number of channels that no image, some or all of them use.
-        mean: the share of its channels that an image uses on average.
-    """
-
-    path: str
-    never: int
-    sometimes: int
-    always: int
-    mean: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +37,11 @@ class Use:
 
     layers: tuple[LayerUse, ...]
     shares: Tensor = field(repr=False)
+
+    @property
+    def mean(self) -> MeanUse:
+        """The same on average."""
+        return MeanUse(len(self.shares), float(self.shares.mean()), self.layers)
 
     def __str__(self) -> str:
         table = Table("layer", "never", "sometimes", "always", "used")
@@ -70,28 +58,58 @@ class Use:
 
 
 def use_of(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Use:
-    """How the images of these batches use the model's channels.
+    """How the images of these batches use the model's channels. The bank keeps the mean.
 
     Raises:
         AutogateError: there are no batches, or scores are NaN.
     """
-    used = [torch.zeros(module.expand.out_features) for module in bank.saliency_modules]
-    rows = [0] * len(used)
-    number = {module.layer: place for place, module in enumerate(bank.saliency_modules)}
-    shares = []
+    counts, shares = _Counts(bank), []
     for cost in _costs(model, bank, batches):
         shares.append((cost.images / cost.dense).cpu())
-        for call in bank.notes.calls:
+        counts.add(bank.notes.calls)
+    found = Use(counts.layers(), torch.cat(shares))
+    bank.keep(found.mean)
+    return found
+
+
+def known_use(bank: SaliencyBank) -> MeanUse | None:
+    """The mean use that was measured last with the weights as they are; else that of the latest forward.
+
+    Returns:
+        None if no forward has run either.
+    """
+    if (kept := bank.kept) is not None or not bank.notes.has_scores:
+        return kept
+    cost, counts = bank.cost_of_images(), _Counts(bank)
+    counts.add(bank.notes.calls)
+    return MeanUse(len(cost.images), float(cost.images.mean()) / cost.dense, counts.layers())
+
+
+class _Counts:
+    """How often each channel of the layers that choose was on."""
+
+    def __init__(self, bank: SaliencyBank):
+        self._paths = {module.layer: path for path, module in zip(bank.paths, bank.saliency_modules, strict=True)}
+        self._used = {module.layer: torch.zeros(module.expand.out_features) for module in bank.saliency_modules}
+        self._rows = dict.fromkeys(self._used, 0)
+
+    def add(self, calls: Sequence[Note]) -> None:
+        """Count the calls of a forward."""
+        for call in calls:
             if call.scores is not None:
-                place, made = number[call.layer], (call.scores > 0).view(-1, call.scores.shape[-1])
-                used[place] += made.sum(0).cpu()
-                rows[place] += len(made)
-    layers = []
-    for path, counts, seen in zip(bank.paths, used, rows, strict=True):
-        never, always = int((counts == 0).sum()), int((counts == seen).sum())
-        mean = float(counts.mean()) / seen
-        layers.append(LayerUse(path, never, len(counts) - never - always, always, mean))
-    return Use(tuple(layers), torch.cat(shares))
+                made = (call.scores > 0).view(-1, call.scores.shape[-1])
+                self._used[call.layer] += made.sum(0).cpu()
+                self._rows[call.layer] += len(made)
+
+    def layers(self) -> tuple[LayerUse, ...]:
+        """The use of each layer so far."""
+        found = []
+        for layer, counts in self._used.items():
+            seen = self._rows[layer]
+            never, always = int((counts == 0).sum()), int((counts == seen).sum())
+            mean = float(counts.mean()) / seen
+            found.append(LayerUse(self._paths[layer], never, len(counts) - never - always, always, mean))
+        return tuple(found)
 
 
 def meet(model: nn.Module, bank: SaliencyBank, flops: float, batches: Iterable[Any]) -> float:
@@ -104,13 +122,14 @@ def meet(model: nn.Module, bank: SaliencyBank, flops: float, batches: Iterable[A
         AutogateError: there are no batches, scores are NaN, or the share is below what every image takes. The
             threshold is left as it was.
     """
-    before = float(bank.threshold)
+    before, measured = float(bank.threshold), bank.measured
+    tried: dict[float, MeanUse] = {}
     batches = list(batches) if iter(batches) is batches else batches
 
     def share(threshold: float) -> float:
         bank.set_threshold(threshold)
-        costs = [(float((cost.images / cost.dense).sum()), len(cost.images)) for cost in _costs(model, bank, batches)]
-        return sum(total for total, _ in costs) / sum(images for _, images in costs)
+        tried[threshold] = use_of(model, bank, batches).mean
+        return tried[threshold].share
 
     try:
         least = share(torch.inf)
@@ -122,8 +141,10 @@ def meet(model: nn.Module, bank: SaliencyBank, flops: float, batches: Iterable[A
             )
         found, threshold = _nearest(share, flops, before)
         bank.set_threshold(threshold)
+        bank.keep(tried[threshold])
     except BaseException:
         bank.set_threshold(before)
+        bank.measured = measured
         raise
     return found
 

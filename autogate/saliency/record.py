@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from autogate.saliency.bank import SaliencyBank
-from autogate.saliency.counting import Counting, Kind
-from autogate.saliency.run import Run
+from autogate.saliency.counting import Counting, Kind, MeanUse
+from autogate.saliency.run import Run, RunState
 from autogate.saliency.sites import Scaling
 from autogate.slim import Analysed, check_same, describe
 from rewriters import ALWAYS
@@ -42,18 +42,23 @@ class Choosing(Analysed):
         run: the course of its training.
         layers: all of its layers, in the order they run.
         checksum: of its layers and their channels (`Counting.checksum`).
+        measured: as of the bank.
     """
 
     run: Run
     layers: tuple[RecordedLayer, ...]
     checksum: int
+    measured: tuple[RunState, MeanUse] | None = None
 
 
 def record_of(model: nn.Module, bank: SaliencyBank) -> Choosing:
     """The record of a model as it is now; `bank` is its saliency bank."""
     options = bank.origin.options.on(bank.origin.calls_for(model))
     before, _ = describe(model, options, (), bank.added)
-    return Choosing(**vars(before), run=bank.run, layers=_recorded(bank.counting), checksum=bank.counting.checksum())
+    counting = bank.counting
+    return Choosing(
+        **vars(before), run=bank.run, layers=_recorded(counting), checksum=counting.checksum(), measured=bank.measured
+    )
 
 
 def check_recorded(counting: Counting, record: Choosing) -> None:

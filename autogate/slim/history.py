@@ -274,7 +274,7 @@ def _write(value: Any) -> JsonValue:
         return [_write(item) for item in value]
     if type(value) is dict and all(type(key) is str for key in value):
         return {"dict": {key: _write(item) for key, item in value.items()}}
-    raise TypeError(f"a {type(value).__name__} can't be described in JSON")
+    raise TypeError(f"an object of type {type(value).__name__} can't be described in JSON")
 
 
 def read_inputs(written: JsonValue) -> Inputs:

@@ -20,7 +20,7 @@ from typing import Any
 from autogate.files import atomic_write
 from autogate.slim import Slimming
 from autogate.training.run_folder import RunInfo, from_json, to_json
-from autogate.training.tensor_files import read_tensors, write_tensors
+from autogate.training.tensor_files import put_tensors, read_tensors
 from rewriters import AutogateError
 
 FORMAT = 4
@@ -83,7 +83,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     plain: dict[str, Any] = {"format": FORMAT, "run": to_json(checkpoint.info), "position": asdict(checkpoint.position)}
     plain["slimmings"] = [to_json(one) for one in checkpoint.slimmings]
     with atomic_write(path) as temporary:  # whole before the previous checkpoint goes
-        write_tensors({**plain, **found}, temporary)
+        put_tensors({**plain, **found}, temporary)
         if path.is_file():
             _keep(path, previous_checkpoint(path))
 

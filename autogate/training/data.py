@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ class DataSets:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """Images with labels to evaluate on, and their classes' names by number (None if the data set doesn't say)."""
+
+    images: Any
+    class_names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
 class Loaders:
     """Loaders of batches: images (N, C, H, W), float32 and normalised, and labels (N,).
 
@@ -59,20 +67,61 @@ def find_data(images: Images) -> DataSets:
     Raises:
         AutogateError: it doesn't exist, it has no images or not two parts, or its parts have different classes.
     """
-    if not (images.batch_size >= 1 and images.workers >= 0):
-        raise AutogateError("batch_size must be at least 1, and workers at least 0.", where="images")
-    name = SHORT_NAMES.get(images.data, images.data)
+    _check_counts(images)
     if os.path.isdir(images.data):
         return _from_folder(images)
-    if name.partition("/")[0].lower() not in KINDS:
-        raise AutogateError(
-            "there is no such folder or data set.",
-            where=f"--data {images.data}",
-            remedy="Give a folder that has train/ and validation/, or a name: cifar10, cifar100, torch/..., tfds/..., "
-            "hfds/..., wds/....",
-        )
-    train, val = (_named(name, images, split, split == images.train_split) for split in _splits(images))
+    train, val = (_named(images, split, split == images.train_split) for split in _splits(images))
     return DataSets(train, val, _classes_of(train))
+
+
+def find_labelled(images: Images, names: Sequence[str] | None, outputs: int) -> Labelled:
+    """Open the part of a data set that a trained model is to be evaluated on: `images.val_split`, or the whole folder.
+
+    The classes of a folder are numbered by `names` if these have all of them, else as those of the training images
+    beside it, else in the order of the alphabet.
+
+    Args:
+        images: the data set. A folder may have train/ and validation/, or validation/ alone, or be one part itself.
+        names: the model's classes, if they are known.
+        outputs: number of the model's outputs.
+
+    Raises:
+        AutogateError: it doesn't exist, it has no images, or its classes can't be numbered.
+    """
+    _check_counts(images)
+    if not os.path.isdir(images.data):
+        found = _named(images, images.val_split, False)
+        return Labelled(found, _classes_of(found))
+    found = _folder(images, images.val_split, alone=True)
+    classes = set(found.reader.class_to_idx)
+    if names is None or not classes <= set(names):
+        names = _numbered(images, classes, names, outputs)
+    numbers = {name: number for number, name in enumerate(names)}
+    found = create_dataset("", root=found.reader.root, split=images.val_split, search_split=False, class_map=numbers)
+    return Labelled(found, tuple(names))
+
+
+def _numbered(images: Images, classes: set[str], names: Sequence[str] | None, outputs: int) -> list[str]:
+    """The classes of a folder in the order of their numbers, where the model doesn't name them."""
+    try:
+        beside: Mapping[str, int] = _folder(images, images.train_split).reader.class_to_idx
+    except AutogateError:  # there are no training images
+        beside = {}
+    if classes <= set(beside):
+        return sorted(beside, key=beside.__getitem__)
+    if names is None and len(classes) != outputs:
+        raise AutogateError(
+            f"it has images of {len(classes)} classes, the model has {outputs} outputs, and its file doesn't say which "
+            "class is which.",
+            where=f"--data {images.data}",
+            remedy="Add a folder for each class that has no images, or give the folder that also has train/.",
+        )
+    return sorted(classes)
+
+
+def _check_counts(images: Images) -> None:
+    if not (images.batch_size >= 1 and images.workers >= 0):
+        raise AutogateError("batch_size must be at least 1, and workers at least 0.", where="images")
 
 
 def _splits(images: Images) -> tuple[str, str]:
@@ -104,7 +153,8 @@ def _from_folder(images: Images) -> DataSets:
     return DataSets(train, val, _classes_of(train))
 
 
-def _folder(images: Images, split: str) -> Any:
+def _folder(images: Images, split: str, alone: bool = False) -> Any:
+    """One part of a folder; with `alone`, the folder itself if it has no parts."""
     where = f"--data {images.data}"
     try:
         found = create_dataset("", root=images.data, split=split)
@@ -113,7 +163,8 @@ def _folder(images: Images, split: str) -> Any:
             f"{error}.", where=where, remedy="Put the images of each class into a folder of its own."
         ) from error
     root = getattr(found.reader, "root", None)
-    if root is not None and Path(root).resolve() == Path(images.data).resolve():
+    is_whole = root is not None and Path(root).resolve() == Path(images.data).resolve()
+    if is_whole and not (alone and not (Path(images.data) / images.train_split).is_dir()):
         there = ", ".join(sorted(entry.name for entry in Path(images.data).iterdir() if entry.is_dir())[:6])
         raise AutogateError(
             f"it has no folder {split!r} (its folders: {there}).",
@@ -124,9 +175,16 @@ def _folder(images: Images, split: str) -> Any:
     return found
 
 
-def _named(name: str, images: Images, split: str, training: bool) -> Any:
-    where = f"--data {images.data}"
-    root = images.data_dir
+def _named(images: Images, split: str, training: bool) -> Any:
+    """One part of a data set that has a name."""
+    where, name, root = f"--data {images.data}", SHORT_NAMES.get(images.data, images.data), images.data_dir
+    if name.partition("/")[0].lower() not in KINDS:
+        raise AutogateError(
+            "there is no such folder or data set.",
+            where=where,
+            remedy="Give a folder that has train/ and validation/, or a name: cifar10, cifar100, torch/..., tfds/..., "
+            "hfds/..., wds/....",
+        )
     if root is None and name.startswith("torch/"):
         raise AutogateError("this data set needs a folder.", where=where, remedy="Name the folder with --data-dir.")
     try:
@@ -159,7 +217,7 @@ def loaders(data: DataSets, images: Images, config: Mapping[str, Any], world: Wo
     Raises:
         AutogateError: there are fewer images than in one batch.
     """
-    train, val = _train_loader(data, images, config, world), val_loader(data, images, config, world)
+    train, val = _train_loader(data, images, config, world), val_loader(data.val, images, config, world)
     if len(train) == 0:
         raise AutogateError(
             f"{len(data.train)} training images for {world.size} process(es) don't fill a batch of "
@@ -187,10 +245,10 @@ def _train_loader(data: DataSets, images: Images, config: Mapping[str, Any], wor
     )
 
 
-def val_loader(data: DataSets, images: Images, config: Mapping[str, Any], world: World) -> Any:
-    """A loader of the validation part; see `loaders`."""
+def val_loader(part: Any, images: Images, config: Mapping[str, Any], world: World) -> Any:
+    """A loader of a data set to evaluate on; see `loaders`."""
     return create_loader(
-        data.val,
+        part,
         batch_size=images.validation_batch_size or images.batch_size,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],

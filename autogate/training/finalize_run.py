@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autogate.api import finalize, finalize_as, gates, summary
+from autogate.api import finalize, finalize_as, gated_summary, gates
 from autogate.files import data_config_of
 from autogate.slim import Slimming, history_of
 from autogate.training.run_folder import BINS, EpochRow, GateRow, Result, RunInfo
@@ -46,7 +46,7 @@ class Snapshot:
     @classmethod
     def of(cls, model: nn.Module) -> Snapshot:
         """The snapshot of a model with gates."""
-        bank, whole = gates(model), summary(model)
+        bank, whole = gates(model), gated_summary(model)
         now = bank.progress()
         return cls(
             flops=whole.flops,

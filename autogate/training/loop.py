@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from autogate.api import gates, summary
+from autogate.api import gated_summary, gates
 from autogate.budget import Flops
 from autogate.files import save
 from autogate.inspection import Summary
@@ -54,7 +54,7 @@ class Loop(Epochs):
         loading = loaders(data, recipe.images, config, world)
         steps = recipe.learning.epochs * _steps_per_epoch(recipe, loading)
         model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps, recipe.method)
-        info = info_of(recipe, data, loading, world, summary(model), classes, tuple(config["input_size"]))
+        info = info_of(recipe, data, loading, world, gated_summary(model), classes, tuple(config["input_size"]))
         stepper = Stepper(model, recipe.learning, info.steps_per_epoch)
         bank = gates(model)
         flops = Flops(bank.channel_map, model, bank.added)

@@ -97,7 +97,9 @@ def _called(network: Network, num_classes: int | None, function: ModelFunction |
     except Exception as error:  # it is the user's
         raise AutogateError(f"it raised {type(error).__name__}: {error}", where=network.name) from error
     if not isinstance(model, nn.Module):
-        raise AutogateError(f"it returned a {type(model).__name__}, and not a torch.nn.Module.", where=network.name)
+        raise AutogateError(
+            f"it returned an object of type {type(model).__name__}, and not a torch.nn.Module.", where=network.name
+        )
     return model
 
 

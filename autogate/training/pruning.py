@@ -13,7 +13,7 @@ from timm.data import create_dataset, create_transform
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from autogate.api import finalize, prepare, summary
+from autogate.api import finalize, gated_summary, prepare
 from autogate.closing import close
 from autogate.criteria import CRITERIA, Allocation
 from autogate.files import save
@@ -126,7 +126,7 @@ def prune(
     )  # fmt: skip
     batches = None if images is None else images.calibration
     close(model, by, batches=batches, loss=F.cross_entropy, allocation=allocation)
-    found = summary(model)
+    found = gated_summary(model)
     finalize(model)
     if recalibrated and images is not None:
         recalibrate(model, images.calibration, batches=len(images.calibration))

@@ -334,7 +334,7 @@ class RunFolder:
     def add_subnets(self, rows: Sequence[SubnetRow]) -> None:
         """Append an epoch to the rows of the subnets."""
         with self.subnets_file.open("a", newline="") as lines:
-            lines.write("".join(_csv_line(list(asdict(row).values())) for row in rows))
+            lines.write(_csv_lines(rows))
 
     def write_structures(self, structures: tuple[Structure, ...]) -> None:
         """Write the channels of the subnets."""
@@ -349,8 +349,7 @@ class RunFolder:
         if self.subnets_file.is_file():
             rows = [row for row in self.subnets() if row.epoch < epoch]
             header = _csv_line([column.name for column in fields(SubnetRow)])
-            self._write(self.subnets_file, header)
-            self.add_subnets(rows)
+            self._write(self.subnets_file, header + _csv_lines(rows))
         for file, keep in ((self.metrics_file, epoch + 1), (self.gates_file, epoch)):  # the metrics have a header
             self._write(file, "".join(file.read_text().splitlines(keepends=True)[:keep]))
 
@@ -368,6 +367,10 @@ def _rows(kind: type[T], file: Path) -> tuple[T, ...]:
     with file.open(newline="") as lines:
         found = [{name: text or None for name, text in row.items()} for row in csv.DictReader(lines)]
     return tuple(from_json(kind, json.dumps(row), str(file)) for row in found)
+
+
+def _csv_lines(rows: Sequence[SubnetRow]) -> str:
+    return "".join(_csv_line(list(asdict(row).values())) for row in rows)
 
 
 def _csv_line(values: list[Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from autogate import subnets
-from autogate.api import summary
+from autogate.api import gated_summary
 from autogate.files import data_config_of, save
 from autogate.slim import layers_of
 from autogate.training.callbacks import StepMetrics
@@ -134,7 +134,7 @@ def describe_widths(
     config, classes = config_for(recipe, data, model)
     loading, size = loaders(data, recipe.images, config, world), tuple(config["input_size"])
     prepared = with_gates(copy.deepcopy(model), replace(recipe.budget, flops=1.0), size, 1, recipe.method)
-    info = info_of(recipe, data, loading, world, summary(prepared), classes, size)
+    info = info_of(recipe, data, loading, world, gated_summary(prepared), classes, size)
     return replace(info, gates=0, targets={}), prepared
 
 

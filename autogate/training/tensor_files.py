@@ -29,14 +29,23 @@ def write_tensors(value: Any, path: Path) -> None:
         AutogateError: the file could not be written.
     """
     with atomic_write(path) as temporary:
-        try:
-            torch.save({"content": value, "checksum": checksum(value)}, temporary)
-        except RuntimeError as error:  # torch's text for a full disk is "unexpected pos ..."
-            free = shutil.disk_usage(temporary.parent).free
-            raise OSError(
-                f"torch couldn't write all of it, and {free / 2**20:.0f} MiB are free on the disk: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        put_tensors(value, temporary)
+
+
+def put_tensors(value: Any, temporary: Path) -> None:
+    """Write tensors and plain values to a file that is not in its place yet.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    try:
+        torch.save({"content": value, "checksum": checksum(value)}, temporary)
+    except RuntimeError as error:  # torch's text for a full disk is "unexpected pos ..."
+        free = shutil.disk_usage(temporary.parent).free
+        raise OSError(
+            f"torch couldn't write all of it, and {free / 2**20:.0f} MiB are free on the disk: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def read_tensors(path: Path) -> Any:

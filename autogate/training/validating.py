@@ -10,10 +10,10 @@ from itertools import zip_longest
 from torch import nn
 
 from autogate.files import data_config_of
-from autogate.training.data import find_data, on_device, val_loader
+from autogate.training.data import find_labelled, on_device, val_loader
 from autogate.training.distributed import World
 from autogate.training.learning import accuracy
-from autogate.training.network import data_config
+from autogate.training.network import data_config, outputs_of
 from autogate.training.recipe import Images, Network
 
 
@@ -29,9 +29,11 @@ class Validation:
 def validate(slim: nn.Module, images: Images, world: World, size: int | None = None) -> Validation:
     """Evaluate a slim model on the validation part of a data set, with the transforms of `autogate train`.
 
+    Classes are matched by their names, if the model has these and the data has no others, else by their numbers.
+
     Args:
         slim: a slim model, on the device of `world`.
-        images: the data set.
+        images: the data set; a folder may be the validation part itself.
         world: the device.
         size: side of the images in pixels; that of the model's example inputs if None.
 
@@ -39,12 +41,14 @@ def validate(slim: nn.Module, images: Images, world: World, size: int | None = N
         AutogateError: the data can't be used.
 
     Warns:
-        UserWarning: the data has other classes than the model was trained on.
+        UserWarning: the data has classes that the model wasn't trained on.
     """
-    config, data, known = data_config(slim, Network("", img_size=size)), find_data(images), data_config_of(slim)
-    if known is not None and known.label_names and data.class_names:
-        _check_names(known.label_names, data.class_names)
-    loader = val_loader(data, images, config, world)
+    config, known = data_config(slim, Network("", img_size=size)), data_config_of(slim)
+    names = None if known is None else known.label_names
+    data = find_labelled(images, names, outputs_of(slim, config["input_size"]))
+    if names and data.class_names:
+        _check_names(names, data.class_names)
+    loader = val_loader(data.images, images, config, world)
     right, seen = accuracy(slim, on_device(loader, world.device))
     return Validation(right, seen, config["input_size"][-1])
 

@@ -119,7 +119,7 @@ class ValueProxy(fx.Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         """x[key] = y, recorded as a copy of y into a view of x, or as a write to the positions picked in that view."""
         if not isinstance(self.value, Tensor):
-            raise TraceError(f"it assigns to an element of a {type(self.value).__name__}")
+            raise TraceError(f"it assigns to an element of an object of type {type(self.value).__name__}")
         sliced, picked = _parts(key)
         view = self[sliced] if sliced else self
         if picked:

@@ -50,7 +50,7 @@ def test_no_example_input_to_be_had():
 
 
 def test_example_of_the_wrong_kind():
-    assert "is a str" in refused(net(), "image.png")
+    assert "is of type str" in refused(net(), "image.png")
 
 
 @pytest.mark.parametrize("wrong", [torch.randn(2, 5, 32, 32), torch.randint(9, (2, 3, 32, 32)), torch.randn(2, 3)])
@@ -205,7 +205,7 @@ def test_inside_of_a_prepared_model():
 @pytest.mark.parametrize("share", ["0.5", True, [0.5]])
 def test_a_share_that_is_no_number(share):
     message = refused(net(), example(), flops=share)
-    assert f"flops is {share!r}, a {type(share).__name__}; a share must be a number" in message
+    assert f"flops is {share!r}, of type {type(share).__name__}; a share must be a number" in message
 
 
 class Named(nn.Module):

@@ -209,7 +209,7 @@ def wrong(what: str) -> dict:
         ("NaN", r"192 of 192 classes no score \(NaN\)"),
         ("another shape", r"shape \(3,\); it must return one real number a class, shape \(192,\)"),
         ("no tensor", "returned list"),
-        ("no criterion", "`by` is a int"),
+        ("no criterion", "`by` is of type int"),
         ("another allocation", "global or uniform"),
         ("a share out of range", r"in \(0, 1\]"),
         ("a budget out of reach", "can't be reached"),

@@ -51,11 +51,11 @@ def test_a_module_with_two_names_has_both():
     [
         ("2.weigth", r"ignore names '2.weigth', which is neither a module nor a parameter.*Did you mean '2.weight'"),
         ("attn.*", r"ignore names 'attn\.\*'"),
-        (3, "ignore has a int: 3. Give names of modules"),
-        ([None], "ignore has a NoneType: None"),
-        (int, "ignore has a type: <class 'int'>"),
+        (3, "ignore has 3, of type int. Give names of modules"),
+        ([None], "ignore has None, of type NoneType"),
+        (int, "ignore has <class 'int'>, of type type"),
         (nn.LSTM, "ignore has LSTM, of which the model has none"),
-        (nn.Linear(2, 2), "ignore has a Linear not in it"),
+        (nn.Linear(2, 2), "ignore has an object of type Linear that isn't in it"),
     ],
 )
 def test_what_it_refuses(ignore, message):

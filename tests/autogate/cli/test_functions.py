@@ -62,6 +62,8 @@ def test_a_run_with_a_function_of_ones_own(pictures: Path):
     one, other = (autogate.load(file, model=small(3)) for file in ("again.safetensors", folder.slim_file))
     assert torch.equal(one(x), other(x))
     assert invoke("report", "run", "--model", "own.models:small").exit_code == 0
+    told = invoke("validate", folder.slim_file, "--data", pictures, "-j", 0, "--model", "own.models:small")
+    assert told.exit_code == 0 and f"{folder.result().accuracy:.2f} %" in told.output
 
 
 def test_a_file_names_no_code(pictures: Path):
@@ -82,13 +84,24 @@ def test_inspect_and_prune():
     out = Path("slim.safetensors")
     told = invoke("prune", "own.models:small", "--image-size", 32, "--flops", 0.6, "--out", out, "--device", "cpu")
     assert told.exit_code == 0, told.output
-    assert autogate.summary(autogate.load(out, model=sys.modules["own.models"].small())).flops > 0
+    found = autogate.summary(autogate.load(out, model=sys.modules["own.models"].small()))
+    told = invoke("summary", out, "--model", "own.models:small")
+    assert told.exit_code == 0 and told.output.strip() == str(found)
+    quick = "--device", "cpu", "--eager", "--seconds", "0.01", "--batch-size", 2
+    with pytest.MonkeyPatch.context() as patch:  # nothing of ONNX is installed: that takes seconds
+        patch.setattr("autogate.files.exporting.importlib.util.find_spec", lambda name: None)
+        told = invoke("bench", out, *quick, "--model", "own.models:small")
+    assert told.exit_code == 0 and "cpu, eager" in told.output, told.output
+    told = invoke("summary", out)
+    assert told.exit_code == 1 and "Name what builds it: --model package.module:function" in told.output
+    told = invoke("summary", out, "--model", "resnet18")
+    assert told.exit_code == 2 and "'resnet18' is not package.module:function" in told.output
 
 
 @pytest.mark.parametrize(("name", "code", "words"), [
     ("own.mdels:small", 2, "own.mdels can't be imported: No module named 'own.mdels'"),
     ("own.models:smal", 2, "own.models has no function 'smal'. Did you mean small?"),
-    ("own.models:nothing", 1, "own.models:nothing: it returned a int, and not a torch.nn.Module."),
+    ("own.models:nothing", 1, "own.models:nothing: it returned an object of type int, and not a torch.nn.Module."),
     ("own.models:broken", 1, "own.models:broken: it raised KeyError: 'here'"),
 ])  # fmt: skip
 @pytest.mark.parametrize("command", ["inspect", "prune"])

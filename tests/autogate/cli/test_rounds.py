@@ -58,6 +58,8 @@ def test_the_accuracy_of_a_slim_file(first, pictures: Path):
     assert told.exit_code == 0, told.output
     assert f"accuracy {RunFolder(folder).result().accuracy:.2f} % (top 1)" in told.output
     assert "of 15 images at 32 pixels" in told.output
+    alone = invoke("validate", folder / "slim.safetensors", "--data", pictures / "validation", *SMALL)
+    assert alone.output == told.output and alone.exit_code == 0
     assert invoke("validate", "nothere.safetensors", "--data", pictures).exit_code == 2
 
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ from autogate import AutogateError
 from tests.autogate.files.slim_nets import slim_small
 
 
-def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path):
-    path = tmp_path / "slim.safetensors"
-    autogate.save(slim_small(), path)
+@pytest.mark.parametrize("write", [autogate.save, autogate.to_torch_export])
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, write: Callable[..., object]):
+    path = tmp_path / "slim.pt2"
+    write(slim_small(), path)
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(AutogateError, match=r"could not be written.*is unchanged"):
-            autogate.save(slim_small(seed=1), path)
+            write(slim_small(seed=1), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before

@@ -11,6 +11,7 @@ import torch
 
 import autogate
 from autogate.training import RunFolder, finalize_checkpoint
+from autogate.training.checkpoint import load_checkpoint, save_checkpoint
 from autogate.training.tensor_files import read_tensors, write_tensors
 from tests.autogate.training.runs import Diary
 
@@ -44,8 +45,10 @@ def test_what_is_no_checkpoint_is_told(plain: tuple[RunFolder, Diary], tmp_path:
         finalize_checkpoint(tmp_path)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file = tmp_path / "last.pt"
+def test_a_full_disk_leaves_the_old_checkpoint(
+    plain: tuple[RunFolder, Diary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file, found = tmp_path / "last.pt", load_checkpoint(plain[0].checkpoint_file)
     write_tensors({"step": 1}, file)
 
     def full(value: Any, path: Path) -> None:
@@ -53,6 +56,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(autogate.AutogateError, match=r"could not be written .*is unchanged"):
-        write_tensors({"step": 2}, file)
+    for write in (lambda: write_tensors({"step": 2}, file), lambda: save_checkpoint(found, file)):
+        with pytest.raises(
+            autogate.AutogateError, match=r"/last.pt: it could not be written \(.* free on the disk: .*"
+        ):
+            write()
     assert read_tensors(file) == {"step": 1} and list(tmp_path.iterdir()) == [file]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import autogate
 from autogate.training import Images, Network, start
-from autogate.training.data import find_data, on_device
+from autogate.training.data import find_data, find_labelled, on_device
 from tests.autogate.conftest import CLASSES, paint
 from tests.autogate.training.runs import recipe
 
@@ -26,6 +27,25 @@ def test_a_class_without_validation_images_shifts_no_label(tmp_path: Path):
     names = dict(enumerate(CLASSES))
     assert {names[label] for _, label in (found.val[index] for index in range(len(found.val)))} == {"green", "red"}
     assert found.num_classes == 3
+
+
+def test_a_folder_that_is_one_part_has_its_classes_numbered(tmp_path: Path):
+    def labels(folder: Path, names: tuple[str, ...] | None, outputs: int) -> tuple[tuple[str, ...] | None, list[int]]:
+        found = find_labelled(Images(str(folder)), names, outputs)
+        return found.class_names, [label for _, label in (found.images[at] for at in range(len(found.images)))]
+
+    data = paint(tmp_path / "data", {"validation": 1, "train": 1})
+    alone = data / "validation"
+    shutil.rmtree(alone / "blue")
+    by_name = (("red", "blue", "green"), [2, 0])
+    assert labels(alone, *by_name[:1], 3) == labels(data, *by_name[:1], 3) == by_name  # images of green, then of red
+    assert labels(data, None, 3) == (CLASSES, [1, 2])
+    assert labels(alone, None, 2) == (("green", "red"), [0, 1])
+    with pytest.raises(autogate.AutogateError, match=r"images of 2 classes, .* 3 outputs, .* which class is which"):
+        labels(alone, None, 3)
+    shutil.rmtree(alone)
+    with pytest.raises(autogate.AutogateError, match="it has no folder 'validation'"):
+        labels(data, CLASSES, 3)
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,11 @@ def test_a_run_trains_all_widths_and_saves_one_network(pictures: Path, tmp_path:
         norms = [v for name, v in first.items() if name.startswith(f"autogate_subnets.{number}.") and "mean" in name]
         assert norms and any(norm.abs().max() > 0 for norm in norms)
     assert len(diary.rows) == 3 and diary.moments == []
-    with pytest.raises(AutogateError, match="trains several widths"):
-        finalize_checkpoint(folder.path)
+    before = load_file(folder.switchable_file)
+    made = finalize_checkpoint(folder.path)
+    assert (made.file, made.result, made.subnets) == (folder.switchable_file, result, ("0.3", "0.6", "full"))
+    again = load_file(made.file)
+    assert again.keys() == before.keys() and all(torch.equal(again[name], before[name]) for name in again)
 
 
 @pytest.mark.slow
@@ -79,6 +82,12 @@ def test_a_stopped_run_goes_on_with_the_same_bits(pictures: Path, tmp_path: Path
     assert start(asks, cut.path, callbacks=[stop], stop=stop) is None
     stopped = cut if by is not None else cut.of_share(0.3)
     assert load_checkpoint(stopped.checkpoint_file).position.batch > 0
+    if by is None:
+        with pytest.raises(AutogateError, match=r"aren't found yet\. autogate train --resume"):
+            finalize_checkpoint(cut.path)
+    else:
+        made = finalize_checkpoint(cut.path, tmp_path / "now.safetensors")
+        assert made.result.step == 2 and subnets.status(autogate.load(made.file)).rows[0].structure.name == "0.3"
     with pytest.raises(KeyboardInterrupt):
         resume(cut.path, callbacks=[Killed()])
     assert resume(cut.path) == whole.result()
