@@ -16,12 +16,13 @@ from rewriters.forwards.rewritten_forward import Applied
 
 def scripted_functions_patched() -> contextlib.AbstractContextManager[Any]:
     """Trace into functions that torch.jit has scripted, as the Python code that they were made of."""
-    plain = torch.jit.ScriptFunction.__call__
+    plain: Any = torch.jit.ScriptFunction.__call__
 
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
         code = getattr(function, "_torchdynamo_inline", None)
-        follows = code is not None and thread.following is not None and hold_proxies(args, kwargs)
-        return code(*args, **kwargs) if follows else plain.__get__(function)(*args, **kwargs)
+        if code is None or thread.following is None or not hold_proxies(args, kwargs):
+            return plain(function, *args, **kwargs)
+        return code(*args, **kwargs)
 
     return mock.patch.object(torch.jit.ScriptFunction, "__call__", call)
 

@@ -24,11 +24,9 @@ HINTS = {
 
 
 class _Kernels(NamedTuple):
-    """The weights of queries, keys and values, and of the output, with their biases; one key and value more."""
+    """The weights and biases of queries, keys and values, and of the output; one key and value more."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    weights: Sequence[Any]
     biases: Sequence[Tensor | None]
     more_key: Tensor | None
     more_value: Tensor | None
@@ -44,8 +42,8 @@ def multi_head_attention(
     """The forward of `torch.nn.MultiheadAttention`, with the arguments and results of its documentation."""
     own = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
     kernels = _Kernels(
-        *(own if self.in_proj_weight is None else self.in_proj_weight.chunk(3)), _in_three(self.in_proj_bias),
-        self.bias_k, self.bias_v, self.out_proj.weight, self.out_proj.bias,
+        own if self.in_proj_weight is None else self.in_proj_weight.chunk(3), _in_three(self.in_proj_bias), self.bias_k,
+        self.bias_v, self.out_proj.weight, self.out_proj.bias,
     )  # fmt: skip
     batch_first = query.dim() == 3 and self.batch_first
     if batch_first:
@@ -70,7 +68,7 @@ def multi_head_attention_forward(
     own: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
     if not use_separate_proj_weight and in_proj_weight is not None:
         own = in_proj_weight.chunk(3)
-    kernels = _Kernels(*own, _in_three(in_proj_bias), bias_k, bias_v, out_proj_weight, out_proj_bias)
+    kernels = _Kernels(own, _in_three(in_proj_bias), bias_k, bias_v, out_proj_weight, out_proj_bias)
     return _attention(
         query, key, value, int(embed_dim_to_check) // int(num_heads), kernels, add_zero_attn,
         dropout_p if training else 0.0, key_padding_mask, attn_mask, is_causal, need_weights, average_attn_weights,
@@ -98,10 +96,9 @@ def _attention(
     if not batched:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    weights_of_three = (kernels.query, kernels.key, kernels.value)
     query, key, value = (
         F.linear(x.transpose(0, 1), weight, bias)
-        for x, weight, bias in zip((query, key, value), weights_of_three, kernels.biases, strict=True)
+        for x, weight, bias in zip((query, key, value), kernels.weights, kernels.biases, strict=True)
     )
     added = 0
     if kernels.more_key is not None and kernels.more_value is not None:
