@@ -9,6 +9,7 @@ computing for this image (Chen et al., "Self-Adaptive Network Pruning"). The bud
     autogate.adaptive.cost(model)                                       # FLOPs of each image, shape (images,)
     print(autogate.adaptive.use(model, loader))                         # which channels they use
     autogate.adaptive.budget(model, flops=0.25, batches=loader)         # another budget, without training
+    fast = autogate.adaptive.finalize(model, batches=loader)            # unused channels gone, the rest is skipped
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from autogate.gating import check_preparable
 from autogate.inputs import as_calls, dtype_of_parameters
 from autogate.lock import locked
 from autogate.naming import Ignored, named_by
-from autogate.saliency import SANP, Run, SaliencyBank, Use, check_not_adaptive, install, meet, saliency_of, use_of
+from autogate.saliency import SANP, Run, SaliencyBank, Use, check_not_adaptive, install, saliency_of, use_of
+from autogate.skipping import Grouping, finalize_adaptive, grouping_of, set_budget
 from autogate.slim import AnalysisOptions, PrepareRecord, analyse_channels
 from autogate.switching import check_one_width
 from autogate.wrappers import unwrap
 from rewriters import AutogateError, UndoLog
 
-__all__ = ["SANP", "bank", "budget", "cost", "prepare", "use"]
+__all__ = ["SANP", "bank", "budget", "cost", "finalize", "grouping", "prepare", "use"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -161,7 +163,79 @@ def budget(model: nn.Module, *, flops: float, batches: Iterable[Any]) -> float:
     """
     found = bank(model)
     Run(flops, steps=1)  # raises for a wrong share
-    return meet(unwrap(model), found, flops, batches)
+    return set_budget(unwrap(model), found, flops, batches)
+
+
+@locked
+def finalize(
+    model: M, example_inputs: Any = None, *, batches: Iterable[Any] | None = None, prototypes: int | None = None,
+    break_even: float | None = None, warn: bool = True,
+) -> M:  # fmt: skip
+    """Skip what is off for an image, so that the cost falls on a clock too. Channels that no image uses are removed.
+
+    The same object is returned; outputs stay what they were. In eval mode without gradients, a layer gathers the rows
+    of its kernel whose channels are on for an image, and the columns whose input channels aren't zero; a batch norm
+    behind it is part of the kernel. Images of a batch that have the same code are run together. A layer runs whole
+    where too little is off for this to be faster: from which share on, is measured for each layer on this machine, on
+    one image like the example's. In train mode, with gradients, and compiled or exported, it runs as before.
+
+    With `prototypes=k`, the images of a batch run in at most k groups in each stage of the model (a module that takes
+    and returns a feature map, such as the layers of one resolution): as they enter it, the means of its channels say to
+    which prototype an image belongs. Then it computes no channel that its prototype lacks, at any batch size, so
+    outputs change: `grouping(model)` tells by how much.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
+        >>> images = torch.randn(4, 3, 64, 64)
+        >>> wanted = model.eval()(images)
+        >>> fast = autogate.adaptive.finalize(model, batches=[images], warn=False)
+        >>> with torch.inference_mode():
+        ...     torch.allclose(fast(images), wanted, atol=1e-4)
+        True
+
+    Args:
+        model: a model that `prepare` returned, trained.
+        example_inputs: inputs to compare the outputs on, and to time layers on; those given to `prepare` if None.
+        batches: yields images, or tuples whose first item are images: those that the model is for, the training set or
+            a part of it. A channel that none of them uses is removed for all images, as `autogate.finalize` removes a
+            dead one. None removes none. If channels go, build a new optimizer before you train on.
+        prototypes: how many codes the images may have in each stage of the model, for fast batches; chosen on the
+            batches. None: each image has a code of its own.
+        break_even: the share of its work up to which a layer skips, for all layers alike: 1 skips whatever is off, 0
+            nothing. None: measured.
+        warn: whether to warn if the warm-up isn't over, or if the budget isn't met.
+
+    Raises:
+        AutogateError: it has no saliency modules, is finalized already, there are no batches, scores are NaN, a weight
+            isn't finite, or a layer was changed since `prepare`.
+        SurgeryError: a module's forward can't be rewritten for the channels that are left.
+        VerificationError: the outputs would differ. The model is left as it was.
+    """
+    return finalize_adaptive(
+        unwrap(model), bank(model), example_inputs, batches=batches, prototypes=prototypes, break_even=break_even,
+        warn=warn,
+    )  # fmt: skip
+
+
+def grouping(model: nn.Module) -> Grouping | None:
+    """How a model that was finalized with prototypes runs images in groups, and how it agrees with the model before.
+
+    Print it for a sentence. None if each image has a code of its own.
+
+        >>> import timm, torch, autogate
+        >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)
+        >>> images = torch.randn(8, 3, 64, 64)
+        >>> fast = autogate.adaptive.finalize(model, batches=[images], prototypes=2, warn=False)
+        >>> autogate.adaptive.grouping(fast).same
+        1.0
+
+    Args:
+        model: a model that `finalize` returned, or a compiled or distributed wrapper around it.
+
+    Raises:
+        AutogateError: it has no saliency modules.
+    """
+    return grouping_of(bank(model))
 
 
 def bank(model: nn.Module) -> SaliencyBank:

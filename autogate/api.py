@@ -17,6 +17,7 @@ from autogate.lock import locked
 from autogate.methods import Learner, Method, as_method, budget_of
 from autogate.naming import Ignored, named_by
 from autogate.saliency import check_not_adaptive, saliency_of
+from autogate.skipping import finalize_adaptive
 from autogate.slim import (
     AnalysisOptions,
     PrepareRecord,
@@ -301,6 +302,9 @@ def finalize(
     If Accelerate has put autocast around the model's forward, that is removed: you get back the model that you gave to
     Accelerate.
 
+    A model that `autogate.adaptive.prepare` returned keeps all of its channels, and skips what is off for an image (see
+    `autogate.adaptive.finalize`, which also removes what no image uses).
+
     Args:
         model: the model that `prepare` returned, or a compiled or distributed wrapper around it.
         example_inputs: inputs to compare the outputs on; those given to `prepare` if None.
@@ -322,7 +326,8 @@ def finalize(
             `rewriters.outputs.TOLERANCE`), and not by float32's rounding alone: they differ in float64 too.
     """
     check_one_width(unwrap(model))
-    check_not_adaptive(unwrap(model))
+    if (choosing := saliency_of(unwrap(model))) is not None:
+        return finalize_adaptive(unwrap(model), choosing, example_inputs, warn=warn)
     model, bank = unwrap(model), gates(model)
     check_not_sharded(model)
     check_finite(model)

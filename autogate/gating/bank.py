@@ -103,7 +103,7 @@ class GateBank(BankBuffers):
         if follows:
             hooks.register(self)
         else:
-            self._kernels.keep(self._kernels.sides(self.alpha.device))
+            self._kernels.keep(self._kernels.find(self.alpha.device).sides)
 
     @property
     def targets(self) -> Targets:
@@ -192,7 +192,7 @@ class GateBank(BankBuffers):
 
     def kernels(self) -> list[nn.Parameter]:
         """The gated kernels, each once."""
-        return list(self._kernels.all(self.alpha.device))
+        return list(self._kernels.find(self.alpha.device).kernels)
 
     def parameters_of_model(self) -> list[nn.Parameter]:
         """All parameters of the model."""

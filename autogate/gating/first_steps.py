@@ -49,8 +49,8 @@ def _norm_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _is_initial(tensor: Tensor) -> bool:
     if tensor.is_meta or tensor.numel() == 0:
         return True
-    first = float(tensor.flatten()[0])
-    return first in (0.0, 1.0) and bool((tensor == first).all())
+    least, most = map(float, tensor.aminmax())
+    return least == most and least in (0.0, 1.0)
 
 
 class FirstSteps:
@@ -71,7 +71,12 @@ class FirstSteps:
     @property
     def over(self) -> bool:
         """Whether nothing is watched any more, so that later steps cost nothing."""
-        return self._told_of_optimizers and self._told_of_start and (self._seen_gradient or self._blind == BLIND_STEPS)
+        return self._told_of_optimizers and self._told_of_start and not self.waits_for_gradients
+
+    @property
+    def waits_for_gradients(self) -> bool:
+        """Whether no gated kernel has had a gradient yet, and that was not told."""
+        return not self._seen_gradient and self._blind < BLIND_STEPS
 
     def starts(self, steps: int, taken: int) -> None:
         """Called before each step: whether the run is long enough, and the model worth it.
@@ -129,9 +134,7 @@ class FirstSteps:
             )
 
     def stepped(self, kernels: Iterable[nn.Parameter]) -> None:
-        """Called after each step: whether any gated kernel has had a gradient."""
-        if self._seen_gradient or self._blind == BLIND_STEPS:
-            return
+        """Called after each step while it waits for gradients: whether any gated kernel has had one."""
         gradients = (weight.grad for weight in kernels)
         if any(gradient is not None and bool(local(gradient).any()) for gradient in gradients):
             self._seen_gradient = True

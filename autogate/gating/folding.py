@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autogate.gating.kernels import GatedKernels
+from autogate.gating.columns import all_finite
+from autogate.gating.kernels import Found, GatedKernels
 from autogate.gating.sides import GatedSide
-from autogate.gating.state import BankState, version_of
+from autogate.gating.state import BankState, version_of, versions_of
 from autogate.methods import Method
 from rewriters import AutogateError, ChannelMap, write_live
 
@@ -55,57 +57,58 @@ class Folding:
     def wanted(self, state: BankState) -> bool:
         """Whether the next forward needs the kernels folded."""
         # functional_call and its kin run the model on tensors that stand in for its parameters.
-        if self._versions(state) == self._folded_at or not all(
-            isinstance(kernel, nn.Parameter) for kernel in self._kernels.all(state.alpha.device)
+        gated = self._kernels.find(state.alpha.device)
+        if self._versions(state, gated) == self._folded_at or not all(
+            isinstance(kernel, nn.Parameter) for kernel in gated.kernels
         ):
             return False
-        gated = self._sides(state)
-        if not self._kernels.may_stand_in(gated):
+        if not self._kernels.may_stand_in(gated.sides):
             return True
         if self._keeps:
-            self._kernels.keep(gated)
+            self._kernels.keep(gated.sides)
         return False
 
     def fold(self, state: BankState, stepped: bool = False) -> None:
         """As `GateBank.fold`, which has the contract."""
-        gated = self._sides(state)
-        versions = self._versions(state)
+        gated = self._kernels.find(state.alpha.device)
+        versions = self._versions(state, gated)
         if versions == self._folded_at and not stepped:
             return
         own = len(self._read(state))
         if self._folded_at is None or versions[:own] != self._folded_at[:own]:
             self._fold(state, gated, stepped)
         self._zero_dead(state.dead, gated)
-        self._folded_at = self._versions(state)
+        self._folded_at = self._versions(state, gated)
         self.write_live(state.dead)
         if self._keeps:
-            self._kernels.keep(gated)
+            self._kernels.keep(gated.sides)
 
-    def _fold(self, state: BankState, gated: list[GatedSide], stepped: bool) -> None:
+    def _fold(self, state: BankState, gated: Found, stepped: bool) -> None:
         """Take in how gates have changed since the last time: note deaths, scale columns."""
         alpha, folded = state.alpha, state.folded
         meant = stepped or self._left_as(state)
-        gate = self._method.factor(alpha, state.method)
-        live = state.live & (gate != 0)
+        gate, was_live = self._method.factor(alpha, state.method), state.live
+        live = was_live & (gate != 0)
         ratio = gate / folded
-        ratio = torch.where(live & ((ratio - 1).abs() > _tolerance(gated)), ratio, 1.0)
+        ratio = torch.where(live & ((ratio - 1).abs() > _tolerance(gated.kernels)), ratio, 1.0)
         ratio = torch.where(live, ratio, 0.0)
         moved = (ratio != 1) & (folded != 0)
-        scaled, died = self._where_to_scale(state, moved, live)
+        scaled, died, finite = torch.stack([moved.any(), (was_live & ~live).any(), all_finite(alpha)]).tolist()
+        if not finite:
+            self._check_finite(alpha, was_live)
         if died:
-            state.dead.add_((state.live & ~live) * (state.dead.max() + 1))  # of later deaths it is larger
+            state.dead.add_((was_live & ~live) * (state.dead.max() + 1))  # of later deaths it is larger
         if scaled or died or self._folded_at is None:
             alpha.masked_fill_(~live, 0.0)
             folded.copy_(torch.where(moved, gate, folded).masked_fill_(~live, 0.0))
         elif not self.knows(alpha):
             alpha.masked_fill_(~live, 0.0)
         if meant and scaled:
-            factor = self._kernels.spread(ratio, 1.0)
-            for sides in (gated, self._kernels.stand_ins()):
-                self._kernels.scale(factor, sides, scaled)
+            for sides in (gated.sides, self._kernels.stand_ins()):
+                self._kernels.scale(ratio, sides)
         self._left = tuple(value.clone() for value in self._own(state))
 
-    def _zero_dead(self, dead: Tensor, gated: list[GatedSide]) -> None:
+    def _zero_dead(self, dead: Tensor, gated: Found) -> None:
         """Make dead columns exactly zero, whatever has moved them."""
         stand_ins = self._kernels.stand_ins()
         for side, columns in (*self._dead(dead, gated), *self._kernels.columns(dead > 0, stand_ins)):
@@ -133,39 +136,30 @@ class Folding:
             return False
         return all(torch.equal(value, left.to(value.device)) for value, left in pairs)
 
-    def _sides(self, state: BankState) -> list[GatedSide]:
-        return self._kernels.sides(state.alpha.device)
-
-    def _versions(self, state: BankState) -> tuple[Any, ...]:
+    def _versions(self, state: BankState, gated: Found) -> tuple[Any, ...]:
         """Changes whenever a tensor that folding depends on is written to or replaced; alpha's version comes first."""
-        kernels = self._kernels.all(state.alpha.device)
-        return (*map(version_of, self._read(state)), tuple(map(id, kernels)), *map(version_of, kernels))
+        return (*map(version_of, self._read(state)), [*map(id, gated.kernels)], versions_of(gated.kernels))
 
-    def _where_to_scale(self, state: BankState, moved: Tensor, live: Tensor) -> tuple[set[int], bool]:
-        """Sides with a column whose gate moved, and whether a class died: all that the host must know."""
-        counts = self._kernels.count(moved)
-        died = (state.live & ~live).any()
-        broken = state.live & ~torch.isfinite(state.alpha)
-        *columns, some_died, some_broke = torch.cat([counts, torch.stack([died, broken.any()]).to(counts)]).tolist()
-        if some_broke:
-            classes = torch.nonzero(broken).flatten().tolist()
+    def _check_finite(self, alpha: Tensor, live: Tensor) -> None:
+        """Raise if the alpha of a live class is not finite."""
+        broken = torch.nonzero(live & ~torch.isfinite(alpha)).flatten().tolist()
+        if broken:
             raise AutogateError(
-                f"alpha of {len(classes)} classes is not finite.",
-                where=self._channel_map.describe(classes),
+                f"alpha of {len(broken)} classes is not finite.",
+                where=self._channel_map.describe(broken),
                 remedy="Go back to the latest checkpoint in which it is.",
             )
-        return {place for place, count in enumerate(columns) if count}, bool(some_died)
 
-    def _dead(self, dead: Tensor, gated: list[GatedSide]) -> list[tuple[GatedSide, Tensor]]:
+    def _dead(self, dead: Tensor, gated: Found) -> list[tuple[GatedSide, Tensor]]:
         """The gated sides with dead columns in this process, and the indices of these."""
-        version = version_of(dead), id(dead), *map(id, self._kernels.all(dead.device))
+        version = version_of(dead), id(dead), [*map(id, gated.kernels)]
         if self._dead_columns is None or self._dead_columns[0] != version:
-            columns = [(side, index.to(dead.device)) for side, index in self._kernels.columns(dead > 0, gated)]
+            columns = [(side, index.to(dead.device)) for side, index in self._kernels.columns(dead > 0, gated.sides)]
             self._dead_columns = (version, columns)
         return self._dead_columns[1]
 
 
-def _tolerance(gated: list[GatedSide]) -> float:
+def _tolerance(kernels: Iterable[nn.Parameter]) -> float:
     """Half-precision kernels would round smaller changes than twice their resolution away."""
-    types = {side.weight.dtype for side in gated}
+    types = {kernel.dtype for kernel in kernels}
     return max([FOLD_TOLERANCE, *(2 * torch.finfo(dtype).eps for dtype in types)])

@@ -41,14 +41,14 @@ def hold_back(
         chosen: bool, shape (classes,).
         part: in [0, 1], shape (classes,).
         sides: the gated sides.
-        kernels: by place, the kernels as they were before.
+        kernels: by place, the kernels as they were before; empty if they are as they are now.
     """
     if not chosen.any():
         return ()
     part = gated.spread(part, 1.0)
     held = []
     for side, index in gated.columns(chosen, sides):
-        before = kernels[side.place]
+        before = kernels[side.place] if kernels else local(side.weight)
         through = gated.on_side(part, side)[index.to(part.device)].to(before)
         index = index.to(before.device)
         held.append(HeldBack(side.weight, side.dim, index, before.index_select(side.dim, index), through))

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from operator import is_
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,34 @@ class Follower(Protocol):
         """Called after the step of the leading optimizer."""
 
 
+class _Counted(NamedTuple):
+    """How many gated kernels are in each parameter group of an optimizer.
+
+    Attributes:
+        kernels: all gated kernels.
+        groups: the parameters of each group.
+        counts: of kernels in each group.
+    """
+
+    kernels: list[nn.Parameter]
+    groups: list[list[nn.Parameter]]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, kernels: list[nn.Parameter], groups: list[list[nn.Parameter]]) -> _Counted:
+        gated = set(map(id, kernels))
+        return cls(
+            kernels, [[*group] for group in groups], [sum(id(one) in gated for one in group) for group in groups]
+        )
+
+    def holds(self, kernels: list[nn.Parameter], groups: list[list[nn.Parameter]]) -> bool:
+        """Whether these are still the kernels and the groups. A count would take several times as long as this."""
+        pairs = [(self.kernels, kernels), *zip(self.groups, groups, strict=False)]
+        return len(self.groups) == len(groups) and all(
+            len(one) == len(other) and all(map(is_, one, other)) for one, other in pairs
+        )
+
+
 class _Turn:
     """Which optimizer's step moves a bank's gates."""
 
@@ -67,6 +95,20 @@ class _Turn:
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         """All that have stepped and train some of the model."""
         self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._counted: weakref.WeakKeyDictionary[Optimizer, _Counted] = weakref.WeakKeyDictionary()
+
+    def count(self, optimizer: Optimizer, bank: Follower) -> int:
+        """How many of the bank's gated kernels the optimizer has."""
+        kernels, groups = [*_kernels(bank)], [group["params"] for group in optimizer.param_groups]
+        counted = self._counted.get(optimizer)
+        if counted is None or not counted.holds(kernels, groups):
+            counted = self._counted[optimizer] = _Counted.of(kernels, groups)
+        return sum(counted.counts)
+
+    def rate(self, optimizer: Optimizer) -> float:
+        """The learning rate of most gated kernels that the optimizer has, by the latest count."""
+        counts = self._counted[optimizer].counts
+        return float(optimizer.param_groups[counts.index(max(counts))].get("lr", 0.0))
 
     def trains(self, optimizer: Optimizer, bank: Follower, count: int) -> bool:
         """Whether an optimizer that has `count` gated kernels trains some of the bank's model."""
@@ -86,14 +128,6 @@ class _Turn:
             return True
         self._since.add(optimizer)
         return False
-
-
-@dataclass(frozen=True)
-class _Hold:
-    """How many gated kernels of a bank an optimizer has, and the learning rate of most of them."""
-
-    count: int
-    lr: float
 
 
 _turns: weakref.WeakKeyDictionary[Follower, _Turn] = weakref.WeakKeyDictionary()
@@ -145,17 +179,6 @@ def _kernels(bank: Follower) -> Iterable[nn.Parameter]:
         return ()
 
 
-def _hold(optimizer: Optimizer, bank: Follower) -> _Hold:
-    kernels = {id(kernel) for kernel in _kernels(bank)}
-    total, most, lr = 0, 0, 0.0
-    for group in optimizer.param_groups:
-        count = sum(id(parameter) in kernels for parameter in group["params"])
-        total += count
-        if count > most:
-            most, lr = count, float(group.get("lr", 0.0))
-    return _Hold(total, lr)
-
-
 class _ReadingClosure:
     """An optimizer's closure, and after it a bank's reading of the gradients."""
 
@@ -172,20 +195,20 @@ def _before_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for bank, turn in list(_turns.items()):
-        hold = _hold(optimizer, bank)
+        count = turn.count(optimizer, bank)
         # A step within a step (of a subclass's super(), of a wrapped optimizer) comes here again. The innermost moves
         # the kernels.
         within = turn.stepping is not None and turn.stepping() is optimizer
-        if hold.count and is_capturing():
+        if count and is_capturing():
             raise AutogateError(
                 "this step is captured in a CUDA graph, and a replay calls no hooks: gates would not move.",
                 where="optimizer.step",
                 remedy="Capture forward and backward alone, or call prepare(..., hooks=False), and autogate.step after "
                 "each replay.",
             )
-        if not within and turn.trains(optimizer, bank, hold.count):
+        if not within and turn.trains(optimizer, bank, count):
             bank.about_to_step(optimizer)
-        if hold.count and (within or turn.leads(optimizer, hold.count)):
+        if count and (within or turn.leads(optimizer, count)):
             turn.stepping = weakref.ref(optimizer)
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             # A fused optimizer unscales within its step: GradScaler sets this attribute for its duration.
@@ -207,8 +230,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
                 bank.discard()
                 bank.fold()
             else:
-                bank.step(_hold(optimizer, bank).lr)
-        elif _hold(optimizer, bank).count:
+                bank.step(turn.rate(optimizer))
+        elif turn.count(optimizer, bank):
             bank.fold(stepped=True)
 
 

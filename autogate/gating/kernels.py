@@ -8,8 +8,8 @@ to classes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable
-from itertools import accumulate
+from collections.abc import Iterable
+from itertools import accumulate, islice
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -22,10 +22,16 @@ from autogate.gating.sides import GatedSide, Stack, forms, stacked
 from rewriters import ALWAYS, AutogateError, ChannelMap, Side
 
 
-class _Found(NamedTuple):
-    """The gated sides and the kernels, each once, found with these parameters in the kernels' places."""
+class Found(NamedTuple):
+    """The gated kernels as they are in the model now.
 
-    at: list[Tensor]
+    Attributes:
+        at: the parameters in the places of gated sides.
+        sides: the gated sides; of a kernel with several names only the first.
+        kernels: each once.
+    """
+
+    at: list[nn.Parameter]
     sides: list[GatedSide]
     kernels: tuple[nn.Parameter, ...]
 
@@ -34,7 +40,7 @@ class _Stacked(NamedTuple):
     """Stacks of these gated sides, whose kernels had these forms."""
 
     of: list[GatedSide]
-    forms: list[tuple[Any, ...]]
+    forms: list[Any]
     stacks: list[Stack]
 
 
@@ -73,12 +79,12 @@ class GatedKernels:
         self._homes: list[tuple[dict[str, Any], str]] | None = None
         self._sharded: dict[int, GatedSide] = {}
         self._kept: dict[int, Tensor] = {}
-        self._found: _Found | None = None
+        self._found = Found([], [], ())
         self._stacked: _Stacked | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"_homes": None, "_sharded": {}, "_kept": {}, "_found": None, "_stacked": None}
-        return {**self.__dict__, **found, "_model": self._model()}
+        found: dict[str, Any] = {"_homes": None, "_sharded": {}, "_kept": {}, "_stacked": None}
+        return {**self.__dict__, **found, "_found": Found([], [], ()), "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -88,8 +94,8 @@ class GatedKernels:
         """The model, if it is still there."""
         return self._model()
 
-    def sides(self, device: torch.device) -> list[GatedSide]:
-        """The gated sides; of a kernel with several names only the first.
+    def find(self, device: torch.device) -> Found:
+        """The gated kernels as they are now; the same value while they are the same parameters.
 
         Args:
             device: where values per class are from now on (fully_shard moves buffers by `tensor.data = ...`).
@@ -101,11 +107,11 @@ class GatedKernels:
             self._labels, self._stacked = self._labels.to(device), None
         model = self._model()
         if model is None:
-            return []
+            return Found([], [], ())
         if self._homes is None:
             self._homes = self._locate(model)
         at = [home[name] for home, name in self._homes]
-        if self._found is None or not all(map(is_, at, self._found.at)):
+        if len(at) != len(self._found.at) or not all(map(is_, at, self._found.at)):
             found: dict[tuple[int, int], GatedSide] = {}
             for place, (weight, side) in enumerate(zip(at, self._sides, strict=True)):
                 self._check_length(weight, side, self._lengths[place])
@@ -114,8 +120,8 @@ class GatedKernels:
                     gated = self._at_rest(gated)
                 found.setdefault((id(gated.weight), side.dim), gated)
             kernels = {id(side.weight): side.weight for side in found.values()}
-            self._found = _Found(at, list(found.values()), tuple(kernels.values()))
-        return self._found.sides
+            self._found = Found(at, list(found.values()), tuple(kernels.values()))
+        return self._found
 
     @staticmethod
     def _check_length(weight: nn.Parameter, side: Side, length: int) -> None:
@@ -127,23 +133,18 @@ class GatedKernels:
                 remedy="Change layers before prepare, or prepare the changed model again.",
             )
 
-    def all(self, device: torch.device) -> tuple[nn.Parameter, ...]:
-        """The gated kernels, each once; the same tuple while they are the same parameters. For the rest as `sides`."""
-        self.sides(device)
-        return self._found.kernels if self._found is not None else ()
-
     def _stacks(self, sides: list[GatedSide]) -> list[Stack]:
         """The sides, in stacks of those that are alike."""
-        if self._found is None or sides is not self._found.sides:  # copies that stand in for shards
-            return stacked(sides, self._begins, self._labels.device)
-        known, now = self._stacked, forms(sides)
+        if sides is not self._found.sides:  # copies that stand in for shards
+            return stacked(sides, self._begins, self._labels)
+        known, now = self._stacked, forms(self._found.kernels)
         if known is None or known.of is not sides or known.forms != now:
-            known = self._stacked = _Stacked(sides, now, stacked(sides, self._begins, self._labels.device))
+            known = self._stacked = _Stacked(sides, now, stacked(sides, self._begins, self._labels))
         return known.stacks
 
     def named(self, device: torch.device) -> dict[str, nn.Parameter]:
         """The gated kernels by name; of a kernel with several names the first."""
-        return {self._sides[side.place].tensor: side.weight for side in self.sides(device)}
+        return {self._sides[side.place].tensor: side.weight for side in self.find(device).sides}
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of the model, gated or not."""
@@ -210,11 +211,6 @@ class GatedKernels:
         values = flat[self._begins[side.place] : self._begins[side.place + 1]]
         return values if side.here is None else values[side.here.to(values.device)]
 
-    def count(self, chosen: Tensor) -> Tensor:
-        """How many columns the chosen classes (bool, shape (classes,)) have on each side, int64, shape (sides,)."""
-        before = torch.cumsum(self.spread(chosen, False), 0)
-        return torch.diff(torch.cat([before.new_zeros(1), before])[list(self._begins)])
-
     def columns(self, chosen: Tensor, sides: list[GatedSide]) -> list[tuple[GatedSide, Tensor]]:
         """Sides with a column of the chosen classes in this process, and the indices of these columns, on the CPU."""
         if not sides:
@@ -232,11 +228,16 @@ class GatedKernels:
                     found.append((side, index))
         return found
 
-    def scale(self, factor: Tensor, sides: list[GatedSide], places: Collection[int]) -> None:
-        """Multiply the columns of the sides with these places by factors laid out along all sides."""
-        for stack in self._stacks(sides):
-            if (some := stack.only(places)) is not None:
-                scale_columns([local(side.weight) for side in some.sides], some.dim, factor[some.positions])
+    def scale(self, factors: Tensor, sides: list[GatedSide]) -> None:
+        """Multiply the columns of each class by its factor, shape (classes,). Kernels whose factors are all 1 stay."""
+        stacks, factors = self._stacks(sides), torch.cat([factors, factors.new_ones(1)])
+        along = [factors[stack.labels] for stack in stacks]
+        changed = iter(torch.cat([(own != 1).any(1) for own in along]).tolist() if along else ())
+        for stack, own in zip(stacks, along, strict=True):
+            chosen = [*islice(changed, len(stack.sides))]
+            if (some := stack.only(chosen)) is not None:
+                own = own if some is stack else own[torch.tensor(chosen, device=own.device)]
+                scale_columns(some.here(), some.dim, own)
 
     def zero(self, columns: Tensor, side: GatedSide) -> None:
         """Make these columns of the side exactly zero."""
@@ -249,9 +250,9 @@ class GatedKernels:
         self._kept = {side.place: local(side.weight).detach().clone() for side in weights.values()}
 
     def as_kept(self, sides: list[GatedSide]) -> dict[int, Tensor]:
-        """By place, the kernels as they were last kept; as they are, if they were not."""
+        """By place, the kernels as they were last kept; empty if they were not, because they are as they are."""
         if not self._kept:
-            return {side.place: local(side.weight) for side in sides}
+            return {}
         first = {id(side.weight): side.place for side in reversed(sides)}
         kernels = {}
         for side in sides:
@@ -268,7 +269,7 @@ class GatedKernels:
 
         Args:
             sides: the gated sides.
-            kernels: by place, the kernels that the gradients were taken at.
+            kernels: by place, the kernels that the gradients were taken at; empty if at those that are there now.
             kind: dtype to add in.
             squares: <kernel, kernel> instead.
         """
@@ -278,14 +279,11 @@ class GatedKernels:
             flat = by_layout.get(stack.layout)
             if flat is None:
                 flat = by_layout[stack.layout] = torch.zeros(self._begins[-1], dtype=kind, device=self._labels.device)
-            others = {
-                side.place: local(other)
-                for side in stack.sides
-                if (other := side.weight if squares else side.weight.grad) is not None
-            }
-            if (learns := stack.only(others)) is not None:
-                at = [kernels[place] for place in others]
-                counted = column_products(list(others.values()), at, stack.dim)
+            learns = stack if squares else stack.learning()
+            if learns is not None:
+                at = [kernels[side.place] for side in learns.sides] if kernels else learns.here()
+                others = at if squares else learns.gradients()
+                counted = column_products(others, at, stack.dim)
                 flat.index_copy_(0, learns.positions.flatten(), counted.to(flat).flatten())
         whole = torch.zeros(self._size + 1, dtype=kind, device=self._labels.device)
         for where, flat in by_layout.items():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autogate.gating.sharding import layout, local
+from autogate.gating.sharding import is_sharded, layout, local
 
 
 class GatedSide(NamedTuple):
@@ -29,11 +29,15 @@ class Stack(NamedTuple):
 
     Attributes:
         sides: these sides.
+        kernels: of each side.
         positions: int64, shape (sides, columns): where the columns in this process are in a vector along all sides.
+        labels: int64, shape (sides, columns): their classes.
     """
 
     sides: tuple[GatedSide, ...]
+    kernels: list[nn.Parameter]
     positions: Tensor
+    labels: Tensor
 
     @property
     def dim(self) -> int:
@@ -43,30 +47,44 @@ class Stack(NamedTuple):
     @property
     def layout(self) -> Any:
         """Where the kernels' parts are, as `sharding.layout`."""
-        return layout(self.sides[0].weight)
+        return layout(self.kernels[0])
 
-    def only(self, places: Iterable[int]) -> Stack | None:
-        """The stack of those sides that have these places, None if there are none."""
-        wanted = set(places)
-        rows = [row for row, side in enumerate(self.sides) if side.place in wanted]
-        if len(rows) == len(self.sides):
+    def here(self) -> list[Tensor]:
+        """The parts of the kernels in this process."""
+        return [*map(local, self.kernels)] if is_sharded(self.kernels[0]) else [*self.kernels]
+
+    def learning(self) -> Stack | None:
+        """The stack of those sides whose kernels have a gradient, None if there are none."""
+        return self.only([kernel.grad is not None for kernel in self.kernels])
+
+    def gradients(self) -> list[Tensor]:
+        """The parts of the gradients in this process, of kernels that all have one."""
+        gradients = [kernel.grad for kernel in self.kernels if kernel.grad is not None]
+        return [*map(local, gradients)] if is_sharded(self.kernels[0]) else gradients
+
+    def only(self, chosen: Sequence[bool]) -> Stack | None:
+        """The stack of the chosen sides, None if there are none."""
+        if all(chosen):
             return self
-        positions = self.positions[torch.tensor(rows, dtype=torch.int64, device=self.positions.device)]
-        return Stack(tuple(self.sides[row] for row in rows), positions) if rows else None
+        rows = [row for row, choice in enumerate(chosen) if choice]
+        index = torch.tensor(rows, dtype=torch.int64, device=self.positions.device)
+        kernels = [self.kernels[row] for row in rows]
+        sides = tuple(self.sides[row] for row in rows)
+        return Stack(sides, kernels, self.positions[index], self.labels[index]) if rows else None
 
 
-def forms(sides: Iterable[GatedSide]) -> list[tuple[Any, ...]]:
+def forms(kernels: Iterable[nn.Parameter]) -> list[Any]:
     """What `kernel.data = ...` can change of that by which sides are stacked."""
-    return [(side.weight.dtype, side.weight.stride()) for side in sides]
+    return [form for kernel in kernels for form in (kernel.dtype, kernel.stride())]
 
 
-def stacked(sides: Sequence[GatedSide], begins: Sequence[int], device: torch.device) -> list[Stack]:
+def stacked(sides: Sequence[GatedSide], begins: Sequence[int], labels: Tensor) -> list[Stack]:
     """All sides, in stacks.
 
     Args:
         sides: the gated sides.
         begins: by place, where a side begins in a vector along all sides.
-        device: where values along sides are.
+        labels: the class of each column, along all sides.
     """
     alike: dict[Any, list[GatedSide]] = {}
     for side in sides:
@@ -77,5 +95,6 @@ def stacked(sides: Sequence[GatedSide], begins: Sequence[int], device: torch.dev
     for group in alike.values():
         columns = torch.arange(local(group[0].weight).shape[group[0].dim])
         rows = [begins[side.place] + (columns if side.here is None else side.here) for side in group]
-        stacks.append(Stack(tuple(group), torch.stack(rows).to(device)))
+        positions = torch.stack(rows).to(labels.device)
+        stacks.append(Stack(tuple(group), [side.weight for side in group], positions, labels[positions]))
     return stacks

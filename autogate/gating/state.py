@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,14 @@ def version_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:  # tensors of the inference mode have none
         return -1
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """`version_of` each."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [version_of(tensor) for tensor in tensors]
 
 
 class BankBuffers(nn.Module):

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autogate.gating.columns import all_finite
 from autogate.gating.folding import Folding
 from autogate.gating.held_back import HeldBack, hold_back
 from autogate.gating.kernels import GatedKernels
-from autogate.gating.sharding import local
 from autogate.gating.sides import GatedSide
 from autogate.gating.state import BankState, Counters, version_of
 from autogate.methods import KernelSums, Learner, Standing
@@ -37,7 +37,7 @@ class _Sums:
     kernels: GatedKernels
     sides: list[GatedSide]
     at: dict[int, Tensor]
-    """By place, the kernels that the gradients were taken at."""
+    """By place, the kernels that the gradients were taken at; empty if at those that are there now."""
     kind: torch.dtype
     scale: Tensor | float | None
 
@@ -45,7 +45,7 @@ class _Sums:
         total = self.kernels.products(self.sides, self.at, self.kind)
         if self.scale is not None:
             total = total / self.scale
-        return torch.where(torch.isfinite(total).all(), total[:-1], torch.nan)
+        return torch.where(all_finite(total), total[:-1], torch.nan)
 
     def squares(self) -> Tensor:
         return self.kernels.products(self.sides, self.at, self.kind, squares=True)[:-1]
@@ -78,12 +78,12 @@ class Stepping:
     def measure(self, state: BankState, scale: Tensor | float | None = None, later: bool = False) -> None:
         """As `GateBank.measure`, which has the contract."""
         self.pending = None
-        kernels = self._kernels.as_kept(self._sides(state))
+        sides = self._sides(state)
+        kernels = self._kernels.as_kept(sides)
         if not self._folding.knows(state.alpha):
             self._folding.fold(state)  # alphas set by hand, before they enter the mathematics
         if self.is_over(state):
             return
-        sides = self._sides(state)
         after = self.learner.method.reads_after
         reading = None if later or after else self._read(state, sides, kernels, scale)
         part = self.learner.method.let_through(state.folded, state.method)
@@ -107,7 +107,7 @@ class Stepping:
         for columns in measured.held:
             columns.release()
         reading = self._read_now(state) if measured.reading is None else measured.reading
-        finite = bool(torch.isfinite(reading).all())
+        finite = bool(all_finite(reading))
         if finite and (lr or (not self.learner.method.reads_after and reading.any())):
             after = self.learner.step(state.gates(self.counters(state)), reading, lr, self.standing(state))
             self._note(state, state.write(after))
@@ -137,13 +137,10 @@ class Stepping:
 
     def sums(self, state: BankState) -> KernelSums:
         """Sums over the columns of the kernels as they are, and over their gradients."""
-        sides = self._sides(state)
-        return _Sums(
-            self._kernels, sides, {side.place: local(side.weight) for side in sides}, state.alpha.dtype, scale=None
-        )
+        return _Sums(self._kernels, self._sides(state), {}, state.alpha.dtype, scale=None)
 
     def _sides(self, state: BankState) -> list[GatedSide]:
-        return self._kernels.sides(state.alpha.device)
+        return self._kernels.find(state.alpha.device).sides
 
     def is_over(self, state: BankState) -> bool:
         """Whether gates no longer move: see `Learner.is_over`."""

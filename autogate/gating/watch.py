@@ -67,7 +67,8 @@ class Watch:
         Raises:
             AutogateError: see `Processes.stepped`.
         """
-        self.first_steps.stepped(self._kernels.all(state.alpha.device))
+        if self.first_steps.waits_for_gradients:
+            self.first_steps.stepped(self._kernels.find(state.alpha.device).kernels)
         self._finite_weights.stepped(finite, self._kernels.model())
         self.processes.stepped(
             state, self._stepping.counters(state).steps, lambda: self._stepping.sums(state).squares()

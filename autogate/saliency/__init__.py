@@ -1,22 +1,36 @@
 """A choice of channels for each image. In: a model. Out: the same model, whose convolutions score their channels."""
 
 from autogate.saliency.bank import SALIENCY, SaliencyBank, check_not_adaptive, saliency_of
+from autogate.saliency.counting import CountedLayer, Counting, Note, Notes
 from autogate.saliency.installing import install, install_again
 from autogate.saliency.method import SANP
-from autogate.saliency.observing import LayerUse, MeanUse, Use, known_use, meet, use_of
+from autogate.saliency.module import NAME, FollowingModule, SaliencyModule, broadcast
+from autogate.saliency.observing import LayerUse, MeanUse, Use, costs, known_use, meet, use_of
 from autogate.saliency.record import Choosing, record_of
 from autogate.saliency.run import Run
+from autogate.saliency.sites import Scaling, classes_of
 
 __all__ = [
+    "NAME",
     "SALIENCY",
     "SANP",
     "Choosing",
+    "CountedLayer",
+    "Counting",
+    "FollowingModule",
     "LayerUse",
     "MeanUse",
+    "Note",
+    "Notes",
     "Run",
     "SaliencyBank",
+    "SaliencyModule",
+    "Scaling",
     "Use",
+    "broadcast",
     "check_not_adaptive",
+    "classes_of",
+    "costs",
     "install",
     "install_again",
     "known_use",

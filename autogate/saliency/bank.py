@@ -22,7 +22,7 @@ from autogate.saliency.module import NAME, SaliencyModule
 from autogate.saliency.run import Run, RunState
 from autogate.slim import Form, PrepareRecord
 from autogate.wrappers import child_of
-from rewriters import AutogateError
+from rewriters import AutogateError, UndoLog
 
 SALIENCY = "autogate_saliency"
 """Name of the model's child that is its saliency bank."""
@@ -216,6 +216,12 @@ class SaliencyBank(nn.Module):
         for module in self.saliency_modules:
             for buffer, value in zip((module.push, module.noise, module.soft, module.threshold), dose, strict=True):
                 buffer.fill_(value)
+
+    def recount(self, counting: Counting, undo_log: UndoLog) -> None:
+        """Count forwards in another way: channels of the model have gone."""
+        undo_log.set_attribute(self, "counting", counting)
+        undo_log.set_attribute(self, "_checksum", counting.checksum())
+        undo_log.write(self.layout, torch.tensor(float(self._checksum)))
 
     @property
     def warms_up(self) -> bool:

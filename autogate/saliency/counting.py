@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -36,19 +36,27 @@ class Notes:
 
     Attributes:
         all_off: in eval mode no score is positive: for finding out which channels are zero then.
+        running: whether a forward of the whole model runs.
+        alive: bool, (images, classes + 1): the classes that some layer has made so far in this forward, for those who
+            skip what is zero; None before the first.
+        untold: a layer has run that doesn't say what it makes.
+        allowed: the channels that the images that run now may use, by the number of each layer, bool of shape
+            (channels,); None if their own codes decide. They run together, and compute what any of them uses.
     """
 
     def __init__(self) -> None:
         self.calls: list[Note] = []
-        self.all_off, self._running = False, False
+        self.alive: Tensor | None = None
+        self.allowed: Mapping[int, Tensor] | None = None
+        self.all_off, self.running, self.untold = False, False, False
 
     def begin(self) -> None:
         """A forward begins."""
-        self.calls, self._running = [], True
+        self.calls, self.alive, self.running, self.untold = [], None, True, False
 
     def end(self) -> None:
         """It is over: what backward computes again, for checkpointing, isn't noted."""
-        self._running = False
+        self.running, self.alive = False, None
 
     @property
     def has_scores(self) -> bool:
@@ -57,15 +65,22 @@ class Notes:
 
     def add(self, layer: int, positions: float, scores: Tensor | None = None) -> None:
         """A layer was called."""
-        if self._running:
+        if self.running:
             self.calls.append(Note(layer, positions, scores))
 
-    def code(self, scores: Tensor) -> Tensor:
+    def code(self, layer: int, scores: Tensor) -> Tensor:
         """Equation 8 without noise: 1 where a channel is computed."""
-        return torch.zeros_like(scores) if self.all_off else (scores.detach() > 0).to(scores.dtype)
+        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores.detach() > 0
+        if self.allowed is not None and layer in self.allowed:
+            made = made & self.allowed[layer]
+        return made.to(scores.dtype)
+
+    def counted(self, scores: Tensor, open: Tensor) -> Tensor:
+        """Scores that are positive where a channel is computed: if images run together, for any of them."""
+        return scores if self.allowed is None else open.any(0).to(scores.dtype).sub(0.5).expand_as(scores)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"calls": [], "all_off": False, "_running": False}  # a copy has run nothing
+        return vars(Notes())  # a copy has run nothing
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,7 @@ class CountedLayer:
         own: multiply-adds of its saliency module for one image.
         scaling: where its output is scaled, for one that isn't whole.
         positions: of its outputs for one image of the example.
+        prepared: pairs of channels that it had when the model was prepared; None: those that it has.
     """
 
     path: str
@@ -124,15 +140,21 @@ class CountedLayer:
     own: int = 0
     scaling: Scaling | None = None
     positions: float = 0.0
+    prepared: float | None = None
+
+    @property
+    def left(self) -> float:
+        """Multiply-adds at one position with all channels that it has."""
+        return self.taps * len(self.inputs) * len(self.outputs) / self.groups
 
     @property
     def dense(self) -> float:
-        """Multiply-adds at one position with all channels."""
-        return self.taps * len(self.inputs) * len(self.outputs) / self.groups
+        """The same with all channels that it had when the model was prepared."""
+        return self.left if self.prepared is None else self.taps * self.prepared
 
 
 class Cost(NamedTuple):
-    """FLOPs of each image, float64 of shape (images,), and of an image if all channels are computed."""
+    """FLOPs of each image, float64 of shape (images,), and of an image in the model as it was prepared."""
 
     images: Tensor
     dense: float
@@ -153,16 +175,19 @@ class Counting:
         layers: by number.
         zero: bool, shape (classes,): the classes that are zero where all the layers that make them are off.
         rest: FLOPs of one image outside of the layers.
+        prepared_rest: those of the model as it was prepared; None: the same.
     """
 
     layers: tuple[CountedLayer, ...]
     zero: Tensor
     rest: float
+    prepared_rest: float | None = None
 
     @property
     def dense(self) -> float:
-        """FLOPs of an image of the example if all channels are computed."""
-        return self.rest + sum(layer.positions * layer.dense for layer in self.layers)
+        """FLOPs of an image of the example in the model as it was prepared."""
+        rest = self.rest if self.prepared_rest is None else self.prepared_rest
+        return rest + sum(layer.positions * layer.dense for layer in self.layers)
 
     def checksum(self) -> int:
         """The same for two models whose layers are coupled and choose alike, however classes are numbered."""
@@ -192,12 +217,12 @@ class Counting:
         stays = torch.cat([~self.zero, self.zero.new_ones(1)]).to(device)  # the last entry is that of class -1
         alive = stays.float().repeat(images, 1)
         cost = torch.full((images,), self.rest, dtype=torch.float64, device=device)
-        dense = self.rest
+        dense = self.rest if self.prepared_rest is None else self.prepared_rest
         for call in calls:
             layer, positions = self.layers[call.layer], call.positions / images
             dense += positions * layer.dense
             if layer.kind == "whole":
-                cost += positions * layer.dense
+                cost += positions * layer.left
                 continue
             inputs, outputs = layer.inputs.to(device), layer.outputs.to(device)
             read = alive[:, inputs].sum(1, dtype=torch.float64)
@@ -210,6 +235,12 @@ class Counting:
             places = outputs.remainder(alive.shape[1]).expand(images, -1)  # a class may be there several times
             alive.scatter_reduce_(1, places, made.any(1).float(), "amax")
         return Cost(cost, dense)
+
+    def computed(self, calls: Sequence[Note]) -> Tensor:
+        """How many channels of the layers that choose a forward has computed for each image, float64, (images,)."""
+        scored = [call for call in calls if call.scores is not None]
+        images = next(len(_rows(call.scores)) for call in scored if call.scores is not None)
+        return torch.stack([self._made(call, images).mean(1, dtype=torch.float64).sum(1) for call in scored]).sum(0)
 
     def _made(self, call: Note, images: int) -> Tensor:
         """Which channels are computed, bool, (images, calls of the layer for each image, channels).

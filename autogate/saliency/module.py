@@ -72,6 +72,7 @@ class SaliencyModule(nn.Module):
         soft: 0-dim, the share of images that get s1 in training.
         threshold: 0-dim, what a score must exceed for its channel to be computed.
         open: bool, (images, outputs): the channels that aren't zero in the latest forward.
+        factor: (images, outputs): what the norm's output is multiplied by; None once that is done.
     """
 
     push: Tensor
@@ -93,7 +94,7 @@ class SaliencyModule(nn.Module):
             self.register_buffer(name, torch.zeros(()))
         self.dims, self.layer, self.notes, self.published, self.closes = dims, layer, notes, published, closes
         self.open: Tensor | None = None
-        self._factor: Tensor | None = None
+        self.factor: Tensor | None = None
         self._scores: Tensor | None = None
 
     @property
@@ -104,8 +105,11 @@ class SaliencyModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Equations 5 and 6: scores, shape (images, outputs), of a convolution's input."""
         d = x.flatten(-self.dims).mean(-1, dtype=torch.float32)
+        d = d.to(self.reduce.weight.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            return 1 + self.expand(F.relu(self.reduce(d)))
         with torch.autocast(x.device.type, enabled=False):  # a code must not hang on half precision
-            return 1 + self.expand(F.relu(self.reduce(d.to(self.reduce.weight.dtype))))
+            return 1 + self.expand(F.relu(self.reduce(d)))
 
     def read(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the convolution: score its channels."""
@@ -116,9 +120,10 @@ class SaliencyModule(nn.Module):
             soft = torch.rand_like(scores[..., :1]) < self.soft
             code = binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
         else:
-            code = self.notes.code(scores - self.threshold)
+            code = self.notes.code(self.layer, scores - self.threshold)
         self.open = code.detach() > 0
-        self._factor, self._scores = scores * code, (scores - self.threshold).detach()
+        self.factor = scores * code
+        self._scores = self.notes.counted((scores - self.threshold).detach(), self.open)
 
     def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""
@@ -128,7 +133,7 @@ class SaliencyModule(nn.Module):
         return output * broadcast(self.open, self.dims) if self.closes else None
 
     def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """Behind the norm: equation 3."""
+        """Behind the norm: equation 3, unless the convolution's forward has done it (`autogate.skipping`)."""
         return self._scaled(output)
 
     def scale_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -136,9 +141,8 @@ class SaliencyModule(nn.Module):
         return self._scaled(args[0]), *args[1:]
 
     def _scaled(self, x: Tensor) -> Tensor:
-        factor, self._factor = self._factor, None
-        assert factor is not None
-        return x * broadcast(factor, self.dims).to(x.dtype)
+        factor, self.factor = self.factor, None
+        return x if factor is None else x * broadcast(factor, self.dims).to(x.dtype)
 
 
 class FollowingModule(nn.Module):
@@ -152,6 +156,11 @@ class FollowingModule(nn.Module):
         sources: the modules that its channels come from, each with the channel there of each channel here: int64 of
             shape (channels,), -1 where it comes from elsewhere.
         notes: takes the call of each forward.
+
+    Attributes:
+        places: int64 of shape (sources, channels): the channel of each source, -1 where it comes from elsewhere.
+        sources: the modules that its channels come from.
+        done: whether channels that are off are zero already, in this call.
     """
 
     places: Tensor
@@ -159,7 +168,7 @@ class FollowingModule(nn.Module):
     def __init__(self, layer: int, dims: int, sources: Sequence[tuple[SaliencyModule, Tensor]], notes: Notes):
         super().__init__()
         self.layer, self.dims, self.notes = layer, dims, notes
-        self._sources = tuple(module for module, _ in sources)
+        self.sources, self.done = tuple(module for module, _ in sources), False
         self.register_buffer("places", torch.stack([index for _, index in sources]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,16 +181,21 @@ class FollowingModule(nn.Module):
 
     def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Behind the norm."""
-        return output * broadcast(self._open(), self.dims).to(output.dtype)
+        return self._closed(output)
 
     def scale_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The same before the first module inside a norm that has an activation of its own."""
-        return args[0] * broadcast(self._open(), self.dims).to(args[0].dtype), *args[1:]
+        return self._closed(args[0]), *args[1:]
 
-    def _open(self) -> Tensor:
+    def _closed(self, x: Tensor) -> Tensor:
+        done, self.done = self.done, False
+        return x if done else x * broadcast(self.open, self.dims).to(x.dtype)
+
+    @property
+    def open(self) -> Tensor:
         """Which channels some source has, bool, (images, channels)."""
         found = []
-        for source, place in zip(self._sources, self.places, strict=True):
+        for source, place in zip(self.sources, self.places, strict=True):
             assert source.open is not None
             found.append(F.pad(source.open, (0, 1))[..., place])
         return torch.stack(found).any(0)

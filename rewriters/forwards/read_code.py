@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 import linecache
+import re
 import sys
 import types
 
@@ -52,3 +53,18 @@ def code_compares_identity(code: types.CodeType) -> bool:
             return True
         before = instruction
     return False
+
+
+def file_has_types(path: str) -> bool:
+    """Whether code in a file compares types, or names `int` or `float` as one."""
+    lines = linecache.getlines(path)
+    known = _types_in.get(path)
+    if known is None or known[0] is not lines:
+        known = _types_in[path] = (lines, bool(_HAS_TYPES.search("".join(lines))))
+    return known[1]
+
+
+_HAS_TYPES = re.compile(r"\btype\(.*\)\s*(is|==|in|!=)\b|\bis (int|float)\b|(dtype=|\.(to|type)\()(int|float)\b")
+
+_types_in: dict[str, tuple[list[str], bool]] = {}
+"""What was found in each file, and the lines that it was found in: a file that is read anew gives another list."""

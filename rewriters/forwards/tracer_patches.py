@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import linecache
 import math
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -30,6 +28,7 @@ from rewriters.forwards.attribute_reads import AttributeReads
 from rewriters.forwards.following import Following, hold_proxies, isinstance_of_value, set_following, thread
 from rewriters.forwards.function_patches import autograd_functions_patched, scripted_functions_patched
 from rewriters.forwards.proxies import ValueProxy
+from rewriters.forwards.read_code import file_has_types
 
 _FACTORIES = {
     "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
@@ -186,7 +185,7 @@ class _Float(metaclass=_OfProxies):
 def conversions_followed(function: Callable[..., Any]) -> Iterator[None]:
     """Inside, `int(size)` and `float(size)` are recorded in the file of a function, unless it has them as types."""
     scope = getattr(inspect.unwrap(function), "__globals__", {})
-    if scope.keys() & _CONVERSIONS or _HAS_TYPES.search("".join(linecache.getlines(scope.get("__file__") or ""))):
+    if scope.keys() & _CONVERSIONS or file_has_types(scope.get("__file__") or ""):
         yield
         return
     with mock.patch.dict(scope, _CONVERSIONS):
@@ -194,8 +193,6 @@ def conversions_followed(function: Callable[..., Any]) -> Iterator[None]:
 
 
 _CONVERSIONS: dict[str, Any] = {"int": _Int, "float": _Float}
-
-_HAS_TYPES = re.compile(r"\btype\(.*\)\s*(is|==|in|!=)\b|\bis (int|float)\b|(dtype=|\.(to|type)\()(int|float)\b")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ def test_models_without_modules_have_no_cost():
 
 def test_other_verbs_refuse_a_model_that_chooses():
     model = adaptive.prepare(chain(), IMAGES, flops=0.9)
-    for verb in (autogate.prepare, autogate.finalize, autogate.gates):
+    for verb in (autogate.prepare, autogate.gates):
         with pytest.raises(autogate.AutogateError, match="chooses its channels for each image"):
             verb(model)
 

@@ -46,6 +46,30 @@ def test_large_kernels_are_summed_in_chunks():
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_large_kernels_give_what_small_ones_give(kind, monkeypatch):
+    torch.manual_seed(0)
+    weights, gradients = ([torch.randn(40, 9, 3, 3).to(kind) for _ in range(2)] for _ in ("weights", "gradients"))
+    expected = torch.stack([(w.double() * g.double()).sum((0, 2, 3)) for w, g in zip(weights, gradients, strict=True)])
+    for chunk in (columns.CHUNK, 1000):
+        monkeypatch.setattr(columns, "CHUNK", chunk)
+        found = column_products(gradients, weights, 1)
+        assert found.dtype == torch.promote_types(kind, torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_process_without_rows_of_a_kernel_adds_nothing():
+    assert column_products([torch.ones(0, 3, 3, 3)], [torch.ones(0, 3, 3, 3)], 1).tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_one_value_that_is_not_finite_is_seen(value):
+    values = torch.full((5,), 3e38)
+    assert columns.all_finite(values) and columns.all_finite(values[:0])
+    values[3] = value
+    assert not columns.all_finite(values)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("shape", "dim"), [((6, 4, 3, 3), 1), ((6, 4, 3, 3), 0), ((70, 33, 1, 1), 1)])
 def test_stacked_kernels_give_each_kernels_own_bits(kind, memory, shape, dim, monkeypatch):

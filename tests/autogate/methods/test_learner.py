@@ -189,7 +189,7 @@ def test_gates_stand_still_once_the_targets_are_met_and_epsilon_is_at_its_end(mo
     assert bank.progress().step == 100 and bank.progress().balance == 0
     take(1)
     assert bank.progress().step == 100
-    for side in bank._kernels.sides(bank.alpha.device):
+    for side in bank._kernels.find(bank.alpha.device).sides:
         dead = bank._kernels.on_side(bank._kernels.spread(bank.dead > 0, False), side)
         assert (side.weight.index_select(side.dim, torch.nonzero(dead).flatten()) == 0).all()
     assert not bank.live.all()

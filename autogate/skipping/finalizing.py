@@ -1,0 +1,188 @@
+"""Finalize a model with saliency modules: what no image uses goes, and work that is off for an image is skipped."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from autogate.inputs import Inputs, as_calls, fitted
+from autogate.saliency import NAME, SaliencyBank, meet
+from autogate.skipping.break_even import ALL, BreakEven
+from autogate.skipping.folding import PassingNorm, norm_of
+from autogate.skipping.forwards import SkippingForward
+from autogate.skipping.grouping import group, grouping_of, ungroup
+from autogate.skipping.pooling import PoolingForward
+from autogate.skipping.timing import inputs_of, measured
+from autogate.skipping.unused import analysed, close, live_classes, put_on, slim, take_off, used_classes
+from autogate.slim import check_finite, verify
+from autogate.wrappers import unwrap_accelerate
+from rewriters import AutogateError, Outputs, UndoLog
+from rewriters.recording import set_modes
+
+M = TypeVar("M", bound=nn.Module)
+
+TOLERANCE = 0.01
+"""How far above the budget the mean cost may be without a warning."""
+
+
+def finalize_adaptive(
+    model: M, bank: SaliencyBank, example_inputs: Any = None, *, batches: Iterable[Any] | None = None,
+    prototypes: int | None = None, break_even: float | None = None, warn: bool = True,
+) -> M:  # fmt: skip
+    """Make a model skip what its saliency modules switch off. See `autogate.adaptive.finalize`.
+
+    Args:
+        model: changed in place, and returned.
+        bank: its saliency bank.
+        example_inputs: inputs to compare the outputs on; those given to `prepare` if None.
+        batches: of images; channels that none of them uses are removed. None removes none.
+        prototypes: how many codes images may have in a stage of the model; None: any. Chosen on the batches.
+        break_even: share of a layer's work up to which it skips; None: measured.
+        warn: whether to warn if the training isn't over.
+
+    Raises:
+        AutogateError: it is finalized already, a weight isn't finite, scores are NaN, there are no batches, or a layer
+            has changed since the model was prepared.
+        VerificationError: outputs would differ. The model is left as it was.
+    """
+    if forwards_in(model):
+        raise AutogateError(
+            "it skips already: it was finalized before.", where=type(model).__name__,
+            remedy="Finalize it once. autogate.adaptive.budget sets another budget.",
+        )  # fmt: skip
+    if prototypes is not None and (batches is None or prototypes < 1):
+        raise AutogateError(
+            f"prototypes is {prototypes!r}, and batches are {'missing' if batches is None else 'given'}.",
+            where="finalize", remedy="Ask for one or more, and pass batches=loader: prototypes are chosen on images.",
+        )  # fmt: skip
+    batches = list(batches) if batches is not None and iter(batches) is batches else batches
+    check_finite(model)
+    if warn and (missed := _missed(bank)):
+        warnings.warn(missed, stacklevel=4)
+    given = None if example_inputs is None else as_calls(example_inputs, model)
+    calls = bank.origin.calls_for(model) if given is None else tuple(fitted(call, model) for call in given)
+    used = None if batches is None else used_classes(model, bank, batches)
+    undo_log = UndoLog()
+    try:
+        unwrap_accelerate(model, undo_log)
+        if used is None:
+            wanted = [Outputs.of(model, *call) for call in calls]
+        else:
+            wanted = _slimmed(model, bank, used, calls, undo_log)
+            _verify(model, calls, wanted, "the slim model")
+        forwards = _with_forwards(model, bank, undo_log)
+        inputs = inputs_of(model, list(forwards), calls[0])
+        able = {path: forward for path, forward in forwards.items() if path in inputs}
+        for forward in able.values():
+            forward.break_even = ALL
+        _verify(model, calls, wanted, "the model that skips")
+        _set_break_even(model, able, inputs, break_even)
+        if prototypes is not None and batches is not None:
+            group(model, bank, calls[0], batches, prototypes, undo_log)
+    except BaseException:
+        undo_log.undo()
+        raise
+    return model
+
+
+def set_budget(model: nn.Module, bank: SaliencyBank, flops: float, batches: Iterable[Any]) -> float:
+    """Set another budget, see `autogate.adaptive.budget`; a model with prototypes gets new ones for it."""
+    grouping = grouping_of(bank)
+    if grouping is None:
+        return meet(model, bank, flops, batches)
+    batches = list(batches) if iter(batches) is batches else batches
+    before, undo_log = float(bank.threshold), UndoLog()
+    try:
+        ungroup(model, bank, undo_log)
+        meet(model, bank, flops, batches)
+        count = max(found for _, found in grouping.stages)
+        return group(model, bank, bank.origin.calls_for(model)[0], batches, count, undo_log).cost
+    except BaseException:
+        undo_log.undo()
+        bank.set_threshold(before)
+        raise
+
+
+def _missed(bank: SaliencyBank) -> str:
+    """What a training has left undone, in words."""
+    steps, run, cost = int(bank.step_count), bank.run, float(bank.cost)
+    at = f"finalized after {steps} of {run.steps} steps"
+    if steps < run.warm_steps:
+        return f"{at}, before the warm-up was over: the saliency modules have hardly learned what to compute."
+    if steps < run.steps and cost > run.flops + TOLERANCE:
+        return f"{at}, before the budget was met: images take {cost:.1%} of the FLOPs, the target is {run.flops:.1%}."
+    return ""
+
+
+def forwards_in(model: nn.Module) -> dict[str, SkippingForward]:
+    """The forwards of a model's layers that skip, by path; empty if it isn't finalized."""
+    found = ((path, module.__dict__.get("forward")) for path, module in model.named_modules())
+    return {path: forward for path, forward in found if isinstance(forward, SkippingForward)}
+
+
+def _set_break_even(
+    model: nn.Module,
+    forwards: Mapping[str, SkippingForward | PoolingForward],
+    inputs: Mapping[str, Tensor],
+    given: float | None,
+) -> None:
+    before = set_modes(model, False)  # what runs later: in train mode a norm would take statistics of what is timed
+    try:
+        for path, forward in forwards.items():
+            known = None if given is None else BreakEven(given, given)
+            forward.break_even = measured(forward, inputs[path]) if known is None else known
+    finally:
+        set_modes(model, before)
+
+
+def _slimmed(
+    model: nn.Module, bank: SaliencyBank, used: Tensor, calls: Sequence[Inputs], undo_log: UndoLog
+) -> list[Outputs]:
+    """Remove the channels that aren't used. Returns the outputs with these channels off."""
+    taken = take_off(model, bank, undo_log)
+    analysis = analysed(model, bank)
+    put_on(taken, undo_log)
+    live = live_classes(model, bank, analysis.channel_map, used)
+    close(bank, live, undo_log)
+    wanted = [Outputs.of(model, *call) for call in calls]
+    if not live.all():
+        take_off(model, bank, undo_log)
+        slim(model, bank, live, analysis, taken, undo_log)
+        put_on(taken, undo_log)
+    return wanted
+
+
+def _verify(model: nn.Module, calls: Sequence[Inputs], wanted: Sequence[Outputs], what: str) -> None:
+    for call, outputs in zip(calls, wanted, strict=True):
+        verify(model, call, outputs, what)
+
+
+def _with_forwards(
+    model: nn.Module, bank: SaliencyBank, undo_log: UndoLog
+) -> dict[str, SkippingForward | PoolingForward]:
+    """Put forwards on the layers that choose or follow, and on poolings. Returns those that can skip; none does yet."""
+    found: dict[str, SkippingForward | PoolingForward] = {}
+    stays = torch.cat([~bank.counting.zero, torch.ones(1, dtype=torch.bool)])
+    for layer in bank.counting.layers:
+        if layer.scaling is None:
+            continue
+        conv, scaling = model.get_submodule(layer.path), layer.scaling
+        module: Any = conv._modules[NAME]
+        norm, by_itself = None, scaling.path == layer.path
+        known = None if by_itself else norm_of(model, scaling)
+        if known is not None:
+            norm = PassingNorm(known)
+            undo_log.set_attribute(known, "forward", norm)
+        forward = SkippingForward(conv, module, layer, stays, norm, by_itself or norm is not None)
+        undo_log.set_attribute(conv, "forward", forward)
+        if forward.can_skip:
+            found[layer.path] = forward
+    for path, pool in model.named_modules():
+        if type(pool) is nn.MaxPool2d and "forward" not in pool.__dict__:
+            found[path] = PoolingForward(pool)
+            undo_log.set_attribute(pool, "forward", found[path])
+    return found

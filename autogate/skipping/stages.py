@@ -1,0 +1,148 @@
+"""Stages: modules that run the images of a batch in a few groups, each with the channels of its prototype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autogate.inputs import Inputs
+from autogate.saliency import Note, Notes
+from autogate.skipping.prototypes import Prototypes
+from rewriters import run_eval
+
+LEAST_CHANNELS = 8
+"""Of what a stage reads: a prototype is read off their means."""
+
+
+class StageForward:
+    """The forward of a stage: images of one prototype run together, and compute no channel that it lacks.
+
+    It shadows the module's own, on the instance. In train mode, with gradients, and traced or compiled, that runs.
+
+    Args:
+        module: the stage.
+        notes: take the calls of each forward.
+        prototypes: of the stage.
+    """
+
+    def __init__(self, module: nn.Module, notes: Notes, prototypes: Prototypes):
+        self.module, self.notes, self.prototypes = module, notes, prototypes
+        self.earlier = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._groups(args, kwargs):
+            return self._own(*args, **kwargs)
+        (x,) = args
+        if self.prototypes.bias.device != x.device:
+            self.prototypes = self.prototypes.to(x.device)
+        of = self.prototypes.of(x.flatten(2).mean(2))
+        groups = [(of == one).nonzero().flatten() for one in of.unique().tolist()]
+        notes, begun, alive = self.notes, len(self.notes.calls), self.notes.alive
+        made, runs = [], []
+        after: list[Any] = []
+        try:
+            for images in groups:
+                one = int(of[images[0]])
+                notes.allowed = {layer: code[one] for layer, code in self.prototypes.codes.items()}
+                notes.alive = None if alive is None else alive[images]
+                made.append(self._own(x if len(groups) == 1 else x[images]))
+                runs.append(notes.calls[begun:])
+                after.append(notes.alive)
+                del notes.calls[begun:]
+        finally:
+            notes.allowed = None
+        back = torch.cat(groups).argsort()
+        notes.calls += _merged(runs, back)
+        notes.alive = None if after[0] is None else torch.cat(after)[back]
+        return made[0] if len(groups) == 1 else torch.cat(made)[back]
+
+    def _groups(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call can be split into groups of images."""
+        return (
+            not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled())
+            and not self.module.training
+            and self.notes.running
+            and self.notes.allowed is None
+            and len(args) == 1
+            and not kwargs
+            and type(args[0]) is Tensor
+            and args[0].ndim >= 3
+            and len(args[0]) > 0
+            and (self.notes.alive is None or len(self.notes.alive) == len(args[0]))
+        )
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.earlier if self.earlier is not None else type(self.module).forward.__get__(self.module)
+        return forward(*args, **kwargs)
+
+
+def _merged(runs: Sequence[Sequence[Note]], back: Tensor) -> list[Note]:
+    """The calls of all groups as those of one batch; `back` has the place of each image in the groups."""
+    found = []
+    for notes in zip(*runs, strict=True):
+        first = notes[0]
+        scores = None if first.scores is None else torch.cat([note.scores for note in notes])[back]
+        found.append(Note(first.layer, sum(note.positions for note in notes), scores))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A module that can run images in groups, and the numbers of the layers in it that choose."""
+
+    path: str
+    layers: tuple[int, ...]
+
+
+def stages_in(model: nn.Module, layers: Mapping[int, str], calls: Iterable[ModuleRun]) -> list[Stage]:
+    """The outermost modules that can be stages.
+
+    They take one feature map and return one, once in a forward, and at least two layers in them choose.
+
+    Args:
+        model: the model.
+        layers: paths of the layers that choose, by number.
+        calls: of its modules, in one forward.
+    """
+    by_path: dict[str, list[ModuleRun]] = {}
+    for call in calls:
+        by_path.setdefault(call.path, []).append(call)
+    found: list[Stage] = []
+    for path, _ in model.named_modules():
+        inside = tuple(number for number, owner in layers.items() if owner.startswith(f"{path}."))
+        taken = any(path.startswith(f"{stage.path}.") for stage in found)
+        if path and not taken and len(inside) >= 2 and [one.maps for one in by_path.get(path, [])] == [True]:
+            found.append(Stage(path, inside))
+    return found
+
+
+@dataclass(frozen=True)
+class ModuleRun:
+    """A module's call: whether it takes one feature map and returns one of as many images, all else being equal."""
+
+    path: str
+    maps: bool
+
+
+def runs_in(model: nn.Module, call: Inputs) -> list[ModuleRun]:
+    """The calls of a model's modules in one forward in eval mode."""
+    found: list[ModuleRun] = []
+    handles = []
+    for path, module in model.named_modules():
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+            single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+            maps = single and args[0].ndim >= 3 and args[0].shape[1] >= LEAST_CHANNELS and len(output) == len(args[0])
+            found.append(ModuleRun(path, maps))
+
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
+    try:
+        run_eval(model, *call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
