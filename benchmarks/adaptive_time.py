@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autogate import adaptive
@@ -32,9 +33,10 @@ def draw_codes(model: nn.Module, images: Tensor, share: float, seed: int = 0) ->
     random = torch.Generator().manual_seed(seed)
 
     def draw(module: SaliencyModule, args: tuple[Tensor]) -> None:
-        hidden = module.reduce(args[0].flatten(-module.dims).mean(-1)).relu().cpu()
+        hidden = module.reduce(args[0].flatten(-module.dims).mean(-1)).relu().cpu().float()
         weight = torch.randn(module.expand.weight.shape, generator=random)
-        weight *= 0.5 / ((hidden - hidden.mean(0)) @ weight.T).std().clamp(min=1e-12)
+        spread = torch.maximum(((hidden - hidden.mean(0)) @ weight.T).std(), 0.3 * (hidden @ weight.T).std())
+        weight *= 0.5 / spread.clamp(min=1e-12)
         bias = 0.2 * torch.randn(module.expand.bias.shape, generator=random) - weight @ hidden.mean(0)
         scores = hidden @ weight.T + bias
         module.expand.weight.copy_(weight)
@@ -44,6 +46,13 @@ def draw_codes(model: nn.Module, images: Tensor, share: float, seed: int = 0) ->
     model.eval()(images)
     for handle in handles:
         handle.remove()
+
+
+def noise(count: int, size: int, seed: int = 0) -> Tensor:
+    """Images of noise, shape (count, 3, size, size), that differ in their colours and in what is where."""
+    random = torch.Generator().manual_seed(seed)
+    coarse = (torch.randn(count, 3, side, side, generator=random) for side in (1, 4, size))
+    return sum(F.interpolate(one, size=(size, size), mode="nearest") for one in coarse)
 
 
 class Row(NamedTuple):
@@ -71,7 +80,7 @@ def rows(name: str, share: float, size: int, rounds: int, prototypes: int) -> li
     """Time a model with drawn codes at batch sizes 1 and 64."""
     torch.manual_seed(0)
     dense = timm.create_model(name, num_classes=1000).to(DEVICE).eval()
-    images = torch.randn(8, 3, size, size, device=DEVICE)
+    images = noise(8, size).to(DEVICE)
     model = adaptive.prepare(copy.deepcopy(dense), images[:2], flops=0.9, method=adaptive.SANP(reduction=REDUCTION))
     draw_codes(model, images, 0.55)
     adaptive.budget(model, flops=share, batches=[images])
@@ -85,7 +94,7 @@ def rows(name: str, share: float, size: int, rounds: int, prototypes: int) -> li
 @torch.inference_mode()
 def timed(name: str, form: str, dense: nn.Module, fast: nn.Module, batch: int, size: int, rounds: int) -> Row:
     """Time both models on images of noise, in turns."""
-    images = torch.randn(batch, 3, size, size, device=DEVICE)
+    images = noise(batch, size, seed=1).to(DEVICE)
     ratio = in_turn(lambda: dense(images), lambda: fast(images), rounds if batch == 1 else max(3, rounds // 3)).ratio
     cost = adaptive.cost(fast).mean() / adaptive.bank(fast).cost_of_images().dense
     return Row(name, form, batch, float(cost), ratio)
