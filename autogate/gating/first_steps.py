@@ -49,8 +49,8 @@ def _norm_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _is_initial(tensor: Tensor) -> bool:
     if tensor.is_meta or tensor.numel() == 0:
         return True
-    first = float(tensor.flatten()[0])
-    return first in (0.0, 1.0) and bool((tensor == first).all())
+    least, most = map(float, tensor.aminmax())
+    return least == most and least in (0.0, 1.0)
 
 
 class FirstSteps:

@@ -236,6 +236,12 @@ class Counting:
             alive.scatter_reduce_(1, places, made.any(1).float(), "amax")
         return Cost(cost, dense)
 
+    def computed(self, calls: Sequence[Note]) -> Tensor:
+        """How many channels of the layers that choose a forward has computed for each image, float64, (images,)."""
+        scored = [call for call in calls if call.scores is not None]
+        images = next(len(_rows(call.scores)) for call in scored if call.scores is not None)
+        return torch.stack([self._made(call, images).mean(1, dtype=torch.float64).sum(1) for call in scored]).sum(0)
+
     def _made(self, call: Note, images: int) -> Tensor:
         """Which channels are computed, bool, (images, calls of the layer for each image, channels).
 

@@ -17,7 +17,15 @@ from rewriters.errors import TraceError
 from rewriters.forwards import TracedForward, patches_held, told_apart, trace_modes
 from rewriters.labelling import ALWAYS, Labelled, Labelling, merge_grids
 from rewriters.labelling.rules import LabelledStatistic
-from rewriters.recording import Capture, ModuleCall, all_tensors, leaves_of, tensors_at, without_caches
+from rewriters.recording import (
+    Capture,
+    ModuleCall,
+    all_tensors,
+    leaves_of,
+    named_modules,
+    tensors_at,
+    without_caches,
+)
 
 _UNLIKE = "its calls take different paths, which its arguments don't tell apart"
 
@@ -128,18 +136,19 @@ def trace_size_holders(
     Forwards that were traced for their statistics are included, for a norm may be written in ops that hold no size. So
     are all other calls of such a module: the rewritten forward runs for them too.
     """
+    modules = dict(named_modules(model))
     every = [
         (captured, call)
         for captured in analysis.captures
         for call in captured.calls()
-        if _may_change(model.get_submodule(call.path), call, analysis.labelling)
+        if _may_change(modules[call.path], call, analysis.labelling)
     ]
-    holders = {id(call): _holders(model.get_submodule(call.path), call, analysis.labelling, known) for _, call in every}
+    holders = {id(call): _holders(modules[call.path], call, analysis.labelling, known) for _, call in every}
     rewritten = {call.path for _, call in every if holders[id(call)] or id(call) in traces}
     calls = [(captured, call) for captured, call in every if call.path in rewritten]
     plain = {call.path for _, call in calls if not statistics_in(analysis.labelling, call)}
     plain -= {call.path for _, call in calls if id(call) in traces}
-    open_ended = plain & {call.path for _, call in calls if is_open_ended(model.get_submodule(call.path), call)}
+    open_ended = plain & {call.path for _, call in calls if is_open_ended(modules[call.path], call)}
     refused = _trace(model, analysis, [one for one in calls if one[1].path not in open_ended], known, traces)
     own = find_own_code(model, analysis.recorded, analysis.labelling, inputs, open_ended | (plain & refused.keys()))
     analysis.own_code += own

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 import linecache
+import re
 import sys
 import types
 
@@ -51,3 +52,18 @@ def code_compares_identity(code: types.CodeType) -> bool:
             return True
         before = instruction
     return False
+
+
+def file_compares_types(path: str) -> bool:
+    """Whether code in a file compares types with `is`."""
+    lines = linecache.getlines(path)
+    known = _compared_in.get(path)
+    if known is None or known[0] is not lines:
+        known = _compared_in[path] = (lines, bool(_COMPARES_TYPES.search("".join(lines))))
+    return known[1]
+
+
+_COMPARES_TYPES = re.compile(r"\btype\(.*\)\s*(is|==|in|!=)\b|\bis int\b|dtype=int\b")
+
+_compared_in: dict[str, tuple[list[str], bool]] = {}
+"""What was found in each file, and the lines that it was found in: a file that is read anew gives another list."""

@@ -12,9 +12,7 @@ import builtins
 import contextlib
 import functools
 import inspect
-import linecache
 import math
-import re
 import sys
 import threading
 import types
@@ -33,6 +31,7 @@ from rewriters.errors import TraceError
 from rewriters.forwards.attribute_reads import AttributeReads
 from rewriters.forwards.extremes import EXTREMES
 from rewriters.forwards.proxies import ValueProxy
+from rewriters.forwards.read_code import file_compares_types
 from rewriters.forwards.rewritten_forward import Applied
 from rewriters.recording import leaves_of
 
@@ -240,14 +239,11 @@ class _Int(metaclass=_OfProxies):
 def int_followed(function: Callable[..., Any]) -> Iterator[None]:
     """Inside, `int(size)` is recorded in the file of a function, unless code there compares types with `is`."""
     scope = getattr(inspect.unwrap(function), "__globals__", {})
-    if "int" in scope or _COMPARES_TYPES.search("".join(linecache.getlines(scope.get("__file__") or ""))):
+    if "int" in scope or file_compares_types(scope.get("__file__") or ""):
         yield
         return
     with mock.patch.dict(scope, {"int": _Int}):
         yield
-
-
-_COMPARES_TYPES = re.compile(r"\btype\(.*\)\s*(is|==|in|!=)\b|\bis int\b|dtype=int\b")
 
 
 @contextlib.contextmanager
