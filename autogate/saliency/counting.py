@@ -5,16 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from autogate.saliency.sites import Scaling
+from autogate.saliency.sites import Kind, Scaling
 from rewriters import AutogateError
-
-Kind = Literal["chosen", "follows", "whole"]
-"""A layer that has a saliency module; a depthwise one, which computes the channels that aren't zero; any other."""
 
 
 class Note(NamedTuple):

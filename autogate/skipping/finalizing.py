@@ -153,7 +153,7 @@ def _skipping(
     else:
         wanted = _slimmed(model, bank, used, calls, undo_log)
         check("the slim model")
-    forwards = _with_forwards(model, bank, undo_log)
+    forwards = with_forwards(model, bank, undo_log)
     for forward in forwards.values():
         forward.break_even = ALL
     check("the model that skips")
@@ -211,7 +211,7 @@ def _slimmed(
     return wanted
 
 
-def _with_forwards(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> Forwards:
+def with_forwards(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> Forwards:
     """Put forwards on the layers that choose or follow, and on poolings. Returns those that can skip; none does yet."""
     found: Forwards = {}
     stays = torch.cat([~bank.counting.zero, torch.ones(1, dtype=torch.bool)])

@@ -153,10 +153,15 @@ class _Tracer(ValueTracer):
         proxy = self.proxy(node)
         if parameter.name in HINTS.get(type(self.root), ()):
             return proxy
-        if parameter.default is None and value is not None:
-            absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
-            self.guard(absent, f"whether the argument {parameter.name} is None")
+        first = len(self.graph.find_nodes(op="placeholder")) == 1  # nobody leaves that one out
+        optional = parameter.default is None or (parameter.default is parameter.empty and not (stars or first))
+        if optional and value is not None:
+            self._guard_given(proxy, parameter.name)
         return self._argument(proxy, parameter.name)
+
+    def _guard_given(self, proxy: ValueProxy, name: str) -> None:
+        absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
+        self.guard(absent, f"whether the argument {name} is None")
 
     def _guard_default(self, given: Any, name: str) -> None:
         if type(given) is ValueProxy and isinstance(given.value, _GUARDED):
@@ -174,14 +179,18 @@ class _Tracer(ValueTracer):
     def _argument(self, proxy: ValueProxy, name: str) -> Any:
         """A proxy for a tensor or number, a container of proxies for a container, else the value itself.
 
-        The forward may look at every entry of a container, so their number is guarded.
+        The forward may look at every entry of a container, so their number is guarded, and whether a tensor is there.
         """
         value = proxy.value
         kind = plain_kind(value)
         if kind is not None:
             self.guard(self.create_proxy("call_function", _len, (proxy,), {}), f"the number of entries of {name}")
-            keys = value if kind is dict else range(len(value))
-            entries = {key: self._argument(proxy[key], f"{name}[{key!r}]") for key in keys}
+            entries = {}
+            for key in value if kind is dict else range(len(value)):
+                entry, place = proxy[key], f"{name}[{key!r}]"
+                if isinstance(entry.value, Tensor):
+                    self._guard_given(entry, place)
+                entries[key] = self._argument(entry, place)
             made = entries if kind is dict else kind(entries.values())
             return made if type(value) is kind else maker_of(value)(made)
         if isinstance(value, Tensor) or type(value) in (int, float):
