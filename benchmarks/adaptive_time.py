@@ -37,7 +37,7 @@ def draw_codes(model: nn.Module, images: Tensor, share: float, seed: int = 0) ->
         hidden = module.reduce(args[0].flatten(-module.dims).mean(-1)).relu().cpu().float()
         weight = torch.randn(module.expand.weight.shape, generator=random)
         spread = torch.maximum(((hidden - hidden.mean(0)) @ weight.T).std(), 0.3 * (hidden @ weight.T).std())
-        weight *= 0.5 / spread if spread > 0 else 0.0
+        weight *= 0.5 / spread.clamp(min=1e-3)
         bias = 0.2 * torch.randn(module.expand.bias.shape, generator=random) - weight @ hidden.mean(0)
         scores = hidden @ weight.T + bias
         module.expand.weight.copy_(weight)
