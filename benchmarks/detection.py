@@ -24,16 +24,16 @@ from benchmarks.parts import measure_missing, randomise_norms, share_left, worst
 
 MODELS = (
     "yolov5n", "yolov6n", "yolov8n", "yolov8n-seg", "yolov8n-pose", "yolov8n-cls", "yolov9t", "yolov10n", "yolo11n",
-    "yolo11n-obb", "yolo12n", "yolo26n", "yolo26n-seg",
+    "yolo11n-obb", "yolo12n", "yolo26n", "yolo26n-seg", "yolov8-rtdetr", "rtdetr-resnet50",
 )  # fmt: skip
 
 
 def build(name: str) -> nn.Module:
     """The network with random weights, and with norms unlike their initialisation."""
-    from ultralytics import YOLO
+    from ultralytics import RTDETR, YOLO
 
     torch.manual_seed(0)
-    model = YOLO(f"{name}.yaml").model
+    model = (RTDETR if "rtdetr" in name else YOLO)(f"{name}.yaml").model
     randomise_norms(model)
     return model
 

@@ -116,9 +116,10 @@ def growth(model: nn.Module, inputs: Inputs) -> float:
 def spread(outputs: Iterable[Tensor]) -> float:
     """Relative distance between the outputs of the first two samples of a batch, for the output where it is smallest.
 
-    If it is zero, comparing outputs says nothing.
+    If it is zero, comparing outputs says nothing. An output whose batch isn't its first dimension may be left out.
     """
-    apart = [(out[0] - out[1]).abs().max() / out.abs().max() for out in outputs if out.is_floating_point()]
+    compared = [out for out in outputs if out.is_floating_point() and len(out) > 1]
+    apart = [(out[0] - out[1]).abs().max() / out.abs().max() for out in compared]
     return float(min(apart))
 
 

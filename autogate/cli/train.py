@@ -25,6 +25,7 @@ from autogate.training import (
     SCHEDULES,
     Budget,
     Callback,
+    Choice,
     Distillation,
     EpochRow,
     Images,
@@ -55,8 +56,9 @@ def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
-_budget, _widths, _data, _learn, _run = (
-    functools.partial(_option, panel) for panel in ("Budget", "Several widths", "Images", "Training", "Run")
+_budget, _widths, _choice, _data, _learn, _run = (
+    functools.partial(_option, panel)
+    for panel in ("Budget", "Several widths", "A choice for each image", "Images", "Training", "Run")
 )
 
 
@@ -83,6 +85,8 @@ def train(
     subnets_by: Annotated[str | None, _widths("Criterion for their channels. Default: a run with gates each.")] = None,
     subnets_rule: Annotated[str, _widths('"all" in each step, or "sandwich".')] = "all",
     nested: Annotated[bool, _widths("Keep slices as views of the weights.", "--nested")] = False,
+    adaptive: Annotated[bool, _choice("Learn which channels to compute for each image.", "--adaptive")] = False,
+    warmup: Annotated[float, _choice("Part of the steps in which only its modules train.")] = Choice.warmup,
     method: Annotated[str, _option("Method", f"What decides which channels die: {', '.join(METHODS)}.")] = "gdp",
     pretrained: Annotated[bool, _learn("Start from timm's weights.", "--pretrained")] = False,
     initial_checkpoint: Annotated[Path | None, _learn("Start from the weights in a file.", exists=True)] = None,
@@ -145,6 +149,8 @@ def train(
     With --subnets 0.05 0.22 0.45 the run makes one network of several widths: it finds the channels of each, then
     trains all together, for --epochs each time. --distill is then in place.
 
+    With --adaptive the model learns which channels to compute for each image; --flops is the mean over images.
+
     Example: autogate train resnet50 --pretrained --data imagenet/ --flops 0.5 --epochs 30 --amp
     """
     asked = context.params
@@ -192,8 +198,13 @@ def _recipe(asked: dict[str, Any]) -> Recipe:
     widths = Widths(shares, asked["subnets_by"], asked["subnets_rule"], asked["nested"]) if shares else None
     if widths is None and (asked["subnets_by"] or asked["nested"] or asked["subnets_rule"] != "all"):
         raise typer.BadParameter("it is for several widths; name their shares.", param_hint="--subnets")
+    if asked["warmup"] != Choice.warmup and not asked["adaptive"]:
+        raise typer.BadParameter("it is for a choice of channels for each image.", param_hint="--adaptive")
+    choice = Choice(asked["warmup"]) if asked["adaptive"] else None
     parts = {"network": network, "images": images, "budget": budget, "learning": _filled(Learning, asked)}
-    return _filled(Recipe, asked, **parts, distillation=teacher, method=asked_method(asked), subnets=widths)
+    return _filled(
+        Recipe, asked, **parts, distillation=teacher, method=asked_method(asked), subnets=widths, adaptive=choice
+    )
 
 
 def _model_name(name: str) -> str:
@@ -291,7 +302,9 @@ class _Bar(Callback):
         if self.task is not None:
             words = f"epoch {metrics.epoch}/{self.info.recipe.learning.epochs}, loss {metrics.loss:.3f}"
             if self.info.recipe.subnets is None:
-                words += f", FLOPs {metrics.flops:.1%}, gates {metrics.live}/{self.info.gates}"
+                words += f", FLOPs {metrics.flops:.1%}"
+            if self.info.gates:
+                words += f", gates {metrics.live}/{self.info.gates}"
             self.progress.update(self.task, completed=metrics.step, description=words)
             if self.interval is not None and metrics.step >= self.told + self.interval:
                 self.told = metrics.step
@@ -301,10 +314,12 @@ class _Bar(Callback):
     def evaluated(self, row: EpochRow) -> None:
         loss = "" if row.train_loss is None else f"loss {row.train_loss:.3f}, "
         average = "" if row.ema_accuracy is None else f" (averaged {row.ema_accuracy:.2f} %)"
-        left = f", FLOPs {row.flops:.1%}, parameters {row.params:.1%}, gates {row.live}/{row.gates}"
+        left = "" if self.info.recipe.subnets is not None else f", FLOPs {row.flops:.1%}"
+        if self.info.gates:
+            left += f", parameters {row.params:.1%}, gates {row.live}/{row.gates}"
         self.progress.console.print(
             f"{f'epoch {row.epoch}' if row.epoch else 'dense model'}: {loss}accuracy {row.accuracy:.2f} %{average}"
-            f"{left if self.info.recipe.subnets is None else ''}",
+            f"{left}",
             highlight=False,
             soft_wrap=True,
         )
@@ -326,24 +341,30 @@ def _print_result(result: Result | None, folder: Path, processes: int) -> None:
     if RunFolder(folder).info().recipe.subnets is not None:
         _print_subnets(RunFolder(folder))
         return
-    table = Table("", "dense", "slim", "slim / dense")
+    is_slim = RunFolder(folder).info().recipe.adaptive is None
+    kind = "slim" if is_slim else "adaptive"
+    table = Table("", "dense", kind, f"{kind} / dense")
     for column in table.columns[1:]:
         column.justify = "right"
     dense = RunFolder(folder).metrics()[0].accuracy
     slim = "-" if result.accuracy is None else f"{result.accuracy:.2f}"
-    table.add_row("FLOPs", short(result.dense_flops), short(result.flops), f"{result.flops / result.dense_flops:.3f}")
+    name = "FLOPs" if is_slim else "FLOPs of an image, on average"
+    table.add_row(name, short(result.dense_flops), short(result.flops), f"{result.flops / result.dense_flops:.3f}")
     table.add_row(
         "parameters", short(result.dense_params), short(result.params), f"{result.params / result.dense_params:.3f}"
     )
     table.add_row("accuracy (%), before and after", f"{dense:.2f}", slim, "")
     console.print(table)
-    console.print(f"slim model: {RunFolder(folder).slim_file.resolve()}", soft_wrap=True, highlight=False)
+    made = RunFolder(folder).made_file(RunFolder(folder).info().recipe)
+    console.print(f"{kind} model: {made.resolve()}", soft_wrap=True, highlight=False)
     console.print(f"report: autogate report {shlex.quote(str(folder))}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _subject(info: RunInfo) -> str:
     """What is trained, in a few words."""
     widths = info.recipe.subnets
+    if info.recipe.adaptive is not None:
+        return f"a choice for each image, {info.targets['FLOPs']:.1%} of the FLOPs on average"
     return f"{info.gates} gates" if widths is None else f"{len(widths.shares) + 1} widths"
 
 

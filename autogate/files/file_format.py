@@ -23,6 +23,7 @@ from torch import Tensor
 from autogate.files.data_config import DataConfig
 from autogate.files.timm_builds import TimmBuild
 from autogate.saliency import Choosing
+from autogate.skipping import Skipping
 from autogate.slim import Analysed, Slimming
 from autogate.switching import Fusing
 from rewriters import AutogateError
@@ -51,6 +52,7 @@ class Header:
         channels_last: tensors whose memory has channels last, in two or three dimensions of space.
         subnets: how the model holds several widths; None if it has one.
         adaptive: how it chooses its channels for each image; None if it doesn't.
+        skipping: how it skips what is off for an image; None if it doesn't.
         data_config: how images become inputs, and the classes' names; None if the model doesn't say.
     """
 
@@ -69,6 +71,7 @@ class Header:
     channels_last: tuple[str, ...] = ()
     subnets: Fusing | None = None
     adaptive: Choosing | None = None
+    skipping: Skipping | None = None
     data_config: DataConfig | None = None
 
     def records(self) -> tuple[Analysed, ...]:

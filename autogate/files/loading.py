@@ -25,6 +25,7 @@ from autogate.gating import BANK
 from autogate.inputs import Inputs, as_calls
 from autogate.lock import locked
 from autogate.saliency import Choosing, install_again, saliency_of
+from autogate.skipping import skip_again
 from autogate.slim import (
     ATTRIBUTE,
     Analysed,
@@ -159,7 +160,9 @@ def _slim_again(
         if isinstance(record, Fusing):
             fuse_again(model, record, calls, undo_log)
         elif isinstance(record, Choosing):
-            install_again(model, record, calls, shapes, undo_log)
+            bank = install_again(model, record, calls, shapes, undo_log)
+            if header.skipping is not None:
+                skip_again(model, bank, header.skipping, undo_log)
         else:
             assert isinstance(record, Slimming)
             replay(model, record, calls, undo_log)

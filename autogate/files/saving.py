@@ -21,6 +21,7 @@ from autogate.files.timm_builds import Dense, dense_of, find_timm_build
 from autogate.gating import BANK
 from autogate.lock import locked
 from autogate.saliency import record_of, saliency_of
+from autogate.skipping import record_of_skipping
 from autogate.slim import Form, History, describe_buffers, first_difference, form_of, history_of
 from autogate.switching import SUBNETS, Fusing, subnets_of
 from autogate.version import __version__
@@ -82,7 +83,7 @@ def _contents(
 ) -> tuple[Header, dict[str, Tensor]]:
     """What is written of a model; of a switchable one its largest subnet is active."""
     _check_unchanged(slim)
-    history = history_of(slim)
+    history, bank = history_of(slim), saliency_of(slim)
     tensors, aliases = _tensors_of(slim)
     how, why_not = find_timm_build(slim, dense, model_args)
     header = Header(
@@ -100,7 +101,8 @@ def _contents(
         forwards=_forwards(slim),
         channels_last=_channels_last(slim, tensors),
         subnets=fusing,
-        adaptive=None if (bank := saliency_of(slim)) is None else record_of(slim, bank),
+        adaptive=None if bank is None else record_of(slim, bank),
+        skipping=None if bank is None else record_of_skipping(slim, bank),
         data_config=data_config_of(slim),
     )
     return header, tensors

@@ -5,6 +5,7 @@ The page is made from the run's folder, and the dense model's channels, which ar
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import tempfile
 from collections.abc import Sequence
@@ -19,8 +20,10 @@ from markupsafe import Markup
 from autogate.files import atomic_write, dense_model, load
 from autogate.inspection import Comparison, Duration, compare, draw_coupling_graph, inspect_model, short
 from autogate.training import (
+    SHOWN,
     EpochRow,
     GateRow,
+    ImageUse,
     ModelFunction,
     Result,
     RunFolder,
@@ -43,6 +46,8 @@ class Report:
         latency: latency of the slim and the dense model; empty if it was not measured.
         threads: CPU threads during that measurement.
         sizes, subnets: of a run of several widths, as in its folder.
+        use: what images use of a model that chooses its channels for each of them; None if that isn't known.
+        examples: rows of images with their costs.
     """
 
     name: str
@@ -55,6 +60,23 @@ class Report:
     threads: int = 1
     sizes: tuple[SubnetSize, ...] = ()
     subnets: tuple[SubnetRow, ...] = ()
+    use: ImageUse | None = None
+    examples: tuple[Examples, ...] = ()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images side by side.
+
+    Attributes:
+        title: what they have in common.
+        picture: a PNG file as a data URI.
+        costs: of each, in words.
+    """
+
+    title: str
+    picture: str
+    costs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -95,7 +117,7 @@ def read_report(
     timed: tuple[Comparison, ...] = ()
     if info.recipe.subnets is not None and not folder.subnets():
         raise AutogateError("there is nothing to report yet: no subnet was evaluated.", where=str(run))
-    if latency and info.recipe.subnets is None:
+    if latency and info.recipe.subnets is None and info.recipe.adaptive is None:
         if not folder.slim_file.is_file():
             raise AutogateError(
                 "there is no slim model to measure yet.",
@@ -106,7 +128,7 @@ def read_report(
         timed = tuple(compare(*models, batches=batches, compiled=(False,)))
     return Report(
         run.resolve().name, info, rows, folder.gates(), folder.result(), found.channel_map, timed,
-        torch.get_num_threads(), folder.subnet_sizes(), folder.subnets(),
+        torch.get_num_threads(), folder.subnet_sizes(), folder.subnets(), folder.use(), _examples(folder),
     )  # fmt: skip
 
 
@@ -136,7 +158,8 @@ def write_report(report: Report, out: Path) -> Path:
     page = environment.get_template("page.html").render(
         report=report,
         pictures=_pictures(report, out),
-        numbers=_numbers(report) if report.gates else [],
+        kind=_kind(report.info),
+        numbers=[] if report.info.recipe.subnets is not None else _numbers(report),
         layers=_layers(report) if report.gates else [],
         subnets=[_subnet(size) for size in report.sizes],
         changes=_changes(report.result),
@@ -153,7 +176,9 @@ def _pictures(report: Report, out: Path) -> list[_Picture]:
     from autogate.reporting import plots
 
     with plots.styled():
-        figures = _of_subnets(report) if report.info.recipe.subnets is not None else _of_gates(report)
+        recipe = report.info.recipe
+        of_kind = _of_subnets if recipe.subnets is not None else _of_gates if recipe.adaptive is None else _of_choice
+        figures = of_kind(report)
     for name, _, _, figure in figures:
         plots.as_png(figure, out / f"{name}.png")
     with plots.styled(), tempfile.TemporaryDirectory() as folder:
@@ -206,6 +231,46 @@ def _of_subnets(report: Report) -> list[tuple[str, str, str, Any]]:
     return found
 
 
+def _of_choice(report: Report) -> list[tuple[str, str, str, Any]]:
+    """The same of a run with a choice for each image."""
+    from autogate.reporting import plots
+
+    course = plots.course(report.info, report.rows, report.result)
+    words = "FLOPs of an image, a running mean in training; epoch 0 is the dense model."
+    found = [("course", "Cost and accuracy", words, course)]
+    if report.use is None:
+        return found
+    seen = f"On the {len(report.use.shares)} validation images."
+    target = report.info.targets["FLOPs"]
+    return [
+        *found,
+        ("use", "Channels that images never, sometimes and always use", seen, plots.use_of_layers(report.use)),
+        ("channels", "How many channels images use", seen, plots.channels_of_images(report.use)),
+        ("costs", "What images cost", seen, plots.costs_of_images(report.use, target)),
+    ]
+
+
+def _examples(folder: RunFolder) -> tuple[Examples, ...]:
+    """The cheapest and the dearest images of a run with a choice for each image."""
+    use = folder.use()
+    if use is None or not all(file.is_file() for file in folder.picture_files):
+        return ()
+    found, costs = [], sorted(use.shares)
+    titles = ("The cheapest images", "The dearest images")
+    for title, file, those in zip(titles, folder.picture_files, (costs, costs[::-1]), strict=True):
+        data = base64.b64encode(file.read_bytes()).decode()
+        shown = tuple(f"{share:.1%}" for share in those[:SHOWN])
+        found.append(Examples(title, f"data:image/png;base64,{data}", shown))
+    return tuple(found)
+
+
+def _kind(info: RunInfo) -> str:
+    """What the run makes, in a few words."""
+    if info.recipe.adaptive is not None:
+        return "with a choice of channels for each image"
+    return "with gates" if info.recipe.subnets is None else "in several widths"
+
+
 def _subnet(size: SubnetSize) -> tuple[str, ...]:
     accuracy = "-" if size.accuracy is None else f"{size.accuracy:.2f} %"
     seconds = "-" if size.seconds is None else f"{1e3 * size.seconds:.3g}"
@@ -221,6 +286,11 @@ def _numbers(report: Report) -> list[tuple[str, str, str, str]]:
         flops, params = result.flops, result.params
         accuracy = accuracy if result.accuracy is None else result.accuracy
     dense = report.rows[0].accuracy
+    if info.recipe.adaptive is not None:
+        return [
+            ("FLOPs of an image, on average", short(info.flops), short(flops), f"{flops / info.flops:.1%}"),
+            ("Accuracy", f"{dense:.2f} %", f"{accuracy:.2f} %", f"{accuracy - dense:+.2f}"),
+        ]
     return [
         ("FLOPs", short(info.flops), short(flops), f"{flops / info.flops:.1%}"),
         ("Parameters", short(info.params), short(params), f"{params / info.params:.1%}"),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from autogate.inspection import shortened
-from autogate.training import BINS, EpochRow, GateRow, Result, RunInfo, SubnetRow, SubnetSize
+from autogate.training import BINS, EpochRow, GateRow, ImageUse, Result, RunInfo, SubnetRow, SubnetSize
 
 WIDTH = 4.6
 """Width of a figure in inches. At this width labels are legible on a phone, where the figure fills the screen."""
@@ -88,6 +88,47 @@ def subnet_course(rows: Sequence[SubnetRow], sizes: Sequence[SubnetSize]) -> Fig
     return figure
 
 
+def use_of_layers(use: ImageUse) -> Figure:
+    """Draw which share of each layer's channels images never, sometimes and always use (Chen et al., figure 3)."""
+    names = [layer.path for layer in use.layers]
+    places, start = np.arange(len(names)), np.zeros(len(names))
+    figure, axes = _figure(0.9 + 0.17 * len(names))
+    for kind, colour in (("always", SLIM), ("sometimes", "#8fb8de"), ("never", DENSE)):
+        counts = np.array([getattr(layer, kind) for layer in use.layers], dtype=float)
+        sizes = np.array([layer.never + layer.sometimes + layer.always for layer in use.layers])
+        axes.barh(places, 100 * counts / sizes, left=start, height=0.8, color=colour, label=kind)
+        start += 100 * counts / sizes
+    axes.set_yticks(places, [shortened(name, 26) for name in names], fontsize=7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel("output channels (%)")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def channels_of_images(use: ImageUse) -> Figure:
+    """Draw how many images use how many channels (Chen et al., figure 4)."""
+    figure, axes = _figure(2.6)
+    axes.hist(use.channels, bins=30, color=SLIM)
+    axes.set_xlabel("channels computed, of all layers that choose")
+    axes.set_ylabel("images")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def costs_of_images(use: ImageUse, target: float) -> Figure:
+    """Draw how many images take which share of the FLOPs."""
+    figure, axes = _figure(2.6)
+    axes.hist([100 * share for share in use.shares], bins=30, color=SLIM)
+    axes.axvline(100 * use.mean, color="k", linewidth=1, label="mean")
+    axes.axvline(100 * target, color=OTHER, linestyle=":", linewidth=1.5, label="target")
+    axes.set_xlabel("FLOPs (% of the dense model's)")
+    axes.set_ylabel("images")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _shades(count: int) -> list[Any]:
     """A colour for each subnet: dark for small ones, light for the largest."""
     return [colormaps["viridis"](0.05 + 0.8 * at / max(1, count - 1)) for at in range(count)]
@@ -115,21 +156,23 @@ def course(info: RunInfo, rows: Sequence[EpochRow], result: Result | None) -> Fi
     """Draw the shares left and the accuracy, by epoch."""
     epochs = [row.epoch for row in rows]
     figure, (left, right) = _figure(4.2, rows=2)
+    during, after = ("with gates", "slim") if info.gates else ("in training", "at the end")
     left.plot(epochs, [100 * row.flops for row in rows], "o-", color=SLIM, markersize=3, label="FLOPs")
-    left.plot(epochs, [100 * row.params for row in rows], "o-", color=OTHER, markersize=3, label="parameters")
+    if info.gates:
+        left.plot(epochs, [100 * row.params for row in rows], "o-", color=OTHER, markersize=3, label="parameters")
     colours = {"FLOPs": SLIM, "parameters": OTHER}
     for name, share in info.targets.items():
         left.axhline(100 * share, color=colours.get(name, "0.5"), linestyle=":", linewidth=1, label=f"target, {name}")
     left.set_ylim(0, 105)
     left.set_ylabel("left (%)")
     left.legend(frameon=False, fontsize=8, ncols=2)
-    right.plot(epochs, [row.accuracy for row in rows], "o-", color=SLIM, markersize=3, label="with gates")
+    right.plot(epochs, [row.accuracy for row in rows], "o-", color=SLIM, markersize=3, label=during)
     averaged = [(row.epoch, row.ema_accuracy) for row in rows if row.ema_accuracy is not None]
     if averaged:
         right.plot(*zip(*averaged, strict=True), "o-", color=OTHER, markersize=3, label="averaged weights")
     right.axhline(rows[0].accuracy, color="0.5", linestyle="--", linewidth=1, label="dense, at the start")
     if result is not None and result.accuracy is not None:
-        right.plot([epochs[-1]], [result.accuracy], "D", color="k", markersize=5, label="slim", zorder=3)
+        right.plot([epochs[-1]], [result.accuracy], "D", color="k", markersize=5, label=after, zorder=3)
     right.set_ylabel("accuracy (%)")
     right.set_xlabel("epoch")
     right.legend(frameon=False, fontsize=8)

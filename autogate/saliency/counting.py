@@ -5,16 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from autogate.saliency.sites import Scaling
+from autogate.saliency.sites import Kind, Scaling
 from rewriters import AutogateError
-
-Kind = Literal["chosen", "follows", "whole"]
-"""A layer that has a saliency module; a depthwise one, which computes the channels that aren't zero; any other."""
 
 
 class Note(NamedTuple):
@@ -235,6 +232,12 @@ class Counting:
             places = outputs.remainder(alive.shape[1]).expand(images, -1)  # a class may be there several times
             alive.scatter_reduce_(1, places, made.any(1).float(), "amax")
         return Cost(cost, dense)
+
+    def computed(self, calls: Sequence[Note]) -> Tensor:
+        """How many channels of the layers that choose a forward has computed for each image, float64, (images,)."""
+        scored = [call for call in calls if call.scores is not None]
+        images = next(len(_rows(call.scores)) for call in scored if call.scores is not None)
+        return torch.stack([self._made(call, images).mean(1, dtype=torch.float64).sum(1) for call in scored]).sum(0)
 
     def _made(self, call: Note, images: int) -> Tensor:
         """Which channels are computed, bool, (images, calls of the layer for each image, channels).

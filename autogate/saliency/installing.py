@@ -15,9 +15,9 @@ from autogate.inputs import Inputs, dtype_of_parameters
 from autogate.saliency.bank import SALIENCY, SaliencyBank
 from autogate.saliency.counting import CountedLayer, Counting, Fixed, Notes
 from autogate.saliency.module import NAME, FollowingModule, SaliencyModule
-from autogate.saliency.record import Choosing, check_recorded, recorded_zero
+from autogate.saliency.record import Choosing, as_prepared, check_recorded, recorded_zero
 from autogate.saliency.run import Run
-from autogate.saliency.sites import Layer, classes_of, hidden_units, layers_in
+from autogate.saliency.sites import Known, Layer, classes_of, layers_in
 from autogate.slim import PrepareRecord, analyse_channels, as_described, first_difference, form_of
 from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, UndoLog, run_eval
 from rewriters.recording import named_tensors
@@ -66,16 +66,17 @@ def install_again(
     """
     options = as_described(model, record, calls, undo_log)
     analysis = analyse_channels(model, options)
-    placing = _Placing(
-        model, layers_in(model, analysis, record.run.method.reduction), analysis.channel_map, record.run, undo_log
-    )
+    known = {layer.path: Known(layer.kind, layer.hidden) for layer in record.layers}
+    layers = layers_in(model, analysis, record.run.method.reduction, known)
+    placing = _Placing(model, layers, analysis.channel_map, record.run, undo_log)
     wanted = placing.shapes()
     different = first_difference(wanted, {name: shapes.get(name) for name in wanted})
     if different is not None:
         name, here, there = different
         raise AutogateError(f"its shape is {here} for this model, and {there} in the file.", where=name)
     with placing.placed():
-        counting = placing.counting(recorded_zero(placing.classes(), analysis.channel_map.size, record))
+        zero = recorded_zero(placing.classes(), analysis.channel_map.size, record)
+        counting = as_prepared(placing.counting(zero), record)
         check_recorded(counting, record)
         bank = placing.bank(counting, PrepareRecord(options, dtype_of_parameters(model)))
         bank.measured = record.measured
@@ -108,13 +109,10 @@ class _Placing:
         for layer in self._layers:
             if layer.kind == "chosen":
                 conv: Any = self._model.get_submodule(layer.kernel.module)
-                hidden, path = self._hidden(conv), f"{layer.kernel.module}.{NAME}".lstrip(".")
-                found[f"{path}.reduce.weight"] = (hidden, conv.in_channels)
-                found[f"{path}.expand.weight"] = (conv.out_channels, hidden)
+                path = f"{layer.kernel.module}.{NAME}".lstrip(".")
+                found[f"{path}.reduce.weight"] = (layer.hidden, conv.in_channels)
+                found[f"{path}.expand.weight"] = (conv.out_channels, layer.hidden)
         return found
-
-    def _hidden(self, conv: Any) -> int:
-        return hidden_units(conv.out_channels, self._run.method.reduction)
 
     @contextmanager
     def placed(self) -> Iterator[None]:
@@ -150,7 +148,7 @@ class _Placing:
         method = self._run.method
         module = SaliencyModule(
             conv.in_channels, conv.out_channels, conv.weight.ndim - 2,
-            hidden=self._hidden(conv), layer=number, notes=self.notes,
+            hidden=layer.hidden, layer=number, notes=self.notes,
             published=method.lam is not None, closes=layer.scaling.across,
         )  # fmt: skip
         module.to(conv.weight.device, conv.weight.dtype).train(conv.training)

@@ -33,10 +33,12 @@ class Use:
     Attributes:
         layers: those that choose, in the order they run.
         shares: the share of the FLOPs that each image takes, float64 of shape (images,).
+        channels: how many channels are computed for each image, over all layers that choose, float64 of that shape.
     """
 
     layers: tuple[LayerUse, ...]
     shares: Tensor = field(repr=False)
+    channels: Tensor = field(repr=False)
 
     @property
     def mean(self) -> MeanUse:
@@ -63,11 +65,12 @@ def use_of(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Use:
     Raises:
         AutogateError: there are no batches, or scores are NaN.
     """
-    counts, shares = _Counts(bank), []
+    counts, shares, channels = _Counts(bank), [], []
     for cost in costs(model, bank, batches):
         shares.append((cost.images / cost.dense).cpu())
+        channels.append(bank.counting.computed(bank.notes.calls).cpu())
         counts.add(bank.notes.calls)
-    found = Use(counts.layers(), torch.cat(shares))
+    found = Use(counts.layers(), torch.cat(shares), torch.cat(channels))
     bank.keep(found.mean)
     return found
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from autogate.saliency.bank import SaliencyBank
-from autogate.saliency.counting import Counting, Kind, MeanUse
+from autogate.saliency.counting import Counting, MeanUse
 from autogate.saliency.run import Run, RunState
-from autogate.saliency.sites import Scaling
+from autogate.saliency.sites import Kind, Scaling
 from autogate.slim import Analysed, check_same, describe
 from rewriters import ALWAYS
 
@@ -24,12 +24,16 @@ class RecordedLayer:
         path: of the module.
         kind: what is computed of it, see `CountedLayer`.
         scaling: where its output is scaled, for one that isn't whole.
+        hidden: rows of W1 of its saliency module, for one that has it.
+        prepared: as in `CountedLayer`.
         zero_inputs, zero_outputs: the channels that are zero where all the layers that make them are off.
     """
 
     path: str
     kind: Kind
     scaling: Scaling | None
+    hidden: int
+    prepared: float | None
     zero_inputs: tuple[int, ...]
     zero_outputs: tuple[int, ...]
 
@@ -42,12 +46,14 @@ class Choosing(Analysed):
         run: the course of its training.
         layers: all of its layers, in the order they run.
         checksum: of its layers and their channels (`Counting.checksum`).
+        prepared_rest: as in `Counting`.
         measured: as of the bank.
     """
 
     run: Run
     layers: tuple[RecordedLayer, ...]
     checksum: int
+    prepared_rest: float | None = None
     measured: tuple[RunState, MeanUse] | None = None
 
 
@@ -57,7 +63,12 @@ def record_of(model: nn.Module, bank: SaliencyBank) -> Choosing:
     before, _ = describe(model, options, (), bank.added)
     counting = bank.counting
     return Choosing(
-        **vars(before), run=bank.run, layers=_recorded(counting), checksum=counting.checksum(), measured=bank.measured
+        **vars(before),
+        run=bank.run,
+        layers=_recorded(counting),
+        checksum=counting.checksum(),
+        prepared_rest=counting.prepared_rest,
+        measured=bank.measured,
     )
 
 
@@ -72,6 +83,13 @@ def check_recorded(counting: Counting, record: Choosing) -> None:
     for here, there in zip(mine, theirs, strict=True):
         check_same(f"what {here.path} computes for each image", here, there)
     check_same("the set of channels that choose", counting.checksum(), record.checksum)
+
+
+def as_prepared(counting: Counting, record: Choosing) -> Counting:
+    """Count forwards beside the model that the recorded one was before channels were removed."""
+    pairs = zip(counting.layers, record.layers, strict=True)
+    layers = tuple(replace(layer, prepared=there.prepared) for layer, there in pairs)
+    return replace(counting, layers=layers, prepared_rest=record.prepared_rest)
 
 
 def recorded_zero(classes: Sequence[tuple[Tensor, Tensor]], size: int, record: Choosing) -> Tensor:
@@ -98,6 +116,9 @@ def _recorded(counting: Counting) -> tuple[RecordedLayer, ...]:
         return tuple(torch.nonzero(zero[classes]).flatten().tolist())
 
     return tuple(
-        RecordedLayer(layer.path, layer.kind, layer.scaling, zeros(layer.inputs), zeros(layer.outputs))
+        RecordedLayer(
+            layer.path, layer.kind, layer.scaling, layer.own // (len(layer.inputs) + len(layer.outputs)),
+            layer.prepared, zeros(layer.inputs), zeros(layer.outputs),
+        )
         for layer in counting.layers
-    )
+    )  # fmt: skip

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rewriters import ALWAYS, Analysis, ChannelMap, Kernel, Side
 from rewriters.recording import Capture, ModuleCall
+
+Kind = Literal["chosen", "follows", "whole"]
+"""A layer that has a saliency module; a depthwise one, which computes the channels that aren't zero; any other."""
 
 LEAST_SAVED = 10
 """A convolution costs at least so many times what its saliency module does."""
@@ -41,16 +44,34 @@ class Layer:
         kind: see `CountedLayer`.
         scaling: where its output is scaled, for one that isn't whole.
         why: for a regular convolution that is whole, the reason.
+        hidden: rows of W1 of its saliency module; 0 if it has none.
     """
 
     kernel: Kernel
-    kind: Literal["chosen", "follows", "whole"]
+    kind: Kind
     scaling: Scaling | None = None
     why: str = ""
+    hidden: int = 0
 
 
-def layers_in(model: nn.Module, analysis: Analysis, reduction: float) -> list[Layer]:
-    """The model's layers in the order they run, and which of them get a saliency module."""
+class Known(NamedTuple):
+    """What was decided of a layer before: its kind, and the hidden units of its saliency module."""
+
+    kind: Kind
+    hidden: int
+
+
+def layers_in(
+    model: nn.Module, analysis: Analysis, reduction: float, known: Mapping[str, Known] | None = None
+) -> list[Layer]:
+    """The model's layers in the order they run, and which of them get a saliency module.
+
+    Args:
+        model: the model.
+        analysis: of its channels.
+        reduction: r of equation 6.
+        known: what was decided before, by path: the layers' sizes don't matter then.
+    """
     channel_map, captured = analysis.channel_map, analysis.in_eval_mode[0]
     calls: dict[str, list[ModuleCall]] = {}
     for call in captured.calls():
@@ -63,13 +84,17 @@ def layers_in(model: nn.Module, analysis: Analysis, reduction: float) -> list[La
         if not isinstance(module, (_ConvNd, nn.Linear)) or kernel.weight != f"{kernel.module}.weight".lstrip("."):
             continue
         kind, why = _kind(module, kernel, channel_map, calls.get(kernel.module, []), reduction)
+        hidden = hidden_units(channel_map.sizes[kernel.output_side], reduction) if kind == "chosen" else 0
+        if known is not None:
+            before = known.get(kernel.module, Known("whole", 0))
+            kind, hidden = before if _can_be(module, before.kind) and kernel.module in calls else Known("whole", 0)
         outputs = set(classes_of(channel_map, kernel.output_side).tolist()) - {ALWAYS}
         if kind == "follows" and made.isdisjoint(outputs):
             kind = "whole"
         elif kind == "chosen":
             made |= outputs
         scaling = None if kind == "whole" else _scaling(kernel.module, calls, captured, modules, channel_map)
-        found.append(Layer(kernel, kind, scaling, why))
+        found.append(Layer(kernel, kind, scaling, why, hidden))
     return found
 
 
@@ -86,7 +111,7 @@ def classes_of(channel_map: ChannelMap, side: Side) -> Tensor:
 
 def _kind(
     module: nn.Module, kernel: Kernel, channel_map: ChannelMap, calls: Sequence[ModuleCall], reduction: float
-) -> tuple[Literal["chosen", "follows", "whole"], str]:
+) -> tuple[Kind, str]:
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or kernel.repeats or not calls:
         return "whole", ""
     has_channels = kernel.output_side in channel_map.classes
@@ -101,6 +126,14 @@ def _kind(
     if kernel.macs * inputs * outputs < LEAST_SAVED * own:
         return "whole", "a saliency module would cost more than a tenth of it"
     return "chosen", ""
+
+
+def _can_be(module: nn.Module, kind: Kind) -> bool:
+    """Whether a layer can be of a kind that was recorded."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return kind == "whole"
+    depthwise = module.groups == module.in_channels == module.out_channels
+    return {"whole": True, "chosen": module.groups == 1, "follows": depthwise}[kind]
 
 
 def _scaling(

@@ -74,7 +74,7 @@ def finalize_adaptive(
         else:
             wanted = _slimmed(model, bank, used, calls, undo_log)
             _verify(model, calls, wanted, "the slim model")
-        forwards = _with_forwards(model, bank, undo_log)
+        forwards = with_forwards(model, bank, undo_log)
         inputs = inputs_of(model, list(forwards), calls[0])
         able = {path: forward for path, forward in forwards.items() if path in inputs}
         for forward in able.values():
@@ -161,7 +161,7 @@ def _verify(model: nn.Module, calls: Sequence[Inputs], wanted: Sequence[Outputs]
         verify(model, call, outputs, what)
 
 
-def _with_forwards(
+def with_forwards(
     model: nn.Module, bank: SaliencyBank, undo_log: UndoLog
 ) -> dict[str, SkippingForward | PoolingForward]:
     """Put forwards on the layers that choose or follow, and on poolings. Returns those that can skip; none does yet."""

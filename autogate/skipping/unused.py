@@ -19,7 +19,7 @@ from autogate.saliency import (
     classes_of,
     costs,
 )
-from autogate.slim import KeptIndices, analyse_channels, kept_by_side, slim_and_record
+from autogate.slim import KeptIndices, analyse_channels, form_of, kept_by_side, slim_and_record
 from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Kernel, Side, UndoLog, run_eval
 
 CLOSED = -1e4
@@ -178,6 +178,7 @@ def slim(
     counting = bank.counting
     before = counting.rest if counting.prepared_rest is None else counting.prepared_rest
     bank.recount(replace(counting, layers=layers, rest=rest, prepared_rest=before), undo_log)
+    undo_log.set_attribute(bank, "form", form_of(model, bank.added))
 
 
 class _Kept(NamedTuple):

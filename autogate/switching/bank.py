@@ -174,7 +174,7 @@ class Subnets(nn.Module):
         overlays = with_all_forwards([subnet.overlay for subnet in self.subnets])
         for subnet, overlay in zip(self.subnets, overlays, strict=True):
             subnet.overlay = overlay
-            subnet.whole = sorted(everywhere - subnet.places, key=lambda place: place.name)
+            subnet.whole = sorted(everywhere - {*subnet.places}, key=lambda place: place.name)
 
     @property
     def subnet(self) -> Subnet:
@@ -190,11 +190,9 @@ class Subnets(nn.Module):
         self._check_idle(model)
         if index == self.active:
             return
-        self.subnet.remove()
+        self.subnets[index].put_after(self.subnet)
         drop_caches(self._caching, UndoLog())
         self.active = index
-        self.subnet.overlay.put_fields()
-        self.subnet.put()
 
     def _check_idle(self, model: nn.Module) -> None:
         if self._running.value:

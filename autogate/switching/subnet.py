@@ -29,6 +29,7 @@ class Subnet:
     Attributes:
         first_statistics: of a width that was never trained: some of the statistics that its batch norms started with,
             which are those of other widths.
+        places: where it has another tensor than the dense model.
         timed: seconds of its forward over one sample, and what machine that is on; None if it wasn't measured.
         whole: where it has the dense tensors, and other subnets don't. They stand in the modules' `__dict__` all the
             same: compiled code looks at what is there, and would not notice if nothing were.
@@ -40,22 +41,30 @@ class Subnet:
         self.first_statistics: tuple[float, ...] = ()
         self.timed: tuple[dict[str, Any], float] | None = None
         places = {place for one in own for place in one.places}
+        self.places = (*places, *(place for one in overlay.slices for place in one.places if place not in places))
         self._shared = [one for one in overlay.slices if not places.intersection(one.places)]
         self._recurrent = [one.module for one in overlay.fields if one.name == "_flat_weights"]
         self._kept: tuple[Any, list[Tensor]] | None = None
-
-    @property
-    def places(self) -> set[Place]:
-        """Where it has another tensor than the dense model."""
-        of_slices = {place for one in self.overlay.slices for place in one.places}
-        return of_slices | {place for one in self.own for place in one.places}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
 
     def put(self) -> None:
         """Put the subnet's tensors, as the shared ones are now, before those that the modules own."""
-        for one, tensor in zip(self._shared, self._slices(), strict=True):
+        self._put(self._slices())
+
+    def put_after(self, other: Subnet) -> None:
+        """Put the subnet's tensors, sizes and forwards over those of another one, which has tensors at the same places.
+
+        If its slices can't be taken, the other one stays as it is.
+        """
+        slices = self._slices()
+        other.overlay.remove_fields()
+        self.overlay.put_fields()
+        self._put(slices)
+
+    def _put(self, slices: list[Tensor]) -> None:
+        for one, tensor in zip(self._shared, slices, strict=True):
             for place in one.places:
                 place.put(tensor)
         for own in self.own:

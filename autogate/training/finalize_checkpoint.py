@@ -13,6 +13,7 @@ from torch import nn
 from autogate import subnets
 from autogate.api import gates
 from autogate.files import data_config_of, save
+from autogate.training.adaptive import mean_cost, result_of, with_choice
 from autogate.training.checkpoint import Checkpoint, load_checkpoint, load_newest
 from autogate.training.finalize_run import finalize_run, finalize_run_again
 from autogate.training.network import ModelFunction, build_network, data_config, note_data_config, with_gates
@@ -23,7 +24,7 @@ from rewriters import AutogateError
 
 @dataclass(frozen=True)
 class FinalizedCheckpoint:
-    """The file of a slim or switchable model, its result, and the names of its subnets."""
+    """The file of a slim, switchable or adaptive model, its result, and the names of its subnets."""
 
     file: Path
     result: Result
@@ -62,13 +63,14 @@ def finalize_checkpoint(
     config = {**data_config(model, recipe.network), "input_size": info.input_size}
     note_data_config(model, config, info.class_names, info.num_classes)
     names: tuple[str, ...] = ()
-    if recipe.subnets is None:
+    if recipe.adaptive is not None:
+        model, result = _adaptive(model, found, path)
+    elif recipe.subnets is None:
         model, result = _slim(model, found, path)
-        file = folder.slim_file
     else:
         model, result = _switchable(model, found, path, recipe.subnets)
         names = tuple(row.structure.name for row in subnets.status(model).rows)
-        file = folder.switchable_file
+    file = folder.made_file(recipe)
     save(model.eval(), out or file)
     if out is None and folder.info_file.is_file():
         known = folder.result()
@@ -88,6 +90,14 @@ def _slim(model: nn.Module, found: Checkpoint, path: Path) -> tuple[nn.Module, R
         model.load_state_dict(found.model if found.ema is None else found.ema)
     taken = taken or finalize_run(model)
     return model, taken.snapshot.result(model, info, found.position.step)
+
+
+def _adaptive(model: nn.Module, found: Checkpoint, path: Path) -> tuple[nn.Module, Result]:
+    """The model that chooses its channels for each image, and its result: the mean cost in training, no accuracy."""
+    model = with_choice(model, found.info.recipe, found.info.input_size, found.info.steps)
+    with _fitting(path):
+        model.load_state_dict(found.model if found.ema is None else found.ema)
+    return model, result_of(model, found.info, found.position.step, mean_cost(model))
 
 
 def _switchable(model: nn.Module, found: Checkpoint, path: Path, widths: Widths) -> tuple[nn.Module, Result]:

@@ -7,8 +7,9 @@ targets are met, or else at the end.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -17,7 +18,6 @@ from torch import nn
 from autogate.api import gated_summary, gates
 from autogate.budget import Flops
 from autogate.files import save
-from autogate.inspection import Summary
 from autogate.training.callbacks import StepMetrics
 from autogate.training.checkpoint import Checkpoint, Position
 from autogate.training.data import DataSets, Loaders, loaders
@@ -52,9 +52,9 @@ class Loop(Epochs):
         """Prepare a model, and everything else for a run that has not started."""
         config, classes = config_for(recipe, data, model)
         loading = loaders(data, recipe.images, config, world)
-        steps = recipe.learning.epochs * _steps_per_epoch(recipe, loading)
+        steps = recipe.learning.epochs * steps_per_epoch(recipe, loading)
         model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps, recipe.method)
-        info = info_of(recipe, data, loading, world, gated_summary(model), classes, tuple(config["input_size"]))
+        info = info_of(recipe, data, loading, world, sizes_of(model), classes, tuple(config["input_size"]))
         stepper = Stepper(model, recipe.learning, info.steps_per_epoch)
         bank = gates(model)
         flops = Flops(bank.channel_map, model, bank.added)
@@ -147,17 +147,37 @@ def config_for(recipe: Recipe, data: DataSets, model: nn.Module) -> tuple[dict[s
     return config, classes
 
 
-def _steps_per_epoch(recipe: Recipe, loading: Loaders) -> int:
+def steps_per_epoch(recipe: Recipe, loading: Loaders) -> int:
+    """Optimizer steps of an epoch."""
     return math.ceil(len(loading.train) / recipe.learning.grad_accum_steps)
 
 
+class Sizes(NamedTuple):
+    """What `RunInfo` says of the model: gates, targets, FLOPs, parameters and layers."""
+
+    gates: int
+    targets: Mapping[str, float]
+    flops: float
+    params: int
+    layers: tuple[LayerSize, ...]
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """The sizes of a model with gates."""
+    whole = gated_summary(model)
+    assert whole.progress is not None  # it has gates
+    layers = tuple(
+        LayerSize(layer.module, layer.all_inputs, layer.all_outputs, layer.all_macs) for layer in whole.layers
+    )
+    return Sizes(whole.progress.classes, whole.progress.targets, whole.all_flops, whole.all_params, layers)
+
+
 def info_of(
-    recipe: Recipe, data: DataSets, loading: Loaders, world: World, whole: Summary, classes: int,
+    recipe: Recipe, data: DataSets, loading: Loaders, world: World, sizes: Sizes, classes: int,
     input_size: tuple[int, int, int],
 ) -> RunInfo:  # fmt: skip
     """The content of run.json: the recipe, and what it means for this model and this data."""
-    steps_per_epoch = _steps_per_epoch(recipe, loading)
-    assert whole.progress is not None  # of a gated model
+    per_epoch = steps_per_epoch(recipe, loading)
     return RunInfo(
         format=1,
         versions={"autogate": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -169,13 +189,7 @@ def info_of(
         val_images=len(data.val),
         processes=world.size,
         batches=len(loading.train),
-        steps_per_epoch=steps_per_epoch,
-        steps=recipe.learning.epochs * steps_per_epoch,
-        gates=whole.progress.classes,
-        targets=whole.progress.targets,
-        flops=whole.all_flops,
-        params=whole.all_params,
-        layers=tuple(
-            LayerSize(layer.module, layer.all_inputs, layer.all_outputs, layer.all_macs) for layer in whole.layers
-        ),
+        steps_per_epoch=per_epoch,
+        steps=recipe.learning.epochs * per_epoch,
+        **sizes._asdict(),
     )

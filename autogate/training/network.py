@@ -17,6 +17,7 @@ from torch import nn
 from autogate.api import prepare
 from autogate.files import DataConfig, inputs_of, load, set_data_config
 from autogate.methods import method_of
+from autogate.saliency import saliency_of
 from autogate.slim import history_of
 from autogate.training.recipe import Budget, Network
 from rewriters import AutogateError, run_eval
@@ -191,7 +192,7 @@ def data_config(model: nn.Module, network: Network) -> dict[str, Any]:
     The size is the one that is asked for, or that a slim model was prepared with, or timm's.
     """
     size = network.img_size
-    if size is None and history_of(model) is not None:
+    if size is None and (history_of(model) is not None or saliency_of(model) is not None):
         args, _ = inputs_of(model, 1)
         size = int(args[0].shape[-1])
     return resolve_data_config({} if size is None else {"img_size": size}, model=model)

@@ -203,6 +203,21 @@ class Widths:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A choice of channels for each image (`autogate.adaptive`), instead of a slim model.
+
+    Attributes:
+        warmup: the part of the steps in which the saliency modules train alone, in [0, 0.5].
+    """
+
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= 0.5:
+            raise AutogateError(f"warmup is {self.warmup}; it must be in [0, 0.5].", where="warmup")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on.
 
@@ -215,6 +230,7 @@ class Recipe:
         tensorboard: whether to log for TensorBoard too.
         subnets: the widths of a switchable network; None for one slim model. `distillation` is then in place: narrower
             subnets learn from the largest one's answers.
+        adaptive: how the model learns a choice of channels for each image; None if it doesn't.
     """
 
     network: Network
@@ -227,6 +243,7 @@ class Recipe:
     device: str | None = None
     tensorboard: bool = False
     subnets: Widths | None = None
+    adaptive: Choice | None = None
 
     def __post_init__(self) -> None:
         method_of(self.method)

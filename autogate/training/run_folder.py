@@ -12,6 +12,9 @@ structures.json     the channels of each subnet
 subnets.json        what each subnet is, and at the end what it does (SubnetSize)
 subnets.csv         one row per subnet and epoch (SubnetRow)
 find/SHARE/         the folder of the run that found a subnet's channels
+adaptive.safetensors    in its place, if channels are chosen for each image
+use.json            what the validation images use of that model (ImageUse)
+cheapest.png, dearest.png   images that take least and most of it
 result.json         the result for the slim model (Result)
 """
 
@@ -29,6 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from autogate.files import DataConfig, atomic_write
 from autogate.switching import Structure
+from autogate.training.image_use import ImageUse
 from autogate.training.recipe import Recipe
 from rewriters import AutogateError
 
@@ -246,6 +250,9 @@ class RunFolder:
         self.teacher_file = path / "dense.pt"
         self.slim_file = path / "slim.safetensors"
         self.switchable_file = path / "switchable.safetensors"
+        self.adaptive_file = path / "adaptive.safetensors"
+        self.use_file = path / "use.json"
+        self.picture_files = path / "cheapest.png", path / "dearest.png"
         self.structures_file = path / "structures.json"
         self.sizes_file = path / "subnets.json"
         self.subnets_file = path / "subnets.csv"
@@ -352,6 +359,20 @@ class RunFolder:
             self._write(self.subnets_file, header + _csv_lines(rows))
         for file, keep in ((self.metrics_file, epoch + 1), (self.gates_file, epoch)):  # the metrics have a header
             self._write(file, "".join(file.read_text().splitlines(keepends=True)[:keep]))
+
+    def use(self) -> ImageUse | None:
+        """Read what the validation images use; None if that isn't known."""
+        return from_json(ImageUse, self.use_file.read_text(), str(self.use_file)) if self.use_file.is_file() else None
+
+    def write_use(self, use: ImageUse) -> None:
+        """Write what the validation images use."""
+        self._write(self.use_file, to_json(use))
+
+    def made_file(self, recipe: Recipe) -> Path:
+        """The file of the model that a run makes."""
+        if recipe.adaptive is not None:
+            return self.adaptive_file
+        return self.slim_file if recipe.subnets is None else self.switchable_file
 
     def finish(self, result: Result) -> None:
         """Write the result."""

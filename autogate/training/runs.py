@@ -9,11 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from autogate.api import gates
 from autogate.subnets import Found
+from autogate.training.adaptive import AdaptiveLoop, check_choice
 from autogate.training.callbacks import Callback, TensorBoard
 from autogate.training.checkpoint import Checkpoint, Position, load_newest
-from autogate.training.data import find_data
+from autogate.training.data import DataSets, find_data
 from autogate.training.distributed import World
 from autogate.training.epochs import Epochs, Stop
 from autogate.training.learning import seed_at
@@ -50,6 +53,8 @@ def start(
     world, folder = world or World(), RunFolder(path)
     if world.main:
         folder.check_free()
+    if recipe.adaptive is not None:
+        check_choice(recipe, recipe.adaptive)
     if recipe.subnets is not None:
         return _run_widths(_Widths(recipe, folder, world, callbacks, stop, function), None)
     seed_at(recipe.seed)
@@ -57,7 +62,7 @@ def start(
     model = build_network(recipe.network, recipe.network.num_classes or data.num_classes, function=function)
     model = model.to(world.device)
     teacher = copy.deepcopy(model) if recipe.distillation is not None else None
-    loop = Loop.prepare(recipe, data, model, teacher, folder, world)
+    loop = _loop(recipe, data, model, teacher, folder, world)
     if world.main:
         folder.create(loop.info)
         if teacher is not None:
@@ -96,8 +101,7 @@ def resume(
         )
     result = folder.result()
     steps = recipe.learning.epochs * info.steps_per_epoch  # an older result may be that of a shorter run
-    made = folder.slim_file if recipe.subnets is None else folder.switchable_file
-    if result is not None and result.complete and result.steps == steps and made.is_file():
+    if result is not None and result.complete and result.steps == steps and folder.made_file(recipe).is_file():
         return result
     if world.size != info.processes:
         raise AutogateError(
@@ -120,9 +124,16 @@ def resume(
     if recipe.distillation is not None:
         teacher = copy.deepcopy(model)
         teacher.load_state_dict(read_tensors(folder.teacher_file))
-    loop = Loop.prepare(recipe, data, model, teacher, folder, world)
+    loop = _loop(recipe, data, model, teacher, folder, world)
     _check_same(loop.info, info, path)
     return _go_on(loop, found, file, info, callbacks, stop)
+
+
+def _loop(
+    recipe: Recipe, data: DataSets, model: nn.Module, teacher: nn.Module | None, folder: RunFolder, world: World
+) -> Loop | AdaptiveLoop:
+    kind: type[Loop | AdaptiveLoop] = Loop if recipe.adaptive is None else AdaptiveLoop
+    return kind.prepare(recipe, data, model, teacher, folder, world)
 
 
 def _check_same(now: RunInfo, then: RunInfo, path: Path) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from autogate import subnets
-from autogate.api import gated_summary
 from autogate.files import data_config_of, save
 from autogate.slim import layers_of
 from autogate.training.callbacks import StepMetrics
@@ -17,7 +16,7 @@ from autogate.training.data import DataSets, loaders
 from autogate.training.distributed import World
 from autogate.training.epochs import Epochs, Stop, misfit
 from autogate.training.learning import Loss, Stepper, number_at
-from autogate.training.loop import config_for, info_of
+from autogate.training.loop import config_for, info_of, sizes_of
 from autogate.training.network import with_gates
 from autogate.training.recipe import Recipe, Widths
 from autogate.training.run_folder import EpochRow, Result, RunFolder, RunInfo, SubnetRow, SubnetSize
@@ -134,7 +133,7 @@ def describe_widths(
     config, classes = config_for(recipe, data, model)
     loading, size = loaders(data, recipe.images, config, world), tuple(config["input_size"])
     prepared = with_gates(copy.deepcopy(model), replace(recipe.budget, flops=1.0), size, 1, recipe.method)
-    info = info_of(recipe, data, loading, world, gated_summary(prepared), classes, size)
+    info = info_of(recipe, data, loading, world, sizes_of(prepared), classes, size)
     return replace(info, gates=0, targets={}), prepared
 
 

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
 from rewriters.forwards.label_mask import SlimShapes, labelled_dims
 from rewriters.forwards.sizes import Call
 from rewriters.forwards.tracing import run_call
 from rewriters.labelling import Labelled, parts, reshaped
 from rewriters.labelling.rules import RULES, Rule, elementwise, movement
-from rewriters.recording import tensors_of
+from rewriters.recording import map_tensors, tensors_of
 
 
 def _ops_of(*rules: Rule) -> frozenset[Any]:
@@ -47,7 +46,7 @@ def swap_tensors(value: Any, others: Mapping[int, Tensor]) -> Any:
     """`value` with each tensor replaced by the one that `others` has for its id."""
     if isinstance(value, Tensor):
         return others[id(value)]
-    return tree_map(lambda leaf: others[id(leaf)] if isinstance(leaf, Tensor) else leaf, value)
+    return map_tensors(lambda tensor: others[id(tensor)], value)
 
 
 def _numbers(value: Labelled, start: int, dims: slice = slice(None)) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from rewriters.labelling import Labelled, Labelling, varying
 from rewriters.labelling.rules import Findings, LabelledStatistic, OpCall, elementwise
-from rewriters.recording import ModuleCall, leaves_of, tensors_of
+from rewriters.recording import ModuleCall, tensors_of
 
 _AHEAD = 4
 """How far ahead to search for the recorded call that is traced: the forward may not repeat all that it ran."""
@@ -108,11 +108,11 @@ class TracedLabels:
         They differ only where an op made labels of its own (padding, zeros to concatenate): the rest of the model is
         coupled with those of the captured op, not with those of the traced op.
         """
-        ours, theirs = leaves_of(traced), leaves_of(captured)
+        ours, theirs = tensors_of(traced), tensors_of(captured)
         if len(ours) != len(theirs):
             return  # train mode returns another number of tensors
         for a, b in zip(ours, theirs, strict=True):
-            if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a is not b:
+            if a.shape == b.shape and a is not b:
                 labelling = self._labelling
                 pair = [self.of(a), self.of(b)]
                 shapes = [tuple(a.shape)]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import TraceError
 from rewriters.forwards.attribute_reads import AttributeReads, follows_input
@@ -41,7 +40,10 @@ from rewriters.recording import (
     drawn_since,
     generators_kept,
     is_draw,
+    maker_of,
+    map_tensors,
     only_restrides,
+    plain_kind,
     random_states,
     reshapes_in_place,
     run_on_fakes,
@@ -151,10 +153,15 @@ class _Tracer(ValueTracer):
         proxy = self.proxy(node)
         if parameter.name in HINTS.get(type(self.root), ()):
             return proxy
-        if parameter.default is None and value is not None:
-            absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
-            self.guard(absent, f"whether the argument {parameter.name} is None")
+        first = len(self.graph.find_nodes(op="placeholder")) == 1  # nobody leaves that one out
+        optional = parameter.default is None or (parameter.default is parameter.empty and not (stars or first))
+        if optional and value is not None:
+            self._guard_given(proxy, parameter.name)
         return self._argument(proxy, parameter.name)
+
+    def _guard_given(self, proxy: ValueProxy, name: str) -> None:
+        absent = self.create_proxy("call_function", operator.is_, (proxy, None), {})
+        self.guard(absent, f"whether the argument {name} is None")
 
     def _guard_default(self, given: Any, name: str) -> None:
         if type(given) is ValueProxy and isinstance(given.value, _GUARDED):
@@ -172,15 +179,20 @@ class _Tracer(ValueTracer):
     def _argument(self, proxy: ValueProxy, name: str) -> Any:
         """A proxy for a tensor or number, a container of proxies for a container, else the value itself.
 
-        The forward may look at every entry of a container, so their number is guarded.
+        The forward may look at every entry of a container, so their number is guarded, and whether a tensor is there.
         """
         value = proxy.value
-        if type(value) in (list, tuple, dict):
+        kind = plain_kind(value)
+        if kind is not None:
             self.guard(self.create_proxy("call_function", _len, (proxy,), {}), f"the number of entries of {name}")
-        if type(value) in (list, tuple):
-            return type(value)(self._argument(proxy[index], f"{name}[{index}]") for index in range(len(value)))
-        if type(value) is dict:
-            return {key: self._argument(proxy[key], f"{name}[{key!r}]") for key in value}
+            entries = {}
+            for key in value if kind is dict else range(len(value)):
+                entry, place = proxy[key], f"{name}[{key!r}]"
+                if isinstance(entry.value, Tensor):
+                    self._guard_given(entry, place)
+                entries[key] = self._argument(entry, place)
+            made = entries if kind is dict else kind(entries.values())
+            return made if type(value) is kind else maker_of(value)(made)
         if isinstance(value, Tensor) or type(value) in (int, float):
             return proxy
         if isinstance(value, _GUARDED):
@@ -232,6 +244,9 @@ class _Tracer(ValueTracer):
             return _plain(a)
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
             return self._plain_tensor(a)
+        kind = plain_kind(a)
+        if kind is not None and type(a) is not kind:
+            return self.create_proxy("call_function", maker_of(a), (kind(a),), {}).node
         arg = super().create_arg(a)
         if type(arg) is fx.Node and "val" not in arg.meta:  # a layer that is passed on, a named tuple, a dataclass
             value = a if arg.op == "get_attr" else run_call(arg.op, arg.target, arg.args, arg.kwargs, _value_of)
@@ -254,7 +269,7 @@ class _Tracer(ValueTracer):
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
         # A list or dict from a module becomes a real one, which the forward can change.
-        changeable = kind == "call_module" and type(proxy.value) in (list, dict)
+        changeable = kind == "call_module" and plain_kind(proxy.value) not in (None, tuple)
         return self._argument(proxy, str(target)) if changeable else proxy
 
     def _follow(self, node: fx.Node) -> None:
@@ -281,7 +296,7 @@ class _Tracer(ValueTracer):
         for call in log.calls:
             self.labels.add(*call, findings, same)
         if same:  # pytree makes a tuple of a torch.Size
-            value = tree_map_only(Tensor, lambda tensor: same.get(id(tensor), tensor), value)
+            value = map_tensors(lambda tensor: same.get(id(tensor), tensor), value)
         node.meta["val"] = value
         operands = [_value_of(source) for source in node.all_input_nodes]
         node.meta["statistics"] = [self.labels.along(statistic, operands) for statistic in findings.statistics]

@@ -14,7 +14,16 @@ from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.module_walk import modules_of, named_modules, named_tensors, tensor_slots
 from rewriters.recording.numbers_in_code import Sourced, plain
 from rewriters.recording.opaque import Opaque, opaque_call, opaque_modules_stubbed
-from rewriters.recording.pytrees import all_tensors, args_of, leaves_of, tensors_at, tensors_of
+from rewriters.recording.pytrees import (
+    all_tensors,
+    args_of,
+    leaves_of,
+    maker_of,
+    map_tensors,
+    plain_kind,
+    tensors_at,
+    tensors_of,
+)
 from rewriters.recording.random_draws import OneNumber, is_draw
 from rewriters.recording.recorder import is_getitem, only_restrides, reshapes_in_place
 from rewriters.recording.rounding import OtherRounding
@@ -58,6 +67,8 @@ __all__ = [
     "is_draw",
     "is_getitem",
     "leaves_of",
+    "maker_of",
+    "map_tensors",
     "modules_of",
     "named_modules",
     "named_tensors",
@@ -65,6 +76,7 @@ __all__ = [
     "opaque_call",
     "opaque_modules_stubbed",
     "plain",
+    "plain_kind",
     "random_numbers_kept",
     "random_states",
     "reshapes_in_place",

@@ -45,6 +45,7 @@ from rewriters.recording.opaque import (
     opaque_modules,
     run_for_real,
 )
+from rewriters.recording.pytrees import tensors_of
 from rewriters.recording.real_results import may_be_a_fault_of_fakes, run_with_real_layout
 from rewriters.recording.recorder import Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
@@ -238,7 +239,14 @@ def _record(
         paths = [call.path for call in recorder.failed]
         told = explain(error, paths[0] if paths else "")
         raise _Unrecordable(told, why_unrecordable(error), paths, error) from error
-    recorder.graph.output(tree_map_only(Tensor, recorder.node_of, output))
+    returned = tensors_of(output)
+    if answers is None and not returned:
+        raise CaptureError(
+            f"no tensors are found in what it returns, of type {type(output).__name__}.",
+            where=type(model).__name__,
+            remedy="Let it return tensors, or containers or objects that hold them. An iterator can't be looked into.",
+        )
+    recorder.graph.output(tuple(map(recorder.node_of, returned)))
     return Capture(
         recorder.graph, recorder.roots[0], recorder.nodes, fakes, places, mode, tuple(recorder.exchanged), opaque,
         frozenset(recorder.written), recorder.answered,

@@ -112,6 +112,14 @@ def _grouped_mm(
     return torch.empty_strided((rows.shape[0], length), (stride, 1), dtype=rows.dtype, device="meta")
 
 
+def _grid_sampler(x: Tensor, grid: Tensor, mode: int, padding: int, align_corners: bool) -> Any:
+    """Maps (N, C, ...) sampled where a grid (N, ..., number of coordinates) says."""
+    fits = x.dim() == grid.dim() == 4 and x.shape[0] == grid.shape[0] and grid.shape[-1] == 2 and x.numel()
+    if not fits or not _alike(x) or grid.dtype != x.dtype or x.dtype not in _SINGLE_OR_DOUBLE:
+        return NotImplemented
+    return _new(x, (*x.shape[:2], *grid.shape[1:3]))
+
+
 def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
     return _like(x) if _alike(x) and dtype is None and -x.dim() <= dim < x.dim() else NotImplemented
 
@@ -181,6 +189,7 @@ META_KERNELS: Mapping[Any, Callable[..., Any]] = {
     _aten.cat.default: _cat,
     _aten.mean.dim: _mean,
     _aten._safe_softmax.default: _safe_softmax,
+    _aten.grid_sampler_2d.default: _grid_sampler,
     **dict.fromkeys(
         (_aten.elu.default, _aten.exp.default, _aten.gelu.default, _aten.hardsigmoid.default, _aten.hardswish.default,
          _aten.hardtanh.default, _aten.leaky_relu.default, _aten.mish.default, _aten.pow.Tensor_Scalar,

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map, tree_map_only
 
 from rewriters.recording.module_walk import named_modules
-from rewriters.recording.pytrees import leaves_of
+from rewriters.recording.pytrees import leaves_of, tensors_of
 from rewriters.recording.running_modules import RunningModules
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
@@ -121,21 +121,10 @@ class RecordedOutputs:
     def next(self, path: str, args: Any, kwargs: Any) -> Any:
         """The output of a module's next call. Raises if it was called with other shapes when it ran."""
         given, output = next(self._left[path], (None, None))
-        shapes = [tuple(tensor.shape) for tensor in tensors_in(args, kwargs)]
+        shapes = [tuple(tensor.shape) for tensor in tensors_of((args, kwargs))]
         if shapes != given:
             raise RuntimeError(f"it is called with tensors of shapes {shapes}, but with {given} when it ran for real")
         return output
-
-
-def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors among a call's arguments, including those in fields of objects that pytree doesn't open."""
-    leaves = leaves_of((args, kwargs))
-    hidden = (leaves_of(vars(leaf)) for leaf in leaves if _hides_tensors(leaf))
-    return [leaf for leaf in (*leaves, *(leaf for found in hidden for leaf in found)) if isinstance(leaf, Tensor)]
-
-
-def _hides_tensors(leaf: Any) -> bool:
-    return hasattr(leaf, "__dict__") and not isinstance(leaf, (Tensor, nn.Module, type)) and not callable(leaf)
 
 
 def run_for_real(
@@ -156,7 +145,7 @@ def run_for_real(
         FailsForRealError: the forward fails.
     """
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
-    present = [*tensors.values(), *tensors_in(args, kwargs)]
+    present = [*tensors.values(), *tensors_of((args, kwargs))]
     if any(tensor.is_meta for tensor in present):
         return None
     noting = _Noting()
@@ -185,7 +174,7 @@ class _Noting:
     def seen(self, path: str, number: int, what: str, value: Any) -> None:
         """As `RunningModules` calls it."""
         if what == "input":
-            inner = RealCall(path, [tuple(tensor.shape) for tensor in tensors_in(*value)])
+            inner = RealCall(path, [tuple(tensor.shape) for tensor in tensors_of(value)])
             (self._open[-1].children if self._open else self.roots).append(inner)
             self._open.append(inner)
         else:

@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_map_only
 from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.meta_kernels import constant, has_real, run_on_fakes
 from rewriters.recording.module_calls import ModuleCall
-from rewriters.recording.opaque import Opaque, RecordedOutputs, opaque_call, tensors_in
-from rewriters.recording.pytrees import tensors_of
+from rewriters.recording.opaque import Opaque, RecordedOutputs, opaque_call
+from rewriters.recording.pytrees import maker_of, plain_kind, tensors_of
 
 
 class Recorder(TorchDispatchMode):
@@ -250,7 +250,7 @@ def record_module_calls(
     def reply(call: ModuleCall) -> Any:
         output = replies.next(call.path, call.args, call.kwargs)
         own = (tensor for module in inside[call.path] for tensor in (*module.parameters(), *module.buffers()))
-        recorder.write_opaque(opaque[call.path].reason, tensors_in(call.args, call.kwargs), own, output)
+        recorder.write_opaque(opaque[call.path].reason, tensors_of((call.args, call.kwargs)), own, output)
         return output
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -282,8 +282,12 @@ def record_module_calls(
 
 def _copy_containers(values: Any) -> Any:
     """The same values in copied containers, which later changes to the forward's own containers don't reach."""
-    if type(values) in (list, tuple):
-        return type(values)(map(_copy_containers, values))
-    if type(values) is dict:
-        return {key: _copy_containers(value) for key, value in values.items()}
-    return values
+    kind = plain_kind(values)
+    if kind is None:
+        return values
+    copied = (
+        {key: _copy_containers(value) for key, value in values.items()}
+        if kind is dict
+        else (kind(map(_copy_containers, values)))
+    )
+    return copied if type(values) is kind else maker_of(values)(copied)

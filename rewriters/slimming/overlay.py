@@ -233,17 +233,21 @@ class Overlay:
         for hook in self.hooks:
             hook.put()
 
-    def remove(self) -> None:
-        """Give the modules the dense model's tensors, sizes, forwards and hooks again."""
+    def remove_fields(self) -> None:
+        """Give the modules the dense model's sizes, forwards and hooks again, and clear what it has no tensor for."""
         for hook in self.hooks:
             hook.remove()
-        for part in self.slices:
-            for place in part.places:
-                place.clear()
         for _, place, _ in self.constants:
             place.clear()
         for one in reversed(self.fields):
             one.put(one.dense)
+
+    def remove(self) -> None:
+        """Give the modules the dense model's tensors, sizes, forwards and hooks again."""
+        for part in self.slices:
+            for place in part.places:
+                place.clear()
+        self.remove_fields()
 
 
 def with_all_forwards(overlays: Iterable[Overlay]) -> list[Overlay]:

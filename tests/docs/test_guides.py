@@ -165,9 +165,10 @@ def test_the_new_criterion_of_the_contributors_page_is_added_as_it_says(register
     names["test_the_narrowest_range_closes"]()
 
 
-def test_the_picture_of_labels_is_that_of_the_analysis():
-    script = runpy.run_path(str(ROOT / "docs" / "figures" / "labels.py"))
-    assert script["FILE"].read_text() == script["draw"](), "run python docs/figures/labels.py"
+@pytest.mark.parametrize("name", ["labels", "subnets"])
+def test_a_picture_is_what_its_script_draws(name: str):
+    script = runpy.run_path(str(ROOT / "docs" / "figures" / f"{name}.py"))
+    assert script["FILE"].read_text() == script["draw"](), f"run python docs/figures/{name}.py"
 
 
 @pytest.mark.slow

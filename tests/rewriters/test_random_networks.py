@@ -179,7 +179,7 @@ def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
     return len(shortcuts)
 
 
-@pytest.mark.parametrize("seeds", chunks(max(20, DRAWS // 6)), ids=str)
+@pytest.mark.parametrize("seeds", chunks(max(10, DRAWS // 6)), ids=str)
 def test_networks_with_convolutions_on_their_shortcuts_are_slimmed_exactly(seeds: range):
     counts = over_seeds(check_shortcuts, seeds)
     assert FRESH or sum(count > 0 for count in counts) > len(counts) / 4, "networks without shortcuts prove nothing"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rewriters.labelling.labels import Labelled
+from rewriters.labelling.rules.elementwise import meet
 from rewriters.labelling.rules.kernels import convolution
 from rewriters.labelling.rules.registry import OpCall, Result, rule
 
@@ -13,10 +14,14 @@ _POSITIONS = "sampled at computed positions"
 
 @rule("aten.grid_sampler_2d", "aten.grid_sampler_3d")
 def grid_sampler(call: OpCall) -> Labelled:
-    """Sample maps (N, C, ...) at the positions of a grid (N, ..., number of coordinates), which is pinned."""
+    """Sample maps (N, C, ...) at the positions of a grid (N, ..., number of coordinates), which stay together.
+
+    Heads that are folded into N go with their positions (Zhu et al., "Deformable DETR", section 4.1).
+    """
     x, grid = call.args[:2]
-    call.mix(grid, range(grid.ndim), _POSITIONS)
-    return Labelled(call.shape, call.mix(x, range(2, x.ndim), _POSITIONS))
+    positions = Labelled((x.shape[0], *[1] * (x.ndim - 1)), call.mix(grid, range(1, grid.ndim), _POSITIONS))
+    maps = Labelled((*x.shape[:2], *[1] * (x.ndim - 2)), call.mix(x, range(2, x.ndim), _POSITIONS))
+    return Labelled(call.shape, meet(call, [positions, maps]))
 
 
 @rule("torchvision.deform_conv2d")

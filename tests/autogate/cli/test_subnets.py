@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import autogate
 from autogate import subnets
 from autogate.cli import app
 from autogate.training import RunFolder
+from tests.autogate.cli.test_train import COMPARED, TWO_PROCESSES, environment
 
 SMALL = ("--img-size", "32", "-b", "8", "-j", "0", "--device", "cpu", "--epochs", "1")
 
@@ -45,6 +48,27 @@ def test_widths_are_trained_measured_and_drawn(pictures: Path, tmp_path: Path, m
         assert words in page, words
     for name in ("course", "widths", "flops", "times", "groups"):
         assert Image.open(folder.path / "report" / f"{name}.png").width > 300
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network_of_several_widths(pictures: Path, tmp_path: Path):
+    """They find its channels by runs of their own, and have the same weights at the end."""
+    folder, script = RunFolder(tmp_path / "run"), tmp_path / "compared.py"
+    script.write_text(COMPARED)
+    words = ["train", "test_resnet", "--data", pictures, *SMALL, "--subnets", 0.3, 0.6, "--subnets-rule", "sandwich"]
+    done = subprocess.run(
+        [sys.executable, *TWO_PROCESSES, script, *map(str, words), "--distill", "--out", folder.path],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1: loss") == 3  # two runs that find channels, and the run; one process alone talks
+    assert (folder.info().processes, folder.info().steps) == (2, 1)
+    sizes = folder.subnet_sizes()
+    assert [one.name for one in sizes] == ["0.3", "0.6", "full"]
+    for one in sizes:  # each image counts once
+        assert one.accuracy == pytest.approx(round(one.accuracy * 15 / 100) * 100 / 15)
+    rows = subnets.status(autogate.load(folder.switchable_file)).rows
+    assert [row.structure.shares["FLOPs"] for row in rows] == pytest.approx([one.flops for one in sizes])
 
 
 def test_options_of_widths_without_shares_are_refused(pictures: Path):

@@ -121,20 +121,22 @@ COMPARED = """
 import torch
 import torch.distributed as dist
 from autogate.cli import app
-from autogate.training import loop
-
-finish = loop.Loop.finish
-
-
-def compared(run, row):
-    for name, value in run.model.named_parameters():
-        first = value.detach().clone()
-        dist.broadcast(first, 0)
-        assert torch.equal(first, value), f"{name} differs"
-    return finish(run, row)
+from autogate.training.loop import Loop
+from autogate.training.switchable import SwitchableLoop
 
 
-loop.Loop.finish = compared
+def compared(finish):
+    def compare(run, row):
+        for name, value in run.model.named_parameters():
+            first = value.detach().clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(first, value), f"{name} differs"
+        return finish(run, row)
+    return compare
+
+
+for kind in (Loop, SwitchableLoop):
+    kind.finish = compared(kind.finish)
 app()
 """
 

@@ -86,7 +86,8 @@ def _train_until_the_last_runs_out(rank: int, folder: str) -> None:
     assert_exact(model, torch.ones(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_every_process_of_a_distributed_run_has_the_same_gates(world, tmp_path):
     _train_share(0, 1, 0, str(tmp_path))
     run_in_processes(_train_share, world, world, free_port(), str(tmp_path))

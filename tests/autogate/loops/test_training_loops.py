@@ -10,6 +10,7 @@ from torch import nn
 
 import autogate
 from tests.autogate.loops.training import assert_exact, loss_of, net, train
+from tests.slow import slow_but
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -25,7 +26,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad", "ignore:torch.utils.checkpoint")
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext"])
+@pytest.mark.parametrize("name", slow_but(["test_convnext"], ["test_vit", "test_efficientnet", "test_convnext"]))
 def test_a_model_that_saves_memory_already_is_prepared(name):
     """Its own forward is traced, and PyTorch's C++ is given what passes through the checkpoints."""
     torch.manual_seed(0)
@@ -40,7 +41,7 @@ def test_a_model_that_saves_memory_already_is_prepared(name):
     assert_exact(model, example)
 
 
-@pytest.mark.parametrize("clip", ["norm", "value"])
+@pytest.mark.parametrize("clip", ["norm", pytest.param("value", marks=pytest.mark.slow)])
 def test_accumulation_autocast_clipping_and_channels_last(clip):
     model, example = net(flops=0.5, steps=40)
     model = model.to(memory_format=torch.channels_last)

@@ -12,7 +12,6 @@ from autogate import subnets
 from autogate.switching.bank import SUBNETS
 from tests.autogate.switching.nets import fused, small_net
 from tests.processes import free_port, run_in_processes
-from tests.slow import slow_but
 
 
 def test_gradients_of_all_subnets_add_up(net):
@@ -100,7 +99,8 @@ def test_an_average_of_the_weights_holds_the_norms_of_all(net):
     assert torch.equal(average.module.eval()(example), switchable.eval()(example))
 
 
-@pytest.mark.parametrize("name", slow_but(["test_resnet"], ["test_resnet", "test_vit"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_compiled_code_follows_the_switch(name):
     switchable, _ = fused(*small_net(name, 160 if name == "test_vit" else 32), (0.2, 0.6))
     example = torch.randn(2, 3, *[160 if name == "test_vit" else 32] * 2, dtype=torch.float64)

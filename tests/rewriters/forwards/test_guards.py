@@ -4,6 +4,7 @@ import copy
 import math
 import operator
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -88,7 +89,8 @@ def test_a_shape_of_as_many_dimensions_as_the_example_has():
 
 def test_the_parts_of_channels_need_no_guard():
     slim_model, _ = slim_and_gated(halves, values(2, 3, 4, 4))
-    assert slim_model.forward.source(False).count("guard(") == 2  # of *args and **kwargs
+    # the numbers of *args and **kwargs, and whether the first is there
+    assert slim_model.forward.source(False).count("guard(") == 3
 
 
 class Causal(nn.Module):
@@ -111,6 +113,35 @@ def test_an_argument_that_was_given_or_not(given):
     assert slimmed.plan.forwards and slimmed.error <= TOLERANCE
     with pytest.raises(ShapeGuardError):
         slimmed.model(*others)
+
+
+class Required(Causal):
+    def forward(self, x, mask):
+        return super().forward(x, mask)
+
+
+class InContainer(Causal):
+    def forward(self, x, more):
+        return super().forward(x, more["mask"] if isinstance(more, dict) else more[-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "left_out"),
+    [
+        (Required, lambda mask: mask, None),
+        (InContainer, lambda mask: {"mask": mask}, {"mask": None}),
+        (InContainer, lambda mask: [1, mask], [1, None]),
+        (InContainer, lambda mask: OrderedDict(mask=mask), OrderedDict(mask=None)),
+    ],
+    ids=["required", "dict", "list", "OrderedDict"],
+)
+def test_a_tensor_that_was_there_and_is_none_later(kind, given, left_out):
+    """Attention without its mask would look ahead, and no shape would tell."""
+    x, mask = values(2, 5, 8), torch.ones(5, 5, dtype=torch.bool).tril()
+    slimmed = slim(kind().double().eval(), (x, given(mask)), share=0.5, seed=1)
+    assert slimmed.plan.forwards and slimmed.error <= TOLERANCE
+    with pytest.raises(ShapeGuardError, match=r"whether the argument (mask|more\[.*\]) is None"):
+        slimmed.model(x, left_out)
 
 
 @pytest.mark.parametrize("number", [torch.float64, torch.bool])

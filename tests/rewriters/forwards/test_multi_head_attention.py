@@ -143,7 +143,8 @@ class Translator(nn.Module):
         return self.head(self.decoder(self.target(target), read, tgt_mask=mask, tgt_is_causal=True))
 
 
-@pytest.mark.parametrize("norm_first", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm_first", [False, True])
 def test_torchs_transformer_layers_slim_to_what_they_were_gated(norm_first):
     """Without gradients too, where torch would run a layer as one fused kernel."""
     torch.manual_seed(0)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -329,43 +327,6 @@ def test_a_layer_that_is_handed_to_another_is_followed():
     model = Net(forward, a=conv(3, 8), calling=Calling(), head=conv(8, 6), b=conv(6, 2)).double()
     assert assert_exact(model, (image().double(),)).analysis.channel_map.size == 8 + 6
     assert "forward" in vars(slim(model, (image().double(),)).model)
-
-
-class Pair(NamedTuple):
-    first: torch.Tensor
-    second: torch.Tensor
-
-
-@dataclass
-class Scored:
-    maps: torch.Tensor
-    scores: torch.Tensor
-
-
-class Giving(nn.Module):
-    """Gives what it computed in a container of the user's."""
-
-    def __init__(self, container):
-        super().__init__()
-        self.a, self.b, self.container = conv(3, 8), conv(8, 6), container
-
-    def forward(self, x):
-        first, second = self.a(x).split([4, 4], 1)
-        y = self.b(torch.cat([second, first], 1))
-        return self.container(y.relu(), y.mean((2, 3), keepdim=True))
-
-
-@pytest.mark.parametrize(("container", "names"), [(Pair, Pair._fields), (Scored, ("maps", "scores"))])
-def test_what_a_forward_gives_in_a_container_of_the_users(container, names):
-    def forward(m, x):
-        given = m.giving(x)
-        first, second = (getattr(given, name) for name in names)
-        return m.c(first * second)
-
-    model = Net(forward, giving=Giving(container), c=conv(6, 2)).double()
-    assert assert_exact(model, (image().double(),)).analysis.channel_map.size == 8 + 6
-    slimmed = slim(model, (image().double(),))
-    assert "giving" in slimmed.plan.forwards and type(slimmed.model.giving(image().double())) is container
 
 
 def test_a_parameter_is_read_under_its_second_name():

@@ -35,6 +35,7 @@ LAYOUTS = {
     "half": torch.zeros(2, 6, 4, 5, dtype=torch.float16),
 }
 ROWS = torch.zeros(2, 3, 6)
+GRID = torch.zeros(2, 3, 7, 2)
 VECTOR, MATRIX = torch.zeros(6), torch.zeros(6, 3)
 
 
@@ -83,6 +84,12 @@ CALLS: dict[Any, list[tuple[Any, ...]]] = {
     ],
     aten.mean.dim: [
         (x, dims, keep) for x in LAYOUTS.values() for dims in ([2, 3], [-1], [1, 1], [9], [], None) for keep in (0, 1)
+    ],
+    aten.grid_sampler_2d.default: [
+        (LAYOUTS[layout], grid, 0, 0, align)
+        for layout in ("plain", "channels last", "half", "whole", "empty")
+        for grid in (GRID, GRID.permute(0, 2, 1, 3), GRID.half(), GRID[:1], torch.zeros(2, 3, 7, 3), torch.zeros(0))
+        for align in (False, True)
     ],
     aten.empty.memory_format: [([2, 3],), ([0],)],
     aten._softmax.default: [(x, -1, False) for x in LAYOUTS.values()],

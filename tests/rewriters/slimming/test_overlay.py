@@ -52,7 +52,7 @@ def check(recipe: Recipe, share: float, seed: int) -> None:
     assert relative_error(got, wanted) <= TOLERANCE
 
 
-@pytest.mark.parametrize("seeds", chunks(max(10, DRAWS // 6)), ids=str)
+@pytest.mark.parametrize("seeds", chunks(max(6, DRAWS // 10)), ids=str)
 def test_random_networks_compute_under_an_overlay_what_slim_ones_do(seeds: range):
     over_seeds(check, seeds)
 

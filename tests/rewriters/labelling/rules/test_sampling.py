@@ -36,6 +36,25 @@ def test_volumes_are_sampled_too():
     assert slimmed.analysis.channel_map.size == 6
 
 
+def test_heads_in_the_batch_go_with_their_positions():
+    """Deformable attention: each head samples its own values where its own offsets say."""
+
+    def forward(m, x):
+        b, _, h, w = x.shape
+        values = m.values(x).reshape(b * 4, 3, h, w)
+        offsets = m.offsets(x).reshape(b * 4, 2, h, w).permute(0, 2, 3, 1)
+        weights = m.weights(x).sigmoid().reshape(b * 4, 1, h, w)
+        sampled = F.grid_sample(values, offsets, align_corners=False) * weights
+        return m.out(sampled.reshape(b, 12, h, w))
+
+    model = Net(
+        forward, values=conv(3, 12), offsets=conv(3, 8), weights=conv(3, 4), out=conv(12, 2)
+    ).double()  # fmt: skip
+    slimmed = assert_exact(model, (image().double(),))
+    assert slimmed.analysis.channel_map.size == 4
+    assert not is_pinned(slimmed.analysis.channel_map, "offsets.weight", 0)
+
+
 def deformable(masked: bool = True, offset_groups: int = 1, **options) -> nn.Module:
     """A deformable convolution of 8 channels to 12 whose offsets and mask are computed from what it is given."""
 
