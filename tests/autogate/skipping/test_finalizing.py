@@ -93,7 +93,7 @@ class UNet(nn.Module):
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18", "resnet26", "vgg11_bn", "mobilenetv2_050", "efficientnet_b0", "tf_efficientnet_lite0",
+        "resnet18", "vgg11_bn", "mobilenetv2_050", "efficientnet_b0", "tf_efficientnet_lite0",
         "regnetx_002", "regnety_002", "densenet121", "convnext_atto", "Sized", "UNet",
     ],
 )  # fmt: skip
