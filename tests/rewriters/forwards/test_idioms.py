@@ -118,6 +118,8 @@ IDIOMS = {
     "einsum over positions too": lambda m, y: y * torch.einsum("bchw,bchw->b", y, y.tanh())[:, None, None, None],
     "bmm": lambda m, y: y * torch.bmm(y.flatten(2).mT, y.tanh().flatten(2)).mean(2).view(len(y), 1, *y.shape[2:]),
     "attention over pixels": lambda m, y: (y.flatten(2) @ (y.flatten(2).mT @ y.flatten(2)).softmax(-1)).view(y.shape),
+    "pooled along tokens": lambda m, y: F.avg_pool2d(y.movedim(1, -1), (3, 1), 1, (1, 0)).movedim(-1, 1),
+    "the largest of tokens": lambda m, y: F.max_pool2d(y.movedim(1, -1), (3, 1), (1, 1), (1, 0)).movedim(-1, 1),
     "cosine_similarity": lambda m, y: y * F.cosine_similarity(y, y.tanh(), 1)[:, None],
     "normalised and multiplied": lambda m, y: y * (F.normalize(y) * F.normalize(y.tanh())).sum(1, keepdim=True),
     "cdist": lambda m, y: y * torch.cdist(y.flatten(2).mT, y.tanh().flatten(2).mT).mean((1, 2))[:, None, None, None],
