@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
+from autogate.cli.bench_adaptive import BATCHES, bench_adaptive
 from autogate.cli.common import Debug, console, one_line_errors, written_model
 from autogate.cli.functions import FunctionOption, dense_by, slim_model
 from autogate.files import dense_model
@@ -24,6 +25,7 @@ from autogate.inspection import (
     summarise_slim,
     time_subnets,
 )
+from autogate.saliency import saliency_of
 from autogate.switching import subnets_of
 from rewriters import AutogateError
 
@@ -32,7 +34,8 @@ from rewriters import AutogateError
 def bench(
     slim: Annotated[Path, typer.Argument(help="Slim model, as written by autogate.save or autogate train.")],
     batch_size: Annotated[
-        list[int] | None, typer.Option(min=1, help="Samples per batch; can be repeated. Default: 1 and 64.")
+        list[int] | None,
+        typer.Option(min=1, help="Samples per batch; can be repeated. Default: 1, 64 (adaptive: 1, 8, 64)."),
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images in pixels. Default: as given to prepare.")
@@ -43,6 +46,9 @@ def bench(
     eager: Annotated[bool, typer.Option("--eager", help="Measure only without torch.compile.")] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time to measure each model for, in seconds.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Images for an adaptive model. Default: random.")
+    ] = None,
     model: FunctionOption = None,
     debug: Debug = False,
 ) -> None:
@@ -51,6 +57,8 @@ def bench(
     On the CPU their ONNX files are timed in onnxruntime too, where that is installed.
 
     A switchable model's subnets are measured in it, without torch.compile, and the time of switching to each.
+
+    An adaptive model is timed on images, beside a static model with as many FLOPs, without torch.compile.
 
     The dense model has random weights. Prints the median of all measurements, with quartiles.
 
@@ -67,7 +75,13 @@ def bench(
     if subnets_of(network) is not None:
         _bench_subnets(network, batch_size or [1, 64], device, seconds, image_size)
         return
-    models = (dense_model(slim) if model is None else dense_by(model, slim)), network
+    dense = dense_model(slim) if model is None else dense_by(model, slim)
+    if saliency_of(network) is not None:
+        bench_adaptive(network, dense, batch_size or BATCHES, device, seconds, images, image_size)
+        return
+    if images is not None:
+        raise typer.BadParameter("it is for models that choose their channels for each image.", param_hint="--images")
+    models = dense, network
     modes = (False,) if eager else (False, True)
     with console.status("measuring"):
         for found in compare(
@@ -101,7 +115,7 @@ def _bench_subnets(
         for one in timed:
             shares = one.structure.shares
             table.add_row(
-                one.structure.name, f"{shares['FLOPs']:.1%}", f"{shares['parameters']:.1%}", *map(_time, one.times),
+                one.structure.name, f"{shares['FLOPs']:.1%}", f"{shares['parameters']:.1%}", *map(str, one.times),
                 *(f"{1e3 * time:.3g}" for time in (one.switch_new, one.switch_kept)),
             )  # fmt: skip
         console.print(table)
@@ -135,11 +149,4 @@ def _row(found: Comparison) -> tuple[str, ...]:
         speed = short(found.batch / found.slim.median)
         if isinstance(found.dense, Duration):
             ratio = f"{found.slim.median / found.dense.median:.2f}"
-    return place, str(found.batch), _time(found.dense), _time(found.slim), ratio, speed
-
-
-def _time(latency: Duration | str) -> str:
-    if isinstance(latency, str):
-        return latency
-    low, median, high = (f"{seconds * 1e3:.3g}" for seconds in (latency.low, latency.median, latency.high))
-    return f"{median} ({low} to {high})"
+    return place, str(found.batch), str(found.dense), str(found.slim), ratio, speed

@@ -13,7 +13,7 @@ from autogate.methods import METHODS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_OF_THE_RUN = {"epochs", "steps_per_epoch", "epsilon_factor"}
+_OF_THE_RUN = {"epochs", "steps_per_epoch"}
 """Fields that no option sets: a run has a length of its own."""
 
 _PANEL = "Method"

@@ -23,7 +23,7 @@ from rewriters.recording import tensors_of
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds of a forward pass, over several measurements.
+    """Seconds of a forward pass, over several measurements; printed in milliseconds.
 
     Attributes:
         median: median of all measurements.
@@ -33,6 +33,10 @@ class Duration:
     median: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        low, median, high = (f"{1e3 * seconds:.3g}" for seconds in (self.low, self.median, self.high))
+        return f"{median} ({low} to {high})"
 
 
 @dataclass(frozen=True)

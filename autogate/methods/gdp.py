@@ -19,6 +19,7 @@ from autogate.methods.method import Gates, KernelSums, Method, Proposal, Step
 from autogate.methods.proximal import alternating_relaxation, shrinkage, soft_threshold
 from autogate.methods.sensitivity import observed, price_per_sensitivity
 from autogate.steering import Range, Schedule
+from rewriters import AutogateError
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -120,9 +121,8 @@ class GDP(Method):
         yield "damping", self.damping > 0, "positive"
         yield "nearly_closed", 0 <= self.nearly_closed <= 1, "in [0, 1]"
         yield "gate", self.gate in ("alpha", "kernel", "penalty"), '"alpha", "kernel" or "penalty"'
-        factor, steps = self.epsilon_factor, self.steps_per_epoch
-        yield "epsilon_factor", factor is None or 0 < factor <= 1, "in (0, 1]"
-        yield "steps_per_epoch", factor is None or (steps is not None and steps >= 1), "given with epsilon_factor"
+        yield "epsilon_factor", self.epsilon_factor is None or 0 < self.epsilon_factor <= 1, "in (0, 1]"
+        yield "steps_per_epoch", self.steps_per_epoch is None or self.steps_per_epoch >= 1, "at least 1"
         yield "iterations", self.iterations >= 1, "at least 1"
 
     @property
@@ -138,6 +138,10 @@ class GDP(Method):
         return ("epsilon",) if self.gate == "alpha" else ()
 
     def start(self, size: int) -> dict[str, Tensor]:
+        if self.epsilon_factor is not None and self.steps_per_epoch is None:
+            raise AutogateError(
+                "epsilon falls once an epoch.", where="epsilon_factor", remedy="Pass steps_per_epoch, too."
+            )
         epsilon = torch.tensor(self.epsilon_start, dtype=torch.float64)
         if self.gate != "alpha":
             return {"epsilon": epsilon, "first_norm": torch.zeros(size), "norm": torch.ones(size)}

@@ -324,13 +324,7 @@ def _timing(row: Comparison) -> tuple[str, ...]:
     ratio = "-"
     if isinstance(row.dense, Duration) and isinstance(row.slim, Duration):
         ratio = f"{row.slim.median / row.dense.median:.2f}"
-    return row.device, str(row.batch), *(_milliseconds(time) for time in (row.dense, row.slim)), ratio
-
-
-def _milliseconds(time: Duration | str) -> str:
-    if isinstance(time, str):
-        return time
-    return f"{time.median * 1e3:.3g} ({time.low * 1e3:.3g} to {time.high * 1e3:.3g})"
+    return row.device, str(row.batch), str(row.dense), str(row.slim), ratio
 
 
 def _options(info: RunInfo) -> list[tuple[str, Any]]:

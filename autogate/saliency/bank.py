@@ -220,6 +220,7 @@ class SaliencyBank(nn.Module):
     def recount(self, counting: Counting, undo_log: UndoLog) -> None:
         """Count forwards in another way: channels of the model have gone."""
         undo_log.set_attribute(self, "counting", counting)
+        undo_log.set_attribute(self, "measured", None)
         undo_log.set_attribute(self, "_checksum", counting.checksum())
         undo_log.write(self.layout, torch.tensor(float(self._checksum)))
 

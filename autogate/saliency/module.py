@@ -104,7 +104,7 @@ class SaliencyModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Equations 5 and 6: scores, shape (images, outputs), of a convolution's input."""
-        d = x.flatten(-self.dims).mean(-1, dtype=torch.float32)
+        d = x.flatten(-self.dims).mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
         d = d.to(self.reduce.weight.dtype)
         if not torch.is_autocast_enabled(x.device.type):
             return 1 + self.expand(F.relu(self.reduce(d)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autogate.inputs import Inputs, as_calls, fitted
-from autogate.saliency import NAME, SaliencyBank, meet
+from autogate.saliency import NAME, SaliencyBank, meet, saliency_of
 from autogate.skipping.break_even import ALL, BreakEven
 from autogate.skipping.folding import PassingNorm, norm_of
 from autogate.skipping.forwards import SkippingForward
@@ -18,14 +19,18 @@ from autogate.skipping.grouping import group, grouping_of, ungroup
 from autogate.skipping.pooling import PoolingForward
 from autogate.skipping.timing import inputs_of, measured
 from autogate.skipping.unused import analysed, close, live_classes, put_on, slim, take_off, used_classes
-from autogate.slim import check_finite, verify
+from autogate.slim import check_finite, tell_of_steps_with, verify
 from autogate.wrappers import unwrap_accelerate
-from rewriters import AutogateError, Outputs, UndoLog
+from rewriters import AutogateError, Outputs, UndoLog, VerificationError
+from rewriters.outputs import EXACT_IN_FLOAT64, TOLERANCE
 from rewriters.recording import set_modes
 
 M = TypeVar("M", bound=nn.Module)
 
-TOLERANCE = 0.01
+Forwards = dict[str, SkippingForward | PoolingForward]
+"""Forwards that can skip, by the paths of their modules."""
+
+CLOSE_ENOUGH = 0.01
 """How far above the budget the mean cost may be without a warning."""
 
 
@@ -66,26 +71,17 @@ def finalize_adaptive(
     given = None if example_inputs is None else as_calls(example_inputs, model)
     calls = bank.origin.calls_for(model) if given is None else tuple(fitted(call, model) for call in given)
     used = None if batches is None else used_classes(model, bank, batches)
-    undo_log = UndoLog()
+    before = dict(model.named_parameters())
+    forwards, undo_log = _compared(model, bank, used, calls)
     try:
-        unwrap_accelerate(model, undo_log)
-        if used is None:
-            wanted = [Outputs.of(model, *call) for call in calls]
-        else:
-            wanted = _slimmed(model, bank, used, calls, undo_log)
-            _verify(model, calls, wanted, "the slim model")
-        forwards = with_forwards(model, bank, undo_log)
-        inputs = inputs_of(model, list(forwards), calls[0])
-        able = {path: forward for path, forward in forwards.items() if path in inputs}
-        for forward in able.values():
-            forward.break_even = ALL
-        _verify(model, calls, wanted, "the model that skips")
-        _set_break_even(model, able, inputs, break_even)
+        _set_break_even(model, forwards, inputs_of(model, list(forwards), calls[0]), break_even)
         if prototypes is not None and batches is not None:
             group(model, bank, calls[0], batches, prototypes, undo_log)
     except BaseException:
         undo_log.undo()
         raise
+    after = dict(model.named_parameters())
+    tell_of_steps_with(tensor for name, tensor in before.items() if after.get(name) is not tensor)
     return model
 
 
@@ -107,13 +103,70 @@ def set_budget(model: nn.Module, bank: SaliencyBank, flops: float, batches: Iter
         raise
 
 
+def _compared(
+    model: nn.Module, bank: SaliencyBank, used: Tensor | None, calls: Sequence[Inputs]
+) -> tuple[Forwards, UndoLog]:
+    """Let a model skip, and compare its outputs. Returns the forwards that can skip, and all changes.
+
+    A deep network may round by more than float32's tolerance: then a copy of it in float64 has to be exact.
+    """
+    for tolerance in (TOLERANCE, dict.fromkeys(TOLERANCE, float("inf"))):
+        undo_log = UndoLog()
+        try:
+            return _skipping(model, bank, used, calls, undo_log, tolerance), undo_log
+        except BaseException as error:
+            undo_log.undo()
+            if not isinstance(error, VerificationError) or not _is_exact_in_float64(model, used, calls):
+                raise
+    raise AssertionError("an infinite tolerance is exceeded")
+
+
+def _is_exact_in_float64(model: nn.Module, used: Tensor | None, calls: Sequence[Inputs]) -> bool:
+    if any(tensor.dtype != torch.float32 for tensor in model.parameters() if tensor.is_floating_point()):
+        return False
+    twin = copy.deepcopy(model).double()
+    bank = saliency_of(twin)
+    assert bank is not None
+    try:
+        inputs = [fitted(call, twin, torch.float32) for call in calls]
+        _skipping(twin, bank, used, inputs, UndoLog(), {torch.float64: EXACT_IN_FLOAT64})
+    except Exception:  # a forward written for float32 can fail in any way
+        return False
+    finally:
+        bank.detach()
+    return True
+
+
+def _skipping(
+    model: nn.Module, bank: SaliencyBank, used: Tensor | None, calls: Sequence[Inputs], undo_log: UndoLog,
+    tolerance: Mapping[torch.dtype, float],
+) -> Forwards:  # fmt: skip
+    """Remove what isn't used, and let the rest skip whatever is off. Returns the forwards that can skip."""
+
+    def check(what: str) -> None:
+        for call, outputs in zip(calls, wanted, strict=True):
+            verify(model, call, outputs, what, tolerance)
+
+    unwrap_accelerate(model, undo_log)
+    if used is None:
+        wanted = [Outputs.of(model, *call) for call in calls]
+    else:
+        wanted = _slimmed(model, bank, used, calls, undo_log)
+        check("the slim model")
+    forwards = with_forwards(model, bank, undo_log)
+    for forward in forwards.values():
+        forward.break_even = ALL
+    check("the model that skips")
+    return forwards
+
+
 def _missed(bank: SaliencyBank) -> str:
     """What a training has left undone, in words."""
     steps, run, cost = int(bank.step_count), bank.run, float(bank.cost)
     at = f"finalized after {steps} of {run.steps} steps"
     if steps < run.warm_steps:
         return f"{at}, before the warm-up was over: the saliency modules have hardly learned what to compute."
-    if steps < run.steps and cost > run.flops + TOLERANCE:
+    if steps < run.steps and cost > run.flops + CLOSE_ENOUGH:
         return f"{at}, before the budget was met: images take {cost:.1%} of the FLOPs, the target is {run.flops:.1%}."
     return ""
 
@@ -126,15 +179,17 @@ def forwards_in(model: nn.Module) -> dict[str, SkippingForward]:
 
 def _set_break_even(
     model: nn.Module,
-    forwards: Mapping[str, SkippingForward | PoolingForward],
+    forwards: Forwards,
     inputs: Mapping[str, Tensor],
     given: float | None,
 ) -> None:
     before = set_modes(model, False)  # what runs later: in train mode a norm would take statistics of what is timed
     try:
         for path, forward in forwards.items():
-            known = None if given is None else BreakEven(given, given)
-            forward.break_even = measured(forward, inputs[path]) if known is None else known
+            if given is not None:
+                forward.break_even = BreakEven(given, given)
+            else:  # one that the example doesn't run, runs whole
+                forward.break_even = measured(forward, inputs[path]) if path in inputs else None
     finally:
         set_modes(model, before)
 
@@ -156,16 +211,9 @@ def _slimmed(
     return wanted
 
 
-def _verify(model: nn.Module, calls: Sequence[Inputs], wanted: Sequence[Outputs], what: str) -> None:
-    for call, outputs in zip(calls, wanted, strict=True):
-        verify(model, call, outputs, what)
-
-
-def with_forwards(
-    model: nn.Module, bank: SaliencyBank, undo_log: UndoLog
-) -> dict[str, SkippingForward | PoolingForward]:
+def with_forwards(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> Forwards:
     """Put forwards on the layers that choose or follow, and on poolings. Returns those that can skip; none does yet."""
-    found: dict[str, SkippingForward | PoolingForward] = {}
+    found: Forwards = {}
     stays = torch.cat([~bank.counting.zero, torch.ones(1, dtype=torch.bool)])
     for layer in bank.counting.layers:
         if layer.scaling is None:

@@ -85,25 +85,18 @@ class SkippingForward:
         if self.break_even is None or self.conv.training or torch.is_grad_enabled() or not self._batched(input):
             return self._whole(input, *args, **kwargs)
         open: Any = self.module.open
-        groups = self._groups(open, read, self.break_even)
-        if all(group.on is None for group in groups):
-            return self._whole(input)
-        return self._skipped(input, groups)
+        return self._skipped(input, self._groups(open, read, self.break_even))
 
     def trial(self, input: Tensor, on: float, read: float) -> Tensor:
         """What the layer and its norm take if these shares of its channels are on, and of its input: for timing.
 
-        With all of them on, it runs as a layer that skips nothing.
+        With all of them on, nothing is gathered.
         """
         code, reads = (torch.arange(size, device=input.device) < max(1, round(share * size))
                        for share, size in ((on, self.conv.out_channels), (read, self.conv.in_channels)))  # fmt: skip
-        group = self._group(None, code, reads, ALL)
-        affine = None if group.on is None else self._affine()
-        if group.on is None:
-            made = self._whole(input)
-        else:
-            factor = None if affine is None else torch.ones_like(affine.scale).expand(len(input), -1)
-            made = self._spread(input, [group], [self._computed(input, group, affine, factor)])
+        group, affine = self._group(None, code, reads, ALL), self._affine()
+        factor = None if affine is None else torch.ones_like(affine.scale).expand(len(input), -1)
+        made = self._spread(input, [group], [self._computed(input, group, affine, factor)])
         if self.norm is not None:
             self.norm.done = affine is not None
             made = self.norm(made)
@@ -156,6 +149,8 @@ class SkippingForward:
                 whole.append(images)
             else:
                 found.append(group)
+        if not found:
+            return [Group(None, None, None)]
         return found + ([Group(torch.cat(whole), None, None)] if whole else [])
 
     def _group(self, images: Tensor | None, code: Tensor, read: Tensor | None, break_even: BreakEven) -> Group:
@@ -229,8 +224,7 @@ class SkippingForward:
         """The output of the whole batch, zero where channels are off."""
         outputs, first = self.conv.out_channels, made[0]
         if groups[0].images is None:
-            assert groups[0].on is not None
-            return spread(first, groups[0].on, outputs)
+            return first if groups[0].on is None else spread(first, groups[0].on, outputs)
         out = first.new_zeros(len(input), outputs, *first.shape[2:])
         for group, y in zip(groups, made, strict=True):
             assert group.images is not None

@@ -97,6 +97,7 @@ def group(
         _same(before.outputs, after.outputs), float(before.shares.mean()), float(after.shares.mean()),
     )  # fmt: skip
     undo_log.set_attribute(bank, GROUPING, grouping)
+    undo_log.set_attribute(bank, "measured", None)  # that was without prototypes
     return grouping
 
 

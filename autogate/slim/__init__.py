@@ -49,6 +49,7 @@ from autogate.slim.record_replay import (
     slim_and_record,
 )
 from autogate.slim.shortcut_convolutions import asked_shortcut_convolutions
+from autogate.slim.stale_optimizers import tell_of_steps_with
 
 __all__ = [
     "ATTRIBUTE",
@@ -96,5 +97,6 @@ __all__ = [
     "slimming_from_json",
     "slimming_to_json",
     "take_along",
+    "tell_of_steps_with",
     "verify",
 ]

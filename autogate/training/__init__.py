@@ -8,7 +8,7 @@ from autogate.training.callbacks import Callback, StepMetrics, TensorBoard
 from autogate.training.distributed import World, join_world
 from autogate.training.finalize_checkpoint import FinalizedCheckpoint, finalize_checkpoint
 from autogate.training.image_use import ImageUse
-from autogate.training.network import ModelFunction, build_network, is_slim_file, names_function
+from autogate.training.network import ModelFunction, build_network, data_config, is_slim_file, names_function
 from autogate.training.pruning import Folder, Pruned, prune
 from autogate.training.recipe import SCHEDULES, Budget, Choice, Distillation, Images, Learning, Network, Recipe, Widths
 from autogate.training.run_folder import (
@@ -56,6 +56,7 @@ __all__ = [
     "Widths",
     "World",
     "build_network",
+    "data_config",
     "finalize_checkpoint",
     "is_slim_file",
     "join_world",

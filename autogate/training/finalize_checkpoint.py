@@ -83,7 +83,7 @@ def finalize_checkpoint(
 def _slim(model: nn.Module, found: Checkpoint, path: Path) -> tuple[nn.Module, Result]:
     """The slim model, and its result without an accuracy."""
     info, recipe = found.info, found.info.recipe
-    model = with_gates(model, recipe.budget, info.input_size, info.steps, recipe.method)
+    model = with_gates(model, recipe.budget, info.input_size, info.steps, info.steps_per_epoch, recipe.method)
     used = 0 if found.ema is None else -1
     with _fitting(path):
         taken = None if found.gates is None else finalize_run_again(model, found.gates, found.slimmings[used:])
@@ -104,7 +104,7 @@ def _switchable(model: nn.Module, found: Checkpoint, path: Path, widths: Widths)
     """The switchable model, and its result without an accuracy."""
     info, budget = found.info, replace(found.info.recipe.budget, flops=1.0)
     structures = _structures(RunFolder(path.parent))
-    gated = with_gates(copy.deepcopy(model), budget, info.input_size, 1, info.recipe.method)
+    gated = with_gates(copy.deepcopy(model), budget, info.input_size, 1, 1, info.recipe.method)
     model = subnets.fuse(model, subnets.Found(structures, gates(gated).origin), nested=widths.nested)
     with _fitting(path):
         model.load_state_dict(found.model if found.ema is None else found.ema)

@@ -52,8 +52,9 @@ class Loop(Epochs):
         """Prepare a model, and everything else for a run that has not started."""
         config, classes = config_for(recipe, data, model)
         loading = loaders(data, recipe.images, config, world)
-        steps = recipe.learning.epochs * steps_per_epoch(recipe, loading)
-        model = with_gates(model, recipe.budget, tuple(config["input_size"]), steps, recipe.method)
+        size, per_epoch = tuple(config["input_size"]), steps_per_epoch(recipe, loading)
+        steps = recipe.learning.epochs * per_epoch
+        model = with_gates(model, recipe.budget, size, steps, per_epoch, recipe.method)
         info = info_of(recipe, data, loading, world, sizes_of(model), classes, tuple(config["input_size"]))
         stepper = Stepper(model, recipe.learning, info.steps_per_epoch)
         bank = gates(model)

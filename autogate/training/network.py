@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -16,7 +17,7 @@ from torch import nn
 
 from autogate.api import prepare
 from autogate.files import DataConfig, inputs_of, load, set_data_config
-from autogate.methods import method_of
+from autogate.methods import GDP, method_of
 from autogate.saliency import saliency_of
 from autogate.slim import history_of
 from autogate.training.recipe import Budget, Network
@@ -205,7 +206,8 @@ def note_data_config(model: nn.Module, config: Mapping[str, Any], class_names: S
 
 
 def with_gates(
-    model: nn.Module, budget: Budget, input_size: tuple[int, int, int], steps: int, method: str = "GDP()"
+    model: nn.Module, budget: Budget, input_size: tuple[int, int, int], steps: int, per_epoch: int,
+    method: str = "GDP()",
 ) -> nn.Module:  # fmt: skip
     """Prepare the model for its budget.
 
@@ -214,13 +216,17 @@ def with_gates(
         budget: the budget.
         input_size: channels, height and width of an image.
         steps: number of optimizer steps that it is going to be trained for.
+        per_epoch: number of those in an epoch, for a method that asks for it.
         method: what decides which channels die, as in `Recipe`.
     """
+    decides = method_of(method)
+    if isinstance(decides, GDP) and decides.epsilon_factor is not None:
+        decides = replace(decides, steps_per_epoch=per_epoch)
     device = next(model.parameters()).device
     shares: dict[str, Any] = {
         "flops": budget.flops, "params": budget.params, "activations": budget.activations, "latency": budget.latency
     }  # fmt: skip
     return prepare(
         model, torch.randn(2, *input_size, device=device), **shares, steps=steps, round_to=budget.round_to,
-        shortcuts=budget.shortcuts, ignore=budget.ignore, limits=budget.limits, method=method_of(method),
+        shortcuts=budget.shortcuts, ignore=budget.ignore, limits=budget.limits, method=decides,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def _gated(folder: RunFolder, function: ModelFunction | None) -> nn.Module:
     found, file = load_newest(folder.checkpoint_file)
     info, recipe = found.info, found.info.recipe
     model = build_network(recipe.network, info.num_classes, weights=False, function=function)
-    model = with_gates(model, recipe.budget, info.input_size, info.steps, recipe.method)
+    model = with_gates(model, recipe.budget, info.input_size, info.steps, info.steps_per_epoch, recipe.method)
     prefix = f"{BANK}."
     own = {name.removeprefix(prefix): value for name, value in found.model.items() if name.startswith(prefix)}
     try:

@@ -132,7 +132,7 @@ def describe_widths(
     """What run.json says of a run, and the dense model's copy with gates, which has the channel map."""
     config, classes = config_for(recipe, data, model)
     loading, size = loaders(data, recipe.images, config, world), tuple(config["input_size"])
-    prepared = with_gates(copy.deepcopy(model), replace(recipe.budget, flops=1.0), size, 1, recipe.method)
+    prepared = with_gates(copy.deepcopy(model), replace(recipe.budget, flops=1.0), size, 1, 1, recipe.method)
     info = info_of(recipe, data, loading, world, sizes_of(prepared), classes, size)
     return replace(info, gates=0, targets={}), prepared
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -69,14 +68,16 @@ def statistics_in(labelling: Labelling, call: ModuleCall) -> list[LabelledStatis
 
 
 def _own_modes(recorded: Sequence[Sequence[Capture]]) -> dict[int, bool]:
-    """The mode to trace a call in, by the call's id, where the module was recorded in eval and in train mode.
+    """The mode to trace a call in, by the call's id, where its example was recorded in eval and in train mode.
 
-    Not for every example may the model be recorded in train mode.
+    Not for every example may the model be recorded in train mode: where it isn't, one call is traced for both.
     """
-    captured = [(mode, one) for captures in recorded for mode, one in zip((False, True), captures, strict=False)]
-    calls = [(mode, call) for mode, one in captured for call in one.calls()]
-    both = {call.path for mode, call in calls if mode} & {call.path for mode, call in calls if not mode}
-    return {id(call): mode for mode, call in calls if call.path in both}
+    modes: dict[int, bool] = {}
+    for captures in recorded:
+        calls = [(mode, call) for mode, one in zip((False, True), captures, strict=False) for call in one.calls()]
+        both = {call.path for mode, call in calls if mode} & {call.path for mode, call in calls if not mode}
+        modes |= {id(call): mode for mode, call in calls if call.path in both}
+    return modes
 
 
 def _site(
@@ -90,13 +91,20 @@ def _site(
         TraceError: a statistic has no form over live channels, or the arguments don't tell the ways apart.
     """
     module, path = model.get_submodule(calls[0][1].path), calls[0][1].path
-    ways: dict[tuple[Any, ...], StatisticSite] = {}
+    ways: list[StatisticSite] = []
+    taken: dict[tuple[bool, str], StatisticSite] = {}
     for captured, call in calls:
         traced = traces[id(call)] = trace_modes(module, call, captured, labelling, known, modes.get(id(call)))
-        graphs = {mode: one.graph for one in traced for mode in one.modes}
-        found = find_statistics(module, path, [graphs], [len(statistics[id(call)])])
-        _couple(labelling, ways.setdefault(tuple((one.modes, one.code) for one in traced), found), found)
-    every = _in_both_modes([*ways.values()], labelling)
+        codes = {mode: (mode, one.code) for one in traced for mode in one.modes}
+        graphs, count = {mode: one.graph for one in traced for mode in one.modes}, len(statistics[id(call)])
+        found = find_statistics(module, path, [graphs], [count])
+        for code in (code for code in codes.values() if code in taken):
+            _couple(labelling, taken[code], found)
+        new = {mode: graph for mode, graph in graphs.items() if codes[mode] not in taken}
+        if new:
+            ways.append(find_statistics(module, path, [new], [count]))
+            taken |= {codes[mode]: ways[-1] for mode in new}
+    every = _in_both_modes(ways, labelling)
     site = find_statistics(module, path, every, [_count(way) for way in every])
     if not all(map(told_apart, site.graphs.values())):
         raise TraceError(_UNLIKE, where=path)

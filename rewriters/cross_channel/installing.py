@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from rewriters.cross_channel.live_statistics import FORMS, ZEROS_ADD_NOTHING, LiveOperand, LiveStatistic
 from rewriters.errors import TraceError
-from rewriters.forwards import Graphs, LiveForward, disable_fused_layers, set_forward
+from rewriters.forwards import Graphs, LiveForward, call_name, disable_fused_layers, set_forward
 from rewriters.labelling import ALWAYS, ChannelMap, Statistic
 from rewriters.labelling.rules import LabelledStatistic
 from rewriters.recording import modules_of
@@ -83,7 +83,7 @@ def _statistics_of(path: str, graphs: Mapping[bool, fx.Graph], recorded: int) ->
     distinct = [_taken(graph) for graph in dict.fromkeys(graphs.values())]
     for node, statistic in (one for taken in distinct for one in taken):
         if _form(node, statistic) is None:
-            raise TraceError(f"{node.format_node()} has no form for live channels", where=path)
+            raise TraceError(f"{call_name(node)} has no form for live channels", where=path)
     first = [statistic for _, statistic in distinct[0]]
     targets = [[node.target for node, _ in taken] for taken in distinct]
     alike = all(_alike(first, [statistic for _, statistic in taken]) for taken in distinct)

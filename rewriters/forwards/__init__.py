@@ -7,7 +7,7 @@ from rewriters.forwards.guards import GUARDS, ShapeGuardError, guard
 from rewriters.forwards.label_mask import LabelMask, labelled_dims
 from rewriters.forwards.moves import only_moves
 from rewriters.forwards.recorded_code import code_as_graph, is_right
-from rewriters.forwards.resizing import CannotResizeError, sweep
+from rewriters.forwards.resizing import CannotResizeError, call_name, sweep
 from rewriters.forwards.rewritten_forward import (
     Graphs,
     InterpretedForward,
@@ -31,6 +31,7 @@ __all__ = [
     "ShapeGuardError",
     "TracedForward",
     "bind_arguments",
+    "call_name",
     "code_as_graph",
     "disable_fused_layers",
     "graphs_by_mode",

@@ -14,7 +14,9 @@ from torch import fx
 
 from rewriters.recording import tensors_of
 
-_PRODUCTS = {operator.mul, operator.truediv, operator.imul, operator.itruediv, operator.neg, math.sqrt, math.prod}
+_PRODUCTS = {
+    operator.mul, operator.truediv, operator.imul, operator.itruediv, operator.neg, float, math.sqrt, math.prod,
+}  # fmt: skip
 
 
 def is_product_with_others(number: fx.Node, slim: Mapping[fx.Node, Any]) -> bool:

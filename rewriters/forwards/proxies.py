@@ -7,9 +7,11 @@ other batch sizes and resolutions, or raises an error that says why it can't.
 from __future__ import annotations
 
 import abc
+import math
 import operator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.proxy import Attribute
@@ -38,6 +40,17 @@ _PARTITIONS = {
 """Calls that return as many parts as a dimension has room for."""
 
 
+_OF_NUMPY: dict[np.ufunc, Any] = {
+    np.sqrt: math.sqrt, np.log: math.log, np.log2: math.log2, np.exp: math.exp, np.add: operator.add,
+    np.subtract: operator.sub, np.multiply: operator.mul, np.divide: operator.truediv,
+    np.floor_divide: operator.floordiv, np.remainder: operator.mod, np.power: operator.pow, np.negative: operator.neg,
+}  # fmt: skip
+"""What NumPy's functions compute of sizes, and its numbers with tensors."""
+
+_REDUCED_BY_NUMPY: dict[np.ufunc, Any] = {np.multiply: math.prod, np.add: sum}
+"""What `np.prod` and `np.sum` compute of a shape."""
+
+
 _IN_PLACE = frozenset(("__iadd__", "__isub__", "__imul__", "__itruediv__"))
 """Methods that a forward may call by name."""
 
@@ -45,14 +58,12 @@ _IN_PLACE = frozenset(("__iadd__", "__isub__", "__imul__", "__itruediv__"))
 class ValueProxy(fx.Proxy):
     """A proxy that knows the value it stands for.
 
-    In a traced forward, `isinstance` and `len` answer for the value; they are patched for that (`tracer_patches.py`). A
+    In a traced forward, `isinstance` and `len` answer for the value; they are patched for that (`following.py`). A
     `__class__` that returns the value's class won't do for `isinstance`: PyTorch's C++ would believe it too, treat the
     proxy as a tensor, and crash. And Python lets no `__len__` return an expression.
     """
 
     tracer: ValueTracer
-
-    __array_priority__ = 1000.0  # a number of numpy leaves the operation to the proxy
 
     if TYPE_CHECKING:  # fx sets it
 
@@ -136,6 +147,14 @@ class ValueProxy(fx.Proxy):
 
     def __index__(self) -> int:
         return self.tracer.concrete(self).__index__()
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *operands: Any, **options: Any) -> Any:
+        """A function of NumPy, or an operation with a number of NumPy (`np.sqrt(size)`, `np.float64(2) * x`)."""
+        reduces = method == "reduce" and options.pop("axis", None) in (None, 0) and isinstance(self.value, tuple)
+        function = _REDUCED_BY_NUMPY.get(ufunc) if reduces else _OF_NUMPY.get(ufunc) if method == "__call__" else None
+        if function is None or any(option is not None for option in options.values()):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, operands, {})
 
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))

@@ -14,7 +14,8 @@ import sys
 import types
 
 _PASSED = ("torch.fx", "rewriters.forwards.proxies", "rewriters.forwards.tracing", "rewriters.forwards.tracer_patches",
-           "rewriters.forwards.read_code", "rewriters.forwards.attribute_reads")  # fmt: skip
+           "rewriters.forwards.read_code", "rewriters.forwards.attribute_reads", "rewriters.forwards.following",
+           "rewriters.forwards.function_patches")  # fmt: skip
 
 
 def caller() -> types.FrameType:
@@ -54,16 +55,16 @@ def code_compares_identity(code: types.CodeType) -> bool:
     return False
 
 
-def file_compares_types(path: str) -> bool:
-    """Whether code in a file compares types with `is`."""
+def file_has_types(path: str) -> bool:
+    """Whether code in a file compares types, or names `int` or `float` as one."""
     lines = linecache.getlines(path)
-    known = _compared_in.get(path)
+    known = _types_in.get(path)
     if known is None or known[0] is not lines:
-        known = _compared_in[path] = (lines, bool(_COMPARES_TYPES.search("".join(lines))))
+        known = _types_in[path] = (lines, bool(_HAS_TYPES.search("".join(lines))))
     return known[1]
 
 
-_COMPARES_TYPES = re.compile(r"\btype\(.*\)\s*(is|==|in|!=)\b|\bis int\b|dtype=int\b")
+_HAS_TYPES = re.compile(r"\btype\(.*\)\s*(is|==|in|!=)\b|\bis (int|float)\b|(dtype=|\.(to|type)\()(int|float)\b")
 
-_compared_in: dict[str, tuple[list[str], bool]] = {}
+_types_in: dict[str, tuple[list[str], bool]] = {}
 """What was found in each file, and the lines that it was found in: a file that is read anew gives another list."""

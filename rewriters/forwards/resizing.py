@@ -213,16 +213,14 @@ class Resizer:
     def _rewrite(self, node: fx.Node) -> None:
         family = FAMILIES.get(node.target)
         if family is None:
-            raise CannotResizeError(node, self._where, f"{node.format_node()} holds a size that slimming changes.")
+            raise CannotResizeError(node, self._where, f"{call_name(node)} holds a size that slimming changes.")
         full = tensors_of(node.meta["val"])
         slim = [self._shapes.shape(t) for t in full]
         resize = Resize(node, [tuple(t.shape) for t in full], slim, self._shapes.kept, self._left)
         target, args, kwargs = family(resize)
         numbers = fx.node.map_aggregate((args, kwargs), lambda arg: arg.value if isinstance(arg, Scaled) else arg)
         if not self._agrees(node, target, *numbers):
-            raise CannotResizeError(
-                node, self._where, f"{node.format_node()} has no form for the channels that are left."
-            )
+            raise CannotResizeError(node, self._where, f"{call_name(node)} has no form for the channels that are left.")
         self.changed |= (target, args, kwargs) != (node.target, node.args, node.kwargs)
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._written)
         self._copies[node] = self.graph.create_node(node.op, target, args, kwargs)
@@ -256,6 +254,11 @@ class Resizer:
             return False
         self._slim[node] = expected
         return not only_moves(node) or commutes(node, (target, args, kwargs), self._shapes, self._slim)
+
+
+def call_name(node: fx.Node) -> str:
+    """The function or method that a node calls, for messages: `einsum`, `.view`."""
+    return f".{node.target}" if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
 
 
 def sweep(graph: fx.Graph, used: Iterable[fx.Node]) -> None:

@@ -31,7 +31,8 @@ class TracedForward:
         modes: the modes that the trace is valid for: eval (False), train (True), or both.
         graph: the traced graph.
         known: labels of the tensors in it, by id.
-        stands_in: an equivalent that is written out was traced, because the module's own forward can't be.
+        stands_in: an equivalent that is written out was traced, because the module's own forward, or a call in it,
+            can't be.
     """
 
     path: str
@@ -78,8 +79,8 @@ def trace_modes(
     def traced(modes: tuple[bool, ...], training: Any) -> TracedForward:
         set_modes(module, modes[-1] and len(modes) == 1)  # its children too, whose mode it may ask for
         module.training = training
-        graph, labels = trace(module, call, captured, labelling, known)
-        return TracedForward(call.path, modes, graph, labels, stands_in(module))
+        graph, labels, wrote_out = trace(module, call, captured, labelling, known)
+        return TracedForward(call.path, modes, graph, labels, wrote_out or stands_in(module))
 
     before = set_modes(module, False)
     mode = AskedMode()

@@ -8,16 +8,13 @@ patches `nn.Module` for each trace, and Python notifies each of its thousands of
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import functools
 import inspect
 import math
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -25,15 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import _symbolic_trace
-from torch.utils import checkpoint
 
 from rewriters.errors import TraceError
 from rewriters.forwards.attribute_reads import AttributeReads
-from rewriters.forwards.extremes import EXTREMES
+from rewriters.forwards.following import Following, hold_proxies, isinstance_of_value, set_following, thread
+from rewriters.forwards.function_patches import autograd_functions_patched, scripted_functions_patched
 from rewriters.forwards.proxies import ValueProxy
-from rewriters.forwards.read_code import file_compares_types
-from rewriters.forwards.rewritten_forward import Applied
-from rewriters.recording import leaves_of
+from rewriters.forwards.read_code import file_has_types
 
 _FACTORIES = {
     "arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones", "rand", "randint", "randn",
@@ -59,74 +54,16 @@ MATH = tuple(_builtins(math).values())
 """Functions of `math`: torch.fx records them also where a Python module imports them by name."""
 
 
-@dataclass(frozen=True)
-class _Following:
-    """The tracer that runs, the attributes that were read, and the proxies of the parameters that were read."""
-
-    tracer: fx.Tracer
-    attributes: AttributeReads
-    parameters: dict[str, fx.Proxy] = field(default_factory=dict)
-
-
-class _Thread(threading.local):
-    """The tracer of each thread; calls in other threads aren't recorded."""
-
-    following: _Following | None = None
-
-
-_thread = _Thread()
-
 _PATCHED = "__fx_already_patched"
 """torch.fx doesn't patch methods with this mark."""
-
-
-_PROXIES = frozenset((fx.Proxy, ValueProxy))
-
-_PLAIN: dict[str, Callable[..., Any]] = {"isinstance": isinstance, "len": len, "min": min, "max": max}
-
-
-def _isinstance(instance: Any, kinds: Any) -> bool:
-    """A proxy is an instance of its value's classes, and of fx's proxy classes."""
-    of_plain = _PLAIN["isinstance"]
-    if type(instance) is not ValueProxy:
-        return of_plain(instance, kinds)
-    return not _PROXIES.isdisjoint(kinds if type(kinds) is tuple else (kinds,)) or of_plain(instance.value, kinds)
-
-
-def _len(of: Any) -> Any:
-    """`len`, which may return a proxy: Python lets no `__len__` do that."""
-    return of.length() if type(of) is ValueProxy else _PLAIN["len"](of)
-
-
-_OF_VALUES = {"isinstance": _isinstance, "len": _len, **EXTREMES}
-
-
-@contextlib.contextmanager
-def _set_following(to: _Following | None) -> Iterator[None]:
-    before = _thread.following
-    _follow_by(to)
-    try:
-        yield
-    finally:
-        _follow_by(before)
-
-
-def _follow_by(to: _Following | None) -> None:
-    _thread.following = to
-    vars(builtins).update(_PLAIN if to is None else _OF_VALUES)  # for all code that the forward calls
 
 
 @contextlib.contextmanager
 def followed(tracer: fx.Tracer, attributes: AttributeReads) -> Iterator[None]:
     """Inside, `tracer` records what a forward does, and `attributes` which attributes it reads."""
-    with patches_held() as patches, _set_following(_Following(tracer, attributes)):
+    with patches_held() as patches, set_following(Following(tracer, attributes)):
         patches.put()
         yield
-
-
-def unfollowed() -> contextlib.AbstractContextManager[None]:
-    """Inside, nothing is recorded."""
-    return _set_following(None)
 
 
 class _Patches(contextlib.ExitStack):
@@ -140,7 +77,8 @@ class _Patches(contextlib.ExitStack):
         """Apply the patches, once."""
         if not self._are_put:
             for patch in (
-                _functions_patched, _contexts_patched, _modules_patched, _leaves_patched, _autograd_functions_patched,
+                _functions_patched, _contexts_patched, _modules_patched, _leaves_patched, autograd_functions_patched,
+                scripted_functions_patched,
             ):  # fmt: skip
                 self.enter_context(patch())
             self._are_put = True
@@ -186,13 +124,9 @@ def _recorders(space: types.ModuleType) -> dict[str, Callable[..., Any]]:
     return {name: functools.partial(_record, name, plain) for name, plain in _builtins(space).items()}
 
 
-def _hold_proxies(*arguments: Any) -> bool:
-    return any(type(leaf) is ValueProxy for leaf in leaves_of(arguments))
-
-
 def _record(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _thread.following is not None and (name in _FACTORIES or _hold_proxies(args, kwargs)):
-        return _thread.following.tracer.create_proxy("call_function", function, args, kwargs)
+    if thread.following is not None and (name in _FACTORIES or hold_proxies(args, kwargs)):
+        return thread.following.tracer.create_proxy("call_function", function, args, kwargs)
     return function(*args, **kwargs)
 
 
@@ -203,12 +137,12 @@ class _OfProxies(type):
     follow: Callable[..., Any]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if _thread.following is not None and _hold_proxies(args, kwargs):
+        if thread.following is not None and hold_proxies(args, kwargs):
             return cls.follow(*args, **kwargs)
         return cls.plain(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return _isinstance(instance, cls.plain)
+        return isinstance_of_value(instance, cls.plain)
 
 
 class _Size(metaclass=_OfProxies):
@@ -235,15 +169,30 @@ class _Int(metaclass=_OfProxies):
         )
 
 
+class _Float(metaclass=_OfProxies):
+    """`float`, as `_Int`."""
+
+    plain = float
+
+    @staticmethod
+    def follow(number: Any) -> Any:
+        if isinstance(number.value, torch.Tensor):
+            return float(number)  # which its control flow would depend on
+        return number.tracer.create_proxy("call_function", float, (number,), {})
+
+
 @contextlib.contextmanager
-def int_followed(function: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `int(size)` is recorded in the file of a function, unless code there compares types with `is`."""
+def conversions_followed(function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `int(size)` and `float(size)` are recorded in the file of a function, unless it has them as types."""
     scope = getattr(inspect.unwrap(function), "__globals__", {})
-    if "int" in scope or file_compares_types(scope.get("__file__") or ""):
+    if scope.keys() & _CONVERSIONS or file_has_types(scope.get("__file__") or ""):
         yield
         return
-    with mock.patch.dict(scope, {"int": _Int}):
+    with mock.patch.dict(scope, _CONVERSIONS):
         yield
+
+
+_CONVERSIONS: dict[str, Any] = {"int": _Int, "float": _Float}
 
 
 @contextlib.contextmanager
@@ -253,21 +202,21 @@ def _modules_patched() -> Iterator[None]:
     plain_read, plain_write = nn.Module.__getattribute__, nn.Module.__setattr__
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _thread.following is None:
+        if thread.following is None:
             return plain_call(module, *args, **kwargs)
-        return _thread.following.tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
+        return thread.following.tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
 
     def get(module: nn.Module, name: str) -> Any:
-        value, following = plain_getattr(module, name), _thread.following
+        value, following = plain_getattr(module, name), thread.following
         return value if following is None else following.tracer.getattr(name, value, following.parameters)
 
     def read(module: nn.Module, name: str) -> Any:
-        value, following = plain_read(module, name), _thread.following
+        value, following = plain_read(module, name), thread.following
         return value if following is None else following.attributes.read(module, name, value)
 
     def write(module: nn.Module, name: str, value: Any) -> None:
-        if _thread.following is not None:
-            _thread.following.attributes.write(module, name)
+        if thread.following is not None:
+            thread.following.attributes.write(module, name)
         plain_write(module, name, value)
 
     for patch in (call, get):
@@ -293,31 +242,31 @@ def _contexts_patched() -> Iterator[None]:
         context.device = device_type
 
     def enter(context: Any) -> Any:
-        if _thread.following is None:
+        if thread.following is None:
             return plain_enter(context)
         given = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
-        context._recorded = _thread.following.tracer.create_proxy("call_function", torch.amp._enter_autocast, given, {})
+        context._recorded = thread.following.tracer.create_proxy("call_function", torch.amp._enter_autocast, given, {})
         return context
 
     def leave(context: Any, *error: Any) -> Any:
-        if _thread.following is None:
+        if thread.following is None:
             return plain_exit(context, *error)
-        _thread.following.tracer.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {})
+        thread.following.tracer.create_proxy("call_function", torch.amp._exit_autocast, (context._recorded,), {})
         return None
 
     def set_grad(mode: Any) -> None:
-        if _thread.following is None:
+        if thread.following is None:
             _set_grad_enabled(mode)
         else:
-            _thread.following.tracer.create_proxy("call_function", _set_grad_enabled, (mode,), {})
+            thread.following.tracer.create_proxy("call_function", _set_grad_enabled, (mode,), {})
 
     def is_grad() -> Any:
         asker = sys._getframe(1).f_globals.get("__name__", "")
-        if _thread.following is not None and not asker.startswith("torch."):
+        if thread.following is not None and not asker.startswith("torch."):
             raise TraceError("it asks whether gradients are recorded")
-        if _thread.following is None or asker != "torch.autograd.grad_mode":
+        if thread.following is None or asker != "torch.autograd.grad_mode":
             return _is_grad_enabled()
-        return _thread.following.tracer.create_proxy("call_function", _is_grad_enabled, (), {})
+        return thread.following.tracer.create_proxy("call_function", _is_grad_enabled, (), {})
 
     with (
         mock.patch.multiple(torch.autocast, __init__=init, __enter__=enter, __exit__=leave),
@@ -330,65 +279,3 @@ def _contexts_patched() -> Iterator[None]:
 def _leaves_patched() -> contextlib.AbstractContextManager[Any]:
     """Trace into functions that were declared leaves (`torch.fx.wrap`), which proxies with values can run."""
     return mock.patch.dict(_symbolic_trace._wrapped_fns_to_patch, clear=True)
-
-
-@contextlib.contextmanager
-def _autograd_functions_patched() -> Iterator[None]:
-    """Record an `autograd.Function` as one node, so that its backward stays.
-
-    Checkpointed functions are traced as if they weren't checkpointed.
-    """
-    plain = vars(torch.autograd.Function)["apply"]  # a class's method, in C or in Python
-
-    def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-        if _thread.following is None or not _hold_proxies(args):
-            return plain.__get__(None, function)(*args)
-        return _record_applied(_thread.following, function, args)
-
-    def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-    steps: dict[str, Any] = {name: nothing for name in _CHECKPOINTS_STEPS if hasattr(checkpoint, name)}
-    with (
-        mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)),
-        mock.patch.object(type(torch.autograd.Function), "__getattribute__", _attribute_of_function),
-        mock.patch.multiple(checkpoint, **steps),
-    ):
-        yield
-
-
-def _record_applied(following: _Following, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
-    if function is checkpoint.CheckpointFunction:
-        run, _, *given = args
-        return run(*given)
-    return following.tracer.create_proxy("call_function", Applied(function), args, {})
-
-
-def _attribute_of_function(function: type[torch.autograd.Function], name: str) -> Any:
-    """An attribute of an `autograd.Function`: its `forward` as one that records.
-
-    An `apply` that was bound before the patch (`reverse = Reverse.apply`, in an attribute, a list, a partial) is C code
-    that can't be patched. It reads these two attributes of its class, then calls `forward` with a context.
-    """
-    value = type.__getattribute__(function, name)
-    if _thread.following is None or name not in ("forward", "setup_context"):
-        return value
-    if name == "setup_context":
-        return type.__getattribute__(torch.autograd.Function, name)  # as if it weren't overridden
-
-    def forward(context: Any, *args: Any) -> Any:
-        if _thread.following is not None and _hold_proxies(args):
-            return _record_applied(_thread.following, function, args)
-        with unfollowed():
-            setup = function.setup_context
-            if setup is torch.autograd.Function.setup_context:
-                return value(context, *args)
-            output = value(*args)
-            setup(context, args, output)
-            return output
-
-    return forward
-
-
-_CHECKPOINTS_STEPS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
-"""What `torch.utils.checkpoint` runs before and after a function; the name depends on the version of torch."""

@@ -22,13 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewriters.errors import TraceError
 from rewriters.forwards.attribute_reads import AttributeReads, follows_input
+from rewriters.forwards.following import unfollowed
 from rewriters.forwards.guards import GUARDS, guard, guard_attribute
-from rewriters.forwards.multi_head_attention import HINTS
+from rewriters.forwards.multi_head_attention import HINTS, written_out_call
 from rewriters.forwards.proxies import ValueProxy, ValueTracer
 from rewriters.forwards.read_code import code_compares_identity, line_of_caller
 from rewriters.forwards.rewritten_forward import own_forward
 from rewriters.forwards.traced_labels import TracedLabels
-from rewriters.forwards.tracer_patches import CONTEXTS, MATH, followed, int_followed, unfollowed
+from rewriters.forwards.tracer_patches import CONTEXTS, MATH, conversions_followed, followed
 from rewriters.interrupts import let_signals_in
 from rewriters.labelling import Labelled, Labelling
 from rewriters.recording import (
@@ -114,6 +115,7 @@ class _Tracer(ValueTracer):
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
         self.labels = TracedLabels(call, labelling, known)
+        self.wrote_out = False
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         # fx takes the forward from the class; the instance may have one that was rewritten before.
@@ -265,6 +267,9 @@ class _Tracer(ValueTracer):
         return node
 
     def create_proxy(self, kind, target, args, kwargs, *rest, **options):
+        if kind == "call_function" and (written_out := written_out_call(target, kwargs)) is not None:
+            self.wrote_out = True
+            return written_out(*args, **kwargs)
         with unfollowed():
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
@@ -346,7 +351,7 @@ def _traced(tracer: _Tracer, module: nn.Module, path: str) -> fx.Graph:
     try:
         with (
             attributes_preserved(module.modules()), generators_kept(module), followed(tracer, tracer.attributes),
-            int_followed(type(module).forward),
+            conversions_followed(type(module).forward),
         ):  # fmt: skip
             before = random_states()
             graph = tracer.trace(module)
@@ -360,12 +365,13 @@ def _traced(tracer: _Tracer, module: nn.Module, path: str) -> fx.Graph:
 
 
 def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Labelling,
-          known: Mapping[int, Labelled]) -> tuple[fx.Graph, Mapping[int, Labelled]]:  # fmt: skip
+          known: Mapping[int, Labelled]) -> tuple[fx.Graph, Mapping[int, Labelled], bool]:  # fmt: skip
     """Trace `module`'s forward as it ran in `call`.
 
     Returns:
         The graph, and the labels of all tensors in it by id. Each node's meta has `val` (its value), `ops` (the ATen
-        ops that it ran) and `statistics` (those that these take across channels).
+        ops that it ran) and `statistics` (those that these take across channels). And whether an equivalent that is
+        written out was traced for a call in it.
 
     Raises:
         TraceError: torch.fx cannot trace the forward; the message says why.
@@ -384,4 +390,5 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     _drop_unused_reads(graph)
     in_graph = set(map(id, all_tensors(graph)))  # these stay alive
     found, recorded = tracer.labels.known.maps
-    return graph, ChainMap({key: labels for key, labels in found.items() if key in in_graph}, recorded)
+    left = {key: labels for key, labels in found.items() if key in in_graph}
+    return graph, ChainMap(left, recorded), tracer.wrote_out

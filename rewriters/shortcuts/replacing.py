@@ -22,7 +22,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from rewriters.errors import AutogateError, TraceError
-from rewriters.forwards import RewrittenForward, TracedForward, graphs_by_mode, out_of_place, set_forward, trace_modes
+from rewriters.forwards import (
+    RewrittenForward,
+    TracedForward,
+    call_name,
+    graphs_by_mode,
+    out_of_place,
+    set_forward,
+    trace_modes,
+)
 from rewriters.labelling import Labelling
 from rewriters.labelling.rules import Findings
 from rewriters.recording import Capture, capture, set_modes
@@ -152,7 +160,7 @@ def _adds_of(traced: TracedForward, count: int) -> list[fx.Node]:
 def _insert(graph: fx.Graph, add: fx.Node, operand: int, name: str) -> None:
     shortcut = add.args[operand] if len(add.args) > operand else None
     if not isinstance(shortcut, fx.Node):
-        raise TraceError(f"{add.format_node()} does not have its operands as positional arguments")
+        raise TraceError(f"{call_name(add)} does not have its operands as positional arguments")
     with graph.inserting_before(add):
         convolved = graph.call_module(name, (shortcut,))
     later = list(add.users) if operand == 0 else []

@@ -192,8 +192,28 @@ def unpool(call: OpCall) -> Labelled:
     return Labelled(call.shape, meet(call, parts))
 
 
+_WINDOWED = {
+    torch.ops.aten.max_pool2d_with_indices, torch.ops.aten.max_pool3d_with_indices, torch.ops.aten.avg_pool2d,
+    torch.ops.aten.avg_pool3d,
+}  # fmt: skip
+
+
 def _spatial(call: OpCall, spatial_dims: int) -> Result:
-    return _mixed_along(call, range(-spatial_dims, 0), _POOLED)
+    alone = _pooled_alone(call, spatial_dims)
+    return _mixed_along(call, [dim for dim in range(-spatial_dims, 0) if dim not in alone], _POOLED)
+
+
+def _pooled_alone(call: OpCall, spatial_dims: int) -> set[int]:
+    """The dimensions along which each position is pooled alone, as channels are that lie along one of them.
+
+    Where the places of maxima are asked for, their numbers depend on all sizes.
+    """
+    if call.op.overloadpacket not in _WINDOWED or (len(call.shapes) > 1 and 1 not in call.unused):
+        return set()
+    kernel = list(call.args[1])
+    stride, padding = list(call.arg(2, "stride") or kernel), list(call.arg(3, "padding") or [0])
+    windows = zip(*(given * (spatial_dims // len(given)) for given in (kernel, stride, padding)), strict=True)
+    return {dim - spatial_dims for dim, window in enumerate(windows) if window == (1, 1, 0)}
 
 
 @rule("aten.native_batch_norm", "aten.cudnn_batch_norm", "aten.miopen_batch_norm", "aten._batch_norm_no_update",

@@ -1,5 +1,7 @@
 """Options for methods and limits: what they ask for ends in the run's recipe."""
 
+import dataclasses
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -34,6 +36,21 @@ def test_the_help_lists_them():
     told = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", "--help"]).output
     for option in ("--method", "--reach", "--alpha-rate", "--a ", "--limit"):
         assert option in told
+
+
+@pytest.mark.slow
+def test_the_published_method_is_asked_for_by_its_fields(pictures, tmp_path):
+    words = ["--lam", 2e-3, "--epsilon-factor", 0.5, "--relative-rate", 0.1, "--bound", "inf", "--nearly-closed", 1]
+    told = CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, list(map(str, ["train", "test_resnet", "--data", pictures, *SMALL[:-2], *words, "--no-weighed",
+                            "--epochs", 2, "--out", tmp_path / "run"])),
+    )  # fmt: skip
+    assert told.exit_code == 0, told.output
+    info, gates = RunFolder(tmp_path / "run").info(), load_checkpoint(tmp_path / "run" / "last.pt").model
+    published = autogate.GDP.published(lam=2e-3, epochs=2, steps_per_epoch=info.steps_per_epoch, epsilon_factor=0.5)
+    asked = eval(info.recipe.method, {"GDP": autogate.GDP, "inf": float("inf")})
+    assert dataclasses.replace(asked, epochs=2, steps_per_epoch=info.steps_per_epoch) == published
+    assert gates["autogate.epsilon"] == 0.1 * 0.5**2  # once an epoch of the run
 
 
 @pytest.mark.slow

@@ -169,8 +169,10 @@ def test_variants_are_steered_to_a_budget_too(gate):
 
 def test_bad_settings_are_refused():
     for settings, message in [
-        ({"gate": "beta"}, "gate is 'beta'"), ({"epsilon_factor": 0.9}, "given with epsilon_factor"),
+        ({"gate": "beta"}, "gate is 'beta'"), ({"epsilon_factor": 1.9}, "epsilon_factor is 1.9"),
         ({"iterations": 0}, "iterations is 0"), ({"lam": -1}, "lam is -1"),
     ]:  # fmt: skip
         with pytest.raises(AutogateError, match=message):
             autogate.GDP(**settings)
+    with pytest.raises(AutogateError, match=r"epsilon falls once an epoch\. Pass steps_per_epoch"):
+        prepared(autogate.GDP(epsilon_factor=0.9))

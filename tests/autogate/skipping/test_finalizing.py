@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import autogate
 from autogate import adaptive
 from autogate.skipping import forwards_in
-from benchmarks.adaptive_time import draw_codes
+from benchmarks.adaptive_time import draw_codes, noise
 from tests.autogate.saliency.nets import IMAGES, Branches, chain, lively
 
 
@@ -35,7 +35,7 @@ def assert_close(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1
         assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
-def assert_skips_exactly(model: nn.Module, images: Tensor) -> None:
+def assert_skips_exactly(model: nn.Module, images: Tensor, tolerance: float = 1e-5) -> None:
     """Batches of one, of several and of equal images, other resolutions, codes as drawn, all off, one on, all on."""
     larger = F.interpolate(images, scale_factor=1.5)
     batches = images, images[:1], images[1:].repeat(2, 1, 1, 1), images[:1].repeat(3, 1, 1, 1), larger
@@ -48,7 +48,7 @@ def assert_skips_exactly(model: nn.Module, images: Tensor) -> None:
                 nn.init.zeros_(module.expand.weight)
                 with torch.no_grad():
                     module.expand.bias.fill_(-2.0)[:on] = 0.5
-        assert_close(outputs(fast, *batches), outputs(masked, *batches))
+        assert_close(outputs(fast, *batches), outputs(masked, *batches), tolerance)
         assert torch.equal(adaptive.cost(fast), adaptive.cost(masked))
 
 
@@ -93,14 +93,14 @@ class UNet(nn.Module):
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18", "resnet26", "vgg11_bn", "mobilenetv2_050", "efficientnet_b0", "tf_efficientnet_lite0",
+        "resnet18", "vgg11_bn", "mobilenetv2_050", "efficientnet_b0", "tf_efficientnet_lite0",
         "regnetx_002", "regnety_002", "densenet121", "convnext_atto", "Sized", "UNet",
     ],
 )  # fmt: skip
 def test_real_networks_skip_exactly(name):
     model = globals()[name]() if name in globals() else timm.create_model(name, num_classes=10)
-    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert_skips_exactly(prepared(model, images), images)
+    images = noise(3, 64).double()  # untrained, they magnify float32's rounding to 1e-4
+    assert_skips_exactly(prepared(model.double(), images), images, 1e-9)
 
 
 @pytest.mark.parametrize("batches", [None, [IMAGES]])
@@ -126,6 +126,7 @@ def test_channels_that_no_image_uses_are_removed():
     assert slim.depthwise[0].groups == slim.branch[0].out_channels
     assert sum(p.numel() for p in slim.parameters()) < sum(p.numel() for p in before.parameters())
     assert_close(outputs(slim, IMAGES, IMAGES[:1]), wanted)
+    assert autogate.summary(slim).images == 1  # of its latest forward: what was measured before is of wider layers
     slim(IMAGES)
     now = (adaptive.cost(slim) / adaptive.bank(slim).cost_of_images().dense).mean()
     assert share / 2 < now < share  # of the FLOPs of the model as it was prepared; what runs whole is narrower
@@ -149,6 +150,15 @@ def test_training_goes_on_masked():
     fast.zero_grad()
     fast.eval()(IMAGES).sum().backward()
     assert all(p.grad is not None for name, p in fast.named_parameters() if "saliency" not in name)
+
+
+def test_an_optimizer_of_replaced_parameters_is_told():
+    model = prepared(Branches())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    adaptive.finalize(model, batches=[IMAGES], break_even=1, warn=False)
+    model.train()(IMAGES).square().mean().backward()
+    with pytest.warns(UserWarning, match="are no longer the model's"):
+        optimizer.step()
 
 
 def test_masked_and_skipping_layers_may_be_mixed():

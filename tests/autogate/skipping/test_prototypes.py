@@ -11,10 +11,10 @@ import autogate
 from autogate import adaptive
 from autogate.skipping.prototypes import Prototypes, chosen
 from autogate.skipping.stages import StageForward
-from benchmarks.adaptive_time import draw_codes
+from benchmarks.adaptive_time import draw_codes, noise
 from tests.autogate.saliency.nets import chain, lively
 
-IMAGES = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+IMAGES = noise(12, 16)
 
 
 class Stages(nn.Module):

@@ -15,6 +15,7 @@ from torch import nn
 import autogate
 from autogate import subnets
 from autogate.switching.bank import SUBNETS
+from rewriters.slimming import TensorSlice
 from tests.autogate.switching.nets import closed, fused, small_net
 
 
@@ -54,6 +55,23 @@ def test_slices_follow_the_weights(net):
         after = switchable(example)
     assert not torch.equal(before, after)
     assert torch.equal(after, subnets.extract(switchable, 0)(example))
+
+
+def test_a_switch_that_fails_leaves_the_active_subnet(net, monkeypatch):
+    """There may be too little memory for its slices."""
+    switchable, _, example = net
+    subnets.switch(switchable, 1)
+    wanted, sizes = switchable(example), str(switchable)
+
+    def full(self):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorSlice, "take", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            subnets.switch(switchable, 0)
+    assert [row.active for row in subnets.status(switchable).rows] == [False, True, False]
+    assert str(switchable) == sizes and torch.equal(switchable(example), wanted)
 
 
 @pytest.mark.parametrize("way", ["copy", "pickle", "save"])

@@ -90,6 +90,13 @@ def test_the_command_line(pictures: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert adaptive.bank(autogate.load("runs/test_resnet/adaptive.safetensors")).run.warmup == 0.3
     told = CliRunner().invoke(app, ["train", "test_resnet", *small, "--warmup", "0.3"])
     assert told.exit_code == 2 and "--adaptive" in told.output
+    drawn = ("--images", str(pictures / "validation"), "--batch-size", "1", "--batch-size", "3", "--device", "cpu")
+    told = CliRunner().invoke(
+        app, ["bench", "runs/test_resnet/adaptive.safetensors", *drawn, "--seconds", "0.02"], env={"COLUMNS": "200"}
+    )
+    assert told.exit_code == 0, told.output
+    for words in ("static / dense", "adaptive / dense", "on average", "15 images", "as the static model does"):
+        assert words in told.output, words
     told = CliRunner().invoke(
         app, ["validate", "runs/test_resnet/adaptive.safetensors", "--data", str(pictures), "-j", "0"]
     )

@@ -11,8 +11,9 @@ from torch import nn
 
 from rewriters.analysis import analyse
 from rewriters.analysis.capture_modes import capture_modes
+from rewriters.outputs import relative_error
 from rewriters.recording import capture
-from tests.rewriters.exactness import place_statistics, random_live, slim, zero_kernels
+from tests.rewriters.exactness import TOLERANCE, place_statistics, random_live, slim, zero_kernels
 from tests.rewriters.helpers import Net, classes, conv, image, is_pinned, reasons
 
 
@@ -204,3 +205,32 @@ def test_only_the_code_that_asks_runs_again(monkeypatch):
     assert not capture_modes(model, (image(),), {}).trains_otherwise
     convolutions = [sum("convolution" in str(node.target) for node in one.graph.nodes) for one in graphs]
     assert convolutions == [2, 0]
+
+
+def test_an_example_that_runs_in_eval_mode_alone_is_traced_for_both():
+    """As where a mask's values are asked for in train mode, by code around the block that is rewritten."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = conv(8, 16)
+
+        def forward(self, x, mask=None):
+            first, second = self.layer(x - x.mean(1, keepdim=True)).split([8, 8], 1)
+            second = second if mask is None else second * mask
+            return first.tanh() * second if self.training else first.relu() * second
+
+    def forward(m, x, mask=None):
+        if m.training and mask is not None:
+            mask.tolist()
+        return m.b(m.block(m.a(x), mask))
+
+    torch.manual_seed(0)
+    model = Net(forward, a=conv(3, 8), block=Block(), b=conv(8, 4)).double().eval()
+    x, mask = image().double(), (torch.arange(4) > 1).double()
+    analysis = analyse(model, (x,), others=[((x, mask), {})])
+    slimmed = slim(model, (x,), share=0.6, seed=1, analysis=analysis)
+    assert analysis.channel_map.size == 8 + 8 and "block" in slimmed.plan.forwards
+    got = model.train()(x, mask)
+    slimmed.undo_log.undo()
+    assert relative_error([got], [model.train()(x, mask)]) <= TOLERANCE

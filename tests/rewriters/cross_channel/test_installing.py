@@ -196,10 +196,11 @@ def test_a_forward_that_cannot_be_traced_keeps_what_it_looks_at():
 
 
 def test_a_statistic_that_no_form_is_for_keeps_what_it_looks_at():
-    model = Around(lambda m, x: F.pairwise_distance(x.movedim(1, -1), x.roll(1, 2).movedim(1, -1))[:, None] * x)
+    model = Around(lambda m, x: F.adaptive_avg_pool2d(x.movedim(1, -1), 1).movedim(1, 2) * x)
     channel_map = analyse(model.eval(), (image(),)).channel_map
     assert Side("first.weight", 0) not in channel_map.classes
     assert not channel_map.statistics
+    assert any(pin.reason.endswith("; adaptive_avg_pool2d has no form for live channels") for pin in channel_map.pins)
 
 
 def test_a_norm_that_runs_several_times_looks_at_the_same_channels():

@@ -55,6 +55,12 @@ def by_shape(y, *shape):
     return y.reshape(batch, channels, -1).reshape(batch, channels, *rest)
 
 
+@torch.jit.script
+def scripted(y, scale: int):
+    batch, channels, height, width = y.shape
+    return y.reshape(batch, channels, height * width).sigmoid().reshape(batch, channels, height, width) * scale
+
+
 IDIOMS = {
     "int of a size": lambda m, y: y.reshape(int(y.shape[0]), 8, -1).view(y.shape),
     "int of a root": lambda m, y: y.flatten(2).reshape(*y.shape[:2], int(math.sqrt(y.shape[2] ** 2)), -1),
@@ -64,6 +70,11 @@ IDIOMS = {
     "math.sqrt": lambda m, y: y / math.sqrt(y.shape[1] * y.shape[2]),
     "math.ceil": lambda m, y: F.pad(y, (0, math.ceil(y.shape[3] / 4) * 4 - y.shape[3]))[..., : y.shape[3]],
     "math.floor": lambda m, y: y * math.floor(y.shape[2] / 3),
+    "float of sizes": lambda m, y: y / float(y.shape[2]) / math.sqrt(float(y.shape[1] * y.shape[3])),
+    "np.sqrt of a product": lambda m, y: y / np.sqrt(np.prod(y.shape[1:])) / np.sqrt(y.shape[1]),
+    "np.log": lambda m, y: y / (1 + np.log(y.shape[2])) * np.float64(y.shape[2] ** 0.5 > 0),
+    "np.sum of a shape": lambda m, y: y * (np.sum(y.shape[2:]) - np.float64(0.5) * y.shape[3]),
+    "a scripted function": lambda m, y: scripted(y, y.shape[2]),
     "round": lambda m, y: y * round(y.shape[2] * 0.6),
     "divmod": lambda m, y: y * sum(divmod(y.shape[2], 3)),
     "sum of a shape": lambda m, y: y * sum(y.shape[2:]),
@@ -107,6 +118,8 @@ IDIOMS = {
     "einsum over positions too": lambda m, y: y * torch.einsum("bchw,bchw->b", y, y.tanh())[:, None, None, None],
     "bmm": lambda m, y: y * torch.bmm(y.flatten(2).mT, y.tanh().flatten(2)).mean(2).view(len(y), 1, *y.shape[2:]),
     "attention over pixels": lambda m, y: (y.flatten(2) @ (y.flatten(2).mT @ y.flatten(2)).softmax(-1)).view(y.shape),
+    "pooled along tokens": lambda m, y: F.avg_pool2d(y.movedim(1, -1), (3, 1), 1, (1, 0)).movedim(-1, 1),
+    "the largest of tokens": lambda m, y: F.max_pool2d(y.movedim(1, -1), (3, 1), (1, 1), (1, 0)).movedim(-1, 1),
     "cosine_similarity": lambda m, y: y * F.cosine_similarity(y, y.tanh(), 1)[:, None],
     "normalised and multiplied": lambda m, y: y * (F.normalize(y) * F.normalize(y.tanh())).sum(1, keepdim=True),
     "cdist": lambda m, y: y * torch.cdist(y.flatten(2).mT, y.tanh().flatten(2).mT).mean((1, 2))[:, None, None, None],

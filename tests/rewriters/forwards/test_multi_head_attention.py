@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import autogate
 from benchmarks.parts import kill
-from rewriters.forwards.multi_head_attention import multi_head_attention
+from rewriters.forwards.multi_head_attention import multi_head_attention, multi_head_attention_forward
 from rewriters.outputs import relative_error, run_eval
 from tests.rewriters.exactness import TOLERANCE, assert_exact
 from tests.rewriters.helpers import Net, analysed, classes
@@ -122,6 +124,39 @@ def test_slim_attention_is_exact(form, forward):
         inputs = [one.transpose(0, 1) for one in inputs]
     for weights in (False, True):
         assert_exact(model, tuple(inputs), {"need_weights": weights})
+
+
+class Pooling(nn.Module):
+    """Radford et al., "Learning Transferable Visual Models From Natural Language Supervision": the pooling of CLIP."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.num_heads = function, HEADS
+        self.stem, self.outer = nn.Conv2d(3, EMBED, 1), nn.Linear(EMBED, 3)
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = (nn.Linear(EMBED, EMBED) for _ in range(4))
+        self.positional_embedding = nn.Parameter(torch.randn(10, EMBED))
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(0, keepdim=True), x]) + self.positional_embedding[:, None, :]
+        x, _ = self.function(
+            query=x[:1], key=x, value=x, embed_dim_to_check=x.shape[-1], num_heads=self.num_heads,
+            q_proj_weight=self.q_proj.weight, k_proj_weight=self.k_proj.weight, v_proj_weight=self.v_proj.weight,
+            in_proj_weight=None, in_proj_bias=torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]),
+            bias_k=None, bias_v=None, add_zero_attn=False, dropout_p=0.0, out_proj_weight=self.c_proj.weight,
+            out_proj_bias=self.c_proj.bias, use_separate_proj_weight=True, training=self.training, need_weights=False,
+        )  # fmt: skip
+        return self.outer(x.squeeze(0))
+
+
+def test_attention_as_a_function_loses_heads_and_embedding():
+    torch.manual_seed(0)
+    model, images = Pooling(F.multi_head_attention_forward).double().eval(), torch.rand(2, 3, 3, 3).double()
+    written_out = copy.deepcopy(model)
+    written_out.function = multi_head_attention_forward
+    assert relative_error([written_out(images)], [model(images)]) <= TOLERANCE
+    slimmed = assert_exact(model, (images,))
+    assert slimmed.analysis.channel_map.size == HEADS + 2 * EMBED
 
 
 class Translator(nn.Module):

@@ -22,7 +22,7 @@ def test_a_recorded_tensor_stands_in_for_none_of_another_type():
     captured, labelling = capture(model.eval(), (image(),)), Labelling()
     labelling.run(captured)
     model.train()
-    graph, _ = trace(model, captured.root, captured, labelling, labelling.by_tensor())
+    graph, *_ = trace(model, captured.root, captured, labelling, labelling.by_tensor())
     (relu,) = graph.find_nodes(op="call_method", target="relu")
     assert relu.meta["val"].dtype == torch.float64
 
@@ -118,7 +118,7 @@ def test_only_calls_that_did_not_run_when_it_was_recorded_are_labelled_anew(forw
 
     monkeypatch.setattr(Labelling, "apply", noting)
     model.training = True
-    graph, known = trace(model, captured.root, captured, labelling, recorded)
+    graph, known, _ = trace(model, captured.root, captured, labelling, recorded)
     assert ran == anew
     if not anew:
         labels = {id(labels) for labels in recorded.values()}

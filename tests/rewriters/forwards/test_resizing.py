@@ -23,7 +23,7 @@ def test_a_rewriting_that_cuts_nothing_changes_nothing():
     model = Split().eval()
     analysis = analyse(model, (image(),))
     captured, labelling = analysis.captures[0], analysis.labelling
-    graph, known = trace(model, captured.root, captured, labelling, labelling.by_tensor())
+    graph, known, _ = trace(model, captured.root, captured, labelling, labelling.by_tensor())
     resizer = Resizer(graph, known, LabelMask(torch.ones(labelling.space.count, dtype=torch.bool)), "")
     resizer.run()
     assert not resizer.changed

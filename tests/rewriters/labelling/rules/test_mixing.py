@@ -239,3 +239,13 @@ def test_an_instance_norm_without_parameters_is_told_its_width():
     assert undone[1].num_features == undone[2].num_features == 6
     slimmed = slim(model, (image().double(),), share=0.6, seed=1).model
     assert slimmed[1].num_features == slimmed[2].num_features == slimmed[0].out_channels < 6
+
+
+@pytest.mark.parametrize(("op", "pinned"), [
+    (lambda x: F.max_pool2d(x, (3, 1), 1), False), (lambda x: F.avg_pool2d(x, (2, 1)), False),
+    (lambda x: F.max_pool2d(x, (3, 1), (1, 2)).repeat(1, 1, 1, 2), True), (lambda x: F.avg_pool2d(x, 3, 1, 1), True),
+    (lambda x: x[..., :2, :] * F.max_pool2d(x, (3, 1), 1, return_indices=True)[1], True),
+])  # fmt: skip
+def test_pooling_passes_channels_that_it_takes_one_by_one(op, pinned):
+    found = between(lambda m, y: op(y.movedim(1, -1)).movedim(-1, 1))
+    assert is_pinned(found, "a.weight", 0) == pinned
