@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import multiprocessing
 import os
 import random
@@ -105,9 +106,18 @@ def paint(folder: Path) -> Path:
     return folder
 
 
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["autogate.cli", "benchmarks.interrupts"])  # a fork of a process that has computed may abort in PyTorch
+
+
+def _go(run: Callable[[Path], None], folder: Path) -> None:
+    torch.set_num_threads(1)
+    run(folder)
+
+
 def _in_process(run: Run, folder: Path, kill_after: float | None = None) -> int | None:
     """Exit code of a process that goes on with the run, killed after so many seconds."""
-    process = multiprocessing.get_context("fork").Process(target=run.go, args=(folder,))
+    process = _PROCESSES.Process(target=_go, args=(run.go, folder))
     process.start()
     process.join(kill_after)
     if process.is_alive():
@@ -159,7 +169,7 @@ def main() -> None:
             "autogate train": (
                 asked.train,
                 Run(
-                    lambda at: train(at, pictures),
+                    functools.partial(train, pictures=pictures),
                     lambda at: RunFolder(at / "run").checkpoint_file.exists(),
                     train_tensors,
                 ),

@@ -38,9 +38,27 @@ def is_product_with_others(number: fx.Node, slim: Mapping[fx.Node, Any]) -> bool
     return others
 
 
+def depends_on_others(number: fx.Node, slim: Mapping[fx.Node, Any]) -> bool:
+    """Whether a number is made of anything but channels and constants: of other sizes, arguments, or attributes."""
+    seen, open_ends = set[fx.Node](), [number]
+    while open_ends:
+        node = open_ends.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _is_size(node):
+            if _any_stays(slim[node], node.meta["val"]):
+                return True
+        elif node.op in ("placeholder", "get_attr") or tensors_of(node.meta["val"]):
+            return True
+        else:
+            open_ends.extend(node.all_input_nodes)
+    return False
+
+
 def _is_size(node: fx.Node) -> bool:
     """Whether a number, or several in a tuple, are read from a tensor's shape."""
-    if node.target == "size":
+    if node.target == "size" or node.target is len:
         return bool(tensors_of(node.args[0].meta["val"]))  # type: ignore[union-attr]  # its tensor
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _is_size(node.args[0])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from rewriters.errors import SurgeryError
-from rewriters.forwards.factors import is_product_with_others
+from rewriters.forwards.factors import depends_on_others, is_product_with_others
 from rewriters.forwards.guards import GUARDS
 from rewriters.forwards.label_mask import LabelMask, SlimShapes
 from rewriters.forwards.moves import commutes, only_moves, swap_tensors
@@ -202,7 +202,11 @@ class Resizer:
     def _kept_factor(self, number: fx.Node) -> Any:
         """A number as it was before slimming; an expression if it depends on other sizes than channels."""
         left, before = self._slim[number], number.meta["val"]
-        if not left or not is_product_with_others(number, self._slim):
+        if not is_product_with_others(number, self._slim):
+            if depends_on_others(number, self._slim):
+                raise CannotResizeError(number, self._where, "it computes with channels and other sizes in one number.")
+            return before
+        if not left:
             return before
         return self.graph.call_function(scaled, (self._copies[number], before, left))
 

@@ -25,7 +25,7 @@ from torch.fx import _symbolic_trace
 
 from rewriters.errors import TraceError
 from rewriters.forwards.attribute_reads import AttributeReads
-from rewriters.forwards.following import Following, hold_proxies, isinstance_of_value, set_following, thread
+from rewriters.forwards.following import ANSWERS, Following, hold_proxies, isinstance_of_value, set_following, thread
 from rewriters.forwards.function_patches import autograd_functions_patched, scripted_functions_patched
 from rewriters.forwards.proxies import ValueProxy
 from rewriters.forwards.read_code import file_has_types
@@ -189,6 +189,18 @@ def conversions_followed(function: Callable[..., Any]) -> Iterator[None]:
         yield
         return
     with mock.patch.dict(scope, _CONVERSIONS):
+        yield
+
+
+@contextlib.contextmanager
+def rewritten_code_followed(function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `len` and the functions of `math` that a rewritten forward's code holds are recorded, as in user code."""
+    if not isinstance(function, types.FunctionType) or "__name__" in function.__globals__:
+        yield  # it belongs to a Python module
+        return
+    wrapped = {id(one): _symbolic_trace._create_wrapped_func(one) for one in MATH}
+    known, scope = wrapped | ANSWERS, function.__globals__
+    with mock.patch.dict(scope, {name: known[id(value)] for name, value in scope.items() if id(value) in known}):
         yield
 
 

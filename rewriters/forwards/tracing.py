@@ -29,7 +29,7 @@ from rewriters.forwards.proxies import ValueProxy, ValueTracer
 from rewriters.forwards.read_code import code_compares_identity, line_of_caller
 from rewriters.forwards.rewritten_forward import own_forward
 from rewriters.forwards.traced_labels import TracedLabels
-from rewriters.forwards.tracer_patches import CONTEXTS, MATH, conversions_followed, followed
+from rewriters.forwards.tracer_patches import CONTEXTS, MATH, conversions_followed, followed, rewritten_code_followed
 from rewriters.interrupts import let_signals_in
 from rewriters.labelling import Labelled, Labelling
 from rewriters.recording import (
@@ -347,11 +347,13 @@ def _drop_unused_reads(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _traced(tracer: _Tracer, module: nn.Module, path: str) -> fx.Graph:
+def _traced(tracer: _Tracer, module: nn.Module, call: ModuleCall) -> fx.Graph:
+    path = call.path
     try:
+        forward = own_forward(module, call.args, call.kwargs)
         with (
             attributes_preserved(module.modules()), generators_kept(module), followed(tracer, tracer.attributes),
-            conversions_followed(type(module).forward),
+            conversions_followed(type(module).forward), rewritten_code_followed(forward),
         ):  # fmt: skip
             before = random_states()
             graph = tracer.trace(module)
@@ -379,12 +381,12 @@ def trace(module: nn.Module, call: ModuleCall, captured: Capture, labelling: Lab
     let_signals_in()
     tracer = _Tracer(module, call, captured, labelling, known, followed=True)
     try:
-        graph = _traced(tracer, module, call.path)
+        graph = _traced(tracer, module, call)
     except TraceError:
         if not tracer.attributes.followed:
             raise
         tracer = _Tracer(module, call, captured, labelling, known, followed=False)
-        graph = _traced(tracer, module, call.path)
+        graph = _traced(tracer, module, call)
     returned = next(node for node in graph.nodes if node.op == "output").args[0]
     tracer.labels.link(fx.node.map_arg(returned, _value_of), call.output)
     _drop_unused_reads(graph)

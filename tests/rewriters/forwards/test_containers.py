@@ -137,7 +137,10 @@ def test_what_a_forward_takes_from_a_container(container):
     assert_exact(model, (image().double(),))
 
 
-@pytest.mark.parametrize("container", [*CONTAINERS.values(), Held, Slots, lambda *both: {*both}], ids=str)
+OBJECTS = {**CONTAINERS, "object": Held, "slots": Slots, "set": lambda *both: {*both}}
+
+
+@pytest.mark.parametrize("container", OBJECTS.values(), ids=OBJECTS)
 def test_what_the_model_returns_keeps_its_channels_whatever_holds_it(container):
     """They would go with what another layer reads of them, and nothing would compare them."""
 

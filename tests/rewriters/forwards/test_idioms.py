@@ -82,6 +82,7 @@ IDIOMS = {
     "min of a size": lambda m, y: y.view(min(y.shape[0], 1), -1, *y.shape[1:]).flatten(0, 1),
     "min and max of sizes": lambda m, y: y * min(len(y), 2) / max(y.shape[2:]) + max(y.size(3), min(2, y.size()[2])),
     "numel": lambda m, y: y / y[0].numel(),
+    "channels over samples": lambda m, y: y * len(y[0]) / len(y),
     "numel of a shape": lambda m, y: y / y.size()[1:].numel(),
     "sizes in one tuple": lambda m, y: y.reshape(y.size()[:1] + (4, 2) + y.size()[2:]).flatten(1, 2),  # noqa: RUF005
     "a saved shape": lambda m, y: (lambda shape: y.flatten().reshape(shape))(y.shape),
@@ -170,6 +171,20 @@ def test_channels_stay_where_a_forward_asks_for_gradients(idiom):
     found = analyse(Halves(idiom).double().eval(), (values(2, 3, 4, 4),)).channel_map
     assert found.size == 0
     assert any("it asks whether" in pin.reason for pin in found.pins)
+
+
+@pytest.mark.parametrize(
+    "idiom",
+    [
+        lambda m, y: y * (y.shape[1] + y.shape[2]) / 7.0,
+        lambda m, y: y * (math.ceil(y.shape[1] / 3) / math.ceil(y.shape[2] / 3)),
+    ],
+    ids=["sum", "rounded"],
+)
+def test_channels_stay_where_a_number_mixes_them_with_other_sizes(idiom):
+    """A product has a part that channels make, which stays as it was. No such part is in these numbers."""
+    found = analyse(Halves(idiom).double().eval(), (values(2, 3, 4, 4),)).channel_map
+    assert any("it computes with channels and other sizes in one number" in pin.reason for pin in found.pins)
 
 
 def test_gradients_are_recorded_as_before():

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import linecache
+import math
 import pickle
 import traceback
 
@@ -19,9 +20,11 @@ from rewriters.forwards.guards import ShapeGuardError
 from rewriters.forwards.rewritten_forward import InterpretedForward, RewrittenForward
 from rewriters.outputs import relative_error, run_eval
 from rewriters.slimming.dry_run import dry_run
-from tests.rewriters.exactness import TOLERANCE
+from rewriters.slimming.plan import apply
+from rewriters.undo_log import UndoLog
+from tests.rewriters.exactness import TOLERANCE, slim
 from tests.rewriters.forwards.networks import Modes, Split, rewritten, slim_and_gated, traced_in
-from tests.rewriters.helpers import image
+from tests.rewriters.helpers import Net, conv, image
 
 
 def test_a_rewritten_forward_runs_at_other_batch_sizes_and_resolutions():
@@ -140,3 +143,32 @@ def test_train_and_eval_keep_their_own_graphs():
     out, mean = slim_model.train()(example)
     assert out.shape == (2, 2, 4, 4)
     assert mean.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda y: math.ceil(y.shape[1] / 3) / math.ceil(y.shape[2] / 3),
+        lambda y: math.sqrt(y.shape[1] * y.shape[2]),
+        lambda y: len(y[0]) / len(y),
+        lambda y: min(y.shape[1], y.shape[3]),
+    ],
+    ids=["ceil", "sqrt", "len", "min"],
+)
+def test_a_rewritten_forward_is_rewritten_again_for_all_sizes(factor):
+    """Its code holds functions that user code looks up by name."""
+
+    def forward(m, x):
+        first, second = m.a(x).split([8, 8], 1)
+        return m.head(first.tanh() * m.b(second * factor(second)))
+
+    model = Net(forward, a=conv(3, 16), b=conv(8, 8), head=conv(8, 2)).double().eval()
+    other = torch.randn(3, 3, 6, 5, dtype=torch.float64)
+    for seed in range(2):
+        width = model.a.out_channels
+        slimmed = slim(model, (image().double(),), share=0.7, seed=seed)
+        assert slimmed.plan.forwards and model.a.out_channels < width and slimmed.error <= TOLERANCE
+        got = run_eval(model, (other,))
+        slimmed.undo_log.undo()
+        assert relative_error(got, run_eval(model, (other,))) <= TOLERANCE
+        apply(model, slimmed.plan, UndoLog())
