@@ -107,7 +107,9 @@ def paint(folder: Path) -> Path:
 
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["autogate.cli", "benchmarks.interrupts"])  # a fork of a process that has computed may abort in PyTorch
+_PROCESSES.set_forkserver_preload(
+    ["autogate.cli", "benchmarks.interrupts"]
+)  # a fork of a process that has computed may abort in PyTorch
 
 
 def _go(run: Callable[[Path], None], folder: Path) -> None:
