@@ -105,7 +105,7 @@ def cost(model: nn.Module) -> Tensor:
         model: a model that `prepare` returned, or a compiled or distributed wrapper around it.
 
     Raises:
-        AutogateError: it has no saliency modules, no forward has run, or scores are NaN.
+        AutogateError: it has no saliency modules, no forward has run, or scores are NaN or infinite.
     """
     return bank(model).cost_of_images().images
 
@@ -128,7 +128,7 @@ def use(model: nn.Module, batches: Iterable[Any]) -> Use:
         batches: yields images, or tuples whose first item are images.
 
     Raises:
-        AutogateError: it has no saliency modules, there are no batches, or scores are NaN.
+        AutogateError: it has no saliency modules, there are no batches, or scores are NaN or infinite.
     """
     return use_of(unwrap(model), bank(model), batches)
 
@@ -159,7 +159,7 @@ def budget(model: nn.Module, *, flops: float, batches: Iterable[Any]) -> float:
 
     Raises:
         AutogateError: it has no saliency modules, the share is out of its range or below what every image takes, there
-            are no batches, or scores are NaN. The threshold is left as it was.
+            are no batches, or scores are NaN or infinite. The threshold is left as it was.
     """
     found = bank(model)
     Run(flops, steps=1)  # raises for a wrong share
@@ -206,8 +206,8 @@ def finalize(
         warn: whether to warn if the warm-up isn't over, or if the budget isn't met.
 
     Raises:
-        AutogateError: it has no saliency modules, is finalized already, there are no batches, scores are NaN, a weight
-            isn't finite, or a layer was changed since `prepare`.
+        AutogateError: it has no saliency modules, is finalized already, there are no batches, scores are NaN or
+            infinite, a weight isn't finite, or a layer was changed since `prepare`.
         SurgeryError: a module's forward can't be rewritten for the channels that are left.
         VerificationError: the outputs would differ. The model is left as it was.
     """

@@ -66,7 +66,7 @@ _TOLD = {"step", "error", "reach", "left", "difference", "double_difference", "s
 
 def measure_autogate(one: Listed, limits: Limits, prepare_only: bool = False) -> dict[str, Any]:
     """A line of `Result`, measured in a process of its own."""
-    result, ended = _apart(partial(measure_here, prepare_only=prepare_only), one, limits)
+    result, ended = apart(partial(measure_here, prepare_only=prepare_only), one, limits)
     result = result or asdict(Result(one.name, one.family, one.arguments, step="build"))
     if ended:
         result["error"], result["step"] = f"in {result['step']}: {ended}", "time" if limits.told in ended else "crash"
@@ -76,7 +76,7 @@ def measure_autogate(one: Listed, limits: Limits, prepare_only: bool = False) ->
 
 def measure_peer(one: Listed, limits: Limits) -> dict[str, Any]:
     """A line with Torch-Pruning's figures (see `benchmarks.peer`), measured in a process of its own."""
-    done, ended = _apart(_measure_peer, one, replace(limits, seconds=min(limits.seconds, PEER_SECONDS)))
+    done, ended = apart(_measure_peer, one, replace(limits, seconds=min(limits.seconds, PEER_SECONDS)))
     peer = done or {"seconds": None, "left": None, "error": ended}
     print(f"{one.name}: {peer}", flush=True)
     return {"model": one.name, "peer": peer}
@@ -108,7 +108,7 @@ def _measure_peer(one: Listed, out: Path) -> None:
             break
 
 
-def _apart(target: Callable[[Listed, Path], None], one: Listed, limits: Limits) -> tuple[dict[str, Any] | None, str]:
+def apart(target: Callable[[Listed, Path], None], one: Listed, limits: Limits) -> tuple[dict[str, Any] | None, str]:
     """What `target` wrote into its file, and how its process ended, if not normally."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"

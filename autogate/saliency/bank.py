@@ -111,7 +111,7 @@ class SaliencyBank(nn.Module):
         """What the latest forward has cost.
 
         Raises:
-            AutogateError: there was none, or scores are NaN.
+            AutogateError: there was none, or scores are NaN or infinite.
         """
         if not self.notes.has_scores:
             raise AutogateError(

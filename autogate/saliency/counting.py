@@ -207,7 +207,7 @@ class Counting:
             calls: of one forward; some have scores.
 
         Raises:
-            AutogateError: scores are NaN.
+            AutogateError: scores are NaN or infinite.
         """
         scored = [call.scores for call in calls if call.scores is not None]
         images, device = len(_rows(scored[0])), scored[0].device
@@ -247,11 +247,11 @@ class Counting:
         """
         assert call.scores is not None
         scores = _rows(call.scores)
-        if scores.isnan().any():
+        if not (scores < torch.inf).all():  # at minus infinity a channel is off
             raise AutogateError(
-                "its saliency scores are NaN.",
+                "its saliency scores are NaN or infinite.",
                 where=self.layers[call.layer].path,
-                remedy="Load a checkpoint from before training diverged.",
+                remedy="Normalise the inputs as in training; if training diverged, load a checkpoint from before that.",
             )
         made = scores > 0
         if len(made) % images:

@@ -158,16 +158,21 @@ class _Placing:
 
     def _following(self, number: int, layer: Layer, conv: Any) -> FollowingModule:
         own = classes_of(self._channel_map, layer.kernel.output_side)
-        sources = []
-        for other in self._layers[:number]:
+        sources, before = [], self._layers[:number]
+        whole = [classes_of(self._channel_map, other.kernel.output_side) for other in before if other.kind == "whole"]
+        for other in before:
             if other.kind == "chosen":
                 theirs = classes_of(self._channel_map, other.kernel.output_side)
                 place = torch.full((self._channel_map.size + 1,), -1)
                 place[theirs] = torch.arange(len(theirs))
+                for classes in whole:
+                    place[classes] = -1
                 place[ALWAYS] = -1
                 if (place[own] >= 0).any():
                     sources.append((self.modules[other.kernel.module], place[own]))
-        return FollowingModule(number, conv.weight.ndim - 2, sources, self.notes).to(conv.weight.device)
+        assert layer.scaling is not None
+        made = FollowingModule(number, conv.weight.ndim - 2, sources, self.notes, closes=layer.scaling.across)
+        return made.to(conv.weight.device)
 
     def _put(self, conv: nn.Module, layer: Layer, module: SaliencyModule | FollowingModule) -> None:
         assert layer.scaling is not None

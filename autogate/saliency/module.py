@@ -122,7 +122,7 @@ class SaliencyModule(nn.Module):
         else:
             code = self.notes.code(self.layer, scores - self.threshold)
         self.open = code.detach() > 0
-        self.factor = scores * code
+        self.factor = scores.clamp(min=torch.finfo(scores.dtype).min) * code  # minus infinity times 0 is NaN
         self._scores = self.notes.counted((scores - self.threshold).detach(), self.open)
 
     def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -154,8 +154,9 @@ class FollowingModule(nn.Module):
         layer: number of the layer in `notes`.
         dims: how many dimensions of positions the convolution has.
         sources: the modules that its channels come from, each with the channel there of each channel here: int64 of
-            shape (channels,), -1 where it comes from elsewhere.
+            shape (channels,), -1 where it comes from elsewhere. A channel that comes from none of them stays open.
         notes: takes the call of each forward.
+        closes: as of a `SaliencyModule`.
 
     Attributes:
         places: int64 of shape (sources, channels): the channel of each source, -1 where it comes from elsewhere.
@@ -165,9 +166,11 @@ class FollowingModule(nn.Module):
 
     places: Tensor
 
-    def __init__(self, layer: int, dims: int, sources: Sequence[tuple[SaliencyModule, Tensor]], notes: Notes):
+    def __init__(
+        self, layer: int, dims: int, sources: Sequence[tuple[SaliencyModule, Tensor]], notes: Notes, closes: bool
+    ):  # fmt: skip
         super().__init__()
-        self.layer, self.dims, self.notes = layer, dims, notes
+        self.layer, self.dims, self.notes, self.closes = layer, dims, notes, closes
         self.sources, self.done = tuple(module for module, _ in sources), False
         self.register_buffer("places", torch.stack([index for _, index in sources]), persistent=False)
 
@@ -175,9 +178,10 @@ class FollowingModule(nn.Module):
         """Return `x`: a `nn.Sequential` runs all of its children."""
         return x
 
-    def made(self, conv: nn.Module, args: Any, output: Tensor) -> None:
-        """Behind the convolution: note what it costs."""
+    def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""
         self.notes.add(self.layer, output.numel() / output.shape[-self.dims - 1])
+        return output * broadcast(self.open, self.dims).to(output.dtype) if self.closes else None
 
     def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Behind the norm."""
@@ -193,9 +197,9 @@ class FollowingModule(nn.Module):
 
     @property
     def open(self) -> Tensor:
-        """Which channels some source has, bool, (images, channels)."""
+        """Which channels some source has, or none makes, bool, (images, channels)."""
         found = []
         for source, place in zip(self.sources, self.places, strict=True):
             assert source.open is not None
             found.append(F.pad(source.open, (0, 1))[..., place])
-        return torch.stack(found).any(0)
+        return torch.stack(found).any(0) | (self.places < 0).all(0)

@@ -63,7 +63,7 @@ def use_of(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Use:
     """How the images of these batches use the model's channels. The bank keeps the mean.
 
     Raises:
-        AutogateError: there are no batches, or scores are NaN.
+        AutogateError: there are no batches, or scores are NaN or infinite.
     """
     counts, shares, channels = _Counts(bank), [], []
     for cost in costs(model, bank, batches):
@@ -122,8 +122,8 @@ def meet(model: nn.Module, bank: SaliencyBank, flops: float, batches: Iterable[A
         The share that they take.
 
     Raises:
-        AutogateError: there are no batches, scores are NaN, or the share is below what every image takes. The
-            threshold is left as it was.
+        AutogateError: there are no batches, scores are NaN or infinite, or the share is below what every image takes.
+            The threshold is left as it was.
     """
     before, measured = float(bank.threshold), bank.measured
     tried: dict[float, MeanUse] = {}
@@ -175,7 +175,7 @@ def costs(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -> Itera
     Modes are restored at the end.
 
     Raises:
-        AutogateError: there are no batches, or scores are NaN.
+        AutogateError: there are no batches, or scores are NaN or infinite.
     """
     before = set_modes(model, False)
     given = 0

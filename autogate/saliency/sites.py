@@ -79,6 +79,7 @@ def layers_in(
     modules = dict(model.named_modules())
     found: list[Layer] = []
     made: set[int] = set()
+    whole: set[int] = set()
     for kernel in channel_map.kernels:
         module = modules.get(kernel.module)
         if not isinstance(module, (_ConvNd, nn.Linear)) or kernel.weight != f"{kernel.module}.weight".lstrip("."):
@@ -89,10 +90,12 @@ def layers_in(
             before = known.get(kernel.module, Known("whole", 0))
             kind, hidden = before if _can_be(module, before.kind) and kernel.module in calls else Known("whole", 0)
         outputs = set(classes_of(channel_map, kernel.output_side).tolist()) - {ALWAYS}
-        if kind == "follows" and made.isdisjoint(outputs):
+        if kind == "follows" and outputs.isdisjoint(made - whole):
             kind = "whole"
         elif kind == "chosen":
             made |= outputs
+        elif kind == "whole":
+            whole |= outputs
         scaling = None if kind == "whole" else _scaling(kernel.module, calls, captured, modules, channel_map)
         found.append(Layer(kernel, kind, scaling, why, hidden))
     return found

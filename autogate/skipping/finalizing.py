@@ -50,8 +50,8 @@ def finalize_adaptive(
         warn: whether to warn if the training isn't over.
 
     Raises:
-        AutogateError: it is finalized already, a weight isn't finite, scores are NaN, there are no batches, or a layer
-            has changed since the model was prepared.
+        AutogateError: it is finalized already, a weight isn't finite, scores are NaN or infinite, there are no batches,
+            or a layer has changed since the model was prepared.
         VerificationError: outputs would differ. The model is left as it was.
     """
     if forwards_in(model):
@@ -149,7 +149,7 @@ def _skipping(
 
     unwrap_accelerate(model, undo_log)
     if used is None:
-        wanted = [Outputs.of(model, *call) for call in calls]
+        wanted = _outputs(model, bank, calls)
     else:
         wanted = _slimmed(model, bank, used, calls, undo_log)
         check("the slim model")
@@ -158,6 +158,16 @@ def _skipping(
         forward.break_even = ALL
     check("the model that skips")
     return forwards
+
+
+def _outputs(model: nn.Module, bank: SaliencyBank, calls: Sequence[Inputs]) -> list[Outputs]:
+    """The outputs of each call. Raises if scores are NaN or infinite: outputs would be so too."""
+    found = []
+    for call in calls:
+        found.append(Outputs.of(model, *call))
+        if bank.notes.has_scores:
+            bank.cost_of_images()
+    return found
 
 
 def _missed(bank: SaliencyBank) -> str:
@@ -203,7 +213,7 @@ def _slimmed(
     put_on(taken, undo_log)
     live = live_classes(model, bank, analysis.channel_map, used)
     close(bank, live, undo_log)
-    wanted = [Outputs.of(model, *call) for call in calls]
+    wanted = _outputs(model, bank, calls)
     if not live.all():
         take_off(model, bank, undo_log)
         slim(model, bank, live, analysis, taken, undo_log)

@@ -30,7 +30,7 @@ def used_classes(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -
     """The classes of channels that some image of these batches uses, bool, shape (classes,).
 
     Raises:
-        AutogateError: there are no batches, or scores are NaN.
+        AutogateError: there are no batches, or scores are NaN or infinite.
     """
     used = torch.zeros(len(bank.counting.zero) + 1, dtype=torch.bool)
     for _ in costs(model, bank, batches):

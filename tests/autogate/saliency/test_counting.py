@@ -162,12 +162,13 @@ def test_what_a_norm_will_shift_is_known_before_it_is_trained():
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
-def test_nan_scores_are_told_with_their_layer():
+@pytest.mark.parametrize("score", [torch.nan, torch.inf])
+def test_nan_and_infinite_scores_are_told_with_their_layer(score):
     model = adaptive.prepare(chain().eval(), IMAGES, flops=0.9)
     with torch.no_grad():
-        model[3].saliency.expand.bias[2] = torch.nan
+        model[3].saliency.expand.bias[2] = score
         model(IMAGES)
-    with pytest.raises(autogate.AutogateError, match="3: its saliency scores are NaN"):
+    with pytest.raises(autogate.AutogateError, match="3: its saliency scores are NaN or infinite"):
         adaptive.cost(model)
 
 

@@ -1,12 +1,13 @@
 """Where saliency modules go, and what a model with them returns."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import timm
 import torch
 from timm.layers import BatchNormAct2d, LayerNorm2d
-from torch import nn
+from torch import Tensor, nn
 
 import autogate
 from autogate import adaptive
@@ -69,6 +70,59 @@ def test_a_depthwise_convolution_follows_its_channels():
     is_open = model.branch[0].saliency.open
     assert torch.equal(made.flatten(2).ne(0).any(2), is_open)
     assert not is_open.all()
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution on what `before` makes, and a norm across channels."""
+
+    def __init__(self, channels: int, before: Callable[[nn.Module, Tensor], Tensor]):
+        super().__init__()
+        self.stem, self.before = nn.Conv2d(3, 16, 3, padding=1), before
+        self.grouped = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 16, 3, padding=1, groups=4))
+        self.depthwise = nn.Conv2d(channels, channels, 3, groups=channels)
+        self.norm, self.last = LayerNorm2d(channels), nn.Conv2d(channels, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.depthwise(self.before(self, x)))).mean((2, 3))
+
+
+def test_a_norm_across_channels_behind_a_depthwise_convolution_sees_zeros():
+    model = adaptive.prepare(Depthwise(16, lambda m, x: m.stem(x)).eval(), IMAGES, flops=0.9)
+    choose(model)
+    seen = []
+    model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(IMAGES)
+    on = model.stem.saliency.open
+    assert torch.equal(seen[0].ne(0).any(3).any(2), on) and not on.all()
+
+
+@pytest.mark.parametrize(
+    ("channels", "before"),
+    [
+        (19, lambda m, x: torch.cat([m.stem(x), x], 1)),
+        (32, lambda m, x: torch.cat([m.stem(x), m.grouped(x)], 1)),
+    ],
+)
+def test_a_depthwise_convolution_computes_channels_that_no_module_chooses(channels, before):
+    model = Depthwise(channels, before).eval()
+    with torch.no_grad():
+        wanted = model(IMAGES)
+        adaptive.prepare(model, IMAGES, flops=0.95)
+        assert (model(IMAGES) - wanted).abs().max() < 1e-6
+    choose(model)
+    with torch.no_grad():
+        model(IMAGES)
+    opened = model.depthwise.saliency.open
+    assert torch.equal(opened[:, :16], model.stem.saliency.open) and not opened[:, :16].all()
+    assert opened[:, 16:].all()
+
+
+def test_where_a_layer_that_runs_whole_adds_to_its_channels_a_depthwise_convolution_runs_whole():
+    model = Depthwise(16, lambda m, x: m.stem(x) + m.grouped(x)).eval()
+    adaptive.prepare(model, IMAGES, flops=0.95)
+    kinds = {layer.path: layer.kind for layer in saliency_of(model).counting.layers}
+    assert (kinds["stem"], kinds["depthwise"]) == ("chosen", "whole")
 
 
 def test_a_convolution_that_two_norms_follow_is_scaled_itself():

@@ -81,3 +81,12 @@ def test_the_threshold_shifts_the_code_and_not_the_scale():
     made.threshold.fill_(float(scores.median()))
     made.read(nn.Conv2d(6, 8, 1), (X,), {})
     assert torch.equal(made.factor, scores * (scores > scores.median()))
+
+
+def test_a_channel_that_is_off_is_zero_at_a_score_of_minus_infinity():
+    made = module(False)
+    with torch.no_grad():
+        made.expand.bias[2] = -torch.inf
+    made.read(made, (X,), {})
+    scaled = made.scale(made, (), torch.ones(4, 8, 3, 3))
+    assert (scaled[:, 2] == 0).all() and scaled.isfinite().all()

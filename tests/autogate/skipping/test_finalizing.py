@@ -7,6 +7,7 @@ import warnings
 import pytest
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,6 +71,21 @@ class Sized(nn.Module):
         x = self.norm(self.body(left)).relu()
         x = x.reshape(len(x), 2, 16, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
         return self.last(x).mean((2, 3)) + right.mean((2, 3))
+
+
+def test_a_depthwise_convolution_before_a_norm_across_channels_skips_exactly():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), LayerNorm2d(16), nn.Conv2d(16, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+    )  # fmt: skip
+    assert_skips_exactly(prepared(model), IMAGES)
+
+
+def test_an_example_whose_scores_overflow_is_told():
+    model = prepared(chain())
+    with pytest.raises(autogate.AutogateError, match="saliency scores are NaN or infinite"):
+        adaptive.finalize(model, IMAGES * 1e30, batches=[IMAGES], warn=False)
+    assert not forwards_in(model)
 
 
 class UNet(nn.Module):
