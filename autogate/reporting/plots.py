@@ -37,11 +37,16 @@ def widths(info: RunInfo, last: GateRow) -> Figure:
     figure, axes = _figure(0.9 + 0.17 * len(names))
     axes.barh(places, [layer.outputs for layer in info.layers], height=0.8, color=DENSE, label="dense")
     axes.barh(places, last.outputs, height=0.8, color=SLIM, label="left")
-    axes.set_yticks(places, [shortened(name, 26) for name in names], fontsize=7.5)
+    return _of_layers(figure, axes, names, "output channels")
+
+
+def _of_layers(figure: Figure, axes: Any, names: Sequence[str], label: str, title: str | None = None) -> Figure:
+    """Name a figure's bars, one a layer from the top down; `title` is the legend's."""
+    axes.set_yticks(np.arange(len(names)), [shortened(name, 26) for name in names], fontsize=7.5)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("output channels")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    axes.set_xlabel(label)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, title=title)
     return figure
 
 
@@ -52,12 +57,7 @@ def subnet_widths(info: RunInfo, sizes: Sequence[SubnetSize]) -> Figure:
     figure, axes = _figure(1.1 + 0.17 * len(names))
     for size, colour in zip(reversed(sizes), reversed(_shades(len(sizes))), strict=True):
         axes.barh(places, size.outputs, height=0.8, color=colour, label=f"{size.name} ({size.flops:.0%})")
-    axes.set_yticks(places, [shortened(name, 26) for name in names], fontsize=7.5)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("output channels")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, title="subnet (share of the FLOPs)")
-    return figure
+    return _of_layers(figure, axes, names, "output channels", "subnet (share of the FLOPs)")
 
 
 def subnet_accuracy(sizes: Sequence[SubnetSize], by_time: bool) -> Figure:
@@ -98,12 +98,7 @@ def use_of_layers(use: ImageUse) -> Figure:
         sizes = np.array([layer.never + layer.sometimes + layer.always for layer in use.layers])
         axes.barh(places, 100 * counts / sizes, left=start, height=0.8, color=colour, label=kind)
         start += 100 * counts / sizes
-    axes.set_yticks(places, [shortened(name, 26) for name in names], fontsize=7.5)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("output channels (%)")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return figure
+    return _of_layers(figure, axes, names, "output channels (%)")
 
 
 def channels_of_images(use: ImageUse) -> Figure:

@@ -16,7 +16,7 @@ from autogate.training.callbacks import StepMetrics
 from autogate.training.checkpoint import Checkpoint, Position
 from autogate.training.data import DataSets, loaders, on_device
 from autogate.training.distributed import World
-from autogate.training.epochs import Epochs, Stop, misfit
+from autogate.training.epochs import Epochs, Stop
 from autogate.training.image_use import ImageUse, write_row
 from autogate.training.learning import Loss, Stepper
 from autogate.training.loop import Sizes, config_for, info_of, steps_per_epoch
@@ -50,16 +50,6 @@ class AdaptiveLoop(Epochs):
         info = info_of(recipe, data, loading, world, _sizes(model), classes, size)
         stepper = Stepper(model, recipe.learning, info.steps_per_epoch)
         return cls(recipe, info, folder, world, loading, model, stepper, Loss.of(recipe, classes, teacher), config)
-
-    def load(self, found: Checkpoint) -> None:
-        try:
-            self.load_parts(found)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise misfit(self.folder, error) from error
-        self.stepper.schedule_to(found.position.step)
-
-    def before_epoch(self) -> bool:
-        return False
 
     def metrics(self, epoch: int, step: int, loss: float, lr: float) -> StepMetrics:
         return StepMetrics(epoch, step, loss, lr, mean_cost(self.model), 0)

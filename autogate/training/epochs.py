@@ -61,13 +61,21 @@ class Epochs(ABC):
         """The model with averaged weights, if weights are averaged."""
         return None if self.stepper.ema is None else self.stepper.ema.module
 
-    @abstractmethod
     def load(self, found: Checkpoint) -> None:
-        """Load the state of a checkpoint."""
+        """Load the state of a checkpoint.
 
-    @abstractmethod
+        Raises:
+            AutogateError: it is of another run.
+        """
+        try:
+            self.load_parts(found)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise misfit(self.folder, error) from error
+        self.stepper.schedule_to(found.position.step)
+
     def before_epoch(self) -> bool:
         """Called before an epoch's first step. Returns whether the model has other parameters now."""
+        return False
 
     @abstractmethod
     def metrics(self, epoch: int, step: int, loss: float, lr: float) -> StepMetrics:

@@ -22,7 +22,7 @@ from autogate.training.callbacks import StepMetrics
 from autogate.training.checkpoint import Checkpoint, Position
 from autogate.training.data import DataSets, Loaders, loaders
 from autogate.training.distributed import World
-from autogate.training.epochs import Epochs, Stop, misfit
+from autogate.training.epochs import Epochs, Stop
 from autogate.training.finalize_run import FinalGates, Snapshot, finalize_run, finalize_run_again
 from autogate.training.learning import Loss, Stepper
 from autogate.training.network import data_config, note_data_config, outputs_of, with_gates
@@ -61,18 +61,14 @@ class Loop(Epochs):
         flops = Flops(bank.channel_map, model, bank.added)
         return cls(recipe, info, folder, world, loading, model, stepper, Loss.of(recipe, classes, teacher), flops)
 
-    def load(self, found: Checkpoint) -> None:
-        try:
-            if found.gates is not None:
-                self.final_gates = finalize_run_again(
-                    self.model, found.gates, found.slimmings, self.average, self.stepper.optimizer
-                )
-            self.load_parts(found)
-            if self.final_gates is None and found.position.step >= found.info.steps < self.info.steps:
-                gates(self.model).settled.zero_()  # the steps were over, and now there are more
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise misfit(self.folder, error) from error
-        self.stepper.schedule_to(found.position.step)
+    def load_parts(self, found: Checkpoint) -> None:
+        if found.gates is not None:
+            self.final_gates = finalize_run_again(
+                self.model, found.gates, found.slimmings, self.average, self.stepper.optimizer
+            )
+        super().load_parts(found)
+        if self.final_gates is None and found.position.step >= found.info.steps < self.info.steps:
+            gates(self.model).settled.zero_()  # the steps were over, and now there are more
 
     def before_epoch(self) -> bool:
         if self.final_gates is not None or not self._may_finalize():

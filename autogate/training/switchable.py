@@ -14,7 +14,7 @@ from autogate.training.callbacks import StepMetrics
 from autogate.training.checkpoint import Checkpoint, Position
 from autogate.training.data import DataSets, loaders
 from autogate.training.distributed import World
-from autogate.training.epochs import Epochs, Stop, misfit
+from autogate.training.epochs import Epochs, Stop
 from autogate.training.learning import Loss, Stepper, number_at
 from autogate.training.loop import config_for, info_of, sizes_of
 from autogate.training.network import with_gates
@@ -46,16 +46,6 @@ class SwitchableLoop(Epochs):
         stepper = Stepper(model, recipe.learning, info.steps_per_epoch)
         loss = Loss.of(recipe, classes, None)
         return cls(recipe, info, folder, world, loading, model, stepper, loss, recipe.subnets)
-
-    def load(self, found: Checkpoint) -> None:
-        try:
-            self.load_parts(found)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise misfit(self.folder, error) from error
-        self.stepper.schedule_to(found.position.step)
-
-    def before_epoch(self) -> bool:
-        return False
 
     def backward(
         self, wrapped: nn.Module, images: Tensor, labels: Tensor, parts: int, place: tuple[int, int]

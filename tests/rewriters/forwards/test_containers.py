@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rewriters import CaptureError
 from rewriters.outputs import run_eval
+from tests.rewriters.blocks.idioms import Output
 from tests.rewriters.exactness import assert_exact, slim
 from tests.rewriters.helpers import Net, analysed, conv, image, is_pinned
 
@@ -26,16 +27,6 @@ class Pair(NamedTuple):
 class Scored:
     first: Tensor
     second: Tensor
-
-
-class Output(OrderedDict):
-    """Its entries are attributes too."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 class Entries(list):
