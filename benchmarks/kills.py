@@ -107,9 +107,8 @@ def paint(folder: Path) -> Path:
 
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    ["autogate.cli", "benchmarks.interrupts"]
-)  # a fork of a process that has computed may abort in PyTorch
+_PROCESSES.set_forkserver_preload(["autogate.cli", "benchmarks.interrupts"])
+"""Not forks of this process: one that has computed may abort in PyTorch's threads after a fork."""
 
 
 def _go(run: Callable[[Path], None], folder: Path) -> None:

@@ -74,7 +74,7 @@ def simulated(name: str, asked: dict[str, float], steps: int, strength: float) -
     return targets, *simulate(Learner(GDP(), targets, groups_of(channel_map, 1), steps), steps, strength)
 
 
-@pytest.mark.parametrize("name", slow_but(("resnet18", "mobilenetv2_035", "regnety_002"), MODELS))
+@pytest.mark.parametrize("name", slow_but(("mobilenetv2_035",), MODELS))
 def test_the_target_is_met_within_a_point_and_no_layer_starves(name):
     for target, steps, strength in ((0.7, 300, 0.0), (0.5, 300, 100.0), (0.3, 600, 10.0), (0.15, 300, 1.0)):
         targets, middle, end = simulated(name, {"flops": target}, steps, strength)

@@ -46,7 +46,7 @@ def disturb(model: nn.Module, paths: list[str]) -> None:
         weight.add_(torch.randn_like(weight) / 10)
 
 
-@pytest.mark.parametrize("name", slow_but(("resnet18", "resnetv2_18", "regnetx_002"), NETS))
+@pytest.mark.parametrize("name", slow_but(("resnet18", "regnetx_002"), NETS))
 def test_blocks_of_real_networks(name):
     model, example = build(name)
     wanted = outputs(model, example)

@@ -18,7 +18,7 @@ FRESH = "AUTOGATE_DRAWS" in os.environ
 """Whether the networks are other than the stored ones. Then a chunk may lack something by chance."""
 
 FIRST = int(os.environ.get("AUTOGATE_SEED", "0"))
-DRAWS = int(os.environ.get("AUTOGATE_DRAWS", "60"))
+DRAWS = int(os.environ.get("AUTOGATE_DRAWS", "40"))
 AT_A_TIME = 20
 
 Check = Callable[[Recipe, float, int], Any]

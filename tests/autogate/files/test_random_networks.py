@@ -76,6 +76,6 @@ def saved_and_loaded(network: Network, recipe: Recipe, path: Path) -> nn.Module:
         return autogate.load(path, build(recipe).model, example_inputs=network.args or network.kwargs)
 
 
-@pytest.mark.parametrize("seeds", chunks(max(6, DRAWS // 10)), ids=str)
+@pytest.mark.parametrize("seeds", chunks(max(12, DRAWS // 10)), ids=str)
 def test_random_networks_come_out_of_a_file_as_they_went_in(seeds: range):
     assert any(over_seeds(check_file, seeds)) or FRESH, "no shortcut became a selection"

@@ -123,6 +123,7 @@ def test_no_tensor_of_the_model_ever_moves(hooks):
     assert {f"autogate.{name}" for name in ("alpha", "folded", "dead", "epsilon")} <= before.keys()
 
 
+@pytest.mark.slow
 def test_a_compiled_optimizer_leaves_the_gates_step_out():
     def trained(compiled: bool, counter: CompileCounterWithBackend) -> autogate.GateBank:
         model = prepared()

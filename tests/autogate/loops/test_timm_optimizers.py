@@ -12,7 +12,7 @@ from tests.slow import slow_but
 FUSED = ("sgd", "momentum", "nesterov", "adam", "adamw")
 
 
-@pytest.mark.parametrize("name", slow_but(("momentum", "adamw"), OPTIMIZERS))
+@pytest.mark.parametrize("name", slow_but(("adamw",), OPTIMIZERS))
 def test_timms_optimizers_meet_the_budget(name):
     """With timm's scheduler, which warms up from next to nothing."""
     steps = 80

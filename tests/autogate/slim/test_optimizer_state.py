@@ -218,6 +218,7 @@ def test_memory_formats_stay():
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_on():
     torch._dynamo.reset()
     model = prepared()

@@ -90,6 +90,9 @@ def test_the_command_line(pictures: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert adaptive.bank(autogate.load("runs/test_resnet/adaptive.safetensors")).run.warmup == 0.3
     told = CliRunner().invoke(app, ["train", "test_resnet", *small, "--warmup", "0.3"])
     assert told.exit_code == 2 and "--adaptive" in told.output
+    model = autogate.load("runs/test_resnet/adaptive.safetensors")
+    adaptive.budget(model, flops=0.8, batches=[torch.randn(8, 3, 32, 32)])  # so few steps leave nearly all on
+    autogate.save(model, "runs/test_resnet/adaptive.safetensors")
     drawn = ("--images", str(pictures / "validation"), "--batch-size", "1", "--batch-size", "3", "--device", "cpu")
     told = CliRunner().invoke(
         app, ["bench", "runs/test_resnet/adaptive.safetensors", *drawn, "--seconds", "0.02"], env={"COLUMNS": "200"}

@@ -34,7 +34,7 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("alone", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_damaged_checkpoint_is_read_without_a_word(alone: bool):
     for counts in damaged_checkpoints(12, alone).values():
         assert counts["silently different"] == counts["other error"] == 0

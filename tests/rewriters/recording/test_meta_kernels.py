@@ -79,7 +79,7 @@ CALLS: dict[Any, list[tuple[Any, ...]]] = {
     aten.bmm.default: [(ROWS, ROWS.transpose(1, 2)), (ROWS, ROWS), (ROWS, ROWS.half().transpose(1, 2))],
     aten.cat.default: [
         ([LAYOUTS[first], LAYOUTS[second]], dim)
-        for first, second in itertools.product(LAYOUTS, repeat=2)
+        for first, second in itertools.product(LAYOUTS, ("plain", "channels last", "one a channel", "empty", "half"))
         for dim in (0, 1, -1, 4)
     ],
     aten.mean.dim: [
