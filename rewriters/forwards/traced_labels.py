@@ -86,8 +86,11 @@ class TracedLabels:
     def along(self, statistic: LabelledStatistic, operands: Sequence[Any]) -> LabelledStatistic:
         """A statistic that a call takes, with the labels and the dimension of the operands that its channels lie along.
 
-        The ATen op that takes it may have moved or repeated them: `torch.einsum` flattens what it sums over.
+        The ATen op that takes it may have moved or repeated them: `torch.einsum` flattens what it sums over. The labels
+        of a group norm are those of positions in a group, and stay so.
         """
+        if statistic.op == str(torch.ops.aten.native_group_norm.default):
+            return statistic
         lines = [
             (index, varying(layer)[0] - layer.ndim, layer.flatten())
             for index, operand in enumerate(operands)

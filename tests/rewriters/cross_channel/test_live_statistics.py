@@ -5,8 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from rewriters.cross_channel.live_statistics import FORMS, ZEROS_ADD_NOTHING, LiveOperand, LiveStatistic
+from tests.rewriters.exactness import assert_exact
+from tests.rewriters.helpers import Net, conv, image
 
 LIVE = torch.tensor([True, False, True, True, False, False, True, True])
 
@@ -180,3 +183,14 @@ def test_a_variance_without_degrees_of_freedom_is_what_torch_gives(function, com
                 found = function(x[..., :count], dim, correction=correction)
                 got = module(x, dim, correction=correction)
                 torch.testing.assert_close(got, found, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+def test_a_group_norm_over_channels_that_are_there_twice():
+    """Its statistic has one entry a position in a group, though the input has the same labels in each group."""
+
+    def forward(m, x):
+        y = m.a(x)
+        return m.b(m.norm(torch.cat([y, y.relu()], 1)))
+
+    model = Net(forward, a=conv(3, 6), norm=nn.GroupNorm(2, 12), b=conv(12, 4)).double()
+    assert assert_exact(model, (image().double(),)).analysis.channel_map.size == 6
