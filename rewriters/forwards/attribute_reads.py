@@ -8,6 +8,7 @@ Not guarded: sizes that slimming updates (`in_features`), and what can't be comp
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -94,15 +95,14 @@ class AttributeReads:
         if type(value) is dict:
             named = {one: value[one] for one in code.co_consts if isinstance(one, str) and one in value}
         elif _is_plain_object(value):
-            fields = {**vars(type(value)), **vars(value)}
-            named = {one: fields[one] for one in code.co_names if one in fields}
+            named = {one: inspect.getattr_static(value, one, ...) for one in code.co_names}
         else:
             return
         whole = None
         for name, part in named.items():
             if (*key, name) not in self._guarded and _is_compared(name, part):
                 self._guarded.add((*key, name))
-                whole = whole or self._node(".".join(key).lstrip("."), value)
+                whole = self._node(".".join(key).lstrip("."), value) if whole is None else whole
                 read = whole[name] if type(value) is dict else getattr(whole, name)
                 self._guard(read, f"self.{'.'.join((*key, name)).lstrip('.')} at {line_of_caller()}")
 

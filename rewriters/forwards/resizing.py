@@ -202,13 +202,11 @@ class Resizer:
     def _kept_factor(self, number: fx.Node) -> Any:
         """A number as it was before slimming; an expression if it depends on other sizes than channels."""
         left, before = self._slim[number], number.meta["val"]
-        if not is_product_with_others(number, self._slim):
-            if depends_on_others(number, self._slim):
-                raise CannotResizeError(number, self._where, "it computes with channels and other sizes in one number.")
-            return before
-        if not left:
-            return before
-        return self.graph.call_function(scaled, (self._copies[number], before, left))
+        if is_product_with_others(number, self._slim):
+            return self.graph.call_function(scaled, (self._copies[number], before, left)) if left else before
+        if depends_on_others(number, self._slim):
+            raise CannotResizeError(number, self._where, "it computes with channels and other sizes in one number.")
+        return before
 
     def _holds(self, node: fx.Node) -> bool:
         args: Any = fx.node.map_arg(node.args, self._slim.__getitem__)

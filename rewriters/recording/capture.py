@@ -24,7 +24,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.nn.modules import transformer
-from torch.utils._pytree import tree_map_only
 
 from rewriters.errors import AutogateError, CaptureError
 from rewriters.interrupts import let_signals_in
@@ -45,7 +44,7 @@ from rewriters.recording.opaque import (
     opaque_modules,
     run_for_real,
 )
-from rewriters.recording.pytrees import held_tensors
+from rewriters.recording.pytrees import held_tensors, map_tensors, tensors_of
 from rewriters.recording.real_results import may_be_a_fault_of_fakes, run_with_real_layout
 from rewriters.recording.recorder import Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
@@ -213,8 +212,12 @@ def _record(
     fakes = {name: made[id(tensor)] if id(tensor) in made else fakify(mode, tensor) for name, tensor in real.items()}
     of_name = {id(fakes[name]): name for name in real}
     recorder = Recorder(mode, {id(fakes[name]): tensor for name, tensor in real.items()}, of_name, run_call)
-    fake_args, fake_kwargs = tree_map_only(Tensor, partial(_as_input, mode), (tuple(args), dict(kwargs)))
-    tree_map_only(Tensor, lambda x: recorder.add_input("input", x), (fake_args, fake_kwargs))
+    fake_args, fake_kwargs = map_tensors(partial(_as_input, mode), (tuple(args), dict(kwargs)))
+    for fake in tensors_of((fake_args, fake_kwargs)):
+        recorder.add_input("input", fake)
+    for tensor in held_tensors((fake_args, fake_kwargs)):
+        if not isinstance(tensor, FakeTensor):
+            recorder.add_held_input(tensor, mode.from_tensor(tensor))
     for name, fake in fakes.items() if answers is None else ():  # a module's own code alone uses few of them
         recorder.own(recorder.graph.create_node("get_attr", name, name="tensor"), fake)
     names = _names(model)

@@ -89,6 +89,12 @@ class Recorder(TorchDispatchMode):
         self.own(node, value)
         return node
 
+    def add_held_input(self, tensor: Tensor, fake: Tensor) -> None:
+        """Note an input in a field of an object: the forward gets the tensor itself, which the fake one stands for."""
+        self.add_input("input", fake)
+        self._constants[id(tensor)] = fake
+        self._alive.append(tensor)
+
     def own(self, node: fx.Node, value: Any) -> None:
         node.meta["val"] = value
         node.meta["call"] = self.call
@@ -285,9 +291,7 @@ def _copy_containers(values: Any) -> Any:
     kind = plain_kind(values)
     if kind is None:
         return values
-    copied = (
-        {key: _copy_containers(value) for key, value in values.items()}
-        if kind is dict
-        else (kind(map(_copy_containers, values)))
-    )
+    entries = values.values() if kind is dict else values
+    copied: Any = [*map(_copy_containers, entries)]
+    copied = dict(zip(values, copied, strict=True)) if kind is dict else kind(copied)
     return copied if type(values) is kind else maker_of(values)(copied)

@@ -24,6 +24,12 @@ def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line writes to a wide terminal, whatever it found when it was imported: tables break no heading."""
+    monkeypatch.setattr("autogate.cli.common.console._width", 200)
+
+
 CLASSES = ("blue", "green", "red")
 
 

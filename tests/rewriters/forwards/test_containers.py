@@ -145,6 +145,18 @@ def test_what_the_model_returns_keeps_its_channels_whatever_holds_it(container):
     assert sorted(len(tensor[0]) for tensor in run_eval(model, (image(),))) == [4, 8]
 
 
+@pytest.mark.parametrize("container", [*CONTAINERS, "slots"])
+def test_the_values_of_what_comes_in_a_container_are_not_known(container):
+    """They would decide for all inputs which way the forward takes."""
+
+    def forward(m, given):
+        x = both(given)[0]
+        return m.b(m.a(x / 255 if x.max() > 1 else x))
+
+    with pytest.raises(CaptureError, match="the forward depends on the values of a tensor"):
+        analysed(forward, OBJECTS[container](image(), image()), a=conv(3, 8), b=conv(8, 4))
+
+
 @pytest.mark.parametrize("returned", [iter, lambda tensors: None])
 def test_a_model_that_returns_no_tensor_is_refused(returned):
     with pytest.raises(CaptureError, match="no tensors are found in what it returns, of type"):
