@@ -229,6 +229,19 @@ def test_a_budget_is_set_after_finalizing():
     assert after.get_total_flops() < 0.8 * before.get_total_flops()
 
 
+def test_a_channel_that_is_off_and_read_as_something_else_than_zero_stays():
+    """The sigmoid of zero is a half, and the classifier, which runs whole, adds it up."""
+    layers = nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    model = prepared(nn.Sequential(*layers))
+    nn.init.zeros_(model[0].saliency.expand.weight)
+    with torch.no_grad():
+        model[0].saliency.expand.bias[:4] = -2.0
+    wanted = outputs(model, IMAGES, IMAGES[:1])
+    fast = adaptive.finalize(model, batches=[IMAGES], break_even=1, warn=False)
+    assert_close(outputs(fast, IMAGES, IMAGES[:1]), wanted)
+    assert fast[4].in_features == 8
+
+
 def test_measured_break_even_changes_no_output():
     model = prepared(Branches())
     wanted = outputs(model, IMAGES, IMAGES[:1])
