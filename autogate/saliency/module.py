@@ -114,16 +114,18 @@ class SaliencyModule(nn.Module):
     def read(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the convolution: score its channels."""
         scores = self(args[0] if args else kwargs["input"])
-        above = scores.detach() - self.threshold
-        if self.training:
-            noise = self.noise * torch.randn_like(scores) - self.threshold
-            soft = torch.rand_like(scores[..., :1]) < self.soft
-            code = binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
-            self.open = code.detach() > 0
-        else:
-            code = self.open = self.notes.code(self.layer, above)
+        code = self.code(scores)
+        self.open = code if code.dtype == torch.bool else code.detach() > 0
         self.factor = scores.clamp(min=torch.finfo(scores.dtype).min) * code  # minus infinity times 0 is NaN
-        self._scores = self.notes.counted(above, self.open)
+        self._scores = self.notes.counted((scores - self.threshold).detach(), self.open)
+
+    def code(self, scores: Tensor) -> Tensor:
+        """Equations 7 and 8: which channels are computed, of their scores, (images, outputs); in eval mode bool."""
+        if not self.training:
+            return self.notes.code(self.layer, scores - self.threshold)
+        noise = self.noise * torch.randn_like(scores) - self.threshold
+        soft = torch.rand_like(scores[..., :1]) < self.soft
+        return binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
 
     def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""
