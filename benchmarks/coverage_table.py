@@ -129,7 +129,7 @@ def _totals(tried: list[Line]) -> str:
             sum(memory_taken(line) > MEMORY for line in done if line["graph_bytes"] is not None),
         ),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _median_and_most(values: Iterable[float]) -> str:
@@ -142,7 +142,7 @@ def _by_family(tried: list[Line]) -> str:
     for line in tried:
         families[line["family"]].append(line)
     header = ("family", "models", "exact", "reach", "left", "prepare", "finalize", "memory")
-    return "## By family\n\n" + _table(header, [_family(name, own) for name, own in sorted(families.items())])
+    return "## By family\n\n" + table(header, [_family(name, own) for name, own in sorted(families.items())])
 
 
 def _family(name: str, own: list[Line]) -> tuple[Any, ...]:
@@ -163,7 +163,7 @@ def _failures(tried: list[Line]) -> str:
     if not failed:
         return ""
     rows = [(line["model"], line["step"] or "inexact", _why(line)) for line in failed]
-    return "## Not done, or not exact\n\n" + _table(("model", "at", "why"), rows)
+    return "## Not done, or not exact\n\n" + table(("model", "at", "why"), rows)
 
 
 def _why(line: Line) -> str:
@@ -185,7 +185,7 @@ def _low(tried: list[Line]) -> str:
         rows.append((line["model"], f"{line['reach']:.1%}", reasons))
     title = f"## Reach below {WANTED:.0%}\n\n"
     text = "Each reason is followed by the share of FLOPs that it keeps out of reach. Shares overlap.\n\n"
-    return title + text + _table(("model", "reach", "why"), rows)
+    return title + text + table(("model", "reach", "why"), rows)
 
 
 def _shallow(tried: list[Line]) -> str:
@@ -194,7 +194,7 @@ def _shallow(tried: list[Line]) -> str:
     rows = [(model, arguments) for model, arguments in fewer if arguments]
     if not rows:
         return ""
-    return "## With fewer blocks\n\nThese models don't fit in 20 GiB as a whole.\n\n" + _table(
+    return "## With fewer blocks\n\nThese models don't fit in 20 GiB as a whole.\n\n" + table(
         ("model", "built with"), rows
     )
 
@@ -228,10 +228,10 @@ def _peers(tried: list[Line]) -> str:
         f"`prepare`, in the same process: of {TURNS} turns each the least.\nA model may take {PEER_SECONDS} s of both, "
         "building it included.\n\n"
     )
-    return text + _table(("", "autogate", "Torch-Pruning"), rows)
+    return text + table(("", "autogate", "Torch-Pruning"), rows)
 
 
-def _table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+def table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     def row(cells: Iterable[Any]) -> str:
         return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -131,10 +132,15 @@ def listed(side: int = 0) -> list[Listed]:
     return [*ours, *theirs]
 
 
-def smallest_of_each_file(models: Iterable[Listed], cache: Path) -> list[Listed]:
+def smallest_of_each_file(models: Iterable[Listed], cache: Path, most: float = math.inf) -> list[Listed]:
     """The model with the fewest parameters of each file, without the models that timm made for tests.
 
     The numbers are kept in `cache`, because building every model takes minutes, even without weights.
+
+    Args:
+        models: the models to choose from.
+        cache: file of the numbers of parameters, by name.
+        most: files whose smallest model has more parameters than that have none.
     """
     counts = json.loads(cache.read_text()) if cache.exists() else {}
     smallest: dict[str, Listed] = {}
@@ -147,7 +153,7 @@ def smallest_of_each_file(models: Iterable[Listed], cache: Path) -> list[Listed]
             smallest[one.family] = one
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text(json.dumps(counts))
-    return list(smallest.values())
+    return [one for one in smallest.values() if counts[one.name] <= most]
 
 
 def _count_parameters(one: Listed) -> int:
