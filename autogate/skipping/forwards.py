@@ -173,7 +173,7 @@ class SkippingForward:
         affine, factor = self._affine(input), None
         if affine is not None:
             module: Any = self.module
-            found = module.factor if isinstance(module, SaliencyModule) else module.open
+            found: Any = module.factor if isinstance(module, SaliencyModule) else module.open
             factor = found.to(affine.scale.dtype)
         made = [self._computed(input, group, affine, factor) for group in groups]
         if affine is not None:
