@@ -104,6 +104,17 @@ def tell_beside(keys: list[str], ending: str, remark: str) -> None:
             return
 
 
+def tell_of_missing(missing: list[str], errors: list[str], ending: str, remark: str) -> None:
+    """Put a remark on the missing key with this ending, or beside the errors that there are.
+
+    With `strict=False` PyTorch shows errors (sizes that differ) and no keys.
+    """
+    if errors:
+        errors.append(remark)
+    else:
+        tell_beside(missing, ending, remark)
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
     """A remedy for an unknown name: the known names that look like it."""
     near = difflib.get_close_matches(name, known, n=3)

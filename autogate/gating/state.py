@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autogate.methods import Gates, Method
-from autogate.naming import tell_beside
+from autogate.naming import tell_of_missing
 from autogate.steering import Pressure
 
 
@@ -177,7 +177,7 @@ class BankBuffers(nn.Module):
                 "this model has gates, and the state has none. Load a dense state before autogate.prepare, a slim "
                 "model with autogate.load"
             )
-            tell_beside(missing_keys, f"{prefix}alpha", remark)
+            tell_of_missing(missing_keys, error_msgs, f"{prefix}alpha", remark)
         self._loaded()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BankBuffers:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from autogate.gating import hooks
-from autogate.naming import tell_beside
+from autogate.naming import tell_of_missing
 from autogate.saliency.counting import Cost, Counting, MeanUse, Notes
 from autogate.saliency.module import NAME, SaliencyModule
 from autogate.saliency.run import Run, RunState
@@ -249,7 +249,7 @@ class SaliencyBank(nn.Module):
                 "this model has saliency modules, and the state has none. Load a dense state before "
                 "autogate.adaptive.prepare"
             )
-            tell_beside(missing_keys, f"{prefix}step_count", remark)
+            tell_of_missing(missing_keys, error_msgs, f"{prefix}step_count", remark)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SaliencyBank:
         before = dict(self.named_buffers())  # half() is for the model's numbers

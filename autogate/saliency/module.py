@@ -115,15 +115,18 @@ class SaliencyModule(nn.Module):
         """Before the convolution: score its channels."""
         x = args[0] if args else kwargs["input"]
         scores = self(x)
-        if self.training:
-            noise = self.noise * torch.randn_like(scores) - self.threshold
-            soft = torch.rand_like(scores[..., :1]) < self.soft
-            code = binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
-        else:
-            code = self.notes.code(self.layer, scores - self.threshold)
+        code = self.code(scores)
         self.open = code.detach() > 0
         self.factor = scores.clamp(min=torch.finfo(scores.dtype).min) * code  # minus infinity times 0 is NaN
         self._scores = self.notes.counted((scores - self.threshold).detach(), self.open)
+
+    def code(self, scores: Tensor) -> Tensor:
+        """Equations 7 and 8: which channels are computed, of their scores, (images, outputs)."""
+        if not self.training:
+            return self.notes.code(self.layer, scores - self.threshold)
+        noise = self.noise * torch.randn_like(scores) - self.threshold
+        soft = torch.rand_like(scores[..., :1]) < self.soft
+        return binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
 
     def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""

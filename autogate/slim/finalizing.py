@@ -11,6 +11,7 @@ gated model stays small, and a layer that was replaced in between is noticed, be
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -80,6 +81,7 @@ def slim_verified(model: nn.Module, bank: GateBank, calls: Sequence[Inputs], pro
     Raises:
         AutogateError: see `autogate.finalize`. The model is left as it was.
     """
+    _check_sizes(model, bank)
     try:
         done = _slim_compared(model, bank, calls, probe, TOLERANCE)
     except VerificationError as error:
@@ -268,12 +270,25 @@ def _analysed(model: nn.Module, bank: GateBank) -> tuple[Analysis, AnalysisOptio
     analysis = analyse_channels(model, options)
     changed = bank.channel_map.difference(analysis.channel_map, costs=not analysis.opaque)
     if changed is not None:
-        raise AutogateError(
-            "this layer has changed since the model was prepared.",
-            where=changed,
-            remedy="Change layers before prepare, or prepare the changed model again.",
-        )
+        raise _has_changed(changed)
     return analysis, options
+
+
+def _check_sizes(model: nn.Module, bank: GateBank) -> None:
+    """Raise for a layer with another number of channels than it was prepared with, before the model fails on it."""
+    tensors = dict(itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers()))
+    for side, classes in bank.channel_map.classes.items():
+        tensor = tensors.get(side.tensor)
+        if tensor is not None and tuple(tensor.shape[side.dim : side.dim + 1]) != (len(classes),):
+            raise _has_changed(side.tensor)
+
+
+def _has_changed(where: str) -> AutogateError:
+    return AutogateError(
+        "this layer has changed since the model was prepared.",
+        where=where,
+        remedy="Change layers before prepare, or prepare the changed model again.",
+    )
 
 
 def verify(

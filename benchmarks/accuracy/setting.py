@@ -85,6 +85,7 @@ class Setting:
         flops: shares of FLOPs that methods are compared at.
         recipe: how the network is trained.
         at_once: samples in a batch that is only looked at.
+        convolutional: whether its convolutions can choose their channels for each image.
         from_scratch: whether slim networks are also trained from scratch, which says nothing if the weights of the
             dense one are from much more data.
         needs_weights: whether `Sources.weights` has to be given.
@@ -102,5 +103,6 @@ class Setting:
     flops: tuple[float, ...] = (0.5, 0.3)
     recipe: Recipe = field(default_factory=Recipe)
     at_once: int = 1000
+    convolutional: bool = True
     from_scratch: bool = True
     needs_weights: bool = False

@@ -55,7 +55,7 @@ SETTINGS = {
     "sentences": Setting(
         network=sentences.network, load=sentences.load, ready=torch.Tensor.long, vary=sentences.unchanged,
         loss=sentences.loss, answer=torch.Tensor.float, score=sentences.cosine, unit="cosine (%)", heads=(),
-        flops=(0.7, 0.5), from_scratch=False, at_once=128, needs_weights=True,
+        flops=(0.7, 0.5), convolutional=False, from_scratch=False, at_once=128, needs_weights=True,
         recipe=Recipe(dense_epochs=0, peak=2e-4, batch=32, weight_decay=1e-2, optimizer="adamw"),
     ),
 }  # fmt: skip

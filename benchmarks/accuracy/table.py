@@ -59,7 +59,10 @@ def titles(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     by_title: dict[str, list[dict[str, Any]]] = {}
     for row in found:
         if not row["set"]:
-            title = f"{row['setting']}, {row['dense_epochs']} + {row['epochs']} epochs, {row['samples']:,} samples"
+            title = (
+                f"{row['setting']}, {row['dense_epochs']} + {row['epochs']} epochs, {row['samples']:,} samples, "
+                f"tested on {row['test_samples']:,}"
+            )
             by_title.setdefault(title, []).append(row)
     return by_title
 

@@ -232,6 +232,14 @@ def test_inputs_that_the_forward_does_not_take(inputs, message):
     assert message in found and "at ." not in found
 
 
+def test_a_layer_replaced_by_one_that_makes_fewer_channels_is_named():
+    """What reads these channels would fail first, and nobody would know why."""
+    model = autogate.prepare(net(), example())
+    model.layer1[0].conv1 = nn.Conv2d(32, 16, 3, padding=1, bias=False)
+    with pytest.raises(AutogateError, match=r"layer1\.0\.conv1\.weight: this layer has changed since"):
+        autogate.finalize(model)
+
+
 def test_a_layer_replaced_by_a_wider_one_is_named():
     model = autogate.prepare(net(), example())
     model.layer2[0].conv2 = nn.Conv2d(64, 48, 3, padding=1)
