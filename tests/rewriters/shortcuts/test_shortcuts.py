@@ -261,5 +261,5 @@ def test_a_named_module_without_identity_shortcut_is_an_error_that_names_those_w
 
 def test_a_named_module_that_runs_twice_is_an_error():
     block = Residual(8)
-    with pytest.raises(rewriters.AutogateError, match="several times. Leave it out of `shortcuts`"):
+    with pytest.raises(rewriters.AutogateError, match=r"several times\. Leave it out of `shortcuts`"):
         replaced(Stage(block, block), IMAGE, within=["blocks.0"])
