@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autogate.saliency import CountedLayer, FollowingModule, SaliencyModule, broadcast
 from autogate.skipping.break_even import ALL, BreakEven
-from autogate.skipping.folding import Affine, PassingNorm
+from autogate.skipping.folding import PassingNorm
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d,
@@ -79,7 +79,7 @@ class SkippingForward:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(input) is not Tensor:
             notes.untold = True
             return self._whole(input, *args, **kwargs)
-        read = self._follow(len(input)) if input.ndim == self.module.dims + 2 else None
+        read = self._follow(input.shape[0]) if input.ndim == self.module.dims + 2 else None
         if read is None:
             notes.untold = True
         if self.break_even is None or self.conv.training or torch.is_grad_enabled() or not self._batched(input):
@@ -95,7 +95,7 @@ class SkippingForward:
         code, reads = (torch.arange(size, device=input.device) < max(1, round(share * size))
                        for share, size in ((on, self.conv.out_channels), (read, self.conv.in_channels)))  # fmt: skip
         group, affine = self._group(None, code, reads, ALL), self._affine()
-        factor = None if affine is None else torch.ones_like(affine.scale).expand(len(input), -1)
+        factor = None if affine is None else affine.new_ones(len(input), affine.shape[1])
         made = self._spread(input, [group], [self._computed(input, group, affine, factor)])
         if self.norm is not None:
             self.norm.done = affine is not None
@@ -108,10 +108,10 @@ class SkippingForward:
         return type(self.conv).forward(self.conv, *args, **kwargs)
 
     def _batched(self, input: Tensor) -> bool:
-        return input.ndim == self.module.dims + 2 and len(input) > 0
+        return input.ndim == self.module.dims + 2 and input.shape[0] > 0
 
     def _follow(self, images: int) -> Tensor | None:
-        """Note which classes are made; returns the input channels that aren't zero, bool, (images, channels).
+        """Note which classes are made; returns 0 for input channels that are zero, shape (images, channels).
 
         None if that isn't known: the layer runs outside of the model's forward, or sees other rows than images.
         """
@@ -125,14 +125,14 @@ class SkippingForward:
             )
         if notes.alive is None:
             notes.alive = self._stays.repeat(images, 1)
-        if len(notes.alive) != images:
+        if notes.alive.shape[0] != images:
             return None
-        read = notes.alive.index_select(1, self._inputs) > 0
+        read = notes.alive.index_select(1, self._inputs)
         notes.alive.index_add_(1, self._outputs, open.int())  # a class may be there several times
         return read
 
     def _groups(self, open: Tensor, read: Tensor | None, break_even: BreakEven) -> list[Group]:
-        if len(open) == 1:
+        if open.shape[0] == 1:
             return [self._group(None, open[0], None if read is None else read[0], break_even)]
         if self.module.notes.allowed is not None:
             return [self._group(None, open.any(0), None if read is None else read.any(0), break_even)]
@@ -156,11 +156,11 @@ class SkippingForward:
     def _group(self, images: Tensor | None, code: Tensor, read: Tensor | None, break_even: BreakEven) -> Group:
         """What is gathered for images with this code; everything is computed where that is as fast."""
         on = code.nonzero().flatten()
-        work, columns = len(on) / len(code), None
+        work, columns = on.shape[0] / code.shape[0], None
         if read is not None and not self.follows:
-            found = read.nonzero().flatten()
-            if len(found) < len(read) and len(found) <= break_even.columns * len(read):
-                work, columns = work * len(found) / len(read), found
+            found, channels = read.nonzero().flatten(), read.shape[0]
+            if found.shape[0] < channels and found.shape[0] <= break_even.columns * channels:
+                work, columns = work * found.shape[0] / channels, found
         if work >= 1 or work > break_even.work:
             return Group(images, None, None)
         return Group(images, _at_least_one(on), None if columns is None else _at_least_one(columns))
@@ -169,41 +169,37 @@ class SkippingForward:
         affine, factor = self._affine(), None
         if affine is not None:
             found: Any = self.module.open if self.follows else self.module.factor
-            factor = found.to(affine.scale.dtype)
+            factor = found.to(affine.dtype)
         made = [self._computed(input, group, affine, factor) for group in groups]
         if affine is not None:
             self._tell_done()
         return self._spread(input, groups, made)
 
-    def _affine(self) -> Affine | None:
-        """What the convolution's output is scaled and shifted by, its bias included, if that can be done here."""
+    def _affine(self) -> Tensor | None:
+        """Scale and shift of the convolution's output, its bias included, shape (2, channels); None: not done here."""
         conv, norm = self.conv, self.norm
         if not self.at_once or (norm is not None and not norm.folds):
             return None
         if any(getattr(hook, "__self__", None) is not self.module for hook in conv._forward_hooks.values()):
             return None  # a hook of the user's wants to see the convolution's own output
-        if norm is None:
-            one = conv.weight.new_ones(conv.out_channels)
-            return Affine(one, torch.zeros_like(one) if conv.bias is None else conv.bias)
-        scale, shift = norm.affine()
-        return Affine(scale, shift if conv.bias is None else shift + conv.bias * scale)
+        affine = conv.weight.new_tensor([[1.0], [0.0]]).repeat(1, conv.out_channels) if norm is None else norm.affine()
+        return affine if conv.bias is None else torch.stack([affine[0], affine[1] + affine[0] * conv.bias])
 
-    def _computed(self, input: Tensor, group: Group, affine: Affine | None, factor: Tensor | None) -> Tensor:
+    def _computed(self, input: Tensor, group: Group, affine: Tensor | None, factor: Tensor | None) -> Tensor:
         """The channels of a group that are on, shape (its images, channels that are on, ...)."""
         conv = self.conv
-        x = _taken(input, 0, group.images)
-        x = _taken(x, 1, group.on if self.follows else group.read)
+        x = _taken(_taken(input, 0, group.images), 1, group.on if self.follows else group.read)
         kernel = _taken(conv.weight, 0, group.on)
         kernel = kernel if self.follows else _taken(kernel, 1, group.read)
         if affine is None:
             return self._run(x, kernel, None if conv.bias is None else _taken(conv.bias, 0, group.on))
         assert factor is not None
         factor = _taken(_taken(factor, 0, group.images), 1, group.on)
-        scale, shift = (_taken(one, 0, group.on) * factor for one in affine)
-        if len(x) == 1 and kernel[0].numel() < prod(x.shape[2:]):
-            return self._run(x, kernel * broadcast(scale[0], kernel.ndim - 1).to(kernel.dtype), shift[0].to(x.dtype))
+        scale, shift = (_taken(affine, 1, group.on)[:, None] * factor).to(x.dtype)
+        if x.shape[0] == 1 and kernel[0].numel() < prod(x.shape[2:]):
+            return self._run(x, kernel * broadcast(scale[0], kernel.ndim - 1), shift[0])
         made = self._run(x, kernel, None)
-        scale, shift = (broadcast(one, self.module.dims).to(made.dtype) for one in (scale, shift))
+        scale, shift = broadcast(scale, self.module.dims), broadcast(shift, self.module.dims)
         return torch.addcmul(shift, made, scale, out=made)
 
     def _run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -239,9 +235,7 @@ class SkippingForward:
 
 def spread(x: Tensor, on: Tensor, channels: int) -> Tensor:
     """A feature map with all channels, from those that are on; the others are zero."""
-    place = on.new_full((channels,), len(on))
-    place[on] = torch.arange(len(on), device=on.device)
-    return torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1).index_select(1, place)
+    return x.new_zeros(x.shape[0], channels, *x.shape[2:]).index_add_(1, on, x)
 
 
 def _taken(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
@@ -250,4 +244,4 @@ def _taken(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
 
 def _at_least_one(index: Tensor) -> Tensor:
     """The index, or the first channel: it is multiplied by zero, or is zero."""
-    return index if len(index) else index.new_zeros(1)
+    return index if index.shape[0] else index.new_zeros(1)
