@@ -67,11 +67,11 @@ class Notes:
             self.calls.append(Note(layer, positions, scores))
 
     def code(self, layer: int, scores: Tensor) -> Tensor:
-        """Equation 8 without noise: 1 where a channel is computed."""
-        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores.detach() > 0
+        """Equation 8 without noise: whether a channel is computed, bool."""
+        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores > 0
         if self.allowed is not None and layer in self.allowed:
             made = made & self.allowed[layer]
-        return made.to(scores.dtype)
+        return made
 
     def counted(self, scores: Tensor, open: Tensor) -> Tensor:
         """Scores that are positive where a channel is computed: if images run together, for any of them."""

@@ -109,15 +109,14 @@ class SaliencyModule(nn.Module):
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer: score its channels."""
-        x = args[0] if args else kwargs["input"]
-        scores = self(x)
+        scores = self(args[0] if args else kwargs["input"])
         code = self.code(scores)
-        self.open = code.detach() > 0
+        self.open = code if code.dtype == torch.bool else code.detach() > 0
         self.factor = scores.clamp(min=torch.finfo(scores.dtype).min) * code  # minus infinity times 0 is NaN
         self._scores = self.notes.counted((scores - self.threshold).detach(), self.open)
 
     def code(self, scores: Tensor) -> Tensor:
-        """Equations 7 and 8: which channels are computed, of their scores, (images, outputs)."""
+        """Equations 7 and 8: which channels are computed, of their scores, (images, outputs); in eval mode bool."""
         if not self.training:
             return self.notes.code(self.layer, scores - self.threshold)
         noise = self.noise * torch.randn_like(scores) - self.threshold

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autogate.saliency import CountedLayer, FollowingModule, Notes, SaliencyModule, layout_of
 from autogate.skipping.break_even import ALL, BreakEven
-from autogate.skipping.folding import Affine, PassingNorm
+from autogate.skipping.folding import PassingNorm
 
 FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.Linear: F.linear,
@@ -83,7 +83,13 @@ class SkippingForward:
         read = self._follow(input) if batched else None
         if read is None:
             self.notes.untold = True
-        if self.break_even is None or self.conv.training or torch.is_grad_enabled() or not batched or not len(input):
+        if (
+            self.break_even is None
+            or self.conv.training
+            or torch.is_grad_enabled()
+            or not batched
+            or not input.shape[0]
+        ):
             return self._whole(input, *args, **kwargs)
         return self._skipped(input, self._groups(read, self.break_even))
 
@@ -95,7 +101,7 @@ class SkippingForward:
         code, reads = (torch.arange(size, device=input.device) < max(1, round(share * size))
                        for share, size in ((on, len(self._outputs)), (read, len(self._inputs))))  # fmt: skip
         group, affine = self._group(None, code, reads, ALL), self._affine(input)
-        factor = None if affine is None else torch.ones_like(affine.scale).expand(len(input), -1)
+        factor = None if affine is None else affine.new_ones(len(input), affine.shape[1])
         made = self._spread(input, [group], [self._computed(input, group, affine, factor)])
         if self.norm is not None:
             self.norm.done = affine is not None
@@ -111,11 +117,11 @@ class SkippingForward:
         return input.ndim >= 2 if self._layout.dims is None else input.ndim == self._layout.dims + 2
 
     def _follow(self, input: Tensor) -> Tensor | None:
-        """Note which classes are made; returns the input channels that aren't zero, bool, (images, channels).
+        """Note which classes are made; returns 0 for input channels that are zero, shape (images, channels).
 
         None if that isn't known: the layer runs outside of the model's forward, or sees other rows than images.
         """
-        notes, images = self.notes, len(input)
+        notes, images = self.notes, input.shape[0]
         if not notes.running or notes.untold:
             return None
         if self._stays.device != input.device:
@@ -124,9 +130,9 @@ class SkippingForward:
             )
         if notes.alive is None:
             notes.alive = self._stays.repeat(images, 1)
-        if len(notes.alive) != images:
+        if notes.alive.shape[0] != images:
             return None
-        read = notes.alive.index_select(1, self._inputs) > 0
+        read = notes.alive.index_select(1, self._inputs)
         if self.module is not None:
             open: Any = self.module.open
             notes.alive.index_add_(1, self._outputs, open.int())  # a class may be there several times
@@ -134,10 +140,12 @@ class SkippingForward:
 
     def _groups(self, read: Tensor | None, break_even: BreakEven) -> list[Group]:
         """The images of a batch that compute the same channels; where all are computed, those that read the same."""
-        code: Any = self.module.open if self.module is not None else read
+        code = self.module.open if self.module is not None else None if read is None else read > 0
         if code is None:
             return [Group(None, None, None)]
-        if len(code) == 1 or self.notes.allowed is not None:
+        if code.shape[0] == 1:
+            return [self._group(None, code[0], None if read is None else read[0], break_even)]
+        if self.notes.allowed is not None:
             return [self._group(None, code.any(0), None if read is None else read.any(0), break_even)]
         codes, of = torch.unique(code, dim=0, return_inverse=True)
         if len(codes) == 1:
@@ -159,14 +167,14 @@ class SkippingForward:
     def _group(self, images: Tensor | None, code: Tensor, read: Tensor | None, break_even: BreakEven) -> Group:
         """What is gathered for images with this code; everything is computed where that is as fast."""
         on = code.nonzero().flatten() if self.rows else None
-        work, columns = 1.0 if on is None else len(on) / len(code), None
+        work, columns = 1.0 if on is None else on.shape[0] / code.shape[0], None
         if read is not None and self.columns:
-            found = read.nonzero().flatten()
-            if len(found) < len(read) and len(found) <= break_even.columns * len(read):
-                work, columns = work * len(found) / len(read), found
+            found, channels = read.nonzero().flatten(), read.shape[0]
+            if found.shape[0] < channels and found.shape[0] <= break_even.columns * channels:
+                work, columns = work * found.shape[0] / channels, found
         if work >= 1 or work > break_even.work:
             return Group(images, None, None)
-        rows = None if on is None or len(on) == len(code) else _at_least_one(on)
+        rows = None if on is None or on.shape[0] == code.shape[0] else _at_least_one(on)
         return Group(images, rows, None if columns is None else _at_least_one(columns))
 
     def _skipped(self, input: Tensor, groups: list[Group]) -> Tensor:
@@ -174,14 +182,14 @@ class SkippingForward:
         if affine is not None:
             module: Any = self.module
             found: Any = module.factor if isinstance(module, SaliencyModule) else module.open
-            factor = found.to(affine.scale.dtype)
+            factor = found.to(affine.dtype)
         made = [self._computed(input, group, affine, factor) for group in groups]
         if affine is not None:
             self._tell_done()
         return self._spread(input, groups, made)
 
-    def _affine(self, input: Tensor) -> Affine | None:
-        """What the layer's output is scaled and shifted by, its bias included, if that can be done here."""
+    def _affine(self, input: Tensor) -> Tensor | None:
+        """Scale and shift of the layer's output, its bias included, shape (2, channels); None: not done here."""
         conv, norm = self.conv, self.norm
         if not self.at_once or (norm is not None and not norm.folds):
             return None
@@ -189,28 +197,24 @@ class SkippingForward:
             return None  # a batch norm takes the second dimension for that of the channels
         if any(getattr(hook, "__self__", None) is not self.module for hook in conv._forward_hooks.values()):
             return None  # a hook of the user's wants to see the layer's own output
-        if norm is None:
-            one = conv.weight.new_ones(len(self._outputs))
-            return Affine(one, torch.zeros_like(one) if conv.bias is None else conv.bias)
-        scale, shift = norm.affine()
-        return Affine(scale, shift if conv.bias is None else shift + conv.bias * scale)
+        outputs = len(self._outputs)
+        affine = conv.weight.new_tensor([[1.0], [0.0]]).repeat(1, outputs) if norm is None else norm.affine()
+        return affine if conv.bias is None else torch.stack([affine[0], affine[1] + affine[0] * conv.bias])
 
-    def _computed(self, input: Tensor, group: Group, affine: Affine | None, factor: Tensor | None) -> Tensor:
+    def _computed(self, input: Tensor, group: Group, affine: Tensor | None, factor: Tensor | None) -> Tensor:
         """The channels of a group that are on, of its images, otherwise shaped as the layer's output."""
         conv, layout = self.conv, self._layout
-        x = _taken(input, 0, group.images)
-        x = _taken(x, layout.channel, group.read if self.columns else group.on)
+        x = _taken(_taken(input, 0, group.images), layout.channel, group.read if self.columns else group.on)
         kernel = _taken(_taken(conv.weight, 0, group.on), 1, group.read)
         if affine is None:
             return self._run(x, kernel, None if conv.bias is None else _taken(conv.bias, 0, group.on))
         assert factor is not None
         factor = _taken(_taken(factor, 0, group.images), 1, group.on)
-        scale, shift = (_taken(one, 0, group.on) * factor for one in affine)
-        if len(x) == 1 and kernel[0].numel() < layout.positions(x):
-            scale = scale[0].view(-1, *[1] * (kernel.ndim - 1))
-            return self._run(x, kernel * scale.to(kernel.dtype), shift[0].to(x.dtype))
+        scale, shift = (_taken(affine, 1, group.on)[:, None] * factor).to(x.dtype)
+        if x.shape[0] == 1 and kernel[0].numel() < layout.positions(x):
+            return self._run(x, kernel * scale[0].view(-1, *[1] * (kernel.ndim - 1)), shift[0])
         made = self._run(x, kernel, None)
-        scale, shift = (layout.broadcast(one, made).to(made.dtype) for one in (scale, shift))
+        scale, shift = layout.broadcast(scale, made), layout.broadcast(shift, made)
         return torch.addcmul(shift, made, scale, out=made)
 
     def _run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -253,7 +257,7 @@ def spread(x: Tensor, on: Tensor, channels: int, dim: int = 1) -> Tensor:
     """A feature map with all channels along `dim`, from those that are on; the others are zero."""
     shape = list(x.shape)
     shape[dim] = channels
-    return x.new_zeros(shape).index_copy_(dim, on, x)
+    return x.new_zeros(shape).index_add_(dim, on, x)
 
 
 def _taken(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
@@ -262,4 +266,4 @@ def _taken(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
 
 def _at_least_one(index: Tensor) -> Tensor:
     """The index, or the first channel: it is multiplied by zero, or is zero."""
-    return index if len(index) else index.new_zeros(1)
+    return index if index.shape[0] else index.new_zeros(1)
