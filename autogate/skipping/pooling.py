@@ -23,7 +23,7 @@ class PoolingForward:
         break_even: how many channels may be other than zero for the rest to be skipped; None if nothing is.
     """
 
-    follows = True
+    rows, columns = True, False
 
     def __init__(self, pool: nn.MaxPool2d):
         self.pool = pool
