@@ -18,6 +18,9 @@ from rewriters.recording import tensors_of
 MOST_CASES = 8
 """A forward that takes more ways than this depends on the example too much to be rewritten."""
 
+NOT_TOLD_APART = "its calls take different paths, which its arguments don't tell apart"
+"""Why a forward isn't rewritten whose calls take several ways."""
+
 
 def chooser(graph: fx.Graph) -> fx.Graph:
     """The part of a traced or rewritten graph that raises where a call's arguments belong to another case."""
