@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from rewriters.analysis import samples_in
 from rewriters.recording import attributes_preserved, generators_kept, leaves_of, modules_of, set_modes, tensors_of
-from rewriters.slimming.trial_inputs import Inputs, smaller_inputs
+from rewriters.slimming.trial_inputs import Inputs, changed, smaller_inputs
 
 _SAMPLES, _OTHER_SAMPLES, _MORE_SAMPLES = 3, 4, 5
 _STEPS = (1, 32)
@@ -217,8 +216,7 @@ def _with_length(inputs: Inputs, length: int, step: int, only: int | None) -> In
                 tensor = tensor.index_select(dim, torch.arange(size + step, device=tensor.device) % size)
         return tensor
 
-    changed: Inputs = tree_map_only(Tensor, change, inputs)
-    return changed
+    return changed(inputs, change)
 
 
 def _with_samples(inputs: Inputs, count: int) -> Inputs:
@@ -235,5 +233,4 @@ def _with_samples(inputs: Inputs, count: int) -> Inputs:
         factor = 1 - 0.25 * (places // samples).to(tensor.dtype)
         return repeated * factor.view(-1, *[1] * (tensor.ndim - 1))
 
-    changed: Inputs = tree_map_only(Tensor, change, inputs)
-    return changed
+    return changed(inputs, change)
