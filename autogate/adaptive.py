@@ -1,7 +1,8 @@
 """A choice of channels for each image: the network computes more for a hard image than for an easy one.
 
-A small module behind each convolution looks at what the convolution reads, and says which of its channels are worth
-computing for this image (Chen et al., "Self-Adaptive Network Pruning"). The budget is for the mean over images.
+A small module behind each convolution, and each hidden layer of an MLP, looks at what the layer reads, and says which
+of its channels are worth computing for this image (Chen et al., "Self-Adaptive Network Pruning"). The budget is for the
+mean over images.
 
     model = autogate.adaptive.prepare(model, x, flops=0.35, steps=n)    # same object, same outputs
     train(model)                                                        # your own training loop and loss
@@ -40,7 +41,7 @@ def prepare(
     model: M, example_inputs: Any = None, *, flops: float, steps: int = 10_000, warmup: float = 0.1,
     ignore: Ignored = (), method: SANP | None = None,
 ) -> M:  # fmt: skip
-    """Give each convolution a saliency module, which chooses the channels that are computed for an image.
+    """Give convolutions and MLPs saliency modules, which choose the channels that are computed for an image.
 
     The same object is returned, with its class, its paths, and the same outputs in eval mode: all channels are open at
     first. Train it in your own loop and with your own loss; the penalty on costly choices is added as gradients flow
@@ -48,8 +49,10 @@ def prepare(
     stay as they are. Then all of it trains, and the mean cost falls to the budget. Start with trained weights.
 
     A convolution with its norm returns `s * b * norm(conv(x))`: the score s and the code b, 0 or 1, are the module's,
-    for each image and channel (equation 3). Depthwise convolutions follow the channels that they stand on. Grouped
-    convolutions, linear layers, and convolutions whose outputs are all needed are computed whole for every image.
+    for each image and channel (equation 3). So does a linear layer whose outputs are the hidden units of an MLP.
+    Depthwise convolutions, and the second linear layer of a gated MLP, follow the channels that were chosen. Layers
+    whose outputs are all needed compute these from the inputs that aren't zero. All else, as grouped convolutions and
+    attention, is computed whole for every image.
 
         >>> import timm, torch, autogate
         >>> model = timm.create_model("resnet18", num_classes=10)
@@ -59,7 +62,7 @@ def prepare(
         torch.Size([64, 16])
 
     Args:
-        model: any module with convolutions. Prepare it before you build the optimizer, compile or wrap it.
+        model: any module with convolutions or MLPs. Prepare it before you build the optimizer, compile or wrap it.
         example_inputs: as for `autogate.prepare`.
         flops: the share of the model's FLOPs that an image may take on average, in (0, 1); modules included.
         steps: number of optimizer steps in the training that follows.
@@ -68,7 +71,7 @@ def prepare(
         method: settings; `SANP()` if None.
 
     Raises:
-        AutogateError: the model has no convolution that could choose, the budget is below what the other layers cost,
+        AutogateError: the model has no layer that could choose, the budget is below what the other layers cost,
             the model can't be analysed, or an argument is wrong. The model is left as it was.
     """
     check_not_adaptive(model)
@@ -91,9 +94,9 @@ def prepare(
 def cost(model: nn.Module) -> Tensor:
     """FLOPs (multiply-adds) of each image of the latest forward, float64, shape (images,).
 
-    They count what inference computes: of each convolution, the pairs of channels that it reads and makes for the
-    image; all of other layers; and the saliency modules. A channel that none of its layers has made isn't read. In
-    train mode the noise is left out.
+    They count what inference computes: of each layer, the pairs of channels that it reads and makes for the image; all
+    of those that run whole; and the saliency modules. A channel that none of its layers has made isn't read. In train
+    mode the noise is left out.
 
         >>> import timm, torch, autogate
         >>> model = autogate.adaptive.prepare(timm.create_model("resnet18"), torch.randn(2, 3, 64, 64), flops=0.35)

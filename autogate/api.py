@@ -23,7 +23,6 @@ from autogate.slim import (
     PrepareRecord,
     Slimming,
     as_optimizers,
-    asked_shortcut_convolutions,
     check_finite,
     check_not_sharded,
     history_of,
@@ -51,7 +50,8 @@ class CollapseWarning(UserWarning):
 
 
 _FOR_LIKE_INPUTS = (
-    "Give examples of all kinds (autogate.Examples), or probe=False if it is only run on inputs like the example's."
+    "Give examples of all kinds (autogate.Examples), or probe=False if it is only run on inputs like these. Put the "
+    "body of a loop over frames, parts or entries into a module of its own."
 )
 
 
@@ -147,8 +147,7 @@ def prepare(
     )
     undo_log = UndoLog()
     try:
-        replaced = asked_shortcut_convolutions(model, options, undo_log)
-        analysis, options = prepared_analysis(model, options, probe, undo_log)
+        analysis, options, replaced = prepared_analysis(model, options, probe, undo_log)
         if analysis.channel_map.size == 0:
             raise AutogateError(
                 f"none of its channels can be removed. {analysis.channel_map.why_pinned()}",
@@ -156,9 +155,9 @@ def prepare(
                 remedy=_FOR_LIKE_INPUTS if options.refused or len(options.others) > len(others) else
                 "Check `ignore`, and that layers lie between the first and the last.",
             )  # fmt: skip
-        added = {shortcut.weight for shortcut in replaced}
+        added = {shortcut.weight for shortcut in replaced.shortcuts}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)
-        origin = PrepareRecord(options, dtype_of_parameters(model), replaced)
+        origin = PrepareRecord(options, dtype_of_parameters(model), *replaced)
         learner = Learner.of(
             analysis.channel_map, targets, method, steps=steps, round_to=round_to,
             limits=[limit for limit in bounds if limit.least < 1],

@@ -35,7 +35,7 @@ def draw_codes(model: nn.Module, images: Tensor, share: float, seed: int = 0) ->
     random = torch.Generator().manual_seed(seed)
 
     def draw(module: SaliencyModule, args: tuple[Tensor]) -> None:
-        hidden = module.reduce(args[0].flatten(-module.dims).mean(-1)).relu().cpu().double()
+        hidden = module.reduce(module.layout.means(args[0]).to(args[0])).relu().cpu().double()
         weight = torch.randn(module.expand.weight.shape, generator=random).double()
         spread = torch.maximum(((hidden - hidden.mean(0)) @ weight.T).std(), 0.3 * (hidden @ weight.T).std())
         weight *= 0.5 / spread.clamp(min=1e-3)

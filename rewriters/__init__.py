@@ -13,7 +13,7 @@ from rewriters.cross_channel import write_live
 from rewriters.errors import AutogateError, CaptureError, SurgeryError, VerificationError
 from rewriters.labelling import ALWAYS, ChannelMap, Group, Kernel, Pin, Side, Statistic
 from rewriters.outputs import Outputs, relative_error, rounding_errors, run_eval
-from rewriters.shortcuts import Shortcut, replace_shortcuts, restore
+from rewriters.shortcuts import Replaced, Shortcut, replace_shortcuts, restore
 from rewriters.slimming import Decisions, SlimPlan, apply, dry_run, fields_after, plan
 from rewriters.undo_log import UndoLog
 
@@ -28,6 +28,7 @@ __all__ = [
     "Kernel",
     "Outputs",
     "Pin",
+    "Replaced",
     "Shortcut",
     "Side",
     "SlimPlan",

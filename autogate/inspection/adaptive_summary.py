@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 from rich.markup import escape
 from rich.table import Table
@@ -21,12 +22,14 @@ class AdaptiveLayer:
     Attributes:
         module: its path.
         kind: "chosen" if it has a saliency module, "follows" for a depthwise one that computes the channels that come
-            on, "whole" if it computes all of them for every image.
+            on, "reads" if it computes all of its outputs from the inputs that aren't zero, "whole" if it computes
+            everything for every image.
         channels: number of its outputs.
         all_macs: multiply-adds for one image with all channels.
         own: multiply-adds of its saliency module.
         never, sometimes, always: number of channels that no image, some or all of them use; None if nothing is known.
         mean: the share of its channels that an image uses on average.
+        why: why it doesn't choose, if others like it do.
     """
 
     module: str
@@ -38,6 +41,7 @@ class AdaptiveLayer:
     sometimes: int | None = None
     always: int | None = None
     mean: float | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,20 @@ class AdaptiveSummary(Printed):
 
     def tables(self) -> tuple[Table, ...]:
         """What is printed."""
-        return self._totals(), self.table()
+        return self._totals(), self.table(), *self._reasons()
+
+    def _reasons(self) -> Iterator[Table]:
+        """Why layers don't choose."""
+        reasons: dict[str, list[AdaptiveLayer]] = {}
+        for layer in self.layers:
+            if layer.why:
+                reasons.setdefault(layer.why, []).append(layer)
+        if reasons:
+            table = Table("why it doesn't choose", "layers", "FLOPs", "first")
+            for why, layers in reasons.items():
+                macs = short(sum(layer.all_macs for layer in layers))
+                table.add_row(why, str(len(layers)), macs, escape(layers[0].module))
+            yield table
 
     def _totals(self) -> Table:
         table = Table(title="autogate.adaptive", title_justify="left", show_header=False)
@@ -112,7 +129,7 @@ class AdaptiveSummary(Printed):
         return table
 
 
-OTHER = {"chosen": "-", "follows": "follows", "whole": "whole"}
+OTHER = {"chosen": "-", "follows": "follows", "reads": "reads", "whole": "whole"}
 """What the table has in place of a layer's use."""
 
 
@@ -122,11 +139,12 @@ def summarise_adaptive(model: nn.Module, bank: SaliencyBank) -> AdaptiveSummary:
     used = {} if known is None else {layer.path: layer for layer in known.layers}
     layers = []
     for layer in counting.layers:
-        found = AdaptiveLayer(layer.path, layer.kind, len(layer.outputs), layer.positions * layer.dense, layer.own)
+        found = AdaptiveLayer(
+            layer.path, layer.kind, len(layer.outputs), layer.positions * layer.dense, layer.own, why=layer.why
+        )  # fmt: skip
         if (use := used.get(layer.path)) is not None:
-            found = AdaptiveLayer(
-                found.module, found.kind, found.channels, found.all_macs, found.own, use.never, use.sometimes,
-                use.always, use.mean,
+            found = replace(
+                found, never=use.never, sometimes=use.sometimes, always=use.always, mean=use.mean
             )  # fmt: skip
         layers.append(found)
     own_params = sum(parameter.numel() for parameter in bank.kernels())

@@ -103,7 +103,7 @@ def inspect_model(
     options = AnalysisOptions(as_call(example_inputs, model), ignored, shortcuts)
     undo_log = UndoLog()
     try:
-        added = {shortcut.weight for shortcut in add_shortcut_convolutions(model, options, undo_log)}
+        added = {shortcut.weight for shortcut in add_shortcut_convolutions(model, options, undo_log).shortcuts}
         channel_map = analyse_channels(model, options).channel_map
         cost, params = Flops(channel_map, model, added), Params(channel_map, model)
     finally:

@@ -37,6 +37,8 @@ class Summary(Printed):
         removed: modules of a slim model that were removed, because nothing was left in them.
         rewritten: modules of a slim model whose forward was rewritten, and why: for "sizes" that slimming changed, for
             "branches" that are gone, for a "shortcut" that selects channels, for "dead columns" that must not learn.
+        shared: modules of a prepared model whose identity shortcuts stay though `shortcuts` asked for convolutions on
+            them, and why.
         data_config: how images become a slim model's inputs, and the names of its classes, if it says so.
     """
 
@@ -51,6 +53,7 @@ class Summary(Printed):
     progress: Progress | None
     removed: tuple[str, ...] = ()
     rewritten: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
     data_config: DataConfig | None = None
 
     def table(self) -> Table:
@@ -63,7 +66,7 @@ class Summary(Printed):
 
     def tables(self) -> tuple[Table, ...]:
         """What is printed."""
-        return tuple(table(self) for table in (_totals, _layers, _shortcuts, _pins, _changes))
+        return tuple(table(self) for table in (_totals, _layers, _shortcuts, _shared, _pins, _changes))
 
 
 def summarise(model: nn.Module, bank: GateBank) -> Summary:
@@ -87,6 +90,7 @@ def summarise(model: nn.Module, bank: GateBank) -> Summary:
         shortcuts=shortcuts,
         pins=channel_map.pins,
         progress=bank.progress(),
+        shared=bank.origin.shared,
     )
 
 
@@ -209,6 +213,14 @@ def _shortcuts(summary: Summary) -> Table:
     cost = sum(layer.macs for layer in summary.shortcuts)
     if summary.shortcuts:
         table.add_row("total", "", "", short(cost), f"{cost / summary.all_flops:.1%}")
+    return table
+
+
+def _shared(summary: Summary) -> Table:
+    """Modules whose shortcuts stay though convolutions were asked for."""
+    table = Table("identity shortcut that stays", "why")
+    for path, why in summary.shared.items():
+        table.add_row(escape(path) or "(the model)", escape(why))
     return table
 
 

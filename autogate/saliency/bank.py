@@ -33,7 +33,7 @@ class SaliencyBank(nn.Module):
 
     Args:
         model: the model; the bank follows its forwards and optimizers.
-        modules: by the path of their convolutions.
+        modules: by the path of their layers.
         counting: how its forwards are counted.
         notes: takes their calls.
         run: the course of the training.
@@ -98,7 +98,7 @@ class SaliencyBank(nn.Module):
     @property
     def added(self) -> tuple[str, ...]:
         """Paths of the modules that the model was given."""
-        owners = [layer.path for layer in self.counting.layers if layer.kind != "whole"]
+        owners = [layer.path for layer in self.counting.layers if layer.scaling is not None]
         return (*(f"{path}.{NAME}".lstrip(".") for path in owners), SALIENCY)
 
     def detach(self) -> None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autogate.saliency.sites import Kind, Scaling
+from autogate.saliency.kinds import Kind
+from autogate.saliency.sites import Scaling
 from rewriters import AutogateError
 
 
@@ -66,11 +67,11 @@ class Notes:
             self.calls.append(Note(layer, positions, scores))
 
     def code(self, layer: int, scores: Tensor) -> Tensor:
-        """Equation 8 without noise: 1 where a channel is computed."""
-        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores.detach() > 0
+        """Equation 8 without noise: whether a channel is computed, bool."""
+        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores > 0
         if self.allowed is not None and layer in self.allowed:
             made = made & self.allowed[layer]
-        return made.to(scores.dtype)
+        return made
 
     def counted(self, scores: Tensor, open: Tensor) -> Tensor:
         """Scores that are positive where a channel is computed: if images run together, for any of them."""
@@ -85,7 +86,7 @@ class LayerUse:
     """How the images use the channels of a layer.
 
     Attributes:
-        path: of the convolution.
+        path: of the layer.
         never, sometimes, always: number of channels that no image, some or all of them use.
         mean: the share of its channels that an image uses on average.
     """
@@ -123,9 +124,10 @@ class CountedLayer:
         groups: of its channels.
         inputs, outputs: class of each channel, int64; -1 if it always stays.
         own: multiply-adds of its saliency module for one image.
-        scaling: where its output is scaled, for one that isn't whole.
+        scaling: where its output is scaled, for one that chooses or follows.
         positions: of its outputs for one image of the example.
         prepared: pairs of channels that it had when the model was prepared; None: those that it has.
+        why: why it doesn't choose, if others like it do.
     """
 
     path: str
@@ -138,6 +140,7 @@ class CountedLayer:
     scaling: Scaling | None = None
     positions: float = 0.0
     prepared: float | None = None
+    why: str = ""
 
     @property
     def left(self) -> float:
@@ -224,7 +227,8 @@ class Counting:
             inputs, outputs = layer.inputs.to(device), layer.outputs.to(device)
             read = alive[:, inputs].sum(1, dtype=torch.float64)
             if call.scores is None:
-                cost += positions * layer.taps * read
+                made = 1.0 if layer.groups > 1 else alive[:, outputs].sum(1, dtype=torch.float64)
+                cost += positions * layer.taps * read * made
                 continue
             made = self._made(call, images)
             cost += positions * layer.taps * read * made.mean(1, dtype=torch.float64).sum(1)
@@ -277,5 +281,5 @@ class Counting:
 
 
 def _rows(scores: Tensor) -> Tensor:
-    """Scores as (images, channels), also of a convolution that was called without a batch."""
+    """Scores as (images, channels), also of a layer that was called without a batch."""
     return scores if scores.ndim == 2 else scores[None]

@@ -14,12 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from autogate.inputs import Inputs, dtype_of_parameters
 from autogate.saliency.bank import SALIENCY, SaliencyBank
 from autogate.saliency.counting import CountedLayer, Counting, Fixed, Notes
+from autogate.saliency.kinds import classes_of
+from autogate.saliency.layout import layout_of
 from autogate.saliency.module import NAME, FollowingModule, SaliencyModule
 from autogate.saliency.record import Choosing, as_prepared, check_recorded, recorded_zero
 from autogate.saliency.run import Run
-from autogate.saliency.sites import Known, Layer, classes_of, layers_in
+from autogate.saliency.sites import Known, Layer, layers_in
 from autogate.slim import PrepareRecord, analyse_channels, as_described, first_difference, form_of
-from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, UndoLog, run_eval
+from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Side, UndoLog, run_eval
 from rewriters.recording import named_tensors
 
 
@@ -34,8 +36,8 @@ def install(model: nn.Module, analysis: Analysis, run: Run, origin: PrepareRecor
         undo_log: takes every change but hooks, which are gone if this raises.
 
     Raises:
-        AutogateError: it has no convolution that could choose its channels for each image, or the budget is below
-            what the other layers cost.
+        AutogateError: it has no layer that could choose its channels for each image, or the budget is below what the
+            other layers cost.
     """
     layers = layers_in(model, analysis, run.method.reduction)
     if not any(layer.kind == "chosen" for layer in layers):
@@ -88,7 +90,7 @@ class _Placing:
 
     Attributes:
         notes: takes the calls of each forward.
-        modules: by the path of their convolutions.
+        modules: by the path of their layers.
         handles: of all hooks.
     """
 
@@ -108,10 +110,10 @@ class _Placing:
         found: dict[str, tuple[int, ...]] = {}
         for layer in self._layers:
             if layer.kind == "chosen":
-                conv: Any = self._model.get_submodule(layer.kernel.module)
+                outputs, inputs = self._model.get_parameter(layer.kernel.weight).shape[:2]
                 path = f"{layer.kernel.module}.{NAME}".lstrip(".")
-                found[f"{path}.reduce.weight"] = (layer.hidden, conv.in_channels)
-                found[f"{path}.expand.weight"] = (conv.out_channels, layer.hidden)
+                found[f"{path}.reduce.weight"] = (layer.hidden, inputs)
+                found[f"{path}.expand.weight"] = (outputs, layer.hidden)
         return found
 
     @contextmanager
@@ -135,31 +137,30 @@ class _Placing:
 
     def _place(self) -> None:
         for number, layer in enumerate(self._layers):
-            conv: Any = self._model.get_submodule(layer.kernel.module)
-            if layer.kind == "whole":
-                self.handles.append(conv.register_forward_hook(_Noting(number, self.notes)))
+            owner: Any = self._model.get_submodule(layer.kernel.module)
+            if layer.scaling is None:
+                self.handles.append(owner.register_forward_hook(_Noting(number, self.notes)))
             elif layer.kind == "chosen":
-                self._put(conv, layer, self._chosen(number, layer, conv))
+                self._put(owner, layer, self._chosen(number, layer, owner))
             else:
-                self._put(conv, layer, self._following(number, layer, conv))
+                self._put(owner, layer, self._following(number, layer, owner))
 
-    def _chosen(self, number: int, layer: Layer, conv: Any) -> SaliencyModule:
+    def _chosen(self, number: int, layer: Layer, owner: Any) -> SaliencyModule:
         assert layer.scaling is not None
-        method = self._run.method
+        method, (outputs, inputs) = self._run.method, owner.weight.shape[:2]
         module = SaliencyModule(
-            conv.in_channels, conv.out_channels, conv.weight.ndim - 2,
-            hidden=layer.hidden, layer=number, notes=self.notes,
+            inputs, outputs, layout_of(owner), hidden=layer.hidden, layer=number, notes=self.notes,
             published=method.lam is not None, closes=layer.scaling.across,
         )  # fmt: skip
-        module.to(conv.weight.device, conv.weight.dtype).train(conv.training)
+        module.to(owner.weight.device, owner.weight.dtype).train(owner.training)
         self.modules[layer.kernel.module] = module
-        self.handles.append(conv.register_forward_pre_hook(module.read, with_kwargs=True))
+        self.handles.append(owner.register_forward_pre_hook(module.read, with_kwargs=True))
         return module
 
-    def _following(self, number: int, layer: Layer, conv: Any) -> FollowingModule:
+    def _following(self, number: int, layer: Layer, owner: Any) -> FollowingModule:
         own = classes_of(self._channel_map, layer.kernel.output_side)
         sources, before = [], self._layers[:number]
-        whole = [classes_of(self._channel_map, other.kernel.output_side) for other in before if other.kind == "whole"]
+        whole = [classes_of(self._channel_map, other.kernel.output_side) for other in before if other.scaling is None]
         for other in before:
             if other.kind == "chosen":
                 theirs = classes_of(self._channel_map, other.kernel.output_side)
@@ -171,16 +172,16 @@ class _Placing:
                 if (place[own] >= 0).any():
                     sources.append((self.modules[other.kernel.module], place[own]))
         assert layer.scaling is not None
-        made = FollowingModule(number, conv.weight.ndim - 2, sources, self.notes, closes=layer.scaling.across)
-        return made.to(conv.weight.device)
+        made = FollowingModule(number, layout_of(owner), sources, self.notes, closes=layer.scaling.across)
+        return made.to(owner.weight.device)
 
-    def _put(self, conv: nn.Module, layer: Layer, module: SaliencyModule | FollowingModule) -> None:
+    def _put(self, owner: nn.Module, layer: Layer, module: SaliencyModule | FollowingModule) -> None:
         assert layer.scaling is not None
-        if NAME in conv._modules:
+        if NAME in owner._modules:
             raise AutogateError(f"it has a child called {NAME!r}.", where=layer.kernel.module, remedy="Rename it.")
-        self._undo_log.set(conv._modules, NAME, module)
+        self._undo_log.set(owner._modules, NAME, module)
         scaled = self._model.get_submodule(layer.scaling.path)
-        self.handles.append(conv.register_forward_hook(module.made))
+        self.handles.append(owner.register_forward_hook(module.made))
         if layer.scaling.at == "input":
             self.handles.append(scaled.register_forward_pre_hook(module.scale_input))
         else:
@@ -191,14 +192,18 @@ class _Placing:
         return [self._classes(layer) for layer in self._layers]
 
     def _classes(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        sides = layer.kernel.input_side, layer.kernel.output_side
-        inputs, outputs = (classes_of(self._channel_map, side) for side in sides)
-        conv: Any = self._model.get_submodule(layer.kernel.module)
-        if layer.kind == "follows":
-            return outputs, outputs
-        if getattr(conv, "groups", 1) > 1:  # the kernel has the channels of one group
-            inputs, outputs = (torch.full((size,), ALWAYS) for size in (conv.in_channels, conv.out_channels))
+        inputs, outputs = (
+            classes_of(self._channel_map, side) for side in (self._read(layer), layer.kernel.output_side)
+        )
+        owner: Any = self._model.get_submodule(layer.kernel.module)
+        if layer.scaling is None and getattr(owner, "groups", 1) > 1:  # the kernel has the channels of one group
+            inputs, outputs = (torch.full((size,), ALWAYS) for size in (owner.in_channels, owner.out_channels))
         return inputs, outputs
+
+    def _read(self, layer: Layer) -> Side:
+        """The side with the channels that a layer reads; a depthwise kernel has them where it makes them."""
+        groups = getattr(self._model.get_submodule(layer.kernel.module), "groups", 1)
+        return layer.kernel.output_side if groups > 1 else layer.kernel.input_side
 
     def counting(self, zero: Tensor) -> Counting:
         """How forwards are counted."""
@@ -211,7 +216,7 @@ class _Placing:
             groups = getattr(self._model.get_submodule(kernel.module), "groups", 1)
             own = module.macs if module is not None else 0
             one = CountedLayer(kernel.module, layer.kind, taps, groups, *self._classes(layer), own, layer.scaling)
-            counted.append(replace(one, positions=channel_map.macs(kernel, everything) / one.dense))
+            counted.append(replace(one, positions=channel_map.macs(kernel, everything) / one.dense, why=layer.why))
         known = {layer.kernel.weight for layer in layers}
         rest = sum(channel_map.macs(kernel, everything) for kernel in channel_map.kernels if kernel.weight not in known)
         return Counting(tuple(counted), zero, rest)
@@ -222,12 +227,12 @@ class _Placing:
         zero[ALWAYS] = False
         handles = []
         for layer in self._layers:
-            conv = self._model.get_submodule(layer.kernel.module)
-            if layer.kind == "whole":
+            owner = self._model.get_submodule(layer.kernel.module)
+            if layer.scaling is None:
                 zero[classes_of(self._channel_map, layer.kernel.output_side)] = False
-            else:
-                side = layer.kernel.output_side if layer.kind == "follows" else layer.kernel.input_side
-                handles.append(conv.register_forward_pre_hook(_Looking(classes_of(self._channel_map, side), zero)))
+            if layer.kind != "whole":
+                looking = _Looking(classes_of(self._channel_map, self._read(layer)), zero)
+                handles.append(owner.register_forward_pre_hook(looking))
         self.notes.all_off = True
         self.notes.begin()
         try:
@@ -264,7 +269,7 @@ def _shifting_norms(model: nn.Module) -> Iterator[None]:
 def _no_choice(model: nn.Module, layers: Sequence[Layer]) -> AutogateError:
     why = "; ".join(f"{layer.kernel.module}: {layer.why}" for layer in layers if layer.why)
     return AutogateError(
-        f"it has no convolution that could choose its channels for each image. {why or 'It has no regular ones'}.",
+        f"it has no layer that could choose its channels for each image. {why or 'It has no convolutions or MLPs'}.",
         where=type(model).__name__,
         remedy="autogate.prepare removes channels for all images alike, of any layer.",
     )
@@ -282,14 +287,13 @@ def _check_budget(model: nn.Module, fixed: Fixed, run: Run) -> None:
 
 
 class _Noting:
-    """A hook that notes the calls of a layer which runs whole."""
+    """A hook that notes the calls of a layer which computes all of its outputs."""
 
     def __init__(self, layer: int, notes: Notes):
         self._layer, self._notes = layer, notes
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        channels = getattr(module, "out_channels", None) or output.shape[-1]
-        self._notes.add(self._layer, output.numel() / channels)
+        self._notes.add(self._layer, layout_of(module).positions(output))
 
 
 class _Looking:
@@ -299,5 +303,4 @@ class _Looking:
         self._classes, self._zero = classes, zero
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonzero = args[0].flatten(2).ne(0).any(2).any(0).cpu()
-        self._zero[self._classes[nonzero]] = False
+        self._zero[self._classes[layout_of(module).nonzero(args[0]).cpu()]] = False

@@ -1,13 +1,14 @@
-"""The Saliency-and-Pruning Module of one convolution (Chen et al., "Self-Adaptive Network Pruning", section 3).
+"""The Saliency-and-Pruning Module of one layer (Chen et al., "Self-Adaptive Network Pruning", section 3).
 
-It reads the convolution's input, and gives each output channel of each image a score. The channel is computed where the
-score is positive, and the score scales it behind the norm:
+The layer is a convolution, as in the paper, or a linear one. The module reads the layer's input, and gives each output
+channel of each image a score. The channel is computed where the score is positive, and the score scales it behind the
+norm:
 
     d = mean over positions of x                          (equation 5)
     s = 1 + W2 relu(W1 d) + bias                          (equation 6)
     s1 = max(0, min(1, 1.2 sigmoid(s + noise) - 0.1))     (equation 7)
     s2 = 1 where s1 > 0.5, which is where s + noise > 0   (equation 8)
-    y = s b norm(conv(x)), with b = s1 or s2              (equation 3)
+    y = s b norm(layer(x)), with b = s1 or s2             (equation 3)
 
 The one and the bias aren't in the paper. W2 and the bias are zero at first: all scores are one, so outputs are what
 they were; and weight decay takes scores back to one.
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autogate.saliency.counting import Notes
+from autogate.saliency.layout import Layout
 from autogate.saliency.penalty import penalised
 
 STRETCH, SHIFT = 1.2, 0.1
@@ -45,19 +47,14 @@ def binarized(scores: Tensor, noise: Tensor, soft: Tensor) -> Tensor:
     return torch.where(soft, s1, s1 + (s2 - s1).detach())
 
 
-def broadcast(channels: Tensor, dims: int) -> Tensor:
-    """(images, channels) as a factor of a feature map with so many dimensions of positions."""
-    return channels.view(*channels.shape, *[1] * dims)
-
-
 class SaliencyModule(nn.Module):
-    """Scores the output channels of a convolution for each image, and says which are computed.
+    """Scores the output channels of a layer for each image, and says which are computed.
 
-    Its hooks are on the convolution and on the norm behind it. A child of its convolution, it doesn't run by itself.
+    Its hooks are on the layer and on the norm behind it. A child of its layer, it doesn't run by itself.
 
     Args:
-        inputs, outputs: channels of the convolution.
-        dims: how many dimensions of positions it has: 2 for images.
+        inputs, outputs: channels of the layer.
+        layout: where they lie.
         hidden: rows of W1.
         layer: number of the layer in `notes`.
         notes: takes the scores of each forward.
@@ -82,7 +79,7 @@ class SaliencyModule(nn.Module):
     threshold: Tensor
 
     def __init__(
-        self, inputs: int, outputs: int, dims: int, hidden: int, layer: int, notes: Notes, published: bool,
+        self, inputs: int, outputs: int, layout: Layout, hidden: int, layer: int, notes: Notes, published: bool,
         closes: bool,
     ):  # fmt: skip
         super().__init__()
@@ -92,7 +89,7 @@ class SaliencyModule(nn.Module):
         nn.init.zeros_(self.expand.bias)
         for name in ("push", "level", "noise", "soft", "threshold"):
             self.register_buffer(name, torch.zeros(()))
-        self.dims, self.layer, self.notes, self.published, self.closes = dims, layer, notes, published, closes
+        self.layout, self.layer, self.notes, self.published, self.closes = layout, layer, notes, published, closes
         self.open: Tensor | None = None
         self.factor: Tensor | None = None
         self._scores: Tensor | None = None
@@ -103,40 +100,38 @@ class SaliencyModule(nn.Module):
         return self.reduce.weight.numel() + self.expand.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Equations 5 and 6: scores, shape (images, outputs), of a convolution's input."""
-        d = x.flatten(-self.dims).mean(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        d = d.to(self.reduce.weight.dtype)
+        """Equations 5 and 6: scores, shape (images, outputs), of a layer's input."""
+        d = self.layout.means(x).to(self.reduce.weight.dtype)
         if not torch.is_autocast_enabled(x.device.type):
             return 1 + self.expand(F.relu(self.reduce(d)))
         with torch.autocast(x.device.type, enabled=False):  # a code must not hang on half precision
             return 1 + self.expand(F.relu(self.reduce(d)))
 
-    def read(self, conv: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the convolution: score its channels."""
-        x = args[0] if args else kwargs["input"]
-        scores = self(x)
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the layer: score its channels."""
+        scores = self(args[0] if args else kwargs["input"])
         code = self.code(scores)
-        self.open = code.detach() > 0
+        self.open = code if code.dtype == torch.bool else code.detach() > 0
         self.factor = scores.clamp(min=torch.finfo(scores.dtype).min) * code  # minus infinity times 0 is NaN
         self._scores = self.notes.counted((scores - self.threshold).detach(), self.open)
 
     def code(self, scores: Tensor) -> Tensor:
-        """Equations 7 and 8: which channels are computed, of their scores, (images, outputs)."""
+        """Equations 7 and 8: which channels are computed, of their scores, (images, outputs); in eval mode bool."""
         if not self.training:
             return self.notes.code(self.layer, scores - self.threshold)
         noise = self.noise * torch.randn_like(scores) - self.threshold
         soft = torch.rand_like(scores[..., :1]) < self.soft
         return binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
 
-    def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""
+    def made(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Behind the layer: note what it costs. Before a norm across channels, those that are off are zero."""
         assert self._scores is not None and self.open is not None
-        self.notes.add(self.layer, output.numel() / output.shape[-self.dims - 1], self._scores)
+        self.notes.add(self.layer, self.layout.positions(output), self._scores)
         self._scores = None
-        return output * broadcast(self.open, self.dims) if self.closes else None
+        return output * self.layout.broadcast(self.open, output) if self.closes else None
 
     def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """Behind the norm: equation 3, unless the convolution's forward has done it (`autogate.skipping`)."""
+        """Behind the norm: equation 3, unless the layer's forward has done it (`autogate.skipping`)."""
         return self._scaled(output)
 
     def scale_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -145,35 +140,36 @@ class SaliencyModule(nn.Module):
 
     def _scaled(self, x: Tensor) -> Tensor:
         factor, self.factor = self.factor, None
-        return x if factor is None else x * broadcast(factor, self.dims).to(x.dtype)
+        return x if factor is None else x * self.layout.broadcast(factor, x).to(x.dtype)
 
 
 class FollowingModule(nn.Module):
-    """Closes the channels of a depthwise convolution, behind its norm, that are closed where they come from.
+    """Closes the channels of a layer, behind its norm, that are closed where another layer chooses them.
 
-    A depthwise convolution and its norm would make a constant of a channel that is zero.
+    A depthwise convolution and its norm would make a constant of a channel that is zero. The second linear layer of a
+    gated MLP is multiplied by the first, which chooses.
 
     Args:
         layer: number of the layer in `notes`.
-        dims: how many dimensions of positions the convolution has.
-        sources: the modules that its channels come from, each with the channel there of each channel here: int64 of
+        layout: where the channels lie.
+        sources: the modules that choose its channels, each with the channel there of each channel here: int64 of
             shape (channels,), -1 where it comes from elsewhere. A channel that comes from none of them stays open.
         notes: takes the call of each forward.
         closes: as of a `SaliencyModule`.
 
     Attributes:
         places: int64 of shape (sources, channels): the channel of each source, -1 where it comes from elsewhere.
-        sources: the modules that its channels come from.
+        sources: the modules that choose its channels.
         done: whether channels that are off are zero already, in this call.
     """
 
     places: Tensor
 
     def __init__(
-        self, layer: int, dims: int, sources: Sequence[tuple[SaliencyModule, Tensor]], notes: Notes, closes: bool
+        self, layer: int, layout: Layout, sources: Sequence[tuple[SaliencyModule, Tensor]], notes: Notes, closes: bool
     ):  # fmt: skip
         super().__init__()
-        self.layer, self.dims, self.notes, self.closes = layer, dims, notes, closes
+        self.layer, self.layout, self.notes, self.closes = layer, layout, notes, closes
         self.sources, self.done = tuple(module for module, _ in sources), False
         self.register_buffer("places", torch.stack([index for _, index in sources]), persistent=False)
 
@@ -181,10 +177,10 @@ class FollowingModule(nn.Module):
         """Return `x`: a `nn.Sequential` runs all of its children."""
         return x
 
-    def made(self, conv: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def made(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""
-        self.notes.add(self.layer, output.numel() / output.shape[-self.dims - 1])
-        return output * broadcast(self.open, self.dims).to(output.dtype) if self.closes else None
+        self.notes.add(self.layer, self.layout.positions(output))
+        return output * self.layout.broadcast(self.open, output).to(output.dtype) if self.closes else None
 
     def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Behind the norm."""
@@ -196,7 +192,7 @@ class FollowingModule(nn.Module):
 
     def _closed(self, x: Tensor) -> Tensor:
         done, self.done = self.done, False
-        return x if done else x * broadcast(self.open, self.dims).to(x.dtype)
+        return x if done else x * self.layout.broadcast(self.open, x).to(x.dtype)
 
     @property
     def open(self) -> Tensor:

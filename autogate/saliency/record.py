@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from autogate.saliency.bank import SaliencyBank
 from autogate.saliency.counting import Counting, MeanUse
+from autogate.saliency.kinds import Kind
 from autogate.saliency.run import Run, RunState
-from autogate.saliency.sites import Kind, Scaling
+from autogate.saliency.sites import Scaling
 from autogate.slim import Analysed, check_same, describe
 from rewriters import ALWAYS
 
@@ -23,7 +24,7 @@ class RecordedLayer:
     Attributes:
         path: of the module.
         kind: what is computed of it, see `CountedLayer`.
-        scaling: where its output is scaled, for one that isn't whole.
+        scaling: where its output is scaled, for one that chooses or follows.
         hidden: rows of W1 of its saliency module, for one that has it.
         prepared: as in `CountedLayer`.
         zero_inputs, zero_outputs: the channels that are zero where all the layers that make them are off.

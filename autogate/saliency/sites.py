@@ -1,31 +1,25 @@
-"""Where saliency modules go: which convolutions, and where each one's norm is."""
+"""Where saliency modules go: to which layers, and where each one's norm is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from rewriters import ALWAYS, Analysis, ChannelMap, Kernel, Side
+from autogate.saliency.kinds import Kind, calls_in, can_be, classes_of, hidden_units, kinds_of
+from rewriters import ALWAYS, Analysis, ChannelMap, Kernel
 from rewriters.recording import Capture, ModuleCall
-
-Kind = Literal["chosen", "follows", "whole"]
-"""A layer that has a saliency module; a depthwise one, which computes the channels that aren't zero; any other."""
-
-LEAST_SAVED = 10
-"""A convolution costs at least so many times what its saliency module does."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """The place where a convolution's output is scaled.
+    """The place where a layer's output is scaled.
 
     Attributes:
-        path: of the module: the norm behind the convolution, what is inside of that behind its statistics, or the
-            convolution itself.
+        path: of the module: the norm behind the layer, what is inside of that behind its statistics, or the layer
+            itself.
         at: whether its output is scaled or its input.
         across: the norm takes statistics across channels.
     """
@@ -42,8 +36,8 @@ class Layer:
     Attributes:
         kernel: its kernel.
         kind: see `CountedLayer`.
-        scaling: where its output is scaled, for one that isn't whole.
-        why: for a regular convolution that is whole, the reason.
+        scaling: where its output is scaled, for one that chooses or follows.
+        why: as in `Decided`.
         hidden: rows of W1 of its saliency module; 0 if it has none.
     """
 
@@ -72,84 +66,57 @@ def layers_in(
         reduction: r of equation 6.
         known: what was decided before, by path: the layers' sizes don't matter then.
     """
-    channel_map, captured = analysis.channel_map, analysis.in_eval_mode[0]
-    calls: dict[str, list[ModuleCall]] = {}
-    for call in captured.calls():
-        calls.setdefault(call.path, []).append(call)
-    modules = dict(model.named_modules())
-    found: list[Layer] = []
-    made: set[int] = set()
-    whole: set[int] = set()
-    for kernel in channel_map.kernels:
-        module = modules.get(kernel.module)
-        if not isinstance(module, (_ConvNd, nn.Linear)) or kernel.weight != f"{kernel.module}.weight".lstrip("."):
+    calls, modules = calls_in(analysis), dict(model.named_modules())
+    decided, found = kinds_of(model, analysis, reduction), []
+    for kernel in analysis.channel_map.kernels:
+        if kernel.module not in decided or kernel.weight != f"{kernel.module}.weight".lstrip("."):
             continue
-        kind, why = _kind(module, kernel, channel_map, calls.get(kernel.module, []), reduction)
-        hidden = hidden_units(channel_map.sizes[kernel.output_side], reduction) if kind == "chosen" else 0
+        kind, why = decided[kernel.module]
+        hidden = hidden_units(analysis.channel_map.sizes[kernel.output_side], reduction) if kind == "chosen" else 0
         if known is not None:
-            before = known.get(kernel.module, Known("whole", 0))
-            kind, hidden = before if _can_be(module, before.kind) and kernel.module in calls else Known("whole", 0)
-        outputs = set(classes_of(channel_map, kernel.output_side).tolist()) - {ALWAYS}
-        if kind == "follows" and outputs.isdisjoint(made - whole):
-            kind = "whole"
-        elif kind == "chosen":
-            made |= outputs
-        elif kind == "whole":
-            whole |= outputs
-        scaling = None if kind == "whole" else _scaling(kernel.module, calls, captured, modules, channel_map)
-        found.append(Layer(kernel, kind, scaling, why, hidden))
-    return found
+            before, module = known.get(kernel.module, Known("whole", 0)), modules[kernel.module]
+            kind, hidden = before if can_be(module, before.kind) and kernel.module in calls else Known("whole", 0)
+        found.append(Layer(kernel, kind, None, why, hidden))
+    return [
+        replace(layer, scaling=_scaling(layer.kernel.module, calls, analysis, modules))
+        if layer.kind in ("chosen", "follows") else layer
+        for layer in _standing(found, analysis.channel_map)
+    ]  # fmt: skip
 
 
-def hidden_units(outputs: int, reduction: float) -> int:
-    """C / r of equation 6."""
-    return max(1, round(outputs / reduction))
-
-
-def classes_of(channel_map: ChannelMap, side: Side) -> Tensor:
-    """The class of each index of a side of a kernel, int64; `ALWAYS` where it stays."""
-    known = channel_map.classes.get(side)
-    return known.cpu() if known is not None else Tensor([ALWAYS]).long().expand(channel_map.sizes[side])
-
-
-def _kind(
-    module: nn.Module, kernel: Kernel, channel_map: ChannelMap, calls: Sequence[ModuleCall], reduction: float
-) -> tuple[Kind, str]:
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or kernel.repeats or not calls:
-        return "whole", ""
-    has_channels = kernel.output_side in channel_map.classes
-    if module.groups == module.in_channels == module.out_channels > 1:
-        return ("follows" if Side(kernel.weight, 0) in channel_map.classes else "whole"), ""
-    if module.groups > 1:
-        return "whole", "its channels are in groups"
-    if not has_channels:
-        return "whole", "all of its outputs are needed (autogate.prepare would pin them too)"
-    inputs, outputs = module.in_channels, module.out_channels
-    own = (inputs + outputs) * hidden_units(outputs, reduction) * len(calls)
-    if kernel.macs * inputs * outputs < LEAST_SAVED * own:
-        return "whole", "a saliency module would cost more than a tenth of it"
-    return "chosen", ""
-
-
-def _can_be(module: nn.Module, kind: Kind) -> bool:
-    """Whether a layer can be of a kind that was recorded."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return kind == "whole"
-    depthwise = module.groups == module.in_channels == module.out_channels
-    return {"whole": True, "chosen": module.groups == 1, "follows": depthwise}[kind]
+def _standing(layers: Sequence[Layer], channel_map: ChannelMap) -> list[Layer]:
+    """The layers; those that would follow or read channels which no layer chooses, or all of them, run whole."""
+    chosen: set[int] = set()
+    whole: set[int] = set()
+    for follows in (True, False):  # whether a depthwise convolution runs whole decides what others read
+        standing = []
+        for layer in layers:
+            outputs, inputs = (set(classes_of(channel_map, side).tolist()) - {ALWAYS}
+                               for side in (layer.kernel.output_side, layer.kernel.input_side))  # fmt: skip
+            if layer.kind == ("follows" if follows else "reads") and (
+                (outputs if follows else inputs).isdisjoint(chosen - whole)
+            ):
+                layer = replace(layer, kind="whole")
+            if layer.kind == "chosen":
+                chosen |= outputs
+            elif layer.kind != "follows":
+                whole |= outputs
+            standing.append(layer)
+        layers = standing
+    return list(layers)
 
 
 def _scaling(
-    path: str, calls: Mapping[str, Sequence[ModuleCall]], captured: Capture, modules: Mapping[str, nn.Module],
-    channel_map: ChannelMap,
+    path: str, calls: Mapping[str, Sequence[ModuleCall]], analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> Scaling:  # fmt: skip
+    captured, statistics = analysis.in_eval_mode[0], analysis.channel_map.statistics
     norms = [_norm_behind(call, captured, modules, calls) for call in calls[path]]
     norm = norms[0]
     if norm is None or any(other is None or other.path != norm.path for other in norms):
         return Scaling(path)
     if len(calls[norm.path]) != len(norms):  # it norms something else too
         return Scaling(path)
-    across = any(f"{taken.path}.".startswith(f"{norm.path}.") for taken in channel_map.statistics)
+    across = any(f"{taken.path}.".startswith(f"{norm.path}.") for taken in statistics)
     inside = norm.children[0] if norm.children else None
     if inside is not None and _takes_it(inside, norm) and len(calls[inside.path]) == len(norms):
         return Scaling(inside.path, "input", across)
@@ -159,7 +126,7 @@ def _scaling(
 def _norm_behind(
     call: ModuleCall, captured: Capture, modules: Mapping[str, nn.Module], calls: Mapping[str, Sequence[ModuleCall]]
 ) -> ModuleCall | None:
-    """The call of a norm that takes what a convolution returns, if nothing else does."""
+    """The call of a norm that takes what a layer returns, if nothing else does."""
     node = captured.nodes.get(id(call.output))
     if node is None or not node.users:
         return None

@@ -231,21 +231,23 @@ def _slimmed(
 
 
 def with_forwards(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> Forwards:
-    """Put forwards on the layers that choose or follow, and on poolings. Returns those that can skip; none does yet."""
+    """Put forwards on layers that don't run whole, and on poolings. Returns those that can skip; none does yet."""
     found: Forwards = {}
     stays = torch.cat([~bank.counting.zero, torch.ones(1, dtype=torch.bool)])
     for layer in bank.counting.layers:
-        if layer.scaling is None:
+        if layer.kind == "whole":
             continue
-        conv, scaling = model.get_submodule(layer.path), layer.scaling
-        module: Any = conv._modules[NAME]
-        norm, by_itself = None, scaling.path == layer.path
-        known = None if by_itself else norm_of(model, scaling)
-        if known is not None:
-            norm = PassingNorm(known)
-            undo_log.set_attribute(known, "forward", norm)
-        forward = SkippingForward(conv, module, layer, stays, norm, by_itself or norm is not None)
-        undo_log.set_attribute(conv, "forward", forward)
+        owner, norm, by_itself = model.get_submodule(layer.path), None, False
+        module: Any = None
+        if layer.scaling is not None:
+            module, by_itself = owner._modules[NAME], layer.scaling.path == layer.path
+            known = None if by_itself else norm_of(model, layer.scaling)
+            if known is not None:
+                norm = PassingNorm(known)
+                undo_log.set_attribute(known, "forward", norm)
+        at_once = by_itself or norm is not None
+        forward = SkippingForward(owner, module, layer, bank.notes, stays, norm, at_once)
+        undo_log.set_attribute(owner, "forward", forward)
         if forward.can_skip:
             found[layer.path] = forward
     for path, pool in model.named_modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -12,13 +12,6 @@ from autogate.saliency import Scaling
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 """Norms that scale and shift each channel by numbers that no input changes. Other classes may do more."""
-
-
-class Affine(NamedTuple):
-    """y = scale x + shift of each channel, both of shape (channels,)."""
-
-    scale: Tensor
-    shift: Tensor
 
 
 class PassingNorm:
@@ -33,7 +26,7 @@ class PassingNorm:
 
     def __init__(self, norm: nn.Module):
         self.norm, self.done = norm, False
-        self._known: tuple[list[tuple[int, int]], Affine] | None = None
+        self._known: tuple[list[tuple[int, int]], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_known": None}
@@ -54,10 +47,10 @@ class PassingNorm:
         norm: Any = self.norm
         return not norm.training and norm.running_mean is not None
 
-    def affine(self) -> Affine:
-        """The norm as a scale and a shift."""
-        norm: Any = self.norm
-        tensors = [one for one in (norm.running_mean, norm.running_var, norm.weight, norm.bias) if one is not None]
+    def affine(self) -> Tensor:
+        """The scale and the shift of each channel, shape (2, channels)."""
+        norm = self.norm
+        tensors = [one for one in (*norm._buffers.values(), *norm._parameters.values()) if one is not None]
         if any(one.is_inference() for one in tensors):  # these don't count their versions
             return self._computed()
         now = [(id(one), one._version) for one in tensors]
@@ -66,14 +59,14 @@ class PassingNorm:
         return self._known[1]
 
     @torch.no_grad()
-    def _computed(self) -> Affine:
+    def _computed(self) -> Tensor:
         norm: Any = self.norm
         precise = torch.promote_types(norm.running_var.dtype, torch.float32)
         scale = torch.rsqrt(norm.running_var.to(precise) + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight
         shift = -norm.running_mean * scale
-        return Affine(scale, shift if norm.bias is None else shift + norm.bias)
+        return torch.stack([scale, shift if norm.bias is None else shift + norm.bias])
 
 
 def norm_of(model: nn.Module, scaling: Scaling) -> nn.Module | None:

@@ -1,28 +1,26 @@
-"""Forwards of convolutions that skip what is off: they shadow the convolutions' own, on the instances.
+"""Forwards of convolutions and linear layers that skip what is off: they shadow the layers' own, on the instances.
 
 Rows of the kernel are gathered for the channels that are on, and columns for the input channels that aren't zero. What
 is off stays zero in an output of the full shape, so the model's own code runs as it is. A batch norm behind the
-convolution, and the scale by the score, are part of the gathered kernel. In train mode, where gradients are wanted, and
-where a model is traced, compiled or exported, the convolution and its norm run whole, and the rest is multiplied by
-zero.
+layer, and the scale by the score, are part of the gathered kernel. In train mode, where gradients are wanted, and where
+a model is traced, compiled or exported, the layer and its norm run whole, and the rest is multiplied by zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autogate.saliency import CountedLayer, FollowingModule, SaliencyModule, broadcast
+from autogate.saliency import CountedLayer, FollowingModule, Notes, SaliencyModule, layout_of
 from autogate.skipping.break_even import ALL, BreakEven
-from autogate.skipping.folding import Affine, PassingNorm
+from autogate.skipping.folding import PassingNorm
 
-CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d,
+FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.Linear: F.linear,
 }  # fmt: skip
 """What can be gathered. Classes derived from these may do more than their base."""
 
@@ -42,50 +40,58 @@ class Group(NamedTuple):
 
 
 class SkippingForward:
-    """The forward of a convolution that has a saliency module.
+    """The forward of a layer that has a saliency module, or reads channels of such layers.
 
     Args:
-        conv: the convolution.
-        module: its saliency module.
+        conv: the convolution or linear layer.
+        module: its saliency module; None if it only reads: then it computes all of its outputs.
         layer: the classes of its channels.
+        notes: take the calls of each forward.
         stays: bool, shape (classes + 1,): the classes that may be other than zero before any layer has made them.
         norm: the batch norm behind it, where that is scaled; None for another one or none.
         at_once: whether its output is scaled where `norm` is, or, without one, by itself: no code lies in between.
 
     Attributes:
-        follows: whether it is a depthwise convolution.
+        rows, columns: whether rows or columns of its kernel can be gathered: a layer that only reads computes all
+            rows, and a depthwise convolution has no columns.
         break_even: how much must be off for it to be skipped; None if nothing is.
     """
 
     def __init__(
-        self, conv: Any, module: SaliencyModule | FollowingModule, layer: CountedLayer, stays: Tensor,
-        norm: PassingNorm | None, at_once: bool,
+        self, conv: Any, module: SaliencyModule | FollowingModule | None, layer: CountedLayer, notes: Notes,
+        stays: Tensor, norm: PassingNorm | None, at_once: bool,
     ):  # fmt: skip
-        self.conv, self.module, self.norm, self.at_once = conv, module, norm, at_once
+        self.conv, self.module, self.notes, self.norm, self.at_once = conv, module, notes, norm, at_once
         self._earlier = conv.__dict__.get("forward")
-        self._function = None if self._earlier else CONVOLUTIONS.get(type(conv))
-        self.follows = isinstance(module, FollowingModule)
+        self._function = None if self._earlier else FUNCTIONS.get(type(conv))
+        self.rows, self.columns = module is not None, layer.groups == 1
+        self._layout = layout_of(conv)
         self._inputs, self._outputs = (classes.remainder(len(stays)) for classes in (layer.inputs, layer.outputs))
         self._stays = stays.int()
         self.break_even: BreakEven | None = None
 
     @property
     def can_skip(self) -> bool:
-        """Whether the convolution is one that can be gathered."""
-        return self._function is not None and self.conv.padding_mode == "zeros"
+        """Whether the layer is one that can be gathered."""
+        return self._function is not None and getattr(self.conv, "padding_mode", "zeros") == "zeros"
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        notes = self.module.notes
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(input) is not Tensor:
-            notes.untold = True
+            self.notes.untold = True
             return self._whole(input, *args, **kwargs)
-        read = self._follow(len(input)) if input.ndim == self.module.dims + 2 else None
+        batched = self._batched(input)
+        read = self._follow(input) if batched else None
         if read is None:
-            notes.untold = True
-        if self.break_even is None or self.conv.training or torch.is_grad_enabled() or not self._batched(input):
+            self.notes.untold = True
+        if (
+            self.break_even is None
+            or self.conv.training
+            or torch.is_grad_enabled()
+            or not batched
+            or not input.shape[0]
+        ):
             return self._whole(input, *args, **kwargs)
-        open: Any = self.module.open
-        return self._skipped(input, self._groups(open, read, self.break_even))
+        return self._skipped(input, self._groups(read, self.break_even))
 
     def trial(self, input: Tensor, on: float, read: float) -> Tensor:
         """What the layer and its norm take if these shares of its channels are on, and of its input: for timing.
@@ -93,14 +99,14 @@ class SkippingForward:
         With all of them on, nothing is gathered.
         """
         code, reads = (torch.arange(size, device=input.device) < max(1, round(share * size))
-                       for share, size in ((on, self.conv.out_channels), (read, self.conv.in_channels)))  # fmt: skip
-        group, affine = self._group(None, code, reads, ALL), self._affine()
-        factor = None if affine is None else torch.ones_like(affine.scale).expand(len(input), -1)
+                       for share, size in ((on, len(self._outputs)), (read, len(self._inputs))))  # fmt: skip
+        group, affine = self._group(None, code, reads, ALL), self._affine(input)
+        factor = None if affine is None else affine.new_ones(len(input), affine.shape[1])
         made = self._spread(input, [group], [self._computed(input, group, affine, factor)])
         if self.norm is not None:
             self.norm.done = affine is not None
             made = self.norm(made)
-        return made if affine is not None else made * 1.0
+        return made if affine is not None or not self.rows else made * 1.0
 
     def _whole(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._earlier is not None:
@@ -108,44 +114,49 @@ class SkippingForward:
         return type(self.conv).forward(self.conv, *args, **kwargs)
 
     def _batched(self, input: Tensor) -> bool:
-        return input.ndim == self.module.dims + 2 and len(input) > 0
+        return input.ndim >= 2 if self._layout.dims is None else input.ndim == self._layout.dims + 2
 
-    def _follow(self, images: int) -> Tensor | None:
-        """Note which classes are made; returns the input channels that aren't zero, bool, (images, channels).
+    def _follow(self, input: Tensor) -> Tensor | None:
+        """Note which classes are made; returns 0 for input channels that are zero, shape (images, channels).
 
         None if that isn't known: the layer runs outside of the model's forward, or sees other rows than images.
         """
-        notes, open = self.module.notes, self.module.open
+        notes, images = self.notes, input.shape[0]
         if not notes.running or notes.untold:
             return None
-        assert open is not None
-        if self._stays.device != open.device:
+        if self._stays.device != input.device:
             self._stays, self._inputs, self._outputs = (
-                one.to(open.device) for one in (self._stays, self._inputs, self._outputs)
+                one.to(input.device) for one in (self._stays, self._inputs, self._outputs)
             )
         if notes.alive is None:
             notes.alive = self._stays.repeat(images, 1)
-        if len(notes.alive) != images:
+        if notes.alive.shape[0] != images:
             return None
-        read = notes.alive.index_select(1, self._inputs) > 0
-        notes.alive.index_add_(1, self._outputs, open.int())  # a class may be there several times
+        read = notes.alive.index_select(1, self._inputs)
+        if self.module is not None:
+            open: Any = self.module.open
+            notes.alive.index_add_(1, self._outputs, open.int())  # a class may be there several times
         return read
 
-    def _groups(self, open: Tensor, read: Tensor | None, break_even: BreakEven) -> list[Group]:
-        if len(open) == 1:
-            return [self._group(None, open[0], None if read is None else read[0], break_even)]
-        if self.module.notes.allowed is not None:
-            return [self._group(None, open.any(0), None if read is None else read.any(0), break_even)]
-        codes, of = torch.unique(open, dim=0, return_inverse=True)
+    def _groups(self, read: Tensor | None, break_even: BreakEven) -> list[Group]:
+        """The images of a batch that compute the same channels; where all are computed, those that read the same."""
+        code = self.module.open if self.module is not None else None if read is None else read > 0
+        if code is None:
+            return [Group(None, None, None)]
+        if code.shape[0] == 1:
+            return [self._group(None, code[0], None if read is None else read[0], break_even)]
+        if self.notes.allowed is not None:
+            return [self._group(None, code.any(0), None if read is None else read.any(0), break_even)]
+        codes, of = torch.unique(code, dim=0, return_inverse=True)
         if len(codes) == 1:
             return [self._group(None, codes[0], None if read is None else read.any(0), break_even)]
-        if open.device.type != "cpu":  # there a batch at once is faster than one image after the other
+        if code.device.type != "cpu":  # there a batch at once is faster than one image after the other
             return [Group(None, None, None)]
         found, whole = [], []
-        for number, code in enumerate(codes):
+        for number, one in enumerate(codes):
             images = (of == number).nonzero().flatten()
-            group = self._group(images, code, None if read is None else read[images].any(0), break_even)
-            if group.on is None:
+            group = self._group(images, one, None if read is None else read[images].any(0), break_even)
+            if group.on is None and group.read is None:
                 whole.append(images)
             else:
                 found.append(group)
@@ -155,61 +166,63 @@ class SkippingForward:
 
     def _group(self, images: Tensor | None, code: Tensor, read: Tensor | None, break_even: BreakEven) -> Group:
         """What is gathered for images with this code; everything is computed where that is as fast."""
-        on = code.nonzero().flatten()
-        work, columns = len(on) / len(code), None
-        if read is not None and not self.follows:
-            found = read.nonzero().flatten()
-            if len(found) < len(read) and len(found) <= break_even.columns * len(read):
-                work, columns = work * len(found) / len(read), found
+        on = code.nonzero().flatten() if self.rows else None
+        work, columns = 1.0 if on is None else on.shape[0] / code.shape[0], None
+        if read is not None and self.columns:
+            found, channels = read.nonzero().flatten(), read.shape[0]
+            if found.shape[0] < channels and found.shape[0] <= break_even.columns * channels:
+                work, columns = work * found.shape[0] / channels, found
         if work >= 1 or work > break_even.work:
             return Group(images, None, None)
-        return Group(images, _at_least_one(on), None if columns is None else _at_least_one(columns))
+        rows = None if on is None or on.shape[0] == code.shape[0] else _at_least_one(on)
+        return Group(images, rows, None if columns is None else _at_least_one(columns))
 
     def _skipped(self, input: Tensor, groups: list[Group]) -> Tensor:
-        affine, factor = self._affine(), None
+        affine, factor = self._affine(input), None
         if affine is not None:
-            found: Any = self.module.open if self.follows else self.module.factor
-            factor = found.to(affine.scale.dtype)
+            module: Any = self.module
+            found: Any = module.factor if isinstance(module, SaliencyModule) else module.open
+            factor = found.to(affine.dtype)
         made = [self._computed(input, group, affine, factor) for group in groups]
         if affine is not None:
             self._tell_done()
         return self._spread(input, groups, made)
 
-    def _affine(self) -> Affine | None:
-        """What the convolution's output is scaled and shifted by, its bias included, if that can be done here."""
+    def _affine(self, input: Tensor) -> Tensor | None:
+        """Scale and shift of the layer's output, its bias included, shape (2, channels); None: not done here."""
         conv, norm = self.conv, self.norm
         if not self.at_once or (norm is not None and not norm.folds):
             return None
+        if norm is not None and self._layout.dims is None and input.ndim > 2:
+            return None  # a batch norm takes the second dimension for that of the channels
         if any(getattr(hook, "__self__", None) is not self.module for hook in conv._forward_hooks.values()):
-            return None  # a hook of the user's wants to see the convolution's own output
-        if norm is None:
-            one = conv.weight.new_ones(conv.out_channels)
-            return Affine(one, torch.zeros_like(one) if conv.bias is None else conv.bias)
-        scale, shift = norm.affine()
-        return Affine(scale, shift if conv.bias is None else shift + conv.bias * scale)
+            return None  # a hook of the user's wants to see the layer's own output
+        outputs = len(self._outputs)
+        affine = conv.weight.new_tensor([[1.0], [0.0]]).repeat(1, outputs) if norm is None else norm.affine()
+        return affine if conv.bias is None else torch.stack([affine[0], affine[1] + affine[0] * conv.bias])
 
-    def _computed(self, input: Tensor, group: Group, affine: Affine | None, factor: Tensor | None) -> Tensor:
-        """The channels of a group that are on, shape (its images, channels that are on, ...)."""
-        conv = self.conv
-        x = _taken(input, 0, group.images)
-        x = _taken(x, 1, group.on if self.follows else group.read)
-        kernel = _taken(conv.weight, 0, group.on)
-        kernel = kernel if self.follows else _taken(kernel, 1, group.read)
+    def _computed(self, input: Tensor, group: Group, affine: Tensor | None, factor: Tensor | None) -> Tensor:
+        """The channels of a group that are on, of its images, otherwise shaped as the layer's output."""
+        conv, layout = self.conv, self._layout
+        x = _taken(_taken(input, 0, group.images), layout.channel, group.read if self.columns else group.on)
+        kernel = _taken(_taken(conv.weight, 0, group.on), 1, group.read)
         if affine is None:
             return self._run(x, kernel, None if conv.bias is None else _taken(conv.bias, 0, group.on))
         assert factor is not None
         factor = _taken(_taken(factor, 0, group.images), 1, group.on)
-        scale, shift = (_taken(one, 0, group.on) * factor for one in affine)
-        if len(x) == 1 and kernel[0].numel() < prod(x.shape[2:]):
-            return self._run(x, kernel * broadcast(scale[0], kernel.ndim - 1).to(kernel.dtype), shift[0].to(x.dtype))
+        scale, shift = (_taken(affine, 1, group.on)[:, None] * factor).to(x.dtype)
+        if x.shape[0] == 1 and kernel[0].numel() < layout.positions(x):
+            return self._run(x, kernel * scale[0].view(-1, *[1] * (kernel.ndim - 1)), shift[0])
         made = self._run(x, kernel, None)
-        scale, shift = (broadcast(one, self.module.dims).to(made.dtype) for one in (scale, shift))
+        scale, shift = layout.broadcast(scale, made), layout.broadcast(shift, made)
         return torch.addcmul(shift, made, scale, out=made)
 
     def _run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.conv
         assert self._function is not None
-        groups = len(kernel) if self.follows else 1
+        if self._layout.dims is None:
+            return self._function(x, kernel, bias)
+        groups = 1 if self.columns else len(kernel)
         return self._function(x, kernel, bias, conv.stride, conv.padding, conv.dilation, groups)
 
     def _tell_done(self) -> None:
@@ -217,31 +230,34 @@ class SkippingForward:
             self.norm.done = True
         if isinstance(self.module, FollowingModule):
             self.module.done = True
-        else:
+        elif self.module is not None:
             self.module.factor = None
 
     def _spread(self, input: Tensor, groups: list[Group], made: list[Tensor]) -> Tensor:
         """The output of the whole batch, zero where channels are off."""
-        outputs, first = self.conv.out_channels, made[0]
+        outputs, first, channel = len(self._outputs), made[0], self._layout.channel
         if groups[0].images is None:
-            return first if groups[0].on is None else spread(first, groups[0].on, outputs)
-        out = first.new_zeros(len(input), outputs, *first.shape[2:])
+            return first if groups[0].on is None else spread(first, groups[0].on, outputs, channel)
+        shape = [len(input), *first.shape[1:]]
+        shape[channel] = outputs
+        out = first.new_zeros(shape)
+        behind = out.movedim(channel, 1)
         for group, y in zip(groups, made, strict=True):
             assert group.images is not None
             if group.on is None:
                 out.index_copy_(0, group.images, y)
             elif len(y) == 1:
-                out[int(group.images)].index_copy_(0, group.on, y[0])
+                out[int(group.images)].index_copy_(channel, group.on, y[0])
             else:
-                out[group.images[:, None], group.on] = y
+                behind[group.images[:, None], group.on] = y.movedim(channel, 1)
         return out
 
 
-def spread(x: Tensor, on: Tensor, channels: int) -> Tensor:
-    """A feature map with all channels, from those that are on; the others are zero."""
-    place = on.new_full((channels,), len(on))
-    place[on] = torch.arange(len(on), device=on.device)
-    return torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1).index_select(1, place)
+def spread(x: Tensor, on: Tensor, channels: int, dim: int = 1) -> Tensor:
+    """A feature map with all channels along `dim`, from those that are on; the others are zero."""
+    shape = list(x.shape)
+    shape[dim] = channels
+    return x.new_zeros(shape).index_add_(dim, on, x)
 
 
 def _taken(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
@@ -250,4 +266,4 @@ def _taken(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
 
 def _at_least_one(index: Tensor) -> Tensor:
     """The index, or the first channel: it is multiplied by zero, or is zero."""
-    return index if len(index) else index.new_zeros(1)
+    return index if index.shape[0] else index.new_zeros(1)

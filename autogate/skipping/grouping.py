@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autogate.inputs import Inputs
 from autogate.saliency import SaliencyBank, costs
 from autogate.skipping.prototypes import Prototypes, chosen
-from autogate.skipping.stages import Stage, StageForward, runs_in, stages_in
+from autogate.skipping.stages import Stage, StageForward, maps_in, stages_in
 from rewriters import AutogateError, UndoLog
 from rewriters.recording import tensors_of
 
@@ -75,8 +75,7 @@ def group(
         AutogateError: no module of the model can run images in groups, or there are no batches.
     """
     batches = list(batches) if iter(batches) is batches else batches
-    choosing = {module.layer: path for path, module in zip(bank.paths, bank.saliency_modules, strict=True)}
-    stages = stages_in(model, choosing, runs_in(model, call))
+    stages = stages_in(model, bank.counting.layers, maps_in(model, call))
     if not stages:
         raise AutogateError(
             "none of its modules takes one feature map, returns one, and has two layers that choose.",
@@ -90,7 +89,7 @@ def group(
         found = chosen(codes, before.descriptors[stage.path], count)
         forwards.append((stage, found))
         module = model.get_submodule(stage.path)
-        undo_log.set_attribute(module, "forward", StageForward(module, bank.notes, found))
+        undo_log.set_attribute(module, "forward", StageForward(module, bank.notes, found, stage.layout))
     after = _seen(model, bank, batches, stages)
     grouping = Grouping(
         tuple((stage.path, len(found)) for stage, found in forwards), len(before.shares), _kept(forwards, before),
@@ -126,8 +125,8 @@ def _seen(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any], stages: 
     handles = [model.register_forward_hook(lambda module, args, output: outputs.append(tensors_of(output)[0].cpu()))]
     for stage in stages:
 
-        def note(module: nn.Module, args: Any, path: str = stage.path) -> None:
-            descriptors[path].append(args[0].flatten(2).mean(2).cpu())
+        def note(module: nn.Module, args: Any, stage: Stage = stage) -> None:
+            descriptors[stage.path].append(stage.layout.means(args[0]).cpu())
 
         handles.append(model.get_submodule(stage.path).register_forward_pre_hook(note))
     try:

@@ -23,7 +23,7 @@ class PoolingForward:
         break_even: how many channels may be other than zero for the rest to be skipped; None if nothing is.
     """
 
-    follows = True
+    rows, columns = True, False
 
     def __init__(self, pool: nn.MaxPool2d):
         self.pool = pool
@@ -35,7 +35,7 @@ class PoolingForward:
             or self.break_even is None or torch.is_grad_enabled() or self.pool.return_indices or not input.numel()
         ):  # fmt: skip
             return self._whole(input)
-        on = input.flatten(2).abs().amax((0, 2)).ne(0).nonzero().flatten()
+        on = _other_than_zero(input)
         if len(on) == input.shape[1] or len(on) > self.break_even.work * input.shape[1]:
             return self._whole(input)
         return self._pooled(input, on if len(on) else on.new_zeros(1))
@@ -44,7 +44,7 @@ class PoolingForward:
         """What pooling takes if this share of the channels isn't zero: for timing."""
         if on == 1:
             return self._whole(input)
-        input.flatten(2).abs().amax((0, 2)).ne(0).nonzero()
+        _other_than_zero(input)
         return self._pooled(input, torch.arange(max(1, round(on * input.shape[1])), device=input.device))
 
     def _whole(self, input: Tensor) -> Any:
@@ -52,3 +52,9 @@ class PoolingForward:
 
     def _pooled(self, input: Tensor, on: Tensor) -> Tensor:
         return spread(self._whole(input.index_select(1, on)), on, input.shape[1])
+
+
+def _other_than_zero(x: Tensor) -> Tensor:
+    """The channels that aren't zero everywhere."""
+    dims = (0, *range(2, x.ndim))
+    return (x.amax(dims).ne(0) | x.amin(dims).ne(0)).nonzero().flatten()

@@ -16,7 +16,7 @@ from autogate.skipping.forwards import SkippingForward
 from autogate.skipping.grouping import GROUPING, Grouping, grouping_of
 from autogate.skipping.pooling import PoolingForward
 from autogate.skipping.prototypes import Prototypes
-from autogate.skipping.stages import StageForward
+from autogate.skipping.stages import StageForward, first_in
 from autogate.slim import check_same
 from rewriters import UndoLog
 
@@ -96,7 +96,8 @@ def skip_again(model: nn.Module, bank: SaliencyBank, record: Skipping, undo_log:
     sizes = {module.layer: module.expand.out_features for module in bank.saliency_modules}
     for stage in record.stages:
         module, prototypes = model.get_submodule(stage.path), _prototypes(stage, sizes)
-        undo_log.set_attribute(module, "forward", StageForward(module, bank.notes, prototypes))
+        _, layout = first_in(model, stage.path, bank.counting.layers)
+        undo_log.set_attribute(module, "forward", StageForward(module, bank.notes, prototypes, layout))
     grouping = record.grouping
     if grouping is not None and grouping.same == UNKNOWN:
         grouping = replace(grouping, same=nan)

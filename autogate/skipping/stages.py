@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autogate.inputs import Inputs
-from autogate.saliency import Note, Notes
+from autogate.saliency import CountedLayer, Layout, Note, Notes, layout_of
 from autogate.skipping.prototypes import Prototypes
 from rewriters import run_eval
 
@@ -27,10 +27,11 @@ class StageForward:
         module: the stage.
         notes: take the calls of each forward.
         prototypes: of the stage.
+        layout: of what it takes.
     """
 
-    def __init__(self, module: nn.Module, notes: Notes, prototypes: Prototypes):
-        self.module, self.notes, self.prototypes = module, notes, prototypes
+    def __init__(self, module: nn.Module, notes: Notes, prototypes: Prototypes, layout: Layout):
+        self.module, self.notes, self.prototypes, self.layout = module, notes, prototypes, layout
         self.earlier = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +40,7 @@ class StageForward:
         (x,) = args
         if self.prototypes.bias.device != x.device:
             self.prototypes = self.prototypes.to(x.device)
-        of = self.prototypes.of(x.flatten(2).mean(2))
+        of = self.prototypes.of(self.layout.means(x))
         groups = [(of == one).nonzero().flatten() for one in of.unique().tolist()]
         notes, begun, alive = self.notes, len(self.notes.calls), self.notes.alive
         made, runs = [], []
@@ -92,52 +93,66 @@ def _merged(runs: Sequence[Sequence[Note]], back: Tensor) -> list[Note]:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A module that can run images in groups, and the numbers of the layers in it that choose."""
+    """A module that can run images in groups.
+
+    Attributes:
+        path: of the module.
+        layers: the numbers of the layers in it that choose.
+        layout: of what it takes: that of the first layer in it.
+    """
 
     path: str
     layers: tuple[int, ...]
+    layout: Layout
 
 
-def stages_in(model: nn.Module, layers: Mapping[int, str], calls: Iterable[ModuleRun]) -> list[Stage]:
+def stages_in(
+    model: nn.Module, layers: Sequence[CountedLayer], shapes: Mapping[str, Sequence[torch.Size | None]]
+) -> list[Stage]:
     """The outermost modules that can be stages.
 
     They take one feature map and return one, once in a forward, and at least two layers in them choose.
 
     Args:
         model: the model.
-        layers: paths of the layers that choose, by number.
-        calls: of its modules, in one forward.
+        layers: of the model, in the order they run.
+        shapes: of what its modules take: see `maps_in`.
     """
-    by_path: dict[str, list[ModuleRun]] = {}
-    for call in calls:
-        by_path.setdefault(call.path, []).append(call)
     found: list[Stage] = []
     for path, _ in model.named_modules():
-        inside = tuple(number for number, owner in layers.items() if owner.startswith(f"{path}."))
+        inside = tuple(number for number, layer in enumerate(layers) if _is_in(path, layer) and layer.kind == "chosen")
         taken = any(path.startswith(f"{stage.path}.") for stage in found)
-        if path and not taken and len(inside) >= 2 and [one.maps for one in by_path.get(path, [])] == [True]:
-            found.append(Stage(path, inside))
+        maps = shapes.get(path, [])
+        if path and not taken and len(inside) >= 2 and len(maps) == 1 and maps[0] is not None:
+            first, layout = first_in(model, path, layers)
+            if maps[0][layout.channel] == len(first.inputs) >= LEAST_CHANNELS:
+                found.append(Stage(path, inside, layout))
     return found
 
 
-@dataclass(frozen=True)
-class ModuleRun:
-    """A module's call: whether it takes one feature map and returns one of as many images, all else being equal."""
-
-    path: str
-    maps: bool
+def first_in(model: nn.Module, path: str, layers: Sequence[CountedLayer]) -> tuple[CountedLayer, Layout]:
+    """The first layer that runs inside of a module, and where its channels lie."""
+    first = next(layer for layer in layers if _is_in(path, layer))
+    return first, layout_of(model.get_submodule(first.path))
 
 
-def runs_in(model: nn.Module, call: Inputs) -> list[ModuleRun]:
-    """The calls of a model's modules in one forward in eval mode."""
-    found: list[ModuleRun] = []
+def _is_in(path: str, layer: CountedLayer) -> bool:
+    return layer.path.startswith(f"{path}.")
+
+
+def maps_in(model: nn.Module, call: Inputs) -> dict[str, list[torch.Size | None]]:
+    """The shapes of what modules take in each of their calls, by path, in one forward in eval mode.
+
+    None for a call that doesn't take one feature map, all else being equal, and return one of as many images.
+    """
+    found: dict[str, list[torch.Size | None]] = {}
     handles = []
     for path, module in model.named_modules():
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
             single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-            maps = single and args[0].ndim >= 3 and args[0].shape[1] >= LEAST_CHANNELS and len(output) == len(args[0])
-            found.append(ModuleRun(path, maps))
+            maps = single and args[0].ndim >= 3 and len(output) == len(args[0])
+            found.setdefault(path, []).append(args[0].shape if maps else None)
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     try:

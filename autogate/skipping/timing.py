@@ -33,8 +33,11 @@ def measured(forward: SkippingForward | PoolingForward, input: Tensor) -> BreakE
     """
     let_signals_in()
     dense = _seconds(lambda: forward.trial(input, 1.0, 1.0))
+    if not forward.rows:
+        columns = _largest(lambda share: _seconds(lambda: forward.trial(input, 1.0, share)) < dense)
+        return BreakEven(columns, columns)
     work = _largest(lambda share: _seconds(lambda: forward.trial(input, share, 1.0)) < dense)
-    if not work or forward.follows:
+    if not work or not forward.columns:
         return BreakEven(work, 0.0)
     rows = _seconds(lambda: forward.trial(input, 0.5, 1.0))
     return BreakEven(work, _largest(lambda share: _seconds(lambda: forward.trial(input, 0.5, share)) < rows))

@@ -18,6 +18,7 @@ from autogate.saliency import (
     SaliencyModule,
     classes_of,
     costs,
+    layout_of,
 )
 from autogate.slim import KeptIndices, analyse_channels, form_of, kept_by_side, slim_and_record
 from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Kernel, Side, UndoLog, run_eval
@@ -88,8 +89,7 @@ class _Looking:
         self._classes, self._found = classes, found
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0] if isinstance(module, nn.Linear) else args[0].movedim(1, -1)
-        self._found[self._classes[x.flatten(0, -2).ne(0).any(0).cpu()]] = True
+        self._found[self._classes[layout_of(module).nonzero(args[0]).cpu()]] = True
 
 
 def close(bank: SaliencyBank, live: Tensor, undo_log: UndoLog) -> None:
@@ -113,7 +113,7 @@ class Entry(NamedTuple):
 
 def take_off(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> list[Entry]:
     """Take the saliency modules and their hooks off a model. Returns what to put on again."""
-    owners = [model.get_submodule(layer.path) for layer in bank.counting.layers if layer.kind != "whole"]
+    owners = [model.get_submodule(layer.path) for layer in bank.counting.layers if layer.scaling is not None]
     places: list[tuple[Any, Any]] = [(handle.hooks_dict_ref(), handle.id) for handle in bank.handles]
     places += [(owner._modules, NAME) for owner in owners] + [(model._modules, SALIENCY)]
     taken = [Entry(entries, key, entries[key]) for entries, key in places if entries is not None]
@@ -198,7 +198,7 @@ def _sides(layer: CountedLayer, kernels: Mapping[str, Kernel]) -> tuple[Side | N
     kernel = kernels.get(layer.path)
     if kernel is None or (layer.groups > 1 and layer.kind == "whole"):
         return None, None
-    return (kernel.output_side if layer.kind == "follows" else kernel.input_side), kernel.output_side
+    return (kernel.output_side if layer.groups > 1 else kernel.input_side), kernel.output_side
 
 
 def _kept(layer: CountedLayer, kernels: Mapping[str, Kernel], kept: Mapping[Side, KeptIndices]) -> _Kept:

@@ -31,6 +31,7 @@ from autogate.slim.history import (
 )
 from autogate.slim.layers import Layer, layers_of
 from autogate.slim.optimizer_state import as_optimizers, parameters_of, take_along
+from autogate.slim.preparing import prepared_analysis
 from autogate.slim.recalibration import recalibrate
 from autogate.slim.record_replay import (
     AnalysisOptions,
@@ -44,11 +45,9 @@ from autogate.slim.record_replay import (
     describe,
     first_difference,
     live_classes,
-    prepared_analysis,
     replay,
     slim_and_record,
 )
-from autogate.slim.shortcut_convolutions import asked_shortcut_convolutions
 from autogate.slim.stale_optimizers import tell_of_steps_with
 
 __all__ = [
@@ -66,7 +65,6 @@ __all__ = [
     "analyse_channels",
     "as_described",
     "as_optimizers",
-    "asked_shortcut_convolutions",
     "cast",
     "check_finite",
     "check_kept",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,13 @@ class PrepareRecord:
         options: the arguments of prepare that decide where channels are.
         dtype: dtype of the model's parameters at that time (`dtype_of_parameters`).
         shortcuts: the convolutions that prepare put on identity shortcuts.
+        shared: modules whose identity shortcuts stay though convolutions were asked for, by path, and why.
     """
 
     options: AnalysisOptions
     dtype: torch.dtype | None
     shortcuts: tuple[Shortcut, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def calls_for(self, model: nn.Module) -> tuple[Inputs, ...]:
         """All example inputs, on the device and in the dtype that the model has now."""

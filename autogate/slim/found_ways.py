@@ -34,11 +34,16 @@ class FoundWays:
     def __init__(self, *given: Inputs):
         self._given = given
         self._found: list[_Way] = []
+        self._closed = False
 
     @property
     def examples(self) -> tuple[Inputs, ...]:
         """All of them, the given ones first."""
         return (*self._given, *(way.inputs for way in self._found if way.inputs is not None))
+
+    def close(self) -> None:
+        """Keep the examples as they are from now on: the model is changed for them."""
+        self._closed = True
 
     def traced(self) -> list[set[str] | None]:
         """For each of the examples the questions that led to others; None if it is larger than a given one only."""
@@ -50,7 +55,7 @@ class FoundWays:
 
     def add(self, model: nn.Module, checked: Checked) -> bool:
         """Add inputs for which a check of values has found another way. Returns whether that can be recorded."""
-        if checked.asked is None or not checked.takes_other_way or len(self._found) == _MOST:
+        if checked.asked is None or not checked.takes_other_way or self._closed or len(self._found) == _MOST:
             return False
         number, probe = checked.asked
         of, modes = self.examples[number], set_modes(model, False)
@@ -66,7 +71,7 @@ class FoundWays:
 
     def leave(self, checked: Checked) -> None:
         """Leave the inputs which one question was traced for, if the next of its kind takes a third way."""
-        if checked.asked is None:
+        if checked.asked is None or self._closed:
             return
         number, probe = checked.asked
         of = self.examples[number]

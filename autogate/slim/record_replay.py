@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from autogate.inputs import Inputs
 from autogate.slim import timm_fields as bookkeeping
-from autogate.slim.found_ways import FoundWays
 from autogate.slim.history import (
     ATTRIBUTE,
     Analysed,
@@ -49,6 +48,7 @@ from rewriters import (
     AutogateError,
     ChannelMap,
     Decisions,
+    Replaced,
     Shortcut,
     UndoLog,
     analyse,
@@ -59,9 +59,9 @@ from rewriters import (
     restore,
     samples_in,
 )
-from rewriters.cross_channel import plain_statistics, remove_live_statistics
+from rewriters.cross_channel import plain_statistics
 from rewriters.recording import frozen_heap, generators_kept, tensor_slots
-from rewriters.slimming import Refused, check_values, is_under, like, pin_refused
+from rewriters.slimming import Refused, is_under, like, pin_refused
 
 
 class AnalysisOptions(NamedTuple):
@@ -100,41 +100,15 @@ def analyse_channels(model: nn.Module, options: AnalysisOptions) -> Analysis:
     return dry_run(model, analysis, args, kwargs, options.others) if options.try_slimming else analysis
 
 
-@frozen_heap()
-def prepared_analysis(
-    model: nn.Module, options: AnalysisOptions, probe: bool, undo_log: UndoLog
-) -> tuple[Analysis, AnalysisOptions]:
-    """Analyse the model's channels, place its statistics over live channels, and pin what can't be slimmed.
-
-    If values are compared (`probe`), the dry run is only needed where that fails: it tells forwards that refuse fewer
-    channels, some of which can be rewritten, from those that compute something else. A forward that takes another way
-    for inputs which the examples lack is analysed for them too, as if they had been given.
-
-    Returns:
-        The analysis, and the options for which `analyse_channels` finds the same without a check of values.
-    """
-    options, ways = options._replace(try_slimming=not probe), FoundWays(options.inputs, *options.others)
-    while True:
-        analysis = analyse_channels(model, options)
-        analysis.place_statistics(model, undo_log)
-        found = check_values(model, analysis, ways.examples, options.refused, ways.traced()) if probe else None
-        if found is None or found.fine or (options.try_slimming and found.refused is None):
-            return analysis, options
-        remove_live_statistics(model, undo_log)
-        if not ways.add(model, found) and options.try_slimming and found.refused is not None:
-            ways.leave(found)
-            options = options._replace(refused=(*options.refused, found.refused))
-        options = options.on(ways.examples)._replace(try_slimming=True)
-
-
-def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+def add_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> Replaced:
     """Put 1x1 convolutions on those of the model's identity shortcuts that `options` ask for."""
     if options.shortcuts == "shared":
-        return ()
+        return Replaced((), {})
     within = None if options.shortcuts == "conv" else options.shortcuts
     within = (within,) if isinstance(within, str) else within
+    (args, kwargs), ignored = options.inputs, options.ignored
     with generators_kept(model):  # new layers are drawn
-        return replace_shortcuts(model, *options.inputs, undo_log, within, options.ignored, options.embed)
+        return replace_shortcuts(model, args, kwargs, undo_log, within, ignored, options.embed, options.others)
 
 
 def slim_and_record(
@@ -226,7 +200,7 @@ def replay(model: nn.Module, slimming: Slimming, calls: Sequence[Inputs], undo_l
         AutogateError: it is another model, or its channels are coupled in another way.
     """
     options = as_described(model, slimming, calls, undo_log)
-    shortcuts = add_shortcut_convolutions(model, options, undo_log)
+    shortcuts = add_shortcut_convolutions(model, options, undo_log).shortcuts
     check_same("the set of convolutions on shortcuts", [one.path for one in shortcuts], list(slimming.convolutions))
     analysis = analyse_channels(model, options)
     slim_as_recorded(model, analysis, slimming, options, shortcuts, undo_log)

@@ -9,19 +9,19 @@ from torch import nn
 from autogate.naming import did_you_mean
 from autogate.slim.finalizing import verify
 from autogate.slim.record_replay import AnalysisOptions, add_shortcut_convolutions
-from rewriters import AutogateError, Outputs, Shortcut, UndoLog
+from rewriters import AutogateError, Outputs, Replaced, UndoLog
 
 
-def asked_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> tuple[Shortcut, ...]:
+def asked_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo_log: UndoLog) -> Replaced:
     """As `add_shortcut_convolutions`, with a check of what was asked, and that outputs stay what they were.
 
     Raises:
-        AutogateError: `options.shortcuts` names no module, or there are several sets of example inputs.
+        AutogateError: `options.shortcuts` names no module.
         VerificationError: the outputs would differ.
     """
     shortcuts = options.shortcuts
     if shortcuts == "shared":
-        return ()
+        return Replaced((), {})
     if shortcuts != "conv":
         paths = [path for path, _ in model.named_modules() if path]
         for path in (shortcuts,) if isinstance(shortcuts, str) else shortcuts:
@@ -32,19 +32,16 @@ def asked_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo
                     where=type(model).__name__,
                     remedy=did_you_mean(path, ["shared", "conv", *paths]),
                 )
-    if options.others:
-        raise AutogateError(
-            f"shortcuts={shortcuts!r} is for one set of example inputs, and {1 + len(options.others)} are given.",
-            where=type(model).__name__, remedy="Pass one of them, or leave shortcuts shared.",
-        )  # fmt: skip
-    wanted = Outputs.of(model, *options.inputs)
+    calls = (options.inputs, *options.others)
+    wanted = [Outputs.of(model, *call) for call in calls]
     replaced = add_shortcut_convolutions(model, options, undo_log)
-    if not replaced:
+    if not replaced.shortcuts:
+        why = "; ".join(f"{path}: {reason}" for path, reason in replaced.shared.items())
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing: no identity shortcut in it is the only "
-            "thing that couples removable channels",
-            stacklevel=4,
+            f"thing that couples removable channels{f', or it has to stay ({why})' if why else ''}",
+            stacklevel=5,
         )
-        return ()
-    verify(model, options.inputs, wanted, "the model with convolutions on its shortcuts")
+    for call, outputs in zip(calls, wanted, strict=True) if replaced.shortcuts else ():
+        verify(model, call, outputs, "the model with convolutions on its shortcuts")
     return replaced

@@ -55,7 +55,7 @@ def fuse(
             should be.
     """
     options = origin.options
-    shortcuts = add_shortcut_convolutions(model, options, undo_log)
+    shortcuts = add_shortcut_convolutions(model, options, undo_log).shortcuts
     analysis = analyse_channels(model, options)
     channel_map = analysis.channel_map
     resources = resources_of(model, channel_map, shortcuts)

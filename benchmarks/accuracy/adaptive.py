@@ -46,12 +46,14 @@ class StaticModule(SaliencyModule):
     """STATIC: scores come from a vector of ones in place of the image, so all images get the same channels."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(torch.ones_like(x.flatten(-self.dims)[..., :1].unflatten(-1, (1,) * self.dims)))
+        ones = torch.ones_like(self.layout.means(x))
+        return super().forward(self.layout.broadcast(ones, ones))
 
     @torch.no_grad()
     def settle(self) -> None:
         """Become a `SaliencyModule` whose bias has these scores: it can lose the channels that aren't used."""
-        ones = self.reduce.weight.new_ones(1, self.reduce.in_features, *[1] * self.dims)
+        ones = self.reduce.weight.new_ones(1, self.reduce.in_features)
+        ones = self.layout.broadcast(ones, ones)
         self.expand.bias.copy_(self(ones)[0] - 1)
         self.expand.weight.zero_()
         self.__class__ = SaliencyModule

@@ -13,7 +13,7 @@ from rewriters.analysis.size_holders import knows_its_sizes, may_hold_size, size
 from rewriters.analysis.trial_rewrites import pin_unresizable
 from rewriters.cross_channel import StatisticSite, find_statistics, plain_statistics, take_alike
 from rewriters.errors import TraceError
-from rewriters.forwards import TracedForward, patches_held, told_apart, trace_modes
+from rewriters.forwards import NOT_TOLD_APART, TracedForward, patches_held, told_apart, trace_modes
 from rewriters.labelling import ALWAYS, Labelled, Labelling, merge_grids
 from rewriters.labelling.rules import LabelledStatistic
 from rewriters.recording import (
@@ -25,8 +25,6 @@ from rewriters.recording import (
     tensors_at,
     without_caches,
 )
-
-_UNLIKE = "its calls take different paths, which its arguments don't tell apart"
 
 
 def trace_statistics(
@@ -107,7 +105,7 @@ def _site(
     every = _in_both_modes(ways, labelling)
     site = find_statistics(module, path, every, [_count(way) for way in every])
     if not all(map(told_apart, site.graphs.values())):
-        raise TraceError(_UNLIKE, where=path)
+        raise TraceError(NOT_TOLD_APART, where=path)
     return site
 
 
@@ -220,7 +218,7 @@ def merge_repeated_calls(analysis: Analysis) -> None:
         if not told_apart([one.graph for one in cases.values()]):
             for traced in cases.values():
                 tensors = all_tensors(traced.graph)
-                analysis.labelling.pin_values(tensors, traced.known, traced.path, "forward", _UNLIKE)
+                analysis.labelling.pin_values(tensors, traced.known, traced.path, "forward", NOT_TOLD_APART)
 
 
 def _merge_calls(labelling: Labelling, first: TracedForward, second: TracedForward) -> None:

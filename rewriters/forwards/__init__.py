@@ -1,6 +1,6 @@
 """Trace a module's own forward and rewrite it for fewer channels. In: a module and its call. Out: a new `forward`."""
 
-from rewriters.forwards.cases import told_apart
+from rewriters.forwards.cases import NOT_TOLD_APART, told_apart
 from rewriters.forwards.copies import set_forward
 from rewriters.forwards.fused_layers import disable_fused_layers
 from rewriters.forwards.guards import GUARDS, ShapeGuardError, guard
@@ -22,6 +22,7 @@ from rewriters.forwards.tracer_patches import patches_held
 
 __all__ = [
     "GUARDS",
+    "NOT_TOLD_APART",
     "CannotResizeError",
     "Graphs",
     "InterpretedForward",

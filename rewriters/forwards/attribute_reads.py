@@ -1,36 +1,43 @@
 """What a traced forward reads from modules besides tensors: temperatures, flags, loop counts, `child.training`.
 
 A number that is only computed with stays an expression (`self.temperature`), so that the rewritten forward follows its
-changes. Where Python needs the value (a branch, `range`), it is guarded, and so are flags, texts and tuples, and the
-fields of an object and entries of a dict that the code which reads it names (`self.config.scale`, `self.scales["k"]`).
+changes. Where Python needs the value (a branch, `range`), it is guarded, and so are flags, texts and tuples, the fields
+of an object and entries of a dict that the code names (`self.config.scale`, `self.scales["k"]`), and variables of
+Python modules and closures (`names_in_code.py`).
 Not guarded: sizes that slimming updates (`in_features`), and what can't be compared (a function).
 """
 
 from __future__ import annotations
 
-import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rewriters.errors import TraceError
+from rewriters.forwards.names_in_code import NUMBERS, SIZES, NamesInCode, has_parts, is_compared, parts
 from rewriters.forwards.read_code import asks_types, caller, compares_identity, line_of_caller
 from rewriters.recording import tensors_of
 
 _OWN_TO_TORCH = frozenset((*vars(nn.Module()), *dir(nn.Module))) - {"training"}
 
-_SIZES = frozenset((
-    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "input_size", "hidden_size",
-    "num_heads", "embed_dim", "kdim", "vdim", "num_parameters", "num_groups", "num_channels", "normalized_shape",
-    "head_hidden_size", "_qkv_same_embed_dim",
-))  # fmt: skip
-"""Fields that slimming updates on some modules, or that must not follow it elsewhere: a trace has their numbers."""
 
-_NUMBERS = (int, float, torch.dtype, torch.device)
-_FLAGS = (bool, str, type(None))
-_MOST_ENTRIES = 64
+class AskedMode:
+    """A module's `training` while its forward is traced: it says eval mode, and notes whether it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __bool__(self) -> bool:
+        self.asked = True
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
 
 
 class AttributeReads:
@@ -38,19 +45,21 @@ class AttributeReads:
 
     Args:
         root: the module that is traced.
-        node: makes a proxy that reads an attribute of `root`, from its name ("child.training") and value.
+        node: makes a proxy that reads an attribute of `root` by its name ("child.training"), or a variable; of a value.
         guard: has the graph raise where such a proxy has another value than now; the text says what it is.
         followed: whether numbers stay expressions. If not, they are guarded, for code that proxies can't run.
     """
 
     def __init__(
-        self, root: nn.Module, node: Callable[[str, Any], Any], guard: Callable[[Any, str], None], followed: bool
+        self, root: nn.Module, node: Callable[[Any, Any], Any], guard: Callable[[Any, str], None], followed: bool
     ):
         self._root, self._node, self._guard, self._follows = root, node, guard, followed
         self._paths = {module: path for path, module in root.named_modules()}
         self._read: dict[tuple[str, str], Any] = {}
-        self._guarded: set[tuple[str, ...]] = set()
+        self._guarded: set[tuple[str, str]] = set()
+        self._objects: dict[tuple[str, str], tuple[Any, str]] = {}
         self._written: set[tuple[str, str]] = set()
+        self.code = NamesInCode()
 
     @property
     def followed(self) -> bool:
@@ -64,8 +73,11 @@ class AttributeReads:
         key = (self._paths[module], name)
         if key in self._written:
             return value
-        if not (_is_number(name, value) or _is_compared(name, value)):
-            self._guard_parts(key, value)
+        if not (_is_number(name, value) or is_compared(name, value)):
+            if type(value) in (types.FunctionType, types.MethodType):
+                self.code.add(value)
+            elif key not in self._objects and has_parts(value):
+                self._objects[key] = value, line_of_caller()
             return value
         if name == "training":
             return self._mode(key, value)
@@ -89,22 +101,26 @@ class AttributeReads:
             name = ".".join(key).lstrip(".")
             self._guard(self._node(name, value), f"self.{name} at {line_of_caller()}")
 
-    def _guard_parts(self, key: tuple[str, str], value: Any) -> None:
-        """Guard those fields of an object, or entries of a dict, that the code which reads it names."""
-        code = caller().f_code
-        if type(value) is dict:
-            named = {one: value[one] for one in code.co_consts if isinstance(one, str) and one in value}
-        elif _is_plain_object(value):
-            named = {one: inspect.getattr_static(value, one, ...) for one in code.co_names}
-        else:
-            return
+    def guard_named(self) -> None:
+        """Guard the variables that the code names, and the fields of objects and entries of dicts."""
+        for value, _ in self._objects.values():
+            self.code.add_methods(value)
+        for variable, value in self.code.variables():
+            if is_compared(variable.name, value):
+                self._guard(self._node(variable, value), str(variable))
+            else:
+                self._guard_parts(variable, value, str(variable), "")
+        for key, (value, line) in self._objects.items():
+            name = ".".join(key).lstrip(".")
+            self._guard_parts(name, value, f"self.{name}", f" at {line}")
+
+    def _guard_parts(self, source: Any, value: Any, name: str, where: str) -> None:
         whole = None
-        for name, part in named.items():
-            if (*key, name) not in self._guarded and _is_compared(name, part):
-                self._guarded.add((*key, name))
-                whole = self._node(".".join(key).lstrip("."), value) if whole is None else whole
-                read = whole[name] if type(value) is dict else getattr(whole, name)
-                self._guard(read, f"self.{'.'.join((*key, name)).lstrip('.')} at {line_of_caller()}")
+        for path, _ in parts(value, *self.code.names()):
+            whole = read = self._node(source, value) if whole is None else whole
+            for part in path:
+                read = read[part] if type(read.value) is dict else getattr(read, part)
+            self._guard(read, f"{'.'.join((name, *path))}{where}")
 
     def write(self, module: nn.Module, name: str) -> None:
         """Note that the forward sets an attribute, which it reads as it is from then on."""
@@ -119,25 +135,11 @@ def follows_input(node: fx.Node) -> bool:
     """Whether a value is computed from the forward's input, and not from numbers that are attributes alone."""
     if node.op == "get_attr":
         return bool(tensors_of(node.meta["val"]))
-    return not node.all_input_nodes or any(map(follows_input, node.all_input_nodes))
+    return node.op == "placeholder" or any(map(follows_input, node.all_input_nodes))
 
 
 def _is_number(name: str, value: Any) -> bool:
-    return type(value) in _NUMBERS and name not in _SIZES and value == value
-
-
-def _is_compared(name: str, value: Any) -> bool:
-    if name in _SIZES:
-        return False
-    if type(value) in (tuple, list):
-        return 0 < len(value) <= _MOST_ENTRIES and all(type(entry) in (*_NUMBERS, *_FLAGS) for entry in value)
-    return type(value) in (*_NUMBERS, *_FLAGS) and value == value
-
-
-def _is_plain_object(value: Any) -> bool:
-    """Whether it is an object of the user's with fields: a configuration, say."""
-    closed = isinstance(value, (nn.Module, Tensor, type)) or callable(value)
-    return not closed and hasattr(value, "__dict__") and not type(value).__module__.startswith("torch.")
+    return type(value) in NUMBERS and name not in SIZES and value == value
 
 
 def _needs_value(value: Any) -> bool:

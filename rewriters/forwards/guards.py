@@ -40,7 +40,11 @@ GUARDS = (guard, guard_attribute)
 
 
 def _differs(value: Any, expected: Any, what: str, remedy: str) -> str:
-    return f"this forward was traced where {what} was {expected!r}, which now is {value!r}: {remedy}"
+    return f"this forward was traced where {what} was {_told(expected)}, which now is {_told(value)}: {remedy}"
+
+
+def _told(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def kinds(value: Any) -> Any:

@@ -15,7 +15,7 @@ import types
 
 _PASSED = ("torch.fx", "rewriters.forwards.proxies", "rewriters.forwards.tracing", "rewriters.forwards.tracer_patches",
            "rewriters.forwards.read_code", "rewriters.forwards.attribute_reads", "rewriters.forwards.following",
-           "rewriters.forwards.function_patches")  # fmt: skip
+           "rewriters.forwards.function_patches", "rewriters.forwards.names_in_code")  # fmt: skip
 
 
 def caller() -> types.FrameType:

@@ -14,10 +14,11 @@ from typing import Any
 from torch import fx, nn
 
 from rewriters.errors import TraceError
+from rewriters.forwards.attribute_reads import AskedMode
 from rewriters.forwards.label_mask import LabelMask
 from rewriters.forwards.resizing import Resizer
 from rewriters.forwards.rewritten_forward import stands_in
-from rewriters.forwards.tracing import AskedMode, trace
+from rewriters.forwards.tracing import trace
 from rewriters.labelling import Labelled, Labelling
 from rewriters.recording import Capture, ModuleCall, set_modes
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewriters.errors import TraceError
-from rewriters.forwards.attribute_reads import AttributeReads, follows_input
+from rewriters.forwards.attribute_reads import AskedMode, AttributeReads, follows_input
 from rewriters.forwards.following import unfollowed
 from rewriters.forwards.guards import GUARDS, guard, guard_attribute
 from rewriters.forwards.multi_head_attention import HINTS, written_out_call
@@ -55,23 +55,6 @@ _len = len  # `builtins.len` is patched while a forward is traced
 
 _GUARDED = (bool, int, float, str, type(None), torch.dtype, torch.layout, torch.device)
 """Types of values that control flow depends on, and that can be compared."""
-
-
-class AskedMode:
-    """A module's `training` while its forward is traced: it says eval mode, and notes whether it was asked."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __bool__(self) -> bool:
-        self.asked = True
-        return False
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self) == other
-
-    def __hash__(self) -> int:
-        return hash(bool(self))
 
 
 class _OpLog(TorchDispatchMode):
@@ -111,7 +94,7 @@ class _Tracer(ValueTracer):
         known: Mapping[int, Labelled], followed: bool,
     ):  # fmt: skip
         super().__init__(autowrap_modules=(), autowrap_functions=(*MATH, *GUARDS))  # type: ignore[arg-type]  # fx: one module
-        self.attributes = AttributeReads(root, self._read_attribute, self.guard, followed)
+        self.attributes = AttributeReads(root, self._read, self.guard, followed)
         self._captured, self._call, self._labelling = captured, call, labelling
         self._children = iter(call.children)
         self.labels = TracedLabels(call, labelling, known)
@@ -216,8 +199,8 @@ class _Tracer(ValueTracer):
         target = guard if follows_input(proxy.node) else guard_attribute
         self.create_node("call_function", target, (proxy.node, _plain(proxy.value), what), {}).meta["val"] = None
 
-    def _read_attribute(self, name: str, value: Any) -> ValueProxy:
-        node = self.create_node("get_attr", name, (), {})
+    def _read(self, source: str | Callable[[], Any], value: Any) -> ValueProxy:
+        node = self.create_node("get_attr" if isinstance(source, str) else "call_function", source, (), {})
         node.meta.update(val=value, ops=[], statistics=[])
         return self.proxy(node)
 
@@ -270,6 +253,7 @@ class _Tracer(ValueTracer):
         if kind == "call_function" and (written_out := written_out_call(target, kwargs)) is not None:
             self.wrote_out = True
             return written_out(*args, **kwargs)
+        self.attributes.code.add_callers()
         with unfollowed():
             proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
             self._follow(proxy.node)
@@ -355,10 +339,18 @@ def _traced(tracer: _Tracer, module: nn.Module, call: ModuleCall) -> fx.Graph:
             attributes_preserved(module.modules()), generators_kept(module), followed(tracer, tracer.attributes),
             conversions_followed(type(module).forward), rewritten_code_followed(forward),
         ):  # fmt: skip
-            before = random_states()
-            graph = tracer.trace(module)
+            before, code = random_states(), tracer.attributes.code
+            code.add(forward)
+            try:
+                graph = tracer.trace(module)
+            finally:
+                written = code.restore()
+            if written:
+                raise TraceError(f"it keeps the variable {written} from one call to the next")
             if drawn_since(before):
                 raise TraceError("it draws Python's or NumPy's random numbers, of which torch.fx would keep one draw")
+        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+            tracer.attributes.guard_named()
     except TraceError as error:
         raise TraceError(error.cause, where=path) from error
     except Exception as error:  # user code can do anything with a proxy

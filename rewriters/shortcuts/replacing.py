@@ -13,22 +13,23 @@ Yang et al., "Non-uniform DNN Structured Subnets Sampling for Dynamic Inference"
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from rewriters.analysis import Inputs
 from rewriters.errors import AutogateError, TraceError
 from rewriters.forwards import (
+    NOT_TOLD_APART,
     RewrittenForward,
     TracedForward,
     call_name,
-    graphs_by_mode,
     out_of_place,
     set_forward,
+    told_apart,
     trace_modes,
 )
 from rewriters.labelling import Labelling
@@ -66,13 +67,27 @@ class Shortcut:
         return f"{self.path}.weight"
 
 
+class Replaced(NamedTuple):
+    """What became of a model's identity shortcuts.
+
+    Attributes:
+        shortcuts: the convolutions on those that were replaced.
+        shared: modules whose shortcuts would gain from one but stay as they are, by path, and why.
+    """
+
+    shortcuts: tuple[Shortcut, ...]
+    shared: Mapping[str, str]
+
+
 def replace_shortcuts(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], undo_log: UndoLog,
     within: Collection[str] | None = None, ignore: Mapping[str, str] | None = None, embed: bool = True,
-) -> tuple[Shortcut, ...]:  # fmt: skip
+    others: Sequence[Inputs] = (),
+) -> Replaced:  # fmt: skip
     """Replace identity shortcuts by 1x1 convolutions that start as the identity.
 
-    A shortcut stays as it is if torch.fx can't trace its module's forward, or if that runs several times.
+    A shortcut stays as it is if torch.fx can't trace its module's forward, if that runs several times, or if not all
+    examples that run it have the same shortcuts in it.
 
     Args:
         model: changed in place.
@@ -83,41 +98,47 @@ def replace_shortcuts(
             only coupling between its channels and those of the sum.
         ignore: names of parameters and buffers whose channels stay, with the reason.
         embed: whether channels that norms across channels include can be removed.
+        others: more example inputs, for which the forward may take other ways.
 
     Raises:
         AutogateError: a path in `within` holds no identity shortcut, or one that has to stay as it is.
     """
     modes = set_modes(model, False)
     try:
-        captured = capture(model, args, kwargs)
+        captures = [capture(model, *inputs) for inputs in ((args, kwargs), *others)]
     finally:
         set_modes(model, modes)
     labelling = Labelling(findings=Findings(live=embed))
-    labelling.run(captured)
-    adds = residual_adds(captured, labelling)
-    adds = coupling(captured, adds, ignore or {}, embed) if within is None else _named(adds, within)
-    times = Counter(call.path for call in captured.calls())
+    for captured in captures:
+        labelling.run(captured)
+    found = _by_module([add for captured in captures for add in residual_adds(captured, labelling)])
+    found = found if within is None else _named(found, within)
+    refused = {path: why for path in found if (why := _unlike(path, found[path], captures)) is not None}
+    alike = [shortcut for path, adds in found.items() if path not in refused for shortcut in _shortcuts(adds)]
+    coupled = coupling(captures, alike, ignore or {}, embed) if within is None else alike
     placed: list[Shortcut] = []
-    for path, own in _by_module(adds).items():
+    for path in found:
+        own = [adds for adds in coupled if adds[0].call.path == path]
         try:
-            if times[path] > 1:
-                raise TraceError("it is called several times", where=path)
-            placed += _replace_in(model.get_submodule(path), own, captured, labelling, undo_log)
-        except TraceError:
+            if path in refused:
+                raise TraceError(refused[path], where=path)
+            placed += _replace_in(model.get_submodule(path), own, captures, labelling, undo_log) if own else []
+        except TraceError as error:
             if within is not None:
-                raise
-    return tuple(placed)
+                raise AutogateError(f"{error.cause}.", where=path, remedy="Leave it out of `shortcuts`.") from error
+            refused[path] = error.cause
+    return Replaced(tuple(placed), refused)
 
 
-def _named(adds: list[ResidualAdd], within: Collection[str]) -> list[ResidualAdd]:
+def _named(found: dict[str, list[ResidualAdd]], within: Collection[str]) -> dict[str, list[ResidualAdd]]:
     for path in within:
-        if not any(is_under(add.call.path, {path}) for add in adds):
+        if not any(is_under(other, {path}) for other in found):
             raise AutogateError(
                 "it holds no identity shortcut.",
                 where=path,
-                remedy=f"These do: {', '.join(_by_module(adds)) or 'none'}.",
+                remedy=f"These do: {', '.join(found) or 'none'}.",
             )
-    return [add for add in adds if is_under(add.call.path, set(within))]
+    return {path: adds for path, adds in found.items() if is_under(path, set(within))}
 
 
 def _by_module(adds: list[ResidualAdd]) -> dict[str, list[ResidualAdd]]:
@@ -127,25 +148,65 @@ def _by_module(adds: list[ResidualAdd]) -> dict[str, list[ResidualAdd]]:
     return gathered
 
 
+def _unlike(path: str, adds: list[ResidualAdd], captures: Sequence[Capture]) -> str | None:
+    """Why a module's shortcuts can't be replaced; None if each of its calls has the same ones."""
+    times = [sum(call.path == path for call in captured.calls()) for captured in captures]
+    if max(times) > 1:
+        return "it is called several times"
+    each = [[_kind(add) for add in own] for own in _by_call(adds)]
+    if len(each) != sum(times) or any(own != each[0] for own in each):
+        return "not all examples have the same shortcuts in it"
+    return None
+
+
+def _by_call(adds: list[ResidualAdd]) -> list[list[ResidualAdd]]:
+    calls = {id(add.call): add.call for add in adds}.values()
+    return [[add for add in adds if add.call is call] for call in calls]
+
+
+def _kind(add: ResidualAdd) -> tuple[Any, ...]:
+    """Equal for shortcuts that one convolution fits."""
+    value: Tensor = add.shortcut.meta["val"]
+    return value.ndim, add.dim, value.shape[add.dim], value.dtype, value.device
+
+
+def _shortcuts(adds: list[ResidualAdd]) -> list[Sequence[ResidualAdd]]:
+    """A module's shortcuts in their order, each as its add in every call."""
+    return list(zip(*_by_call(adds), strict=True))
+
+
 def _replace_in(
-    module: nn.Module, adds: list[ResidualAdd], captured: Capture, labelling: Labelling, undo_log: UndoLog
-) -> list[Shortcut]:
-    """Replace the shortcuts in one module's forward. Raises `TraceError`; the module is as it was then."""
-    call = adds[0].call
-    own = labelling.fork()
-    traced = trace_modes(module, call, captured, own, own.by_tensor())
-    recorded = [node for node in call.nodes if node.target in ADDS]
-    sites = [_adds_of(one, len(recorded)) for one in traced]
-    names = _free_names(module, len(adds))
-    for one, nodes in zip(traced, sites, strict=True):
-        for add, name in zip(adds, names, strict=True):
-            _insert(one.graph, nodes[recorded.index(add.node)], add.operand, name)
+    module: nn.Module, shortcuts: list[Sequence[ResidualAdd]], captures: Sequence[Capture], labelling: Labelling,
+    undo_log: UndoLog,
+) -> list[Shortcut]:  # fmt: skip
+    """Replace shortcuts in one module's forward. Raises `TraceError`; the module is as it was then."""
+    path, first = shortcuts[0][0].call.path, [adds[0] for adds in shortcuts]
+    names = _free_names(module, len(shortcuts))
+    ways: dict[bool, dict[str, fx.Graph]] = {False: {}, True: {}}
+    for adds in zip(*shortcuts, strict=True):
+        captured = next(one for one in captures if one.graph is adds[0].node.graph)
+        own = labelling.fork()
+        for traced in trace_modes(module, adds[0].call, captured, own, own.by_tensor()):
+            code = traced.code
+            _insert_all(traced, adds, names)
+            for mode in traced.modes:
+                ways[mode].setdefault(code, traced.graph)
+    graphs = {mode: tuple(each.values()) for mode, each in ways.items()}
+    if not all(map(told_apart, graphs.values())):
+        raise TraceError(NOT_TOLD_APART, where=path)
     before = module.__dict__.get("forward")
-    for add, name in zip(adds, names, strict=True):
+    for add, name in zip(first, names, strict=True):
         undo_log.set(module._modules, name, _identity(add, module.training))
-    graphs = graphs_by_mode(traced, lambda one: one.graph)
-    set_forward(module, RewrittenForward(module, graphs, call.path), undo_log)
-    return [Shortcut(call.path, name, before) for name in names]
+    set_forward(module, RewrittenForward(module, graphs, path), undo_log)
+    return [Shortcut(path, name, before) for name in names]
+
+
+def _insert_all(traced: TracedForward, adds: Sequence[ResidualAdd], names: Sequence[str]) -> None:
+    """Put convolutions on the shortcuts of these adds of a call into its trace."""
+    recorded = [node for node in adds[0].call.nodes if node.target in ADDS]
+    nodes = _adds_of(traced, len(recorded))
+    for add, name in zip(adds, names, strict=True):
+        _insert(traced.graph, nodes[recorded.index(add.node)], add.operand, name)
 
 
 def _adds_of(traced: TracedForward, count: int) -> list[fx.Node]:

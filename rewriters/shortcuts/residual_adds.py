@@ -13,7 +13,7 @@ He et al., "Deep Residual Learning for Image Recognition", section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -129,57 +129,64 @@ def _reaches(origin: fx.Node, node: fx.Node, labelling: Labelling, order: Mappin
 
 
 def coupling(
-    captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, str], embed: bool = True
-) -> list[ResidualAdd]:
-    """Those of the adds that are the only coupling between the channels of their shortcut and of their other operand.
+    captures: Sequence[Capture], shortcuts: list[Sequence[ResidualAdd]], ignore: Mapping[str, str], embed: bool = True
+) -> list[Sequence[ResidualAdd]]:
+    """Those of the shortcuts that are the only coupling between their channels and those of the other operand.
 
     The label pass runs again with a tensor of its own channels on each shortcut. If they come out coupled anyway (a
     depthwise convolution leads from one to the other), or if both sides are pinned, a kernel there would free nothing.
 
     Args:
-        captured: the captured forward of the adds.
-        adds: the residual adds to choose from.
+        captures: the captured forwards of the adds, one for each of the example inputs.
+        shortcuts: the shortcuts to choose from, each as its adds: one in each of the captures that run it.
         ignore: names of parameters and buffers whose channels stay, with the reason.
         embed: whether channels that norms across channels include can be removed.
     """
-    while adds:
-        labelling, freed = _label_freed(captured, adds, ignore, embed)
+    while shortcuts:
+        labelling, freed = _label_freed(captures, shortcuts, ignore, embed)
         class_of = labelling.class_of_label()
         needed = []
-        for add, nodes in zip(adds, freed, strict=True):
-            shortcut, fresh = (class_of[_channels(labelling.values[node], add.dim)] for node in nodes)
-            if (shortcut != fresh).any():
-                needed.append(add)
-        if len(needed) == len(adds):
-            return adds
-        adds = needed
+        for adds, nodes in zip(shortcuts, freed, strict=True):
+            if all(_differ(class_of, labelling, add.dim, *pair) for add, pair in zip(adds, nodes, strict=True)):
+                needed.append(adds)
+        if len(needed) == len(shortcuts):
+            return shortcuts
+        shortcuts = needed
     return []
 
 
+def _differ(class_of: np.ndarray, labelling: Labelling, dim: int, shortcut: fx.Node, fresh: fx.Node) -> bool:
+    """Whether any channel of two values is of another class."""
+    first, second = (class_of[_channels(labelling.values[node], dim)] for node in (shortcut, fresh))
+    return bool((first != second).any())
+
+
 def _label_freed(
-    captured: Capture, adds: list[ResidualAdd], ignore: Mapping[str, str], embed: bool
-) -> tuple[Labelling, list[tuple[fx.Node, fx.Node]]]:
-    """Labels of the captured forward with free shortcuts, and each shortcut's node with the node that replaces it."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(captured.graph, copies))
-    tensors = dict(captured.tensors)
-    freed = []
-    for place, add in enumerate(adds):
-        name = f"<shortcut {place}>"
-        shape = [size if dim == add.dim else 1 for dim, size in enumerate(add.node.meta["val"].shape)]
-        tensors[name] = torch.empty(shape, device="meta")
-        node = copies[add.node]
-        with graph.inserting_before(node):
-            fresh = graph.create_node("get_attr", name)
-        fresh.meta.update(val=tensors[name], call=None)
-        node.update_arg(add.operand, fresh)
-        freed.append((copies[add.shortcut], fresh))
+    captures: Sequence[Capture], shortcuts: Sequence[Sequence[ResidualAdd]], ignore: Mapping[str, str], embed: bool
+) -> tuple[Labelling, list[list[tuple[fx.Node, fx.Node]]]]:
+    """Labels of the captured forwards with free shortcuts; for each shortcut's adds its node and what replaces it."""
     labelling = Labelling(findings=Findings(live=embed))
-    labelling.run(replace(captured, graph=graph, tensors=tensors))
+    freed: dict[ResidualAdd, tuple[fx.Node, fx.Node]] = {}
+    for captured in captures:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(captured.graph, copies))
+        tensors = dict(captured.tensors)
+        for place, adds in enumerate(shortcuts):
+            for add in (add for add in adds if add.node.graph is captured.graph):
+                name = f"<shortcut {place}>"
+                shape = [size if dim == add.dim else 1 for dim, size in enumerate(add.node.meta["val"].shape)]
+                tensors[name] = torch.empty(shape, device="meta")
+                node = copies[add.node]
+                with graph.inserting_before(node):
+                    fresh = graph.create_node("get_attr", name)
+                fresh.meta.update(val=tensors[name], call=None)
+                node.update_arg(add.operand, fresh)
+                freed[add] = copies[add.shortcut], fresh
+        labelling.run(replace(captured, graph=graph, tensors=tensors))
     labelling.pin_tensors(ignore, "the caller asked for it")
     merge_grids(labelling)
-    return labelling, freed
+    return labelling, [[freed[add] for add in adds] for adds in shortcuts]
 
 
 def _channels(value: Labelled, dim: int) -> np.ndarray:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rewriters.analysis import Analysis
+from rewriters.analysis import Analysis, traces_of
 from rewriters.errors import SurgeryError, TraceError
-from rewriters.forwards import CannotResizeError, Graphs, LabelMask, graphs_by_mode, trace_modes
+from rewriters.forwards import CannotResizeError, Graphs, LabelMask
 from rewriters.labelling import Side, keeps_classes
 from rewriters.shortcuts.replacing import Shortcut
-from rewriters.slimming import Decisions, SlimPlan
+from rewriters.slimming import Decisions, SlimPlan, resized_forwards
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,15 +138,15 @@ def _as_decided(decided: Decisions, shortcut: Shortcut, kernel: Tensor) -> Tenso
 
 def _forwards(model: nn.Module, analysis: Analysis, slim_plan: SlimPlan, path: str) -> Graphs | None:
     """A module's forwards for the plan's live classes; None if they can't be rewritten."""
-    captured, labelling = analysis.captures[0], analysis.labelling.fork()
-    call = next(call for call in captured.calls() if call.path == path)
+    labelling = analysis.labelling.fork()
     try:
-        traced = trace_modes(model.get_submodule(path), call, captured, labelling, labelling.by_tensor())
+        traced = traces_of(model, analysis, path, labelling)
         if not keeps_classes(labelling, analysis.labelling):
             return None  # the trace couples channels that are free in the captured model
         mask = LabelMask(labelling.stays(slim_plan.live))  # the trace may have labels of its own
-        return graphs_by_mode(traced, lambda one: one.resize(mask).graph)
-    except (TraceError, CannotResizeError):
+        graphs, _ = resized_forwards([(one, mask) for one in traced], {path})
+        return graphs[path]
+    except (TraceError, CannotResizeError, SurgeryError):
         return None
 
 

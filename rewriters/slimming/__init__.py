@@ -7,7 +7,7 @@ from rewriters.slimming.first_difference import ValuesOfModules
 from rewriters.slimming.module_fields import fields_after, refresh_flat_weights
 from rewriters.slimming.ordering import order_channels
 from rewriters.slimming.overlay import Overlay, Place, TensorSlice, with_all_forwards
-from rewriters.slimming.plan import SlimPlan, apply, plan
+from rewriters.slimming.plan import SlimPlan, apply, plan, resized_forwards
 from rewriters.slimming.probe_inputs import Probe, Probes, one_sample, probes
 from rewriters.slimming.probing import Answer, answers, finite
 from rewriters.slimming.tensors import like, take_indices
@@ -40,6 +40,7 @@ __all__ = [
     "plan",
     "probes",
     "refresh_flat_weights",
+    "resized_forwards",
     "smaller_inputs",
     "take_indices",
     "with_all_forwards",

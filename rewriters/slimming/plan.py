@@ -175,14 +175,14 @@ def _rewrite(
     readers = {path for path in readers_of(analysis, mixed) if path not in done and not is_under(path, gone)}
     traced = [(one, mask) for one in analysis.traced if one.path not in done and not is_under(one.path, gone)]
     for_columns = trace_readers(model, analysis, readers - {one.path for one, _ in traced}, live)
-    graphs, taken = _resize([*traced, *for_columns], readers | set(also))
+    graphs, taken = resized_forwards([*traced, *for_columns], readers | set(also))
     taken += [(one.path, one.constants) for one in pruned]
     constants = {f"{path}.{name}".lstrip("."): value for path, own in taken for name, value in own.items()}
     constants |= put_masks(done | graphs, mixed, model)
     return done | graphs, constants, frozenset(one.path for one, _ in for_columns)
 
 
-def _resize(
+def resized_forwards(
     traced_forwards: Iterable[tuple[TracedForward, LabelMask]], rewritten: Set[str]
 ) -> tuple[dict[str, Graphs], list[tuple[str, Mapping[str, Tensor]]]]:
     """Traced forwards for fewer channels, if slimming changes them or they are among those `rewritten` in any case.

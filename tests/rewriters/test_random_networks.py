@@ -154,7 +154,7 @@ def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
     attributes = attribute_names(model)
     before = run_eval(model, args, kwargs)
     inserted = UndoLog()
-    shortcuts = replace_shortcuts(model, args, kwargs, inserted)
+    shortcuts = replace_shortcuts(model, args, kwargs, inserted).shortcuts
     assert relative_error(run_eval(model, args, kwargs), before) <= TOLERANCE
     generator = torch.Generator().manual_seed(seed)
     for shortcut in shortcuts[seed % 2 :: 2]:

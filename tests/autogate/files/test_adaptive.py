@@ -117,7 +117,7 @@ def test_stages_of_another_model_are_refused(tmp_path: Path):
     autogate.save(model, tmp_path / "x")
     data = (tmp_path / "x").read_bytes()
     cases = {
-        "module": lambda record: record["break_even"].update({"fc": {"work": 1.0, "columns": 1.0}}),
+        "module": lambda record: record["break_even"].update({"bn1": {"work": 1.0, "columns": 1.0}}),
         "number of prototypes": lambda record: record["stages"][0]["bias"].append(0.0),
         "out of bounds": lambda record: record["stages"][0]["codes"][0].update(on=[[999], [1]]),
         "nowhere": lambda record: record["stages"][0].update(path="nowhere"),

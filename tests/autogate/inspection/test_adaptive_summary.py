@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import autogate
 from autogate import adaptive
 from autogate.cli import app
-from tests.autogate.saliency.nets import IMAGES, Branches, choose, lively
+from tests.autogate.saliency.nets import IMAGES, Branches, Tokens, choose, lively
 
 
 @pytest.fixture
@@ -50,8 +50,16 @@ def test_the_use_of_the_latest_forward_is_told(model):
     assert (stem.module, stem.kind, stem.channels) == ("stem.0", "chosen", 16)
     assert (stem.never, stem.always) == (int((~code.any(0)).sum()), int(code.all(0).sum()))
     assert {layer.module: layer.kind for layer in found.layers if layer.kind != "chosen"} == {
-        "depthwise.0": "follows", "head": "whole",
+        "depthwise.0": "follows", "head": "reads",
     }  # fmt: skip
+
+
+def test_why_layers_do_not_choose_is_told():
+    found = autogate.summary(adaptive.prepare(Tokens(), IMAGES, flops=0.9))
+    reasons = {layer.module: layer.why for layer in found.layers if layer.why}
+    assert reasons["head"] == "all of its outputs are needed (autogate.prepare would pin them too)"
+    assert reasons["fc2"] == reasons["out"] == "its outputs are added to those of other layers" and len(reasons) == 3
+    assert "why it doesn't choose" in str(found)
 
 
 def test_what_was_measured_is_told_until_the_model_changes(model):

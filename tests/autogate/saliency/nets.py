@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, LayerNorm2d
 from torch import Tensor, nn
 
@@ -31,6 +32,24 @@ class Branches(nn.Module):
         x = self.stem(x)
         x = self.down(x) + self.project(self.depthwise(self.branch(x)))
         return self.head(self.join(torch.cat([x, self.left(x)], 1)).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Patches as tokens: an MLP on (images, tokens, channels), a gated one on (images, rows, columns, channels)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norms = nn.Conv2d(3, 16, 2, 2), nn.ModuleList([nn.LayerNorm(16), nn.LayerNorm(16)])
+        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.gate, self.value, self.out = nn.Linear(16, 20), nn.Linear(16, 20, bias=False), nn.Linear(20, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).permute(0, 2, 3, 1)
+        y = self.norms[0](x.flatten(1, 2))
+        x = x + self.fc2(F.gelu(self.fc1(y))).view(x.shape)
+        y = self.norms[1](x)
+        return self.head((x + self.out(F.silu(self.gate(y)) * self.value(y))).mean((1, 2)))
 
 
 def chain() -> nn.Sequential:

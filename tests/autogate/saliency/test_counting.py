@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import autogate
 from autogate import adaptive
 from autogate.saliency import saliency_of
-from tests.autogate.saliency.nets import IMAGES, Branches, chain, choose, lively
+from tests.autogate.saliency.nets import IMAGES, Branches, Tokens, chain, choose, lively
 
 
 class Shared(nn.Module):
@@ -47,16 +47,15 @@ def multiplied(model: nn.Module, image: Tensor) -> float:
     def count(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         nonlocal total
         x, saliency = args[0], getattr(module, "saliency", None)
-        positions = output[0, 0].numel() if x.ndim == 4 else 1
-        if isinstance(module, nn.Linear) or saliency is None:
-            total += module.weight.numel() * positions * (len(x) if x.ndim == 4 else 1)
-            return
-        read = x.flatten(2).ne(0).any(2).sum(1)
-        if module.groups > 1:
+        if isinstance(module, nn.Linear):
+            x, output = x.movedim(-1, 1), output.movedim(-1, 1)
+        positions, read = output[0, 0].numel(), x[..., None].flatten(2).ne(0).any(2).sum(1)
+        if getattr(module, "groups", 1) > 1:
             total += float(module.weight[0].numel() * positions * read.sum())
-        else:
-            pairs = (read * saliency.open.sum(1)).sum()
-            total += float(module.weight[0, 0].numel() * positions * pairs) + len(x) * saliency.macs
+            return
+        made = len(module.weight) if saliency is None else saliency.open.sum(1)
+        total += float(module.weight[0, 0].numel() * positions * (read * made).sum())
+        total += len(x) * getattr(saliency, "macs", 0)
 
     layers = [
         module for path, module in model.named_modules()
@@ -70,7 +69,7 @@ def multiplied(model: nn.Module, image: Tensor) -> float:
     return total
 
 
-@pytest.mark.parametrize("make", [chain, Branches])
+@pytest.mark.parametrize("make", [chain, Branches, Tokens])
 def test_the_cost_is_what_the_masked_network_multiplies(make):
     model = adaptive.prepare(lively(make()), IMAGES, flops=0.9)
     assert adaptive_costs(model).unique().numel() == 1  # all channels are computed

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from autogate.saliency.counting import Notes
+from autogate.saliency.layout import Layout
 from autogate.saliency.module import SaliencyModule, binarized
 
 X = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -11,7 +12,7 @@ X = torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
 
 def module(training: bool) -> SaliencyModule:
     torch.manual_seed(0)
-    made = SaliencyModule(6, 8, 2, hidden=3, layer=0, notes=Notes(), published=True, closes=False)
+    made = SaliencyModule(6, 8, Layout(2), hidden=3, layer=0, notes=Notes(), published=True, closes=False)
     nn.init.normal_(made.expand.weight)
     nn.init.normal_(made.expand.bias)
     return made.train(training)
@@ -26,7 +27,7 @@ def test_scores_are_those_of_equations_5_and_6():
 
 
 def test_scores_are_one_at_first():
-    assert torch.equal(SaliencyModule(6, 8, 2, 3, 0, Notes(), True, False)(X), torch.ones(4, 8))
+    assert torch.equal(SaliencyModule(6, 8, Layout(2), 3, 0, Notes(), True, False)(X), torch.ones(4, 8))
 
 
 def test_codes_are_those_of_equations_7_and_8():

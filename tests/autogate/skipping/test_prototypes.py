@@ -47,6 +47,22 @@ class Residual(nn.Module):
         return self.body(x) + self.down(x)
 
 
+class Blocks(nn.Module):
+    """Patches as tokens, and two MLPs on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 5)
+        self.blocks = nn.Sequential(self._mlp(), self._mlp())
+
+    @staticmethod
+    def _mlp() -> nn.Sequential:
+        return nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
 def prepared(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     model = adaptive.prepare(lively(model), IMAGES, flops=0.9)
@@ -108,6 +124,14 @@ def test_an_image_gives_the_same_in_any_batch():
     assert torch.allclose(torch.cat([run(fast, image[None]) for image in IMAGES]), together, atol=1e-5)
     assert torch.allclose(run(fast, IMAGES.flip(0)), together.flip(0), atol=1e-5)
     assert torch.allclose(run(copy.deepcopy(fast), IMAGES), together, atol=1e-6)
+
+
+def test_stages_of_tokens_group_images_at_any_resolution():
+    model = prepared(Blocks())
+    fast = adaptive.finalize(model, batches=[IMAGES], prototypes=3, break_even=1, warn=False)
+    assert list(stages(fast)) == ["blocks"] and len(stages(fast)["blocks"].prototypes) > 1
+    for images in (IMAGES, noise(4, 24)):
+        assert torch.allclose(torch.cat([run(fast, image[None]) for image in images]), run(fast, images), atol=1e-5)
 
 
 def test_what_groups_multiply_is_what_is_counted():

@@ -104,9 +104,78 @@ def test_a_slim_model_is_slimmed_again_in_each_way():
         assert relative_error(run_eval(again, call), run_eval(gated, call)) <= 1e-12
 
 
-def test_shortcuts_are_for_one_example():
-    with pytest.raises(autogate.AutogateError, match="is for one set of example inputs, and 2 are given"):
-        autogate.prepare(Attention(), autogate.Examples(TOKENS, (TOKENS, MASK)), shortcuts="conv")
+class Block(Attention):
+    """Attention with a shortcut; with `twice` a second one, where there is a mask."""
+
+    def __init__(self, twice: bool = False):
+        super().__init__()
+        self.embed, self.out, self.twice = nn.Linear(16, 16), nn.Linear(16, 16), twice
+        if twice:
+            self.last = nn.Linear(16, 16)
+
+    def forward(self, x, mask=None):
+        x = x + super().forward(x, mask)[0]
+        return x + self.last(x) if self.twice and mask is not None else x
+
+
+class Tower(nn.Module):
+    """Blocks that all get the mask."""
+
+    def __init__(self, *twice: bool):
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(6, 16), nn.ModuleList(map(Block, twice))
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x, mask=None):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.out(x)
+
+
+CALLS = ((TOKENS,), (TOKENS, MASK), (TOKENS[:1, :3],), (TOKENS[:1], ~MASK.T))
+
+
+GIVEN = autogate.Examples(TOKENS, (TOKENS, MASK))
+
+
+@pytest.mark.parametrize(
+    ("example", "blocks"),
+    [pytest.param(GIVEN, 2, id="given", marks=pytest.mark.slow), pytest.param((TOKENS, MASK), 1, id="found")],
+)
+def test_shortcuts_become_convolutions_in_each_way(example, blocks, tmp_path):
+    torch.manual_seed(0)
+    dense = Tower(*[False] * blocks).double().eval()
+    model = autogate.prepare(copy.deepcopy(dense), example, shortcuts="conv")
+    shortcuts = [layer.module for layer in autogate.summary(model).shortcuts]
+    assert shortcuts == [f"blocks.{block}.shortcut_conv" for block in range(blocks)]
+    for call in CALLS:
+        assert relative_error(run_eval(model, call), run_eval(dense, call)) <= 1e-12
+    with torch.no_grad():
+        model.blocks[0].shortcut_conv.weight.add_(0.1)  # this one stays, another becomes a selection
+        autogate.gates(model).alpha[::3] = 0
+    autogate.gates(model).fold()
+    gated, slim = copy.deepcopy(model), autogate.finalize(model, warn=False)
+    assert [hasattr(block, "shortcut_conv") for block in slim.blocks] == [True, False][:blocks]
+    autogate.save(slim, tmp_path / "slim.safetensors")
+    loaded = autogate.load(tmp_path / "slim.safetensors", Tower(*[False] * blocks).double())
+    for one in (slim, copy.deepcopy(slim), loaded):
+        for call in CALLS:
+            assert relative_error(run_eval(one, call), run_eval(gated, call)) <= 1e-12
+
+
+def test_a_block_whose_shortcuts_not_all_examples_have_keeps_them_and_is_named():
+    model = Tower(True, False).double()
+    autogate.prepare(model, GIVEN, shortcuts="conv")
+    found = autogate.summary(model)
+    assert [layer.module for layer in found.shortcuts] == ["blocks.1.shortcut_conv"]
+    assert found.shared == {"blocks.0": "not all examples have the same shortcuts in it"}
+    assert "identity shortcut that stays" in str(found)
+
+
+def test_a_warning_names_the_shortcuts_that_stay():
+    with pytest.warns(UserWarning, match="or it has to stay .blocks.0: not all examples have the same shortcuts in it"):
+        autogate.prepare(Tower(True), autogate.Examples(TOKENS.float(), (TOKENS.float(), MASK)), shortcuts="conv")
 
 
 def test_no_example_is_refused():

@@ -1,6 +1,7 @@
 """What the example inputs leave open is asked in prepare: other ways are traced too, and what has none is kept."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import autogate
+from autogate.slim.found_ways import FoundWays
 from rewriters import AutogateError, VerificationError, relative_error, run_eval
 from rewriters.forwards import ShapeGuardError
+from rewriters.slimming import Checked, Probe
 
 
 def conv(inputs, outputs):
@@ -117,6 +120,37 @@ def test_finalize_refuses_what_was_not_asked_in_prepare(idiom):
         slim(larger(IMAGES))
 
 
+class Frame(Halves):
+    """What a loop over frames does with each, and with what the last one left; the state is None at first."""
+
+    def forward(self, x, state=None):
+        first, second = self.a(x).chunk(2, 1)
+        new = self.c(torch.tanh(first) * self.b(second))
+        return new if state is None else new + state / 2
+
+
+class Frames(Net):
+    def __init__(self):
+        super().__init__(None)
+        self.block = Frame(None)
+
+    def forward(self, clip):
+        state = None
+        for frame in clip.unbind(1):
+            state = self.block(self.stem(frame), state)
+        return self.head(state)
+
+
+def test_a_loop_whose_body_is_a_module_takes_any_number_of_rounds():
+    clip = torch.stack([IMAGES * factor for factor in range(1, 10)], 1)
+    model = prepared(Frames(), clip[:, :2])
+    gated, slim = copy.deepcopy(model), autogate.finalize(model, warn=False)
+    assert "forward" in vars(slim.block) and "forward" not in vars(slim)
+    for frames in (1, 2, 3, 9):
+        inputs = (clip[:1, :frames],)
+        assert relative_error(run_eval(slim, inputs), run_eval(gated, inputs)) < 1e-12
+
+
 class Wide(Halves):
     """Asks for a size of its argument."""
 
@@ -139,3 +173,14 @@ def test_a_module_that_asks_for_a_size_is_rewritten_for_both_ways():
 def test_a_refusal_says_that_the_model_can_be_slim_for_inputs_like_the_example():
     with pytest.raises(AutogateError, match="probe=False"):
         autogate.prepare(Halves(frames).eval(), torch.randn(2, 4, 6, 6))
+
+
+def test_examples_that_the_model_was_changed_for_stay():
+    """Neither is one added nor left, though a forward takes a third way."""
+    question = Probe("for four samples", lambda inputs: ((IMAGES.repeat(2, 1, 1, 1),), {}))
+    beyond = Checked(True, asked=(0, replace(question, what="for five", beyond=question.what)), takes_other_way=True)
+    ways = FoundWays(((IMAGES,), {}))
+    assert ways.add(Net(torch.relu).double(), replace(beyond, asked=(0, question)))
+    ways.close()
+    ways.leave(beyond)
+    assert not ways.add(Net(torch.relu).double(), beyond) and len(ways.examples) == 2
