@@ -288,12 +288,14 @@ def _contexts_patched() -> Iterator[None]:
             return _is_grad_enabled()
         return thread.following.tracer.create_proxy("call_function", _is_grad_enabled, (), {})
 
+    answers = {name: _unasked(name, what) for name, what in _ASKED.items()} | {"is_grad_enabled": is_grad}
     with (
         mock.patch.multiple(torch.autocast, __init__=init, __enter__=enter, __exit__=leave),
         mock.patch.object(torch._C, "_set_grad_enabled", set_grad),
-        mock.patch.object(torch, "is_grad_enabled", is_grad),
-        mock.patch.multiple(torch, **{name: _unasked(name, what) for name, what in _ASKED.items()}),
+        contextlib.ExitStack() as stack,
     ):
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch, name, answer))
         yield
 
 

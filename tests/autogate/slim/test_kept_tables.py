@@ -1,4 +1,4 @@
-"""Forwards that keep a table for later calls, and hold a size, before prepare, while gates train, and after finalize."""
+"""Forwards that hold a size and keep a table for later calls: before prepare, with gates, and after finalize."""
 
 from __future__ import annotations
 
