@@ -133,8 +133,6 @@ class SkippingForward:
         if not notes.running or notes.untold:
             return None
         direct = self._link.direct and on is not None and notes.allowed is None
-        if self._link.number in notes.chosen and not direct:
-            return None  # it was called for one image, and is for several
         read = notes.chosen.get(self._link.source)
         if read is None or not direct:
             alive = self._alive(input)
