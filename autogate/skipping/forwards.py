@@ -250,7 +250,7 @@ class SkippingForward:
         module: Any = self.module
         if not isinstance(module, SaliencyModule):
             return module.open
-        return module.pending[0] if group.alike else module.factor()
+        return module.pending[0] if group.alike and module.pending is not None else module.factor()
 
     def _run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.conv
