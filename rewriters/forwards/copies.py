@@ -8,30 +8,42 @@ For a module of such a class a `__reduce_ex__` on the instance adds to the copy 
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from rewriters.forwards.rewritten_forward import LiveForward, RewrittenForward
+from rewriters.forwards.rewritten_forward import LiveForward, RewrittenForward, StaleMethod
 from rewriters.undo_log import UndoLog
 
 _WAYS = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__")
 
 
 def set_forward(module: nn.Module, forward: Callable[..., Any] | None, undo_log: UndoLog) -> None:
-    """Give a module this forward, or its class's if it is None. Copies of the module have it too."""
-    before = [name for name, value in module.__dict__.items() if isinstance(value, (_Reduce, _DeepCopy))]
+    """Give a module this forward, or its class's if it is None. Copies of the module have it too.
+
+    Methods whose code a rewritten forward has and doesn't call any more, with sizes that are others now, are shadowed.
+    """
+    replaced = (_Reduce, _DeepCopy) if isinstance(forward, RewrittenForward) else (_Reduce, _DeepCopy, StaleMethod)
+    before = [name for name, value in module.__dict__.items() if isinstance(value, replaced)]
     for name in [*before, *(["forward"] if forward is None and "forward" in module.__dict__ else [])]:
         undo_log.remove(module.__dict__, name)
     if forward is not None:
         undo_log.set_attribute(module, "forward", forward)
     if isinstance(forward, RewrittenForward):
+        for name in filter(partial(_is_method, module), sorted(forward.stale)):
+            undo_log.set_attribute(module, name, StaleMethod(name, forward.path))
         own = {name for name in _WAYS if _is_own(type(module), name)}
         if own:
             undo_log.set_attribute(module, "__reduce_ex__", _Reduce(module))
         if "__deepcopy__" in own:
             undo_log.set_attribute(module, "__deepcopy__", _DeepCopy(module))
+
+
+def _is_method(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(type(module), name, None), types.FunctionType)
 
 
 def _is_own(kind: type[nn.Module], name: str) -> bool:

@@ -34,6 +34,18 @@ def line_of_caller() -> str:
     return f"{name}:{frame.f_lineno} ({code})" if code else f"{name}:{frame.f_lineno}"
 
 
+def methods_of_caller(module: object) -> frozenset[str]:
+    """Names of the methods of an object, besides `forward`, that the code which runs now was called through."""
+    names: set[str] = set()
+    frame: types.FrameType | None = caller()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.fx._symbolic_trace":
+        code = frame.f_code
+        if code.co_argcount and code.co_name != "forward" and frame.f_locals.get(code.co_varnames[0]) is module:
+            names.add(code.co_name)
+        frame = frame.f_back
+    return frozenset(names)
+
+
 def compares_identity(frame: types.FrameType) -> bool:
     """Whether a frame's code asks `is` of something else than None."""
     return code_compares_identity(frame.f_code)

@@ -19,7 +19,7 @@ from rewriters.forwards.factors import depends_on_others, is_product_with_others
 from rewriters.forwards.guards import GUARDS
 from rewriters.forwards.label_mask import LabelMask, SlimShapes
 from rewriters.forwards.moves import commutes, only_moves, swap_tensors
-from rewriters.forwards.rewritten_forward import in_positions
+from rewriters.forwards.rewritten_forward import STALE, in_positions
 from rewriters.forwards.sizes import FAMILIES, Resize, Scaled, scaled
 from rewriters.forwards.tracer_patches import CONTEXTS
 from rewriters.forwards.tracing import run_call
@@ -72,6 +72,7 @@ class Resizer:
         self._given: dict[int, Tensor] = {}
         self.graph = fx.Graph()
         self.changed = False
+        self._stale: set[str] = set()
         self.constants: dict[str, Tensor] = {}
         self._source = graph
 
@@ -82,9 +83,13 @@ class Resizer:
             CannotResizeError: a node has no form for this mask.
         """
         for node in self._source.nodes:
+            before, self.changed = self.changed, False
             self._visit(node)
+            self._stale |= node.meta.get("methods", frozenset()) if self.changed else set()
+            self.changed |= before
             if node in self._slim and self._is_whole(node):
                 self._whole.add(node)
+        self._copies[next(reversed(self._source.nodes))].meta[STALE] = self._stale
         sweep(self.graph, [copy for node, copy in self._copies.items() if node.users])
         return self.graph
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewriters.errors import AutogateError
 from rewriters.forwards.cases import accepts, chooser
 from rewriters.forwards.generated_code import GeneratedFunction
 from rewriters.forwards.guards import ShapeGuardError
@@ -38,6 +39,30 @@ def in_positions(x: Tensor, places: Tensor, size: int, dim: int) -> Tensor:
     """
     shape = [size if other == x.ndim + dim else length for other, length in enumerate(x.shape)]
     return x.new_zeros(shape).index_copy(dim, places, x)
+
+
+STALE = "stale"
+"""In the meta of a graph's output: the names of the module's methods whose own code holds what was rewritten."""
+
+
+@dataclass(frozen=True)
+class StaleMethod:
+    """Stands for a method whose code holds sizes that slimming has changed: forward was rewritten, the method was not.
+
+    Attributes:
+        name: of the method.
+        path: of the module.
+    """
+
+    name: str
+    path: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AutogateError(
+            f"{self.name} holds a size that slimming has changed. Only the forward that calls it was rewritten.",
+            where=self.path or "the model",
+            remedy=f"Call the module itself. Or keep its channels (`ignore`), or make {self.name} a module of its own.",
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +100,9 @@ class RewrittenForward:
         owner: the module.
         graphs: its rewritten graphs.
         path: where the module is in its model, for errors.
+
+    Attributes:
+        stale: names of the module's methods that hold what was rewritten.
     """
 
     def __init__(self, owner: nn.Module, graphs: Graphs, path: str = ""):
@@ -84,6 +112,8 @@ class RewrittenForward:
             graph: GeneratedFunction(chooser(graph)) for cases in graphs.values() if cases[1:] for graph in cases
         }
         self.owner, self.path = owner, path
+        outputs = (next(iter(graph.find_nodes(op="output"))) for graph in every)
+        self.stale: frozenset[str] = frozenset().union(*(output.meta.get(STALE, ()) for output in outputs))
         self.functions = {training: tuple(made[graph] for graph in cases) for training, cases in graphs.items()}
         self._choosers = {
             training: tuple(choosers[graph] for graph in cases) for training, cases in graphs.items() if cases[1:]

@@ -26,7 +26,7 @@ from rewriters.forwards.following import unfollowed
 from rewriters.forwards.guards import GUARDS, guard, guard_attribute
 from rewriters.forwards.multi_head_attention import HINTS, written_out_call
 from rewriters.forwards.proxies import ValueProxy, ValueTracer
-from rewriters.forwards.read_code import code_compares_identity, line_of_caller
+from rewriters.forwards.read_code import code_compares_identity, line_of_caller, methods_of_caller
 from rewriters.forwards.rewritten_forward import own_forward
 from rewriters.forwards.traced_labels import TracedLabels
 from rewriters.forwards.tracer_patches import CONTEXTS, MATH, conversions_followed, followed, rewritten_code_followed
@@ -263,7 +263,7 @@ class _Tracer(ValueTracer):
 
     def _follow(self, node: fx.Node) -> None:
         """Note a new node's value, the ATen ops that it ran, and the labels of their results."""
-        node.meta.update(val=None, ops=[], statistics=[])
+        node.meta.update(val=None, ops=[], statistics=[], methods=methods_of_caller(self.root))
         if node.target in CONTEXTS:
             return
         if node.op == "get_attr":
