@@ -33,7 +33,6 @@ class Notes:
     """The calls of layers in the model's latest forward, in their order.
 
     Attributes:
-        all_off: in eval mode no score is positive: for finding out which channels are zero then.
         running: whether a forward of the whole model runs.
         alive: bool, (images, classes + 1): the classes that some layer has made so far in this forward, for those who
             skip what is zero; None before the first.
@@ -46,7 +45,7 @@ class Notes:
         self.calls: list[Note] = []
         self.alive: Tensor | None = None
         self.allowed: Mapping[int, Tensor] | None = None
-        self.all_off, self.running, self.untold = False, False, False
+        self.running, self.untold = False, False
 
     def begin(self) -> None:
         """A forward begins."""
@@ -68,7 +67,7 @@ class Notes:
 
     def code(self, layer: int, scores: Tensor) -> Tensor:
         """Equation 8 without noise: whether a channel is computed, bool."""
-        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores > 0
+        made = scores > 0
         if self.allowed is not None and layer in self.allowed:
             made = made & self.allowed[layer]
         return made
