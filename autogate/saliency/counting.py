@@ -38,7 +38,8 @@ class Notes:
             skip what is zero; None before the first.
         untold: a layer has run that doesn't say what it makes.
         allowed: the channels that the images that run now may use, by the number of each layer, bool of shape
-            (channels,); None if their own codes decide. They run together, and compute what any of them uses.
+            (channels,) or (images, channels); None if their own codes decide. They run together, and compute what any
+            of them uses.
     """
 
     def __init__(self) -> None:

@@ -39,7 +39,8 @@ class Layout:
         """(images, channels) as a factor of the feature map `x`."""
         if self.dims is not None:
             return channels.view(*channels.shape, *[1] * self.dims)
-        return channels if x.ndim < 3 else channels.view(len(channels), *[1] * (x.ndim - 2), channels.shape[1])
+        images, size = channels.shape[:-1], channels.shape[-1]  # no len(): an exported model takes any number of images
+        return channels.view(*images, *[1] * (x.ndim - 2), size)
 
     def nonzero(self, x: Tensor) -> Tensor:
         """Which channels aren't zero everywhere, bool, shape (channels,)."""

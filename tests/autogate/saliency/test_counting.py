@@ -162,7 +162,7 @@ def test_what_a_norm_will_shift_is_known_before_it_is_trained():
 
 
 def test_what_statistics_across_channels_make_of_a_zero_is_read():
-    """With all channels off it is zero; with some of them on it is less than zero."""
+    """With all channels off it is zero, with some of them on it isn't."""
 
     class Centred(nn.Module):
         def __init__(self):

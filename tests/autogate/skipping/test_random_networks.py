@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,31 +13,33 @@ import autogate
 from autogate import adaptive
 from autogate.skipping import forwards_in
 from rewriters import relative_error, run_eval
-from tests.rewriters.draws import DRAWS, FRESH, chunks, over_seeds
+from tests.rewriters.draws import DRAWS, FIRST, FRESH, chunks, over_seeds
 from tests.rewriters.exactness import TOLERANCE
 from tests.rewriters.random_networks import Recipe, build, inputs
 
 
 def check(recipe: Recipe, share: float, seed: int) -> int:
-    """Prepare a network, draw codes, finalize it and compare; returns how many layers skip."""
-    network = build(recipe)
-    model, example = network.model.eval(), (network.args, network.kwargs)
-    before = run_eval(model, *example)
+    """Prepare a network, draw codes, finalize it and compare; returns how many layers skip.
+
+    Every second one loses the channels that none of the inputs uses on which it is compared.
+    """
+    model = build(recipe).model.eval()
+    sizes = [(3, 0), (1, 0), (4, 0), *([(2, 4)] if model.any_size else [])]
+    calls = [{"x": args[0], **kwargs} for args, kwargs in (inputs(recipe, *size) for size in sizes)]
+    before = run_eval(model, (), calls[0])
     try:
-        adaptive.prepare(model, {"x": network.args[0]} | network.kwargs, flops=0.9999)
+        adaptive.prepare(model, calls[0], flops=0.9999)
     except autogate.AutogateError as error:
-        assert "no layer that could choose" in str(error) or "runs whole for every image" in str(error), error
+        assert re.search("no layer that could choose|runs whole for every image", str(error)), error
         return 0
-    assert relative_error(run_eval(model, *example), before) == 0
+    assert relative_error(run_eval(model, (), calls[0]), before) == 0
     draw(model, share, seed)
-    fast = adaptive.finalize(copy.deepcopy(model), break_even=1, warn=False)
-    for batch, more in ((3, 0), (1, 0), (4, 0), (2, 4)):
-        if more and not model.any_size:
-            continue
-        args, kwargs = inputs(recipe, batch, more)
-        error = relative_error(run_eval(fast, args, kwargs), run_eval(model, args, kwargs))
-        assert error <= TOLERANCE, f"{error:.1e} off for inputs of shape {tuple(args[0].shape)}"
-        assert torch.equal(adaptive.cost(fast), adaptive.cost(model))
+    batches = calls if seed % 2 else None
+    fast = adaptive.finalize(copy.deepcopy(model), batches=batches, break_even=1, warn=False)
+    for call in calls:
+        error = relative_error(run_eval(fast, (), call), run_eval(model, (), call))
+        assert error <= TOLERANCE, f"{error:.1e} off for inputs of shape {tuple(call['x'].shape)}"
+        assert batches or torch.equal(adaptive.cost(fast), adaptive.cost(model))
     return len(forwards_in(fast))
 
 
@@ -50,7 +53,13 @@ def draw(model: nn.Module, share: float, seed: int) -> None:
             module.expand.bias.normal_(float(level) / 2 - 1, 0.5, generator=random)
 
 
-@pytest.mark.parametrize("seeds", chunks(DRAWS), ids=str)
-def test_networks_skip_exactly(seeds: range):
-    found = over_seeds(check, seeds)
-    assert FRESH or sum(count > 0 for count in found) > len(found) / 2
+def test_networks_skip_exactly():
+    counts = over_seeds(check, range(FIRST, FIRST + 4))
+    assert FRESH or any(counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", chunks(max(100, DRAWS)), ids=str)
+def test_many_networks_skip_exactly(seeds: range):
+    counts = over_seeds(check, seeds)
+    assert FRESH or sum(count > 0 for count in counts) > len(counts) / 2, "networks that skip nothing prove nothing"
