@@ -50,7 +50,8 @@ class CollapseWarning(UserWarning):
 
 
 _FOR_LIKE_INPUTS = (
-    "Give examples of all kinds (autogate.Examples), or probe=False if it is only run on inputs like the example's."
+    "Give examples of all kinds (autogate.Examples), or probe=False if it is only run on inputs like these. Put the "
+    "body of a loop over frames, parts or entries into a module of its own."
 )
 
 

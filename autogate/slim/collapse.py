@@ -61,10 +61,15 @@ def is_constant(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _others(inputs: Inputs) -> tuple[Inputs, bool]:
-    """Inputs like these with other values: noise is added to numbers, whole numbers change places."""
+    """Inputs like these with other values: noise is added to numbers, whole numbers change places.
+
+    Sparse tensors stay.
+    """
     generator, changed = torch.Generator().manual_seed(0), []
 
     def other(x: Tensor) -> Any:
+        if x.layout is not torch.strided:
+            return x
         if x.is_floating_point():
             noise = torch.randn(x.shape, generator=generator).to(x)
             made = x + noise * x.std(correction=0).clamp(min=1.0) if x.numel() else x

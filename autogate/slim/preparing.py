@@ -10,6 +10,7 @@ from autogate.slim.found_ways import FoundWays
 from autogate.slim.record_replay import AnalysisOptions, analyse_channels
 from autogate.slim.shortcut_convolutions import asked_shortcut_convolutions
 from rewriters import Analysis, Replaced, UndoLog
+from rewriters.analysis import looping_like
 from rewriters.cross_channel import remove_live_statistics
 from rewriters.recording import frozen_heap
 from rewriters.slimming import check_values
@@ -59,7 +60,8 @@ def _without_refused(
 
     If values are compared (`probe`), the dry run is only needed where that fails: it tells forwards that refuse fewer
     channels, some of which can be rewritten, from those that compute something else. A forward that takes another way
-    for inputs which the examples lack is analysed for them too, as if they had been given.
+    for inputs which the examples lack keeps its own code, if it loops over them and that is right; else it is analysed
+    for them too, as if they had been given.
     """
     options = options._replace(try_slimming=not probe)
     while True:
@@ -69,6 +71,11 @@ def _without_refused(
         if found is None or found.fine or (options.try_slimming and found.refused is None):
             return analysis, options
         remove_live_statistics(model, undo_log)
+        if found.refused is not None and found.takes_other_way:
+            looping = looping_like(model, analysis, found.refused.path).difference(options.looping)
+            if looping:
+                options = options._replace(looping=(*options.looping, *sorted(looping)))
+                continue
         if not ways.add(model, found) and options.try_slimming and found.refused is not None:
             ways.leave(found)
             options = options._replace(refused=(*options.refused, found.refused))

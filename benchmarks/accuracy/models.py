@@ -44,18 +44,23 @@ class ResNet(nn.Module):
 
 class Vgg16(nn.Module):
     """VGG-16's thirteen convolutions (Simonyan and Zisserman, configuration D), each with a batch norm, and one
-    linear layer: the form that papers on pruning use for CIFAR."""
+    linear layer: the form that papers on pruning use for CIFAR.
+
+    Args:
+        classes: number of outputs.
+        width: share of the channels of each layer.
+    """
 
     WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-    def __init__(self, classes: int = 10):
+    def __init__(self, classes: int = 10, width: float = 1.0):
         super().__init__()
         layers: list[nn.Module] = []
         inputs = 3
         for stage in self.WIDTHS:
-            for width in stage:
-                layers += [nn.Conv2d(inputs, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-                inputs = width
+            for outputs in (round(width * whole) for whole in stage):
+                layers += [nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+                inputs = outputs
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(inputs, classes)
@@ -130,6 +135,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: ResNet(20),
     "resnet56": lambda: ResNet(56),
     "vgg16": Vgg16,
+    "vgg16_half": lambda: Vgg16(width=0.5),
     "mobilenetv2": MobileNetV2,
     "mcifarnet": MCifarNet,
 }

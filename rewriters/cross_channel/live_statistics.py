@@ -221,6 +221,16 @@ class LiveOperand(LiveStatistic):
         return operand if self.plain() else operand * self.along(operand)
 
 
+class LiveDistance(LiveStatistic):
+    """`F.pairwise_distance` over the live channels; at dead ones, too, it would add `eps` to the difference."""
+
+    def forward(self, x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Tensor:
+        if self.plain():
+            return F.pairwise_distance(x1, x2, p, eps, keepdim)
+        difference = x1 - x2 + eps
+        return torch.linalg.vector_norm(difference * self.along(difference), p, -1, keepdim)
+
+
 class LiveExtreme(LiveStatistic):
     """`torch.amax` or `torch.amin`, or `torch.max` or `torch.min` along a dimension, over the live channels."""
 
@@ -262,6 +272,7 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
     **dict.fromkeys([F.rms_norm, torch.rms_norm], LiveRMSNorm),
     F.group_norm: LiveGroupNorm,
     F.batch_norm: LiveStandardisation,
+    F.pairwise_distance: LiveDistance,
     **dict.fromkeys([torch.mean, "mean"], LiveMean),
     **dict.fromkeys([torch.var, "var"], partial(LiveVariance, name="var")),
     **dict.fromkeys([torch.std, "std"], partial(LiveVariance, name="std")),
@@ -278,6 +289,7 @@ FORMS: dict[Any, Callable[[int, int, Tensor], LiveStatistic]] = {
 ZEROS_ADD_NOTHING = frozenset((
     torch.sum, "sum", torch.nansum, "nansum", torch.count_nonzero, "count_nonzero", torch.norm, "norm",
     torch.linalg.norm, torch.linalg.vector_norm, F.normalize, torch._weight_norm, F.cosine_similarity, torch.cdist,
+    torch.renorm, "renorm", F.scaled_dot_product_attention,
     torch.matmul, "matmul", operator.matmul, "__matmul__", torch.bmm, "bmm", torch.mm, "mm", torch.baddbmm, "baddbmm",
     torch.addmm, "addmm", torch.einsum, torch.tensordot, torch.inner, "inner", F.linear, F.conv1d, F.conv2d, F.conv3d,
     F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,

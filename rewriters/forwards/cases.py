@@ -40,10 +40,10 @@ def chooser(graph: fx.Graph) -> fx.Graph:
 
 
 def _needed_early(graph: fx.Graph) -> set[fx.Node]:
-    """Guards that need nothing that the forward computes with tensors, and all that these need."""
+    """Guards that need nothing that the forward computes with tensors, and all that these need. Views are free."""
     early: set[fx.Node] = set()
     for node in graph.nodes:
-        computes = node.op not in ("placeholder", "get_attr") and (node.op == "call_module" or node.meta.get("ops"))
+        computes = node.op == "call_module" or not all(op.is_view for op in node.meta.get("ops") or ())
         known = node.op != "output" and ("val" in node.meta or node.target in GUARDS) and not computes
         stored = node.op == "get_attr" and bool(tensors_of(node.meta.get("val")))
         if known and not stored and early.issuperset(node.all_input_nodes):

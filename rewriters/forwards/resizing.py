@@ -33,8 +33,8 @@ _CONCATENATIONS = {torch.cat, torch.concat}
 _CHECKS = (*GUARDS, torch._assert)
 
 
-_GROUPED = {F.group_norm}
-"""Calls that are always rewritten, because their result has the right shape with a wrong number of groups too."""
+_SILENT = {F.group_norm, F.scaled_dot_product_attention}
+"""Calls that are always rewritten: with a wrong number of groups, or scale, their result has the right shape too."""
 
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device))
@@ -125,7 +125,7 @@ class Resizer:
         elif self._is_untouched(node):
             self._slim[node] = self._expected(node)
             self._copy(node)
-        elif node.target not in _GROUPED and self._agrees(node, node.target, node.args, node.kwargs):
+        elif node.target not in _SILENT and self._agrees(node, node.target, node.args, node.kwargs):
             self._copy(node)
             self._keep_factors(node)
         else:

@@ -266,6 +266,16 @@ def group_norm(resize: Resize) -> Call:
     return resize.with_args(*resize.node.args, num_groups=left)
 
 
+def attention(resize: Resize) -> Call:
+    """F.scaled_dot_product_attention(query, ...): scores are still scaled by the width before slimming."""
+    query = resize.argument(0, "query")
+    width = resize.value(query).shape[-1]
+    given = len(resize.node.args) > 6 or resize.node.kwargs.get("scale") is not None
+    if given or resize.left(query).shape[-1] == width:
+        return resize.with_args()
+    return resize.with_args(scale=width**-0.5)
+
+
 _CONVOLUTIONS = [
     F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, F.conv_transpose1d, F.conv_transpose2d,
     F.conv_transpose3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
@@ -287,5 +297,6 @@ FAMILIES: dict[Any, Callable[[Resize], Call]] = {
     **dict.fromkeys(_CONVOLUTIONS, convolve),
     **dict.fromkeys([F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm], layer_norm),
     F.group_norm: group_norm,
+    F.scaled_dot_product_attention: attention,
 }
 """The family of a traced call, by its function or method name."""

@@ -98,6 +98,13 @@ def _addmm(bias: Tensor, rows: Tensor, columns: Tensor, *, beta: float = 1, alph
     return _new(rows, shape)
 
 
+def _mm(rows: Tensor, columns: Tensor) -> Tensor:
+    """torch has no shapes of a sparse matrix's product with a dense one."""
+    if rows.layout is torch.strided or columns.layout is not torch.strided or rows.shape[1] != columns.shape[0]:
+        return torch.mm(rows, columns)
+    return _new(columns, (rows.shape[0], columns.shape[1]))
+
+
 def _grouped_mm(
     rows: Tensor, kernels: Tensor, ends: Tensor | None = None, bias: Tensor | None = None, dtype: Any = None
 ) -> Any:
@@ -185,6 +192,7 @@ META_KERNELS: Mapping[Any, Callable[..., Any]] = {
     _aten.convolution.default: _convolution,
     _aten.empty.memory_format: _empty,
     _aten.addmm.default: _addmm,
+    _aten.mm.default: _mm,
     _aten._grouped_mm.default: _grouped_mm,
     _aten.cat.default: _cat,
     _aten.mean.dim: _mean,
@@ -208,7 +216,7 @@ META_KERNELS: Mapping[Any, Callable[..., Any]] = {
 
 META_OPS = frozenset(
     (_aten._softmax.default, _aten._unsafe_view.default, _aten.bmm.default, _aten.clone.default,
-     _aten.expand.default, _aten.mm.default, _aten.permute.default, _aten.select.int,
+     _aten.expand.default, _aten.permute.default, _aten.select.int,
      _aten.slice.Tensor, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.squeeze.dim, _aten.t.default,
      _aten.transpose.int, _aten.unbind.int, _aten.unsqueeze.default, _aten.view.default)
 )  # fmt: skip
@@ -257,7 +265,7 @@ def constant(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
 
     Up to `KNOWN_ELEMENTS` elements it keeps its values, so a forward can take a number from it (`strides[0]`).
     """
-    if tensor.numel() > KNOWN_ELEMENTS or type(tensor) is not Tensor:
+    if tensor.numel() > KNOWN_ELEMENTS or type(tensor) is not Tensor or tensor.layout is not torch.strided:
         return mode.from_tensor(tensor)
     with unset_fake_temporarily():
         own = tensor.detach()

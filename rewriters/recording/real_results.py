@@ -50,6 +50,7 @@ def run_with_real_layout(mode: FakeTensorMode, op: Any, args: tuple[Any, ...], k
         out = None
     given = tensors_of((args, dict(kwargs)))
     known = out is None or all(isinstance(tensor, FakeTensor) for tensor in tensors_of(out))
+    known &= all(tensor.layout is torch.strided for tensor in given)
     if not _is_plain(op) or not known or sum(tensor.nbytes for tensor in given) > MOST_BYTES:
         return out if out is not None else run_on_fakes(mode, op, args, kwargs)
     try:

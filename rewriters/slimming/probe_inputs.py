@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from rewriters.analysis import samples_in
 from rewriters.recording import attributes_preserved, generators_kept, leaves_of, modules_of, set_modes, tensors_of
-from rewriters.slimming.trial_inputs import Inputs, smaller_inputs
+from rewriters.slimming.trial_inputs import Inputs, changed, smaller_inputs
 
 _SAMPLES, _OTHER_SAMPLES, _MORE_SAMPLES = 3, 4, 5
 _STEPS = (1, 32)
@@ -88,29 +87,48 @@ def one_sample(inputs: Inputs) -> Iterator[Probe]:
 
 
 def _of_lengths(inputs: Inputs, traced: Collection[str]) -> Probes:
-    """Three samples, with each length of the inputs in turn longer by one."""
+    """Three samples, with each length of the inputs in turn longer by one.
+
+    If the model doesn't take that along all dimensions of one length (frames and colours may both be three), each is
+    asked alone.
+    """
     samples = _SAMPLES if samples_in(*inputs) != _SAMPLES else _OTHER_SAMPLES
     grown = False
     for place, length in enumerate(_lengths(inputs)):
-        for step in _STEPS:
-            probe = _longer(samples, place, length + step, step)
-            if (yield probe):
-                grown = True
-                if probe.what in traced:
-                    yield _longer(_MORE_SAMPLES, place, length + 3 * step, 3 * step, probe.what)
-                break
+        dims = _dims(inputs, length)
+        taken = yield from _of_length(samples, place, length, None, traced)
+        for dim in () if taken or not dims[1:] else dims:
+            taken |= yield from _of_length(samples, place, length, dim, traced)
+        grown |= taken
     if not grown and (yield (probe := _of_samples(samples))) and probe.what in traced:
         yield _of_samples(_MORE_SAMPLES, probe.what)
 
 
-def _longer(samples: int, place: int, length: int, step: int, beyond: str = "") -> Probe:
-    """More samples, and `step` more of what is the `place`-th of the lengths; it is `length` then in small inputs."""
+def _of_length(
+    samples: int, place: int, length: int, dim: int | None, traced: Collection[str]
+) -> Generator[Probe, bool, bool]:
+    """One of the lengths longer, along one dimension or along all that have it. Returns whether the model took it."""
+    for step in _STEPS:
+        probe = _longer(samples, place, length + step, step, dim)
+        if (yield probe):
+            if probe.what in traced:
+                yield _longer(_MORE_SAMPLES, place, length + 3 * step, 3 * step, dim, probe.what)
+            return True
+    return False
+
+
+def _longer(samples: int, place: int, length: int, step: int, dim: int | None, beyond: str = "") -> Probe:
+    """More samples, and `step` more of what is the `place`-th of the lengths; it is `length` then in small inputs.
+
+    That is along all dimensions of that length, or along `dim` alone.
+    """
 
     def change(inputs: Inputs) -> Inputs:
         lengths = _lengths(inputs)
-        return _with_samples(_with_length(inputs, lengths[min(place, len(lengths) - 1)], step), samples)
+        return _with_samples(_with_length(inputs, lengths[min(place, len(lengths) - 1)], step, dim), samples)
 
-    return Probe(f"for {samples} samples and a length of {length}", change, of_length=True, beyond=beyond)
+    where = "" if dim is None else f" along dimension {dim}"
+    return Probe(f"for {samples} samples and a length of {length}{where}", change, of_length=True, beyond=beyond)
 
 
 def _of_samples(samples: int, beyond: str = "") -> Probe:
@@ -181,18 +199,24 @@ def _lengths(inputs: Inputs) -> list[int]:
     return sorted(sizes - {0, 1}, reverse=True)[:_MOST_LENGTHS]
 
 
-def _with_length(inputs: Inputs, length: int, step: int) -> Inputs:
-    """The inputs with `step` more entries along every dimension of this length; the first ones come again."""
+def _dims(inputs: Inputs, length: int) -> list[int]:
+    """The dimensions of this length besides that of the samples."""
+    samples = samples_in(*inputs)
+    places = ((dim, size) for tensor in tensors_of(inputs) for dim, size in enumerate(tensor.shape))
+    return sorted({dim for dim, size in places if size == length and (dim or size != samples)})
+
+
+def _with_length(inputs: Inputs, length: int, step: int, only: int | None) -> Inputs:
+    """The inputs with `step` more entries along every dimension of this length, or one; the first ones come again."""
     samples = samples_in(*inputs)
 
     def change(tensor: Tensor) -> Tensor:
         for dim, size in enumerate(tensor.shape):
-            if size == length and (dim or size != samples):
+            if size == length and (dim or size != samples) and only in (None, dim):
                 tensor = tensor.index_select(dim, torch.arange(size + step, device=tensor.device) % size)
         return tensor
 
-    changed: Inputs = tree_map_only(Tensor, change, inputs)
-    return changed
+    return changed(inputs, change)
 
 
 def _with_samples(inputs: Inputs, count: int) -> Inputs:
@@ -209,5 +233,4 @@ def _with_samples(inputs: Inputs, count: int) -> Inputs:
         factor = 1 - 0.25 * (places // samples).to(tensor.dtype)
         return repeated * factor.view(-1, *[1] * (tensor.ndim - 1))
 
-    changed: Inputs = tree_map_only(Tensor, change, inputs)
-    return changed
+    return changed(inputs, change)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -27,17 +28,18 @@ def smaller_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], most_sample
     samples = samples_in(args, kwargs)
     fewer = samples if most_samples is None else min(samples, most_samples)
     inputs = (tuple(args), dict(kwargs))
-    few = _changed(inputs, lambda tensor: _first(tensor, samples, fewer))
-    small = _changed(few, _small_image)
+    few = changed(inputs, lambda tensor: _first(tensor, samples, fewer))
+    small = changed(few, _small_image)
     sizes = [_elements(one) for one in (small, few, inputs)]
     for place, one in enumerate((small, few, inputs)):
         if sizes[place] not in sizes[place + 1 :]:
             yield one
 
 
-def _changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    changed: Inputs = tree_map_only(Tensor, change, inputs)
-    return changed
+def changed(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """Inputs with each tensor changed, except sparse ones."""
+    made: Inputs = tree_map_only(Tensor, lambda x: change(x) if x.layout is torch.strided else x, inputs)
+    return made
 
 
 def _first(tensor: Tensor, samples: int, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rewriters.labelling.labels import Labelled, varying
 from rewriters.labelling.rules.elementwise import meet
-from rewriters.labelling.rules.registry import OpCall, rule
+from rewriters.labelling.rules.registry import OpCall, Result, rule
 
 _REASON = "picked by a tensor of indices"
 
@@ -35,6 +35,16 @@ def index_select(call: OpCall) -> Labelled:
 def embedding(call: OpCall) -> Labelled:
     """table[indices]."""
     return _picked(call, call.args[0], [call.args[1]])
+
+
+@rule("aten._embedding_bag", "aten._embedding_bag_forward_only")
+def embedding_bag(call: OpCall) -> Result:
+    """Sums, means or maxima of the rows that each bag picks from a table."""
+    table, *others = call.args
+    for value in (value for value in others if isinstance(value, Labelled)):
+        call.mix(value, range(value.ndim), "used as indices, or to weight the rows of a bag")
+    layers = call.mix(table, [0], _REASON)
+    return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
 
 
 @rule("aten.gather")

@@ -243,6 +243,15 @@ def _meet_in_a_line(call: OpCall, *layers: Tensor | None) -> list[Tensor]:
     return lines
 
 
+@rule("aten._sparse_addmm")
+def sparse_matmul(call: OpCall) -> Labelled:
+    """total + (m, k) x (k, n), the first matrix being sparse, as the edges of a graph are."""
+    total, edges, nodes = call.args[:3]
+    call.mix(edges, [0, 1], "an entry of a sparse matrix")
+    columns = Labelled((1, nodes.shape[1]), call.mix(nodes, [0], _SUMMED))
+    return Labelled(call.shape, meet(call, [total, columns]))
+
+
 @rule("aten._cdist_forward", "aten._euclidean_dist")
 def distances(call: OpCall) -> Labelled:
     """Distances of the rows of (..., m, k) from those of (..., n, k)."""
@@ -278,12 +287,19 @@ def _outer(
       "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_fused_attention_overrideable",
       "aten.scaled_dot_product_attention")  # fmt: skip
 def attention(call: OpCall) -> Result:
-    """softmax(q k^T) v for q, k, v of shape (batch, heads, positions, width): whole heads die, or positions in v."""
+    """softmax(q k^T) v for q, k, v of shape (batch, heads, positions, width): whole heads die, or positions in v.
+
+    Where nothing but channels lies along the width of q and k, as with one head, the sum is one over the live ones.
+    """
     query, key, value = call.args[:3]
     if query.shape[:-2] != value.shape[:-2]:  # heads that share their keys and values
         if query.ndim < 3 or query.shape[:-3] != value.shape[:-3] or query.shape[-3] % value.shape[-3]:
             return unknown(call)
         key, value = (_for_each_head(x, query.shape[-3]) for x in (key, value))
+    met = _meet_in_a_line(call, query.layer(-1), key.layer(-1))
+    if met:
+        call.note_statistic(met[0], -1, _SUMMED)
+        query, key = (replace(x, layers=_rest(x, -1)) for x in (query, key))
     scores = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], _SUMMED)) for x in (query, key)]
     masks = [Labelled((*x.shape[:-2], 1, 1), call.mix(x, [-2, -1], _SUMMED)) for x in list(call.tensors())[3:]]
     weighed = Labelled((*value.shape[:-2], 1, value.shape[-1]), call.mix(value, [-2], _SUMMED))

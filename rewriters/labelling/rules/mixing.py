@@ -24,7 +24,7 @@ from rewriters.labelling.labels import Labelled, varying
 from rewriters.labelling.rules.elementwise import meet
 from rewriters.labelling.rules.registry import OpCall, Result, Zeroed, rule
 
-_POOLED = "pooled along its channels"
+_POOLED, _NORMED = "pooled along its channels", "normalised over its channels"
 
 
 @rule(
@@ -83,8 +83,9 @@ def _is_statistic(call: OpCall) -> bool:
     """
     if call.op in _EXTREMES_WITH_PLACES:
         return 1 in call.unused
-    if call.op.overloadpacket is torch.ops.aten.linalg_vector_norm:
-        return call.arg(1, "ord", 2) > 0
+    if call.op.overloadpacket in _NORMS:
+        power = call.args[1] if len(call.args) > 1 else call.kwargs.get("ord", call.kwargs.get("p"))
+        return power is None or power > 0
     if call.op.overloadpacket in _SUMS:
         return call.args[0].source is None
     return call.op.overloadpacket in _STATISTICS
@@ -227,7 +228,7 @@ def batch_norm(call: OpCall) -> Result:
     vectors = [arg for arg in call.args[1:5] if isinstance(arg, Labelled)]
     along = [1, value.shape[1], *[1] * (value.ndim - 2)]
     across = [dim for dim in range(value.ndim) if dim != 1]
-    layers = call.mix(value, across, "normalised over its channels")
+    layers = call.mix(value, across, _NORMED)
     riders = [_along(vector, along) for vector in vectors]
     layers = meet(call, [Labelled((1, *value.shape[1:]), layers), *riders]) if value.shape[1] > 1 else layers
     return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]
@@ -242,7 +243,7 @@ def _standardised(call: OpCall) -> Result:
     vectors = [arg for arg in call.args[1:5] if isinstance(arg, Labelled)]
     riders = [_along(vector, [1, value.shape[1], *[1] * (value.ndim - 2)]) for vector in vectors]
     across = [dim for dim in range(value.ndim) if dim != 1]
-    layers, along = call.statistic(value, across, "normalised over its channels")
+    layers, along = call.statistic(value, across, _NORMED)
     for layer in along:
         if len(layer.unique()) == layer.numel():  # torch refuses to standardise a single number
             call.pin(layer.flatten()[:2], "a standardised kernel needs two inputs")
@@ -251,6 +252,17 @@ def _standardised(call: OpCall) -> Result:
         Labelled(shape, layers if index == 0 else (), value.source if index == 0 else None, derived=index == 0)
         for index, shape in enumerate(call.shapes)
     ]
+
+
+@rule("aten.renorm", "aten.renorm_")
+def renorm(call: OpCall) -> Result:
+    """Slices along one dimension, those scaled down whose norm is too large. Zeros add nothing to a norm."""
+    value, power, keep = call.args[:3]
+    dims = [dim for dim in range(value.ndim) if dim != keep % value.ndim]
+    if value.source is not None or power <= 0:
+        return _mixed_along(call, dims, _NORMED)
+    layers, along = call.statistic(value, dims, _NORMED)
+    return Labelled(call.shape, (*layers, *along))
 
 
 @rule("aten._weight_norm_interface")
@@ -269,7 +281,7 @@ def weight_norm(call: OpCall) -> Result:
     for layer in v.layers:
         if varying(layer) != (keep,):
             if varying(layer) == (0,) and keep > 1:
-                call.note_statistic(layer.flatten(), -v.ndim, "normalised over its channels")
+                call.note_statistic(layer.flatten(), -v.ndim, _NORMED)
             else:
                 call.findings.zeroed.append(Zeroed(layer.flatten(), call.module, str(call.op)))
             call.pin(layer.flatten()[:1], "a kernel of zeros has no norm to divide by")
@@ -288,7 +300,7 @@ def layer_norm(call: OpCall) -> Result:
     """Normalised over the trailing dimensions; if channels are among them, over the live ones."""
     value = call.args[0]
     dims = range(-len(call.args[1]), 0)
-    layers, along = call.statistic(value, dims, "normalised over its channels")
+    layers, along = call.statistic(value, dims, _NORMED)
     vectors = [arg for arg in call.args[1:] if isinstance(arg, Labelled)]
     return _normalised(call, layers, along, vectors)
 
@@ -301,19 +313,18 @@ def group_norm(call: OpCall) -> Result:
     same positions of every group die, and statistics are taken over the live positions.
     """
     value, groups = call.args[0], call.args[6]
-    reason = "normalised over its channels"
     vectors = [arg for arg in call.args[1:3] if isinstance(arg, Labelled)]
     channels = value.layer(1)
     if not call.findings.live or channels is None or len(varying(channels)) > 1:
-        return _normalised(call, call.mix(value, range(1, value.ndim), reason), (), vectors)
+        return _normalised(call, call.mix(value, range(1, value.ndim), _NORMED), (), vectors)
     width = value.shape[1] // groups
     by_group = channels.view(groups, width)
     if normalises_whole_groups(groups, value.shape[1]):
         call.space.merge_along(by_group, [1])
     else:
-        call.note_statistic(call.space.merge_along(by_group, [0]).flatten(), 1 - value.ndim, reason)
+        call.note_statistic(call.space.merge_along(by_group, [0]).flatten(), 1 - value.ndim, _NORMED)
     rest = tuple(layer for layer in value.layers if layer is not channels)
-    layers = call.mix(Labelled(value.shape, rest), range(1, value.ndim), reason)
+    layers = call.mix(Labelled(value.shape, rest), range(1, value.ndim), _NORMED)
     shape = [value.shape[1], *[1] * (value.ndim - 2)]
     return _normalised(call, layers, (channels,), [_along(vector, shape) for vector in vectors])
 
@@ -331,5 +342,5 @@ def _normalised(
         layers = meet(call, [Labelled(call.shape, (*layers, *along)), *vectors])
     else:
         for layer in (layer for vector in vectors for layer in vector.layers):
-            call.pin(layer, "normalised over its channels")
+            call.pin(layer, _NORMED)
     return [Labelled(shape, layers if index == 0 else ()) for index, shape in enumerate(call.shapes)]

@@ -24,6 +24,14 @@ def grid_sampler(call: OpCall) -> Labelled:
     return Labelled(call.shape, meet(call, [positions, maps]))
 
 
+@rule("aten.affine_grid_generator")
+def affine_grid(call: OpCall) -> Labelled:
+    """A grid of positions (N, ..., number of coordinates) from affine maps (N, number of coordinates, ...)."""
+    maps = call.args[0]
+    layers = call.mix(maps, range(1, maps.ndim), "the numbers of an affine map")
+    return Labelled(call.shape, tuple(layer.reshape(-1, *[1] * (len(call.shape) - 1)) for layer in layers))
+
+
 @rule("torchvision.deform_conv2d")
 def deform_conv2d(call: OpCall) -> Labelled:
     """A convolution that reads where its offsets say: offsets and mask are pinned.

@@ -1,11 +1,14 @@
 """Finalize compares outputs, and knows float32's rounding from other differences."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import autogate
 from autogate.slim import finalizing
+from rewriters.outputs import relative_error
 from tests.autogate.loops.small_nets import EXAMPLE as IMAGES
 from tests.autogate.loops.small_nets import Residual
 
@@ -145,3 +148,27 @@ def test_outputs_that_are_rounding_alone_are_no_reason_to_refuse(dtype, monkeypa
         patch.setattr(finalizing, "slim_and_record", carry_out_wrongly)
         autogate.finalize(model, warn=False)
     assert autogate.finalize(model, warn=False).first.out_channels < 16
+
+
+class GraphNet(nn.Module):
+    """Two graph convolutions (Kipf and Welling, equation 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, nodes, edges):
+        hidden = torch.spmm(edges, self.a(nodes)).relu()
+        return self.head((edges @ self.b(hidden)).relu())
+
+
+def test_a_graph_given_as_a_sparse_matrix():
+    torch.manual_seed(0)
+    model, nodes, edges = GraphNet().eval(), torch.randn(10, 3), torch.rand(10, 10).round().to_sparse()
+    autogate.prepare(model, (nodes, edges), flops=0.5)
+    autogate.close(model, by="l1")
+    gated = copy.deepcopy(model)
+    autogate.finalize(model)
+    assert model.a.out_features < 16
+    fewer = torch.rand(7, 7).round().to_sparse()
+    assert relative_error([model(nodes[:7], fewer)], [gated(nodes[:7], fewer)]) < 1e-5

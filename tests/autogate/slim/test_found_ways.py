@@ -120,6 +120,37 @@ def test_finalize_refuses_what_was_not_asked_in_prepare(idiom):
         slim(larger(IMAGES))
 
 
+class Frame(Halves):
+    """What a loop over frames does with each, and with what the last one left; the state is None at first."""
+
+    def forward(self, x, state=None):
+        first, second = self.a(x).chunk(2, 1)
+        new = self.c(torch.tanh(first) * self.b(second))
+        return new if state is None else new + state / 2
+
+
+class Frames(Net):
+    def __init__(self):
+        super().__init__(None)
+        self.block = Frame(None)
+
+    def forward(self, clip):
+        state = None
+        for frame in clip.unbind(1):
+            state = self.block(self.stem(frame), state)
+        return self.head(state)
+
+
+def test_a_loop_whose_body_is_a_module_takes_any_number_of_rounds():
+    clip = torch.stack([IMAGES * factor for factor in range(1, 10)], 1)
+    model = prepared(Frames(), clip[:, :2])
+    gated, slim = copy.deepcopy(model), autogate.finalize(model, warn=False)
+    assert "forward" in vars(slim.block) and "forward" not in vars(slim)
+    for frames in (1, 2, 3, 9):
+        inputs = (clip[:1, :frames],)
+        assert relative_error(run_eval(slim, inputs), run_eval(gated, inputs)) < 1e-12
+
+
 class Wide(Halves):
     """Asks for a size of its argument."""
 

@@ -31,7 +31,7 @@ class Shared(nn.Module):
 
 
 class Unknown(nn.Module):
-    """Ops along the channels that nobody has described, or that mix them: all must pin."""
+    """Ops along the channels: statistics of them, and some that mix them and have to pin."""
 
     def __init__(self, rng: random.Random, shape: Shape):
         super().__init__()

@@ -121,3 +121,33 @@ def test_ways_that_the_arguments_do_not_tell_apart_keep_their_channels():
     model = Net(lambda m, x: m.head(m.block(m.block(x)[..., :2])), block=Block(), head=conv(8, 2))
     found = analyse(model, (image(channels=8),)).channel_map
     assert any("its arguments don't tell apart" in pin.reason for pin in found.pins)
+
+
+def by_unbind(clip):
+    return clip.unbind(1)
+
+
+def by_split(clip):
+    return [part.flatten(1, 2) for part in clip.transpose(1, 2).split(1, 2)]
+
+
+@pytest.mark.parametrize("frames_of", [by_unbind, by_split])
+def test_numbers_of_frames_are_told_apart_before_anything_is_computed(frames_of):
+    def forward(m, clip):
+        state = 0
+        for frame in frames_of(clip):
+            left, right = m.a(frame).chunk(2, 1)
+            state = 0.5 * state + torch.tanh(left) * m.b(right)
+        return m.c(state)
+
+    model, clips = Net(forward, a=conv(3, 16), b=conv(8, 8), c=conv(8, 2)), torch.randn(2, 5, 3, 4, 4).double()
+    model = model.double().eval()
+    calls = [(clips[:3, :frames],) for frames in (2, 4, 1)]
+    analysis = analyse(model, calls[0], others=[(call, {}) for call in calls[1:]])
+    slimmed = slim(model, calls[0], share=0.4, analysis=analysis)
+    assert model.a.out_channels < 16
+    got = [run_eval(model, call) for call in calls]
+    with pytest.raises(ShapeGuardError, match="the call is none of those that it was traced for"):
+        model(clips)
+    slimmed.undo_log.undo()
+    assert all(relative_error(one, run_eval(model, call)) <= TOLERANCE for one, call in zip(got, calls, strict=True))

@@ -123,6 +123,21 @@ IDIOMS = {
     "the largest of tokens": lambda m, y: F.max_pool2d(y.movedim(1, -1), (3, 1), (1, 1), (1, 0)).movedim(-1, 1),
     "cosine_similarity": lambda m, y: y * F.cosine_similarity(y, y.tanh(), 1)[:, None],
     "normalised and multiplied": lambda m, y: y * (F.normalize(y) * F.normalize(y.tanh())).sum(1, keepdim=True),
+    "pairwise_distance": lambda m, y: y * F.pairwise_distance(y.movedim(1, 3), y.movedim(1, 3).tanh(), 1.0)[:, None],
+    "renorm of samples": lambda m, y: y.renorm(2, 0, 1.0) + torch.renorm(y, 1, -4, 2.0),
+    "renorm of channels": lambda m, y: y.renorm(2, 1, 0.5),
+    "attention in one call": lambda m, y: (lambda z: F.scaled_dot_product_attention(z, z, z).mT.view(y.shape))(
+        y.flatten(2).mT
+    ),
+    "attention with a scale": lambda m, y: (lambda z: F.scaled_dot_product_attention(z, z.tanh(), z, scale=0.3))(
+        y.movedim(1, -1)
+    ).movedim(-1, 1),
+    "embedding_bag": lambda m, y: (lambda rows: y * F.embedding_bag(
+        torch.arange(len(rows)).view(-1, y.shape[3]), rows, mode="max"
+    ).view(*y.shape[::2], 8).movedim(2, 1)[..., None])(y.movedim(1, -1).flatten(0, 2)),
+    "affine_grid": lambda m, y: F.grid_sample(y, F.affine_grid(
+        y.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 2, 3), [len(y), 8, *y.shape[2:]], align_corners=False
+    ), align_corners=False),
     "cdist": lambda m, y: y * torch.cdist(y.flatten(2).mT, y.tanh().flatten(2).mT).mean((1, 2))[:, None, None, None],
 }  # fmt: skip
 

@@ -43,6 +43,16 @@ def test_a_strides_worth_is_next_where_one_more_is_not_taken_then_the_batch_alon
     assert shapes(found["for 3 samples"]) == [(3, 3, 32, 32)]
 
 
+def test_dimensions_of_one_length_are_asked_alone_where_they_cannot_grow_together():
+    clip = torch.randn(2, 3, 3, 8)  # as many frames as colours
+    frames = "for 3 samples and a length of 4 along dimension 1"
+    found = asked(Masked(), clip, taken=lambda probe: probe.what == frames, traced=[frames])
+    assert shapes(found[frames]) == [(3, 4, 3, 8)]
+    assert shapes(found["for 5 samples and a length of 6 along dimension 1"]) == [(5, 6, 3, 8)]
+    assert "for 3 samples and a length of 4 along dimension 2" in found and "for 3 samples" not in found
+    assert not any("along" in what for what in asked(Masked(), clip))
+
+
 def test_samples_are_all_different():
     (samples,), _ = asked(Masked(), torch.ones(1, 3), taken=lambda probe: False)["for 3 samples"]
     assert samples[:, 0].unique().numel() == 3

@@ -112,9 +112,9 @@ def test_the_halves_of_a_gated_linear_unit_go_two_by_two():
 
 
 def test_an_op_nobody_described_pins_and_says_so():
-    found = mapped(lambda m, x: m.b(m.a(x).renorm(2, 1, 1.0)), image(), a=conv(3, 4), b=conv(4, 2))
+    found = mapped(lambda m, x: m.b(torch.linalg.matrix_exp(m.a(x))), image(), a=conv(3, 4), b=conv(4, 2))
     assert is_pinned(found, "a.weight", 0)
-    assert reasons(found, "a.weight", 0) == ["aten.renorm.default: no rule describes this op"]
+    assert reasons(found, "a.weight", 0) == ["aten.linalg_matrix_exp.default: no rule describes this op"]
 
 
 class Odd(nn.Module):
@@ -125,7 +125,7 @@ class Odd(nn.Module):
         self.c = conv(16, 16)
 
     def forward(self, x):
-        return self.c(x).renorm(2, 1, 1.0)
+        return torch.linalg.matrix_exp(self.c(x))
 
 
 def test_an_op_without_a_rule_pins_its_borders_only():
@@ -133,10 +133,10 @@ def test_an_op_without_a_rule_pins_its_borders_only():
     model = nn.Sequential(conv(3, 32), nn.ReLU(), conv(32, 16), Odd(), conv(16, 32), conv(32, 4))
     summary = autogate.summary(autogate.prepare(model, image(), flops=1.0))
     (pin,) = (pin for pin in summary.pins if pin.reason == "no rule describes this op")
-    assert (pin.module, pin.op) == ("3", "aten.renorm.default")
+    assert (pin.module, pin.op) == ("3", "aten.linalg_matrix_exp.default")
     assert set(pin.sides) == {Side("3.c.weight", 0), Side("3.c.bias", 0)}
     assert summary.progress.classes == 32 + 16 + 32
-    assert "renorm" in str(summary)
+    assert "matrix_exp" in str(summary)
     kill(model, 0.5)
     assert finalize_compared(model, ((image(),), {})) <= 1e-6
     assert model[2].out_channels < 16

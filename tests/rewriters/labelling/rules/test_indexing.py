@@ -37,6 +37,24 @@ def test_channels_of_a_table_go_with_those_they_are_added_to(pick):
     assert_exact_in_double(Net(forward, **members), image(size=2))
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_channels_of_bags_of_rows(mode):
+    ids = torch.tensor([[1, 2, 2], [0, 5, 6]])
+    net = Net(lambda m, i: m.b(m.bag(i).relu()), bag=nn.EmbeddingBag(7, 8, mode=mode), b=nn.Linear(8, 2)).double()
+    channel_map = assert_exact(net, (ids,)).analysis.channel_map
+    assert classes(channel_map, "bag.weight", 1) == classes(channel_map, "b.weight", 1) == [*range(8)]
+    assert is_pinned(channel_map, "bag.weight", 0)
+
+
+def test_weights_of_rows_in_a_bag_stay():
+    def forward(m, i, x):
+        return m.b(nn.functional.embedding_bag(i, m.table, per_sample_weights=m.a(x), mode="sum"))
+
+    members = {"a": nn.Linear(3, 2), "table": nn.Parameter(torch.randn(7, 8)), "b": nn.Linear(8, 2)}
+    found = mapped(forward, INDICES, torch.randn(2, 3), **members)
+    assert is_pinned(found, "a.weight", 0) and classes(found, "table", 1) == [*range(8)]
+
+
 def test_channels_that_are_picked_stay():
     found = mapped(
         lambda m, x: m.b(m.a(x)[:, m.indices]), a=conv(3, 4), b=conv(2, 2), indices=torch.tensor([1, 3])

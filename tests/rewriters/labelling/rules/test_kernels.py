@@ -1,5 +1,7 @@
 """Convolutions and matrix products sum over channels and begin new ones."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +142,22 @@ def test_functional_convolutions(groups):
 
 def test_pinned_classes_are_minus_one():
     assert ALWAYS == -1
+
+
+@pytest.mark.parametrize("product", [torch.sparse.mm, torch.mm, operator.matmul], ids=["sparse.mm", "mm", "@"])
+@pytest.mark.parametrize("stored", [False, True], ids=["argument", "attribute"])
+def test_channels_pass_along_the_edges_of_a_graph(product, stored):
+    """A graph convolution: each node sums over its neighbours (Kipf and Welling, equation 2)."""
+
+    def forward(m, x, edges=None):
+        return m.b(product(m.edges if edges is None else edges, m.a(x)).relu())
+
+    net = Net(forward, a=nn.Linear(3, 8), b=nn.Linear(8, 2)).double()
+    edges = (torch.rand(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5).relu()
+    net.__dict__["edges"] = edges.to_sparse()
+    args = (torch.randn(6, 3).double(), *([] if stored else [net.edges]))
+    channel_map = assert_exact(net, args).analysis.channel_map
+    assert classes(channel_map, "a.weight", 0) == classes(channel_map, "b.weight", 1) == [*range(8)]
 
 
 def test_no_gate_stands_in_a_buffer():

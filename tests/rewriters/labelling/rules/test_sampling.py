@@ -10,7 +10,7 @@ from torchvision import ops
 
 from rewriters.labelling.rules.registry import find_rule, rule, unknown
 from tests.rewriters.exactness import assert_exact
-from tests.rewriters.helpers import Net, conv, image, is_pinned
+from tests.rewriters.helpers import Net, classes, conv, image, is_pinned
 
 
 def test_channels_of_maps_on_a_grid_go_and_the_grid_stays():
@@ -25,6 +25,20 @@ def test_channels_of_maps_on_a_grid_go_and_the_grid_stays():
     slimmed = assert_exact(model, (image().double(),))
     assert slimmed.analysis.channel_map.size == 6
     assert is_pinned(slimmed.analysis.channel_map, "offsets.weight", 0)
+
+
+def test_an_affine_map_keeps_its_numbers():
+    """A spatial transformer (Jaderberg et al., section 3.2)."""
+
+    def forward(m, x):
+        y = m.a(x)
+        theta = m.theta(y.mean((2, 3))).view(-1, 2, 3)
+        return m.b(F.grid_sample(y, F.affine_grid(theta, y.size(), align_corners=False), align_corners=False))
+
+    net = Net(forward, a=conv(3, 8), theta=nn.Linear(8, 6), b=conv(8, 2)).double()
+    channel_map = assert_exact(net, (image().double(),)).analysis.channel_map
+    assert classes(channel_map, "a.weight", 0) == classes(channel_map, "theta.weight", 1) == [*range(8)]
+    assert is_pinned(channel_map, "theta.weight", 0)
 
 
 def test_volumes_are_sampled_too():
