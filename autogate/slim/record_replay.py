@@ -60,7 +60,7 @@ from rewriters import (
     samples_in,
 )
 from rewriters.cross_channel import plain_statistics
-from rewriters.recording import frozen_heap, generators_kept, tensor_slots
+from rewriters.recording import Kept, frozen_heap, generators_kept, tensor_slots
 from rewriters.slimming import Refused, is_under, like, pin_refused
 
 
@@ -76,6 +76,7 @@ class AnalysisOptions(NamedTuple):
         refused: modules whose channels stay because a check of values found that they'd compute something else.
         looping: modules that loop as often as their inputs have entries, and keep their own code if they can.
         try_slimming: whether the dry run has something to say: a check of values that finds nothing spares it.
+        kept: attributes that had no tensors yet when forwards were recorded, which set them for later calls.
     """
 
     inputs: Inputs
@@ -86,6 +87,7 @@ class AnalysisOptions(NamedTuple):
     refused: tuple[Refused, ...] = ()
     looping: tuple[str, ...] = ()
     try_slimming: bool = True
+    kept: tuple[Kept, ...] = ()
 
     def on(self, calls: Sequence[Inputs]) -> AnalysisOptions:
         """The same for these example inputs."""

@@ -167,6 +167,31 @@ def test_what_is_passed_on_may_be_more_than_in_the_example():
     assert relative_error(got, wanted) <= TOLERANCE
 
 
+class Transposing(nn.Module):
+    """Takes keyword arguments of any name, and reads a property of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 12)
+
+    def forward(self, x, **options):
+        y = self.first(x).mT
+        return self.second(y.reshape(y.shape).mT) * options["scale"]
+
+
+class Scaled(Model):
+    def forward(self, x):
+        return self.head(self.norm(self.attention(self.stem(x), scale=2.0)))
+
+
+def test_properties_of_tensors_in_code_that_is_not_traced():
+    model = prepared(Scaled(Transposing))
+    assert autogate.summary(model).reach == 1.0
+    gated, slim = closed(model)
+    assert slim.attention.first.out_features < 8
+    assert relative_error(run_eval(slim, (tokens(3, 7),)), run_eval(gated, (tokens(3, 7),))) <= TOLERANCE
+
+
 class ConvLSTM(nn.Module):
     """Shi et al., "Convolutional LSTM Network", equation 3, without peepholes: a loop over the frames of a clip."""
 
