@@ -95,5 +95,5 @@ def test_recipes_whose_shortcuts_failed_once(recipe, share, seed):
 
 
 def test_sizes_that_examples_of_other_sizes_scale_alike():
-    """A whole shape with fewer channels: its other sizes, of which each example has its own, are no part of the code."""
+    """A whole shape with fewer channels: its other sizes, which differ in each example, are no part of the code."""
     assert check_ways(Recipe("image", 0, (("FoldedAttention", 683),), "pool"), 0.2, 700077) > 0
