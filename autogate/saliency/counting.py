@@ -21,12 +21,14 @@ class Note(NamedTuple):
     Attributes:
         layer: its number.
         positions: of its outputs, over all images.
-        scores: (images, channels), less the threshold; None if it has none.
+        scores: (images, channels); None if it has none.
+        made: bool, of that shape: the channels that are computed, as in inference; None if it has no scores.
     """
 
     layer: int
     positions: float
-    scores: Tensor | None
+    scores: Tensor | None = None
+    made: Tensor | None = None
 
 
 class Notes:
@@ -37,6 +39,8 @@ class Notes:
         running: whether a forward of the whole model runs.
         alive: bool, (images, classes + 1): the classes that some layer has made so far in this forward, for those who
             skip what is zero; None before the first.
+        chosen: the channels that a layer has computed so far in this forward, by its number, int64: of layers that saw
+            one image, and whose channels other layers don't add to. These aren't in `alive`.
         untold: a layer has run that doesn't say what it makes.
         allowed: the channels that the images that run now may use, by the number of each layer, bool of shape
             (channels,); None if their own codes decide. They run together, and compute what any of them uses.
@@ -45,37 +49,38 @@ class Notes:
     def __init__(self) -> None:
         self.calls: list[Note] = []
         self.alive: Tensor | None = None
+        self.chosen: dict[int | None, Tensor] = {}
         self.allowed: Mapping[int, Tensor] | None = None
         self.all_off, self.running, self.untold = False, False, False
 
     def begin(self) -> None:
         """A forward begins."""
-        self.calls, self.alive, self.running, self.untold = [], None, True, False
+        self.calls, self.alive, self.chosen, self.running, self.untold = [], None, {}, True, False
 
     def end(self) -> None:
         """It is over: what backward computes again, for checkpointing, isn't noted."""
-        self.running, self.alive = False, None
+        self.running, self.alive, self.chosen = False, None, {}
 
     @property
     def has_scores(self) -> bool:
         """Whether a forward has been noted that has chosen something."""
         return any(call.scores is not None for call in self.calls)
 
-    def add(self, layer: int, positions: float, scores: Tensor | None = None) -> None:
+    def add(self, note: Note) -> None:
         """A layer was called."""
         if self.running:
-            self.calls.append(Note(layer, positions, scores))
+            self.calls.append(note)
 
-    def code(self, layer: int, scores: Tensor) -> Tensor:
+    def code(self, layer: int, scores: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
         """Equation 8 without noise: whether a channel is computed, bool."""
-        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores > 0
+        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores > threshold
         if self.allowed is not None and layer in self.allowed:
             made = made & self.allowed[layer]
         return made
 
-    def counted(self, scores: Tensor, open: Tensor) -> Tensor:
-        """Scores that are positive where a channel is computed: if images run together, for any of them."""
-        return scores if self.allowed is None else open.any(0).to(scores.dtype).sub(0.5).expand_as(scores)
+    def made(self, open: Tensor) -> Tensor:
+        """The channels that are computed, of those that aren't zero: if images run together, those of any of them."""
+        return open if self.allowed is None else open.any(0).expand_as(open)
 
     def __getstate__(self) -> dict[str, object]:
         return vars(Notes())  # a copy has run nothing
@@ -249,15 +254,14 @@ class Counting:
         A layer inside of the model may see several rows for each image: its frames, or the boxes that were found. Where
         their number isn't a multiple of the images', all images count as their mean.
         """
-        assert call.scores is not None
-        scores = _rows(call.scores)
-        if not (scores < torch.inf).all():  # at minus infinity a channel is off
+        assert call.scores is not None and call.made is not None
+        if not (call.scores < torch.inf).all():  # at minus infinity a channel is off
             raise AutogateError(
                 "its saliency scores are NaN or infinite.",
                 where=self.layers[call.layer].path,
                 remedy="Normalise the inputs as in training; if training diverged, load a checkpoint from before that.",
             )
-        made = scores > 0
+        made = _rows(call.made)
         if len(made) % images:
             return made.expand(images, -1, -1)
         return made.view(images, -1, made.shape[1])
@@ -281,5 +285,5 @@ class Counting:
 
 
 def _rows(scores: Tensor) -> Tensor:
-    """Scores as (images, channels), also of a layer that was called without a batch."""
+    """Scores or codes as (images, channels), also of a layer that was called without a batch."""
     return scores if scores.ndim == 2 else scores[None]

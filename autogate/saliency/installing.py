@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autogate.inputs import Inputs, dtype_of_parameters
 from autogate.saliency.bank import SALIENCY, SaliencyBank
-from autogate.saliency.counting import CountedLayer, Counting, Fixed, Notes
+from autogate.saliency.counting import CountedLayer, Counting, Fixed, Note, Notes
 from autogate.saliency.kinds import classes_of
 from autogate.saliency.layout import layout_of
 from autogate.saliency.module import NAME, FollowingModule, SaliencyModule
@@ -293,7 +293,7 @@ class _Noting:
         self._layer, self._notes = layer, notes
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._notes.add(self._layer, layout_of(module).positions(output))
+        self._notes.add(Note(self._layer, layout_of(module).positions(output)))
 
 
 class _Looking:

@@ -32,14 +32,18 @@ class Layout:
         """Equation 5: the mean of each channel over positions, shape (images, channels), in float32 at least."""
         precise = torch.promote_types(x.dtype, torch.float32)
         if self.dims is not None:
-            return x.flatten(-self.dims).mean(-1, dtype=precise)
+            return x.mean(tuple(range(-self.dims, 0)), dtype=None if x.dtype == precise else precise)
         return x.to(precise) if x.ndim < 3 else x.flatten(1, -2).mean(1, dtype=precise)
 
     def broadcast(self, channels: Tensor, x: Tensor) -> Tensor:
-        """(images, channels) as a factor of the feature map `x`."""
+        """(images, channels), or (channels,) for all images, as a factor of the feature map `x`."""
         if self.dims is not None:
             return channels.view(*channels.shape, *[1] * self.dims)
-        return channels if x.ndim < 3 else channels.view(len(channels), *[1] * (x.ndim - 2), channels.shape[1])
+        return (
+            channels
+            if x.ndim < 3 or channels.ndim < 2
+            else channels.view(len(channels), *[1] * (x.ndim - 2), channels.shape[1])
+        )
 
     def nonzero(self, x: Tensor) -> Tensor:
         """Which channels aren't zero everywhere, bool, shape (channels,)."""

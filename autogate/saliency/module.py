@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autogate.saliency.counting import Notes
+from autogate.saliency.counting import Note, Notes
 from autogate.saliency.layout import Layout
 from autogate.saliency.penalty import penalised
 
@@ -69,7 +69,7 @@ class SaliencyModule(nn.Module):
         soft: 0-dim, the share of images that get s1 in training.
         threshold: 0-dim, what a score must exceed for its channel to be computed.
         open: bool, (images, outputs): the channels that aren't zero in the latest forward.
-        factor: (images, outputs): what the norm's output is multiplied by; None once that is done.
+        pending: scores and code of a call whose output isn't scaled yet, both (images, outputs); else None.
     """
 
     push: Tensor
@@ -91,8 +91,8 @@ class SaliencyModule(nn.Module):
             self.register_buffer(name, torch.zeros(()))
         self.layout, self.layer, self.notes, self.published, self.closes = layout, layer, notes, published, closes
         self.open: Tensor | None = None
-        self.factor: Tensor | None = None
-        self._scores: Tensor | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self._note: Note | None = None
 
     @property
     def macs(self) -> int:
@@ -110,24 +110,25 @@ class SaliencyModule(nn.Module):
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer: score its channels."""
         scores = self(args[0] if args else kwargs["input"])
-        code = self.code(scores)
+        code, known = self.code(scores), scores.detach()
         self.open = code if code.dtype == torch.bool else code.detach() > 0
-        self.factor = scores.clamp(min=torch.finfo(scores.dtype).min) * code  # minus infinity times 0 is NaN
-        self._scores = self.notes.counted((scores - self.threshold).detach(), self.open)
+        self.pending = scores, code
+        made = known > self.threshold if self.training else self.open  # noise isn't counted
+        self._note = Note(self.layer, 0.0, known, self.notes.made(made))
 
     def code(self, scores: Tensor) -> Tensor:
         """Equations 7 and 8: which channels are computed, of their scores, (images, outputs); in eval mode bool."""
         if not self.training:
-            return self.notes.code(self.layer, scores - self.threshold)
+            return self.notes.code(self.layer, scores.detach(), self.threshold)
         noise = self.noise * torch.randn_like(scores) - self.threshold
         soft = torch.rand_like(scores[..., :1]) < self.soft
         return binarized(penalised(scores, self.push, self.level, self.published), noise, soft)
 
     def made(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Behind the layer: note what it costs. Before a norm across channels, those that are off are zero."""
-        assert self._scores is not None and self.open is not None
-        self.notes.add(self.layer, self.layout.positions(output), self._scores)
-        self._scores = None
+        assert self._note is not None and self.open is not None
+        self.notes.add(self._note._replace(positions=self.layout.positions(output)))
+        self._note = None
         return output * self.layout.broadcast(self.open, output) if self.closes else None
 
     def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -138,9 +139,17 @@ class SaliencyModule(nn.Module):
         """The same before the first module inside a norm that has an activation of its own."""
         return self._scaled(args[0]), *args[1:]
 
+    def factor(self) -> Tensor:
+        """What the norm's output is to be multiplied by, (images, outputs)."""
+        assert self.pending is not None
+        scores, code = self.pending
+        return scores.clamp(min=torch.finfo(scores.dtype).min) * code  # minus infinity times 0 is NaN
+
     def _scaled(self, x: Tensor) -> Tensor:
-        factor, self.factor = self.factor, None
-        return x if factor is None else x * self.layout.broadcast(factor, x).to(x.dtype)
+        if self.pending is None:
+            return x
+        factor, self.pending = self.factor(), None
+        return x * self.layout.broadcast(factor, x).to(x.dtype)
 
 
 class FollowingModule(nn.Module):
@@ -179,7 +188,7 @@ class FollowingModule(nn.Module):
 
     def made(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Behind the convolution: note what it costs. Before a norm across channels, those that are off are zero."""
-        self.notes.add(self.layer, self.layout.positions(output))
+        self.notes.add(Note(self.layer, self.layout.positions(output)))
         return output * self.layout.broadcast(self.open, output).to(output.dtype) if self.closes else None
 
     def scale(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:

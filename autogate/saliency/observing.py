@@ -99,8 +99,8 @@ class _Counts:
     def add(self, calls: Sequence[Note]) -> None:
         """Count the calls of a forward."""
         for call in calls:
-            if call.scores is not None:
-                made = (call.scores > 0).view(-1, call.scores.shape[-1])
+            if call.made is not None:
+                made = call.made.reshape(-1, call.made.shape[-1])
                 self._used[call.layer] += made.sum(0).cpu()
                 self._rows[call.layer] += len(made)
 

@@ -16,6 +16,7 @@ from autogate.skipping.break_even import ALL, BreakEven
 from autogate.skipping.folding import PassingNorm, norm_of
 from autogate.skipping.forwards import SkippingForward
 from autogate.skipping.grouping import group, grouping_of, ungroup
+from autogate.skipping.links import links
 from autogate.skipping.pooling import PoolingForward
 from autogate.skipping.timing import inputs_of, measured
 from autogate.skipping.unused import analysed, close, live_classes, put_on, slim, take_off, used_classes
@@ -234,7 +235,8 @@ def with_forwards(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> Fo
     """Put forwards on layers that don't run whole, and on poolings. Returns those that can skip; none does yet."""
     found: Forwards = {}
     stays = torch.cat([~bank.counting.zero, torch.ones(1, dtype=torch.bool)])
-    for layer in bank.counting.layers:
+    layers = bank.counting.layers
+    for layer, link in zip(layers, links(layers, bank.counting.zero), strict=True):
         if layer.kind == "whole":
             continue
         owner, norm, by_itself = model.get_submodule(layer.path), None, False
@@ -246,7 +248,7 @@ def with_forwards(model: nn.Module, bank: SaliencyBank, undo_log: UndoLog) -> Fo
                 norm = PassingNorm(known)
                 undo_log.set_attribute(known, "forward", norm)
         at_once = by_itself or norm is not None
-        forward = SkippingForward(owner, module, layer, bank.notes, stays, norm, at_once)
+        forward = SkippingForward(owner, module, layer, bank.notes, stays, norm, at_once, link)
         undo_log.set_attribute(owner, "forward", forward)
         if forward.can_skip:
             found[layer.path] = forward

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from autogate.saliency import CountedLayer, FollowingModule, Notes, SaliencyModule, layout_of
 from autogate.skipping.break_even import ALL, BreakEven
 from autogate.skipping.folding import PassingNorm
+from autogate.skipping.links import Link
 
 FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d, nn.Linear: F.linear,
@@ -32,11 +33,13 @@ class Group(NamedTuple):
         images: their indices; None for all of the batch.
         on: the channels that are computed; None for all.
         read: the input channels that are read; None for all.
+        alike: whether all images have just these channels: then none of them is off.
     """
 
     images: Tensor | None
     on: Tensor | None
     read: Tensor | None
+    alike: bool = False
 
 
 class SkippingForward:
@@ -50,6 +53,7 @@ class SkippingForward:
         stays: bool, shape (classes + 1,): the classes that may be other than zero before any layer has made them.
         norm: the batch norm behind it, where that is scaled; None for another one or none.
         at_once: whether its output is scaled where `norm` is, or, without one, by itself: no code lies in between.
+        link: to the layers that it reads from, and that read from it.
 
     Attributes:
         rows, columns: whether rows or columns of its kernel can be gathered: a layer that only reads computes all
@@ -59,7 +63,7 @@ class SkippingForward:
 
     def __init__(
         self, conv: Any, module: SaliencyModule | FollowingModule | None, layer: CountedLayer, notes: Notes,
-        stays: Tensor, norm: PassingNorm | None, at_once: bool,
+        stays: Tensor, norm: PassingNorm | None, at_once: bool, link: Link,
     ):  # fmt: skip
         self.conv, self.module, self.notes, self.norm, self.at_once = conv, module, notes, norm, at_once
         self._earlier = conv.__dict__.get("forward")
@@ -68,6 +72,7 @@ class SkippingForward:
         self._layout = layout_of(conv)
         self._inputs, self._outputs = (classes.remainder(len(stays)) for classes in (layer.inputs, layer.outputs))
         self._stays = stays.int()
+        self._link = link
         self.break_even: BreakEven | None = None
 
     @property
@@ -80,7 +85,9 @@ class SkippingForward:
             self.notes.untold = True
             return self._whole(input, *args, **kwargs)
         batched = self._batched(input)
-        read = self._follow(input) if batched else None
+        code: Any = self.module.open if self.module is not None and batched else None
+        on = _index(code[0]) if code is not None and code.shape[0] == 1 else None
+        read = self._follow(input, code, on) if batched else None
         if read is None:
             self.notes.untold = True
         if (
@@ -91,17 +98,17 @@ class SkippingForward:
             or not input.shape[0]
         ):
             return self._whole(input, *args, **kwargs)
-        return self._skipped(input, self._groups(read, self.break_even))
+        return self._skipped(input, self._groups(code, on, read, self.break_even))
 
     def trial(self, input: Tensor, on: float, read: float) -> Tensor:
         """What the layer and its norm take if these shares of its channels are on, and of its input: for timing.
 
         With all of them on, nothing is gathered.
         """
-        code, reads = (torch.arange(size, device=input.device) < max(1, round(share * size))
-                       for share, size in ((on, len(self._outputs)), (read, len(self._inputs))))  # fmt: skip
-        group, affine = self._group(None, code, reads, ALL), self._affine(input)
-        factor = None if affine is None else affine.new_ones(len(input), affine.shape[1])
+        rows, columns = (torch.arange(max(1, round(share * size)), device=input.device)
+                         for share, size in ((on, len(self._outputs)), (read, len(self._inputs))))  # fmt: skip
+        group, affine = self._group(None, rows, columns, ALL), self._affine(input)
+        factor = None if affine is None else affine.new_ones(len(input), len(self._outputs))
         made = self._spread(input, [group], [self._computed(input, group, affine, factor)])
         if self.norm is not None:
             self.norm.done = affine is not None
@@ -116,46 +123,60 @@ class SkippingForward:
     def _batched(self, input: Tensor) -> bool:
         return input.ndim >= 2 if self._layout.dims is None else input.ndim == self._layout.dims + 2
 
-    def _follow(self, input: Tensor) -> Tensor | None:
-        """Note which classes are made; returns 0 for input channels that are zero, shape (images, channels).
+    def _follow(self, input: Tensor, code: Tensor | None, on: Tensor | None) -> Tensor | None:
+        """Note which channels are made. Returns the input channels that aren't zero.
 
-        None if that isn't known: the layer runs outside of the model's forward, or sees other rows than images.
+        They are indices, or, of several images, (images, channels): 0 where a channel is zero. None if that isn't
+        known: the layer runs outside of the model's forward, or sees other rows than images.
         """
         notes, images = self.notes, input.shape[0]
         if not notes.running or notes.untold:
             return None
+        direct = self._link.direct and on is not None and notes.allowed is None
+        read = notes.chosen.get(self._link.source)
+        if read is None or not direct:
+            alive = self._alive(input)
+            if alive.shape[0] != images:
+                return None
+            if read is None:
+                read = alive.index_select(1, self._inputs)
+                read = _index(read[0]) if images == 1 else read
+            if code is not None and not direct:
+                alive.index_add_(1, self._outputs, code.int())  # a class may be there several times
+        if direct:
+            assert on is not None
+            before = notes.chosen.get(self._link.number)
+            notes.chosen[self._link.number] = on if before is None else torch.cat([before, on]).unique()
+        return read
+
+    def _alive(self, input: Tensor) -> Tensor:
         if self._stays.device != input.device:
             self._stays, self._inputs, self._outputs = (
                 one.to(input.device) for one in (self._stays, self._inputs, self._outputs)
             )
-        if notes.alive is None:
-            notes.alive = self._stays.repeat(images, 1)
-        if notes.alive.shape[0] != images:
-            return None
-        read = notes.alive.index_select(1, self._inputs)
-        if self.module is not None:
-            open: Any = self.module.open
-            notes.alive.index_add_(1, self._outputs, open.int())  # a class may be there several times
-        return read
+        if self.notes.alive is None:
+            self.notes.alive = self._stays.repeat(input.shape[0], 1)
+        return self.notes.alive
 
-    def _groups(self, read: Tensor | None, break_even: BreakEven) -> list[Group]:
+    def _groups(
+        self, code: Tensor | None, on: Tensor | None, read: Tensor | None, break_even: BreakEven
+    ) -> list[Group]:
         """The images of a batch that compute the same channels; where all are computed, those that read the same."""
-        code = self.module.open if self.module is not None else None if read is None else read > 0
-        if code is None:
-            return [Group(None, None, None)]
-        if code.shape[0] == 1:
-            return [self._group(None, code[0], None if read is None else read[0], break_even)]
+        if code is None and read is not None and read.ndim == 2:
+            code = read > 0
+        if code is None or on is not None:
+            return [self._group(None, on, read, break_even)]
         if self.notes.allowed is not None:
-            return [self._group(None, code.any(0), None if read is None else read.any(0), break_even)]
+            return [self._group(None, _index(code.any(0)), read, break_even)._replace(alike=False)]
         codes, of = torch.unique(code, dim=0, return_inverse=True)
         if len(codes) == 1:
-            return [self._group(None, codes[0], None if read is None else read.any(0), break_even)]
+            return [self._group(None, _index(codes[0]), read, break_even)]
         if code.device.type != "cpu":  # there a batch at once is faster than one image after the other
             return [Group(None, None, None)]
         found, whole = [], []
         for number, one in enumerate(codes):
             images = (of == number).nonzero().flatten()
-            group = self._group(images, one, None if read is None else read[images].any(0), break_even)
+            group = self._group(images, _index(one), read, break_even)
             if group.on is None and group.read is None:
                 whole.append(images)
             else:
@@ -164,26 +185,32 @@ class SkippingForward:
             return [Group(None, None, None)]
         return found + ([Group(torch.cat(whole), None, None)] if whole else [])
 
-    def _group(self, images: Tensor | None, code: Tensor, read: Tensor | None, break_even: BreakEven) -> Group:
-        """What is gathered for images with this code; everything is computed where that is as fast."""
-        on = code.nonzero().flatten() if self.rows else None
-        work, columns = 1.0 if on is None else on.shape[0] / code.shape[0], None
+    def _group(self, images: Tensor | None, on: Tensor | None, read: Tensor | None, break_even: BreakEven) -> Group:
+        """What is gathered for images with these channels on; everything is computed where that is as fast.
+
+        Args:
+            images: as of a `Group`.
+            on: indices.
+            read: what `_follow` returns.
+            break_even: of the layer.
+        """
+        outputs, inputs = len(self._outputs), len(self._inputs)
+        on = on if self.rows else None
+        work, columns = 1.0 if on is None else on.shape[0] / outputs, None
         if read is not None and self.columns:
-            found, channels = read.nonzero().flatten(), read.shape[0]
-            if found.shape[0] < channels and found.shape[0] <= break_even.columns * channels:
-                work, columns = work * found.shape[0] / channels, found
+            found = _index(_taken(read, 0, images).any(0)) if read.ndim == 2 else read
+            if found.shape[0] < inputs and found.shape[0] <= break_even.columns * inputs:
+                work, columns = work * found.shape[0] / inputs, found
         if work >= 1 or work > break_even.work:
             return Group(images, None, None)
-        rows = None if on is None or on.shape[0] == code.shape[0] else _at_least_one(on)
-        return Group(images, rows, None if columns is None else _at_least_one(columns))
+        rows = None if on is None or on.shape[0] == outputs else _at_least_one(on)
+        alike = rows is not None and rows is on
+        return Group(images, rows, None if columns is None else _at_least_one(columns), alike)
 
     def _skipped(self, input: Tensor, groups: list[Group]) -> Tensor:
-        affine, factor = self._affine(input), None
-        if affine is not None:
-            module: Any = self.module
-            found: Any = module.factor if isinstance(module, SaliencyModule) else module.open
-            factor = found.to(affine.dtype)
-        made = [self._computed(input, group, affine, factor) for group in groups]
+        affine = self._affine(input)
+        factors = [None if affine is None else self._factor(group) for group in groups]
+        made = [self._computed(input, group, affine, one) for group, one in zip(groups, factors, strict=True)]
         if affine is not None:
             self._tell_done()
         return self._spread(input, groups, made)
@@ -206,16 +233,24 @@ class SkippingForward:
         conv, layout = self.conv, self._layout
         x = _taken(_taken(input, 0, group.images), layout.channel, group.read if self.columns else group.on)
         kernel = _taken(_taken(conv.weight, 0, group.on), 1, group.read)
-        if affine is None:
+        if affine is None or factor is None:
             return self._run(x, kernel, None if conv.bias is None else _taken(conv.bias, 0, group.on))
-        assert factor is not None
         factor = _taken(_taken(factor, 0, group.images), 1, group.on)
-        scale, shift = (_taken(affine, 1, group.on)[:, None] * factor).to(x.dtype)
+        affine = _taken(affine, 1, group.on)
+        if x.shape[0] > 1:
+            affine = affine[:, None]
+        scale, shift = (affine * factor).to(x.dtype)
         if x.shape[0] == 1 and kernel[0].numel() < layout.positions(x):
-            return self._run(x, kernel * scale[0].view(-1, *[1] * (kernel.ndim - 1)), shift[0])
+            return self._run(x, kernel * scale.view(-1, *[1] * (kernel.ndim - 1)), shift)
         made = self._run(x, kernel, None)
-        scale, shift = layout.broadcast(scale, made), layout.broadcast(shift, made)
-        return torch.addcmul(shift, made, scale, out=made)
+        return torch.addcmul(layout.broadcast(shift, made), made, layout.broadcast(scale, made), out=made)
+
+    def _factor(self, group: Group) -> Tensor:
+        """What the layer's channels are multiplied by, (images, channels); those that aren't computed don't matter."""
+        module: Any = self.module
+        if not isinstance(module, SaliencyModule):
+            return module.open
+        return module.pending[0] if group.alike and module.pending is not None else module.factor()
 
     def _run(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.conv
@@ -231,7 +266,7 @@ class SkippingForward:
         if isinstance(self.module, FollowingModule):
             self.module.done = True
         elif self.module is not None:
-            self.module.factor = None
+            self.module.pending = None
 
     def _spread(self, input: Tensor, groups: list[Group], made: list[Tensor]) -> Tensor:
         """The output of the whole batch, zero where channels are off."""
@@ -262,6 +297,11 @@ def spread(x: Tensor, on: Tensor, channels: int, dim: int = 1) -> Tensor:
 
 def _taken(x: Tensor, dim: int, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(dim, index)
+
+
+def _index(which: Tensor) -> Tensor:
+    """The indices at which a vector isn't zero."""
+    return which.nonzero().flatten()
 
 
 def _at_least_one(index: Tensor) -> Tensor:

@@ -145,8 +145,8 @@ def _codes(bank: SaliencyBank, images: int) -> dict[int, Tensor]:
     """The channels that each image uses in the latest forward, by layer; layers that see other rows are left out."""
     found: dict[int, Tensor] = {}
     for call in bank.notes.calls:
-        if call.scores is not None and len(call.scores) == images:
-            made = (call.scores > 0).cpu()
+        if call.made is not None and len(call.made) == images:
+            made = call.made.cpu()
             found[call.layer] = found[call.layer] | made if call.layer in found else made
     return found
 

@@ -86,8 +86,11 @@ def _merged(runs: Sequence[Sequence[Note]], back: Tensor) -> list[Note]:
     found = []
     for notes in zip(*runs, strict=True):
         first = notes[0]
-        scores = None if first.scores is None else torch.cat([note.scores for note in notes])[back]
-        found.append(Note(first.layer, sum(note.positions for note in notes), scores))
+        positions = sum(note.positions for note in notes)
+        scores, made = (
+            None if one[0] is None else torch.cat(one)[back] for one in zip(*(note[2:] for note in notes), strict=True)
+        )
+        found.append(Note(first.layer, positions, scores, made))
     return found
 
 

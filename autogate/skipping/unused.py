@@ -36,8 +36,8 @@ def used_classes(model: nn.Module, bank: SaliencyBank, batches: Iterable[Any]) -
     used = torch.zeros(len(bank.counting.zero) + 1, dtype=torch.bool)
     for _ in costs(model, bank, batches):
         for call in bank.notes.calls:
-            if call.scores is not None:
-                made = (call.scores > 0).reshape(-1, call.scores.shape[-1]).any(0).cpu()
+            if call.made is not None:
+                made = call.made.reshape(-1, call.made.shape[-1]).any(0).cpu()
                 used[bank.counting.layers[call.layer].outputs[made]] = True
     return used[:-1]
 

@@ -36,6 +36,7 @@ from rewriters import (
     rounding_errors,
 )
 from rewriters.outputs import EXACT_IN_FLOAT64, PLAINLY, TOLERANCE
+from rewriters.recording import forget
 from rewriters.slimming import ValuesOfModules
 
 _REPORT = "Please report the model."
@@ -116,6 +117,8 @@ def slim_unverified(model: nn.Module, bank: GateBank, slimming: Slimming) -> Sli
 
 
 def _remove_gates(model: nn.Module, bank: GateBank, undo_log: UndoLog) -> None:
+    """Let a model be as it was prepared: without gates, and without tables that its forwards have kept since."""
+    forget(model, bank.origin.options.kept, undo_log)
     undo_log.remove(model._modules, BANK)
     undo_log.remove(model._forward_pre_hooks, bank.hook.id)
 

@@ -62,6 +62,7 @@ class Analysed:
         others: the other example inputs, as `inputs`.
         refused: modules whose channels stay because a check of values found that they'd compute something else, and
             whether all that is in them stays.
+        looping: modules that loop over their inputs and keep their own code where they can.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -73,6 +74,7 @@ class Analysed:
     convolutions: tuple[str, ...]
     others: tuple[JsonValue, ...] = field(default=(), kw_only=True)
     refused: tuple[tuple[str, bool], ...] = field(default=(), kw_only=True)
+    looping: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ from rewriters import (
     samples_in,
 )
 from rewriters.cross_channel import plain_statistics
-from rewriters.recording import frozen_heap, generators_kept, tensor_slots
+from rewriters.recording import Kept, frozen_heap, generators_kept, tensor_slots
 from rewriters.slimming import Refused, is_under, like, pin_refused
 
 
@@ -74,7 +74,9 @@ class AnalysisOptions(NamedTuple):
         embed: whether channels that cross-channel statistics are taken over can be removed.
         others: more example inputs.
         refused: modules whose channels stay because a check of values found that they'd compute something else.
+        looping: modules that loop as often as their inputs have entries, and keep their own code if they can.
         try_slimming: whether the dry run has something to say: a check of values that finds nothing spares it.
+        kept: attributes that had no tensors yet when forwards were recorded, which set them for later calls.
     """
 
     inputs: Inputs
@@ -83,7 +85,9 @@ class AnalysisOptions(NamedTuple):
     embed: bool = True
     others: tuple[Inputs, ...] = ()
     refused: tuple[Refused, ...] = ()
+    looping: tuple[str, ...] = ()
     try_slimming: bool = True
+    kept: tuple[Kept, ...] = ()
 
     def on(self, calls: Sequence[Inputs]) -> AnalysisOptions:
         """The same for these example inputs."""
@@ -94,7 +98,7 @@ class AnalysisOptions(NamedTuple):
 def analyse_channels(model: nn.Module, options: AnalysisOptions) -> Analysis:
     """Analyse the model's channels, and pin whatever the dry run shows can't be slimmed."""
     args, kwargs = options.inputs
-    analysis = analyse(model, args, kwargs, options.ignored, options.embed, options.others)
+    analysis = analyse(model, args, kwargs, options.ignored, options.embed, options.others, options.looping)
     if options.refused:
         pin_refused(analysis, options.refused, samples_in(args, kwargs))
     return dry_run(model, analysis, args, kwargs, options.others) if options.try_slimming else analysis
@@ -183,6 +187,7 @@ def describe(
         convolutions=tuple(added),
         others=tuple(map(write_inputs, options.others)),
         refused=tuple((one.path, one.whole) for one in options.refused),
+        looping=options.looping,
     )
     return described, modules
 
@@ -219,7 +224,8 @@ def as_described(model: nn.Module, record: Analysed, calls: Sequence[Inputs], un
     cast(model, {name: spec.dtype for name, spec in record.tensors.items()} | dict(record.buffers), undo_log)
     ignored = dict.fromkeys(record.ignored, "the caller asked for it")
     refused = tuple(Refused(path, "its slim forward computed other values", whole) for path, whole in record.refused)
-    return AnalysisOptions(calls[0], ignored, record.shortcuts, record.embed, tuple(calls[1:]), refused)
+    others = tuple(calls[1:])
+    return AnalysisOptions(calls[0], ignored, record.shortcuts, record.embed, others, refused, record.looping)
 
 
 def slim_as_recorded(

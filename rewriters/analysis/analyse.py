@@ -8,7 +8,7 @@ dry run (`rewriters.dry_run`) then tries a whole slimming.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,7 @@ from rewriters.recording import Capture, tensors_at, tensors_of, without_caches
 def analyse(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None,
     ignore: Mapping[str, str] | None = None, embed: bool = True, others: Sequence[Inputs] = (),
+    looping: Collection[str] = (),
 ) -> Analysis:  # fmt: skip
     """Find the classes of coupled channels of `model`.
 
@@ -47,17 +48,19 @@ def analyse(
         ignore: names of parameters and buffers whose channels are all kept, with the reason.
         embed: whether channels that norms across channels include can be removed; if not, they are pinned.
         others: more example inputs, for which the forward may take other ways.
+        looping: paths of modules that loop over their inputs as often as these have entries. They keep their own code,
+            which takes any number, if it is right once some of their attributes are other numbers.
 
     Raises:
         CaptureError: the forward fails, or its own control flow depends on the values of tensors.
     """
     with plain_statistics(model), without_caches(model):
-        return _analyse(model, args, kwargs, ignore, embed, others)
+        return _analyse(model, args, kwargs, ignore, embed, others, looping)
 
 
 def _analyse(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, ignore: Mapping[str, str] | None,
-    embed: bool, others: Sequence[Inputs],
+    embed: bool, others: Sequence[Inputs], looping: Collection[str],
 ) -> Analysis:  # fmt: skip
     first, *more = (capture_modes(model, *inputs) for inputs in ((args, kwargs), *others))
     captures = [captured for one in (first, *more) for captured in one.captures]
@@ -72,7 +75,7 @@ def _analyse(
     known = labelling.by_tensor()
     with patches_held():
         looking = trace_statistics(model, analysis, known)
-        trace_size_holders(model, analysis, known, looking, [(args, kwargs or {}), *others])
+        trace_size_holders(model, analysis, known, looking, [(args, kwargs or {}), *others], looping)
     merge_repeated_calls(analysis)
     pin_for_unrun_layers(model, analysis)
     merge_grids(labelling)

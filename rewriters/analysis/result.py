@@ -18,7 +18,7 @@ from rewriters.cross_channel import (
 )
 from rewriters.forwards import LabelMask, TracedForward
 from rewriters.labelling import ChannelMap, Labelling, read_channel_map
-from rewriters.recording import Capture
+from rewriters.recording import Capture, Kept
 from rewriters.undo_log import UndoLog
 
 
@@ -56,6 +56,11 @@ class Analysis:
     def in_eval_mode(self) -> list[Capture]:
         """The captures in eval mode, one for each of the example inputs."""
         return [one[0] for one in self.recorded]
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """Attributes in which forwards keep tensors for later calls, and that have none yet."""
+        return tuple(dict.fromkeys(one for captured in self.captures for one in captured.kept))
 
     @property
     def opaque(self) -> frozenset[str]:

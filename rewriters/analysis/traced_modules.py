@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
@@ -13,7 +14,7 @@ from rewriters.analysis.size_holders import knows_its_sizes, may_hold_size, size
 from rewriters.analysis.trial_rewrites import pin_unresizable
 from rewriters.cross_channel import StatisticSite, find_statistics, plain_statistics, take_alike
 from rewriters.errors import TraceError
-from rewriters.forwards import NOT_TOLD_APART, TracedForward, patches_held, told_apart, trace_modes
+from rewriters.forwards import NOT_TOLD_APART, TracedForward, guard, patches_held, told_apart, trace_modes
 from rewriters.labelling import ALWAYS, Labelled, Labelling, merge_grids
 from rewriters.labelling.rules import LabelledStatistic
 from rewriters.recording import (
@@ -135,7 +136,7 @@ def _in_both_modes(ways: list[StatisticSite], labelling: Labelling) -> list[Mapp
 
 def trace_size_holders(
     model: nn.Module, analysis: Analysis, known: Mapping[int, Labelled], traces: Mapping[int, list[TracedForward]],
-    inputs: Sequence[Inputs],
+    inputs: Sequence[Inputs], looping: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Trace the modules in which a call that may hold a size meets channels that can be removed.
 
@@ -156,8 +157,10 @@ def trace_size_holders(
     plain -= {call.path for _, call in calls if id(call) in traces}
     open_ended = plain & {call.path for _, call in calls if is_open_ended(modules[call.path], call)}
     refused = _trace(model, analysis, [one for one in calls if one[1].path not in open_ended], known, traces)
-    own = find_own_code(model, analysis.recorded, analysis.labelling, inputs, open_ended | (plain & refused.keys()))
+    tried = open_ended | (plain & (refused.keys() | (_with_loops(analysis.traced) & set(looping))))
+    own = find_own_code(model, analysis.recorded, analysis.labelling, inputs, tried)
     analysis.own_code += own
+    analysis.traced = [traced for traced in analysis.traced if traced.path not in {one.path for one in own}]
     left = open_ended - {one.path for one in own}
     refused |= _trace(model, analysis, [one for one in calls if one[1].path in left], known, traces)
     for path in {one.path for one in own}:
@@ -165,6 +168,23 @@ def trace_size_holders(
     for _, call in calls:
         if call.path in refused:
             _pin_holders(analysis.labelling, call, holders[id(call)], known, refused[call.path])
+
+
+def _with_loops(traced: Iterable[TracedForward]) -> set[str]:
+    """Modules whose forwards loop as often as their inputs have entries, and decide nothing else by these."""
+    numbers: dict[str, set[type]] = {}
+    for one in traced:
+        guards = (node.args[0] for node in one.graph.nodes if node.target is guard)
+        decided = (node.meta["val"] for node in guards if isinstance(node, fx.Node) and node.target is not operator.is_)
+        numbers.setdefault(one.path, set()).update(map(type, decided))
+    return {path for path, types in numbers.items() if types == {int}}
+
+
+def looping_like(model: nn.Module, analysis: Analysis, path: str) -> set[str]:
+    """The module at `path` and others of its class, if it was traced for as many rounds as its inputs have entries."""
+    loops = _with_loops(analysis.traced)
+    modules = dict(named_modules(model))
+    return {other for other in loops if type(modules[other]) is type(modules[path])} if path in loops else set()
 
 
 def _trace(

@@ -7,6 +7,7 @@ nodes of the graph; all other numbers are constants.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,10 @@ class _Builder:
             return  # `x.to(device)` where it is there already
         args, kwargs = self._argument(made.args), self._argument(made.kwargs)
         ops = [node.target for node in made.nodes if not is_getitem(node)]
-        node = self._call(made.function, args, kwargs, made.output, ops)
+        function, owner = made.function, getattr(made.function, "__self__", None)
+        if isinstance(owner, types.GetSetDescriptorType):  # a property of a tensor: `x.T`
+            function, args = getattr, (args[0], owner.__name__)
+        node = self._call(function, args, kwargs, made.output, ops)
         if isinstance(made.output, Tensor):
             self._nodes[id(made.output)] = node
         elif isinstance(made.output, (tuple, list)):

@@ -239,6 +239,16 @@ def _modules_patched() -> Iterator[None]:
 
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 
+_ASKED = {
+    "is_inference_mode_enabled": "whether the inference mode is on",
+    "is_autocast_enabled": "whether autocast is on",
+    "is_autocast_cpu_enabled": "whether autocast is on",
+    "get_autocast_dtype": "for autocast's dtype",
+    "get_autocast_gpu_dtype": "for autocast's dtype",
+    "get_autocast_cpu_dtype": "for autocast's dtype",
+}
+"""Functions of torch that tell what its caller has switched on, by name, with what they are asked."""
+
 CONTEXTS = (torch.amp._enter_autocast, torch.amp._exit_autocast, _is_grad_enabled, _set_grad_enabled)
 """The calls in a graph where the forward enters and leaves torch.autocast or `no_grad`. They don't run on fakes."""
 
@@ -273,19 +283,39 @@ def _contexts_patched() -> Iterator[None]:
             thread.following.tracer.create_proxy("call_function", _set_grad_enabled, (mode,), {})
 
     def is_grad() -> Any:
-        asker = sys._getframe(1).f_globals.get("__name__", "")
-        if thread.following is not None and not asker.startswith("torch."):
-            raise TraceError("it asks whether gradients are recorded")
+        asker = _asker("whether gradients are recorded")
         if thread.following is None or asker != "torch.autograd.grad_mode":
             return _is_grad_enabled()
         return thread.following.tracer.create_proxy("call_function", _is_grad_enabled, (), {})
 
+    answers = {name: _unasked(name, what) for name, what in _ASKED.items()} | {"is_grad_enabled": is_grad}
     with (
         mock.patch.multiple(torch.autocast, __init__=init, __enter__=enter, __exit__=leave),
         mock.patch.object(torch._C, "_set_grad_enabled", set_grad),
-        mock.patch.object(torch, "is_grad_enabled", is_grad),
+        contextlib.ExitStack() as stack,
     ):
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch, name, answer))
         yield
+
+
+def _asker(what: str) -> str:
+    """The Python module that called what calls this. Raises if that is user code, in a forward that is followed."""
+    asker: str = sys._getframe(2).f_globals.get("__name__", "")
+    if thread.following is not None and not asker.startswith("torch."):
+        raise TraceError(f"it asks {what}")
+    return asker
+
+
+def _unasked(name: str, what: str) -> Callable[..., Any]:
+    """A function of torch that followed forwards may not call: the answer would be the one of the trace for ever."""
+    plain = getattr(torch, name)
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        _asker(what)
+        return plain(*args, **kwargs)
+
+    return ask
 
 
 def _leaves_patched() -> contextlib.AbstractContextManager[Any]:

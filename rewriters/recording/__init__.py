@@ -3,12 +3,14 @@
 from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.capture import (
     Capture,
+    Kept,
     capture,
     in_every_place,
     without_fast_paths,
 )
 from rewriters.recording.function_calls import FunctionCall, FunctionCalls
 from rewriters.recording.garbage_collection import collect, frozen_heap
+from rewriters.recording.kept_attributes import forget, kept_before, remember
 from rewriters.recording.meta_kernels import MetaMode, constant, run_on_fakes
 from rewriters.recording.module_calls import ModuleCall
 from rewriters.recording.module_walk import modules_of, named_modules, named_tensors, tensor_slots
@@ -47,6 +49,7 @@ __all__ = [
     "Capture",
     "FunctionCall",
     "FunctionCalls",
+    "Kept",
     "MetaMode",
     "ModuleCall",
     "OneNumber",
@@ -62,12 +65,14 @@ __all__ = [
     "constant",
     "drawn_since",
     "drop_caches",
+    "forget",
     "frozen_heap",
     "generators_kept",
     "held_tensors",
     "in_every_place",
     "is_draw",
     "is_getitem",
+    "kept_before",
     "leaves_of",
     "maker_of",
     "map_tensors",
@@ -81,6 +86,7 @@ __all__ = [
     "plain_kind",
     "random_numbers_kept",
     "random_states",
+    "remember",
     "reshapes_in_place",
     "run_on_fakes",
     "set_modes",

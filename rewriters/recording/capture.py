@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -50,6 +50,20 @@ from rewriters.recording.recorder import Recorder, record_module_calls
 from rewriters.recording.side_effects import attributes_preserved, generators_kept
 
 
+class Kept(NamedTuple):
+    """An attribute that a forward has set to something that holds tensors, and that had nothing before.
+
+    Attributes:
+        path: of the module.
+        name: of the attribute.
+        absent: whether it was missing; otherwise it was None.
+    """
+
+    path: str
+    name: str
+    absent: bool
+
+
 @dataclass(frozen=True)
 class Capture:
     """A recorded forward.
@@ -65,6 +79,7 @@ class Capture:
         exchanged: buffers that the forward replaced by others.
         opaque: modules that can't be recorded, by path; each of their calls is one node, an `opaque_call`.
         written: paths of modules on which the code of another module sets attributes.
+        kept: attributes that forwards set to tensors where there were none: tables that they keep for later calls.
         answered: the calls that weren't run, by their node in the graph, each with the earlier call that answered it.
     """
 
@@ -77,6 +92,7 @@ class Capture:
     exchanged: tuple[str, ...] = ()
     opaque: Mapping[str, Opaque] = field(default_factory=dict)
     written: Set[str] = frozenset()
+    kept: tuple[Kept, ...] = ()
     answered: Mapping[fx.Node, ModuleCall] = field(default_factory=dict)
 
     def calls(self) -> Iterator[ModuleCall]:
@@ -224,7 +240,7 @@ def _record(
     replies, places = RecordedOutputs(opaque, lambda noted: noted.fake(mode)), in_every_place(model, real, fakes)
     try:
         with (
-            attributes_preserved(names),
+            attributes_preserved(names) as kept,
             generators_kept(model),
             without_fast_paths(),
             torch.no_grad(),
@@ -252,5 +268,6 @@ def _record(
     recorder.graph.output(tuple(map(recorder.node_of, returned)))
     return Capture(
         recorder.graph, recorder.roots[0], recorder.nodes, fakes, places, mode, tuple(recorder.exchanged), opaque,
-        frozenset(recorder.written), recorder.answered,
+        frozenset(recorder.written), tuple(Kept(names[module][0], name, absent) for module, name, absent in kept),
+        recorder.answered,
     )  # fmt: skip

@@ -41,30 +41,39 @@ _REGISTRIES = frozenset(
 
 
 @contextlib.contextmanager
-def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
+def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, str, bool]]]:
     """Inside, forwards run on fake tensors or proxies; afterwards the modules' plain attributes are as before.
 
     This includes the contents of an attribute that is a dict, a list, a set or an object of the user's. What
     `functools.lru_cache` keeps is dropped, hooks that forwards registered are removed, and buffers that they replaced
     are put back. Children are not visited.
+
+    Yields:
+        A list, filled afterwards: the attributes that forwards have set to something that holds tensors, if they were
+        None or missing: the module, the attribute's name, and whether it was missing.
     """
     modules = list(modules)
-    before = [(module.__dict__, module.__dict__.copy()) for module in modules]
+    kept: list[tuple[nn.Module, str, bool]] = []
+    before = [(module, module.__dict__, module.__dict__.copy()) for module in modules]
     containers = [
         held
-        for _, plain in before
+        for *_, plain in before
         for name, value in plain.items()
         if type(value) not in _SIMPLE and (held := _held_in(name, value)) is not None
     ]
     filled = [(one, type(one)(one)) for one in containers if one]
     empty = [one for one in containers if not one]
     try:
-        yield
+        yield kept
     finally:
         _clear_functions(modules)
-        for attributes, plain in before:
+        for module, attributes, plain in before:
             if len(attributes) == len(plain) and all(map(operator.is_, _entries(attributes), _entries(plain))):
                 continue
+            kept += [
+                (module, name, name not in plain) for name, value in attributes.items()
+                if name not in _OWN_TO_TORCH and plain.get(name) is None and tensors_of(value)
+            ]  # fmt: skip
             for name in attributes.keys() - _OWN_TO_TORCH - plain.keys():
                 del attributes[name]
             for name in plain.keys() - _OWN_TO_TORCH:

@@ -45,11 +45,11 @@ def share_for(seed: int) -> float:
     return random.Random(seed).choice([0.9, 0.9, 0.6, 0.6, 0.6, 0.2, 0.2, 0.0])
 
 
-def over_seeds(check: Check, seeds: Sequence[int]) -> list[Any]:
+def over_seeds(check: Check, seeds: Sequence[int], drawn: Callable[[int], Recipe] = random_recipe) -> list[Any]:
     """What a check returns for each seed. A failure prints the smallest recipe that fails, as a test."""
     results = []
     for seed in seeds:
-        recipe, share = random_recipe(seed), share_for(seed)
+        recipe, share = drawn(seed), share_for(seed)
         try:
             results.append(check(recipe, share, seed))
         except Exception as error:

@@ -10,7 +10,7 @@ own and adapts to the shape it is given.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.rewriters import blocks
-from tests.rewriters.blocks import ANY, IMAGES
+from tests.rewriters.blocks import ANY, IMAGES, WAYS
 from tests.rewriters.blocks.layers import (
     GLOBAL_MAX_POOL,
     GLOBAL_POOL,
@@ -50,7 +50,7 @@ class Recipe:
         blocks: names of blocks, each with the seed of its own choices.
         head: what happens behind them.
         wiring: "chain", "residual" (every second block is added to where its width allows), "dense" (all
-            outputs meet at the end) or "two inputs".
+            outputs meet at the end), "two inputs" or "masked" (blocks that take a mask get one).
     """
 
     kind: str
@@ -144,10 +144,10 @@ class Body(nn.Module):
         self.blocks.append(block)
         self.fits.append(self.shape == shape)
 
-    def forward(self, x):
+    def forward(self, x, mask: Tensor | None = None):
         seen = []
         for block, fits in zip(self.blocks, self.fits, strict=True):
-            y = block(x)
+            y = block(x, mask) if getattr(block, "takes_mask", False) else block(x)
             x = x + y if fits and self.wiring == "residual" else y
             seen.append(x)
         return seen if self.wiring == "dense" else x
@@ -232,9 +232,9 @@ class RandomNetwork(nn.Module):
         self.aux = Auxiliary(rng, shape) if recipe.head == "auxiliary" else None
         self.any_size = all(getattr(part, "any_size", True) for part in self.modules())
 
-    def forward(self, x: Tensor, other: Tensor | None = None, *, return_maps: bool = False):
+    def forward(self, x: Tensor, other: Tensor | None = None, *, return_maps: bool = False, mask: Tensor | None = None):
         x = self.stem(x) if other is None else self.stem(x, other=other)
-        x = self.body(x)
+        x = self.body(x, mask)
         if self.dense:
             x = self.gather(x)
         out = self.head(x, return_maps)
@@ -288,9 +288,26 @@ def inputs(recipe: Recipe, batch: int, more: int = 0) -> tuple[tuple[Any, ...], 
     kwargs: dict[str, Any] = {}
     if recipe.wiring == "two inputs":
         kwargs["other"] = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if recipe.wiring == "masked":
+        mask = torch.rand((batch, *[1] * len(spatial), 1), generator=generator)
+        kwargs["mask"] = mask > 0.5
     if recipe.head in ("keyword", "dict") and recipe.kind != "features":
         kwargs["return_maps"] = recipe.seed % 2 == 0
     return tuple(args), kwargs
+
+
+def ways(recipe: Recipe, network: Network, batch: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Inputs of a batch for each way through a network: optional ones given and left out, short ones and long ones."""
+    found = []
+    twice = SHAPES[recipe.kind][-1]
+    for more in (0, twice) if network.model.any_size else (0,):
+        args, kwargs = inputs(recipe, batch, more)
+        found.append((args, kwargs))
+        if kwargs.keys() & {"mask", "other"}:
+            found.append((args, {key: value for key, value in kwargs.items() if key not in ("mask", "other")}))
+        if "return_maps" in kwargs:
+            found.append((args, kwargs | {"return_maps": not kwargs["return_maps"]}))
+    return found
 
 
 def _randomise_statistics(model: nn.Module) -> None:
@@ -315,6 +332,18 @@ def random_recipe(seed: int) -> Recipe:
     blocks = tuple((rng.choice(names), rng.randrange(1000)) for _ in range(rng.randint(1, 4)))
     wiring = rng.choice(["chain", "chain", "residual", "dense", "two inputs"])
     return Recipe(kind, rng.randrange(1000), blocks, rng.choice(HEADS[kind]), wiring)
+
+
+def recipe_with_ways(seed: int) -> Recipe:
+    """A recipe with blocks that take several ways, and an argument that decides some."""
+    recipe, rng = random_recipe(seed), random.Random(-seed - 1)
+    if recipe.kind == "features":
+        recipe = replace(recipe, kind="sequence", blocks=(), head="pool")
+    blocks = list(recipe.blocks[:2])
+    for _ in range(rng.randint(1, 2)):
+        blocks.insert(rng.randint(0, len(blocks)), (rng.choice(WAYS).__name__, rng.randrange(1000)))
+    wiring = rng.choice(["masked", "masked", "two inputs", recipe.wiring])
+    return replace(recipe, blocks=tuple(blocks), wiring=wiring)
 
 
 def deep_recipe(seed: int) -> Recipe:

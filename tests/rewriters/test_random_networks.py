@@ -32,7 +32,18 @@ from tests.rewriters.exactness import (
     slim,
     zero_kernels,
 )
-from tests.rewriters.random_networks import Network, Recipe, build, deep_recipe, inputs, random_recipe
+from tests.rewriters.random_networks import (
+    Network,
+    Recipe,
+    build,
+    deep_recipe,
+    inputs,
+    random_recipe,
+    recipe_with_ways,
+    ways,
+)
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Checked(NamedTuple):
@@ -150,29 +161,37 @@ def test_networks_of_hundreds_of_layers_are_slimmed_exactly(seed: int):
 def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
     """As `check`, with convolutions on the shortcuts, half of them disturbed; returns how many there were."""
     network = build(recipe)
-    model, args, kwargs = network.model, network.args, network.kwargs
+    return check_with_shortcuts(network.model, [(network.args, network.kwargs)], [], share, seed)
+
+
+def check_with_shortcuts(model: nn.Module, examples: list[Call], others: list[Call], share: float, seed: int) -> int:
+    """As `check_shortcuts`, for several examples, compared on these and on other calls."""
     attributes = attribute_names(model)
-    before = run_eval(model, args, kwargs)
-    inserted = UndoLog()
-    shortcuts = replace_shortcuts(model, args, kwargs, inserted).shortcuts
-    assert relative_error(run_eval(model, args, kwargs), before) <= TOLERANCE
+    before = [run_eval(model, *call) for call in examples]
+    inserted, (args, kwargs) = UndoLog(), examples[0]
+    shortcuts = replace_shortcuts(model, args, kwargs, inserted, others=examples[1:]).shortcuts
+    for call, outputs in zip(examples, before, strict=True):
+        assert relative_error(run_eval(model, *call), outputs) <= TOLERANCE
     generator = torch.Generator().manual_seed(seed)
     for shortcut in shortcuts[seed % 2 :: 2]:
         weight = model.get_parameter(shortcut.weight)
         with torch.no_grad():
             weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) / 10)
-    analysis = analyse(model, args, kwargs)
+    analysis = analyse(model, args, kwargs, others=examples[1:])
     live = random_live(analysis.channel_map.size, share, seed)
     zero_kernels(model, analysis.channel_map, live)
     placed = place_statistics(model, analysis, live)
-    wanted = run_eval(model, args, kwargs)
+    calls = [*examples, *others]
+    wanted = [run_eval(model, *call) for call in calls]
     slimmed = UndoLog()
     apply(model, restore(model, analysis, plan(model, analysis, live, args, kwargs), shortcuts), slimmed)
-    error = relative_error(run_eval(model, args, kwargs), wanted)
-    assert error <= TOLERANCE, f"{error:.1e} off"
+    for call, outputs in zip(calls, wanted, strict=True):
+        error = relative_error(run_eval(model, *call), outputs)
+        assert error <= TOLERANCE, f"{error:.1e} off for {told(call)}"
     copy.deepcopy(model).train()(*args, **kwargs)
     slimmed.undo()
-    assert all(torch.equal(a, b) for a, b in zip(run_eval(model, args, kwargs), wanted, strict=True))
+    for call, outputs in zip(calls, wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(run_eval(model, *call), outputs, strict=True))
     placed.undo()
     inserted.undo()
     assert attribute_names(model) == attributes
@@ -183,6 +202,51 @@ def check_shortcuts(recipe: Recipe, share: float, seed: int) -> int:
 def test_networks_with_convolutions_on_their_shortcuts_are_slimmed_exactly(seeds: range):
     counts = over_seeds(check_shortcuts, seeds)
     assert FRESH or sum(count > 0 for count in counts) > len(counts) / 4, "networks without shortcuts prove nothing"
+
+
+def check_ways(recipe: Recipe, share: float, seed: int) -> float:
+    """What is promised of a network that takes several ways, for all of them; returns the share that can be removed.
+
+    It is compared on at least four calls that differ from the examples, with convolutions on the shortcuts or without.
+    """
+    network = build(recipe)
+    examples = ways(recipe, network, batch=2)
+    batches = (3, 1) if examples[1:] else (3, 1, 5, 4)
+    others = [call for batch in batches for call in ways(recipe, network, batch)]
+    if seed % 2:
+        check_with_shortcuts(build(recipe).model, examples, others, share, seed)
+    (args, kwargs), *more = examples
+    analysis = analyse(network.model, args, kwargs, others=more)
+    slimmed = slim(network.model, args, kwargs, share=share, seed=seed, analysis=analysis)
+    calls = [*examples, *others]
+    got = [run_eval(network.model, *call) for call in calls]
+    slimmed.undo_log.undo()
+    for call, outputs in zip(calls, got, strict=True):
+        wanted = run_eval(network.model, *call)
+        error = relative_error(outputs, wanted)
+        if error > TOLERANCE:  # an output may be rounding and nothing else
+            error = relative_error(outputs, wanted, rounding_errors(network.model, *call))
+        assert error <= TOLERANCE, f"{error:.1e} off for {told(call)}"
+    slimmed.placed.undo()
+    return prunable_share(network.model, analysis.channel_map)
+
+
+def told(call: Call) -> str:
+    """The shape and the options of a call."""
+    args, kwargs = call
+    return f"{tuple(args[0].shape)}, {', '.join(kwargs) or 'no options'}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", chunks(max(40, DRAWS // 2)), ids=str)
+def test_networks_that_take_several_ways_are_slimmed_exactly_in_each(seeds: range):
+    shares = over_seeds(check_ways, seeds, recipe_with_ways)
+    assert FRESH or sum(shares) / len(shares) > 0.3, "networks that are pinned all over prove nothing"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_network_that_takes_several_ways_is_slimmed_exactly_in_each(seed: int):
+    assert check_ways(recipe_with_ways(seed), 0.6, seed) > 0.3
 
 
 def fails_on_attention(recipe: Recipe, share: float, seed: int) -> None:

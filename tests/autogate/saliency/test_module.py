@@ -58,9 +58,9 @@ def test_half_of_the_images_get_s1_in_training():
     nn.init.zeros_(made.expand.bias)
     made.soft.fill_(0.5)
     made.read(nn.Conv2d(6, 8, 1), (torch.randn(4000, 6, 1, 1),), {})
-    hard = (made.factor == 1).all(1)
+    hard = (made.factor() == 1).all(1)
     assert 0.47 < hard.float().mean() < 0.53
-    assert (made.factor[~hard] < 1).all()
+    assert (made.factor()[~hard] < 1).all()
 
 
 def test_noise_has_its_deviation_and_eval_mode_has_none():
@@ -81,7 +81,7 @@ def test_the_threshold_shifts_the_code_and_not_the_scale():
     scores = made(X).detach()
     made.threshold.fill_(float(scores.median()))
     made.read(nn.Conv2d(6, 8, 1), (X,), {})
-    assert torch.equal(made.factor, scores * (scores > scores.median()))
+    assert torch.equal(made.factor(), scores * (scores > scores.median()))
 
 
 def test_a_channel_that_is_off_is_zero_at_a_score_of_minus_infinity():

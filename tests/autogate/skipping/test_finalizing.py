@@ -53,9 +53,26 @@ def assert_skips_exactly(model: nn.Module, images: Tensor, tolerance: float = 1e
         assert torch.equal(adaptive.cost(fast), adaptive.cost(masked))
 
 
+class Twice(nn.Module):
+    """A convolution that is called twice before anything reads it: for all images, or for one and then for all."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.shared, self.last, self.alone = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.shared(-x[:1] if self.alone else -x).relu()
+        return (self.last(self.shared(x).relu()) + self.last(first)).mean((2, 3))
+
+
 @pytest.mark.parametrize("make", [Branches, chain, Tokens])
 def test_what_skips_returns_what_is_masked(make):
     assert_skips_exactly(prepared(make()), IMAGES)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_layer_that_is_called_twice_is_read_whole(alone):
+    assert_skips_exactly(prepared(Twice(alone)), IMAGES)
 
 
 class Sized(nn.Module):

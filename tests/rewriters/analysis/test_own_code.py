@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -164,3 +165,64 @@ def test_what_is_passed_on_may_be_more_than_in_the_example():
     assert slim.attention.heads < HEADS
     wanted, got = (run_eval(model, (tokens(3),), {"is_causal": True}) for model in (gated, slim))
     assert relative_error(got, wanted) <= TOLERANCE
+
+
+class Transposing(nn.Module):
+    """Takes keyword arguments of any name, and reads a property of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 12)
+
+    def forward(self, x, **options):
+        y = self.first(x).mT
+        return self.second(y.reshape(y.shape).mT) * options["scale"]
+
+
+class Scaled(Model):
+    def forward(self, x):
+        return self.head(self.norm(self.attention(self.stem(x), scale=2.0)))
+
+
+def test_properties_of_tensors_in_code_that_is_not_traced():
+    model = prepared(Scaled(Transposing))
+    assert autogate.summary(model).reach == 1.0
+    gated, slim = closed(model)
+    assert slim.attention.first.out_features < 8
+    assert relative_error(run_eval(slim, (tokens(3, 7),)), run_eval(gated, (tokens(3, 7),))) <= TOLERANCE
+
+
+class ConvLSTM(nn.Module):
+    """Shi et al., "Convolutional LSTM Network", equation 3, without peepholes: a loop over the frames of a clip."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.hidden, self.how = 8, how
+        self.gates, self.out = nn.Conv2d(3 + 8, 32, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, clip):
+        b, n, _, *size = clip.shape
+        h = c = clip.new_zeros(b, self.hidden, *size)
+        outs = []
+        for frame in clip.unbind(1) if self.how == "unbind" else (clip[:, t] for t in range(n)):
+            gates = self.gates(torch.cat([frame, h], 1))
+            i, f, g, o = gates.chunk(4, 1) if self.how == "chunk" else gates.split(self.hidden, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            outs.append(self.out(h))
+        return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize("how", ["unbind", "chunk"])
+def test_a_loop_over_frames_keeps_its_code_and_takes_any_number(how, tmp_path):
+    torch.manual_seed(0)
+    clip = torch.randn(3, 7, 3, 5, 5).double()
+    model = autogate.prepare(ConvLSTM(how).double().eval(), clip[:2, :2], flops=0.5)
+    kill(model, 0.4)
+    gated, slim = copy.deepcopy(model), autogate.finalize(model, warn=False)
+    assert "forward" not in vars(slim) and slim.hidden == slim.out.in_channels < 8
+    autogate.save(slim, tmp_path / "slim.safetensors")
+    loaded = autogate.load(tmp_path / "slim.safetensors", ConvLSTM(how).double())
+    for one, frames in itertools.product((slim, copy.deepcopy(slim), loaded), (1, 2, 7)):
+        inputs = (clip[:, :frames],)
+        assert relative_error(run_eval(one, inputs), run_eval(gated, inputs)) <= TOLERANCE

@@ -59,6 +59,7 @@ from tests.rewriters.blocks.residual import (
     TwoStreams,
 )
 from tests.rewriters.blocks.shared import Constants, Shared, SharedPair, SharedPlumbing, Unknown
+from tests.rewriters.blocks.ways import ByLength, ByMask
 from tests.rewriters.blocks.writing import Written
 
 ANY = (
@@ -74,3 +75,6 @@ ANY = (
 
 IMAGES = (*ANY, PixelShuffle, DynamicConv)
 """Blocks for images."""
+
+WAYS = (ByMask, ByMask, ByLength)
+"""Blocks that take several ways, for any number of spatial dimensions."""

@@ -250,3 +250,51 @@ def test_a_kernel_normed_at_each_position_loses_channels_on_both_sides(groups):
     found = assert_exact(model, (image().double(),)).analysis.channel_map
     kernel = PARAMETERS["weight_norm"]
     assert {Side(f"b.{kernel}", 0), Side("a.weight", 0), Side("last.weight", 1)} <= set(found.classes)
+
+
+class LoRA(nn.Linear):
+    """A matrix of low rank beside a frozen one (Hu et al., section 4.1), as peft writes it."""
+
+    def __init__(self, inputs, outputs, rank=3):
+        super().__init__(inputs, outputs)
+        self.lora_A, self.lora_B = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+        self.dropout, self.scaling = nn.Dropout(0.1), 0.5
+        self.magnitude = nn.Parameter(torch.rand(outputs) + 0.5)
+
+    def forward(self, x):
+        return super().forward(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scaling
+
+
+class Merged(LoRA):
+    def kernel(self):
+        return self.weight + self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+
+    def forward(self, x):
+        return F.linear(x, self.kernel(), self.bias)
+
+
+class DoRA(Merged):
+    """The sum's rows have learned norms (Liu et al., section 4.1)."""
+
+    def kernel(self):
+        kernel = super().kernel()
+        return (self.magnitude / torch.linalg.norm(kernel, dim=1).detach())[:, None] * kernel
+
+
+class DoRAOfPeft(LoRA):
+    """Without the kernel itself."""
+
+    def forward(self, x):
+        low_rank = self.lora_B(self.lora_A(torch.eye(self.lora_A.weight.shape[1], dtype=x.dtype))).T
+        norm = torch.linalg.norm(self.weight + self.scaling * low_rank.detach(), dim=1)
+        scale, base = (self.magnitude / norm.detach()).view(1, -1), F.linear(x, self.weight)
+        return base + self.bias + (scale - 1) * base + scale * self.lora_B(self.lora_A(x)) * self.scaling
+
+
+@pytest.mark.parametrize("layer", [LoRA, Merged, DoRA, DoRAOfPeft])
+def test_a_kernel_of_low_rank_beside_another(layer):
+    """A gate would have to stand on a sum of two kernels where these are added, so inputs stay there."""
+    net = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), layer(12, 16), nn.ReLU(), nn.Linear(16, 3)).double().eval()
+    channel_map = assert_exact(net, (torch.randn(4, 5).double(),)).analysis.channel_map
+    assert not is_pinned(channel_map, "2.weight", 0) and not is_pinned(channel_map, "2.lora_A.weight", 0)
+    assert is_pinned(channel_map, "2.weight", 1) == (layer is not LoRA)
