@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autogate.budget import ResourceMaker
-from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of
+from autogate.gating import BANK, GateBank, check_preparable, gated_within, optimizers_of, way_out
 from autogate.inputs import as_calls, dtype_of_parameters, fitted
 from autogate.inspection import AdaptiveSummary, Summary, summarise, summarise_adaptive, summarise_slim
 from autogate.lock import locked
@@ -152,8 +152,8 @@ def prepare(
             raise AutogateError(
                 f"none of its channels can be removed. {analysis.channel_map.why_pinned()}",
                 where=type(model).__name__,
-                remedy=_FOR_LIKE_INPUTS if options.refused or len(options.others) > len(others) else
-                "Check `ignore`, and that layers lie between the first and the last.",
+                remedy=_FOR_LIKE_INPUTS if options.refused or len(options.others) > len(others)
+                else way_out(model, bool(ignored)),
             )  # fmt: skip
         added = {shortcut.weight for shortcut in replaced.shortcuts}
         targets = shares.targets(model, analysis.channel_map, options.inputs, added)

@@ -223,5 +223,5 @@ def _widths(found: WhatIf) -> Table:
 def _pins(found: WhatIf) -> Table:
     table = Table("pinned at", "op", "reason", title="What keeps the rest")
     for pin in found.pins:
-        table.add_row(escape(pin.module or "(outputs)"), escape(pin.op), escape(pin.reason))
+        table.add_row(escape(pin.place), escape(pin.op), escape(pin.reason))
     return table

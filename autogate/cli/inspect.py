@@ -100,7 +100,7 @@ def _pins(found: Inspection) -> Table:
     table = Table("pinned at", "op", "reason", "channels", title="Pinned channels")
     for pin in found.pins:
         sides = _few(tuple(map(str, pin.sides)), 1)
-        table.add_row(escape(pin.module or "(outputs)"), escape(pin.op), escape(pin.reason), sides)
+        table.add_row(escape(pin.place), escape(pin.op), escape(pin.reason), sides)
     return table
 
 

@@ -3,7 +3,7 @@
 from autogate.gating import hooks
 from autogate.gating.bank import BANK, GateBank
 from autogate.gating.hooks import optimizers_of
-from autogate.gating.preparable import check_preparable, gated_within
+from autogate.gating.preparable import check_preparable, gated_within, way_out
 from autogate.gating.progress import Progress
 from autogate.gating.sharding import has_shards
 
@@ -16,4 +16,5 @@ __all__ = [
     "has_shards",
     "hooks",
     "optimizers_of",
+    "way_out",
 ]

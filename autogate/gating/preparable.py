@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import jit, nn
+from torch.ao.quantization import FakeQuantizeBase
 
 from autogate.gating import hooks
 from autogate.gating.bank import BANK, GateBank
@@ -54,9 +55,16 @@ def check_preparable(model: Any) -> None:
 
 
 def _check_parameters(model: nn.Module) -> None:
-    """Raise if no optimizer could ever write to one of the parameters."""
+    """Raise if a tensor has no shape yet, or if no optimizer could ever write to one of the parameters."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise AutogateError(
+                "it belongs to a lazy layer, and has no shape yet.",
+                where=name,
+                remedy="Run the model on an input first.",
+            )
     for name, parameter in model.named_parameters():
-        if nn.parameter.is_lazy(parameter) or parameter.layout != torch.strided:
+        if parameter.layout != torch.strided:
             continue
         if parameter.is_inference():
             raise AutogateError(
@@ -70,6 +78,18 @@ def _check_parameters(model: nn.Module) -> None:
                 where=name,
                 remedy="Store the tensor itself, and expand it in the forward; or store its clone.",
             )
+
+
+def way_out(model: nn.Module, ignores: bool) -> str:
+    """What to do about a model none of whose channels can be removed; `ignores` if the caller has pinned some."""
+    if any(isinstance(module, FakeQuantizeBase) for _, module in named_modules(model)):
+        return "It is prepared for quantization: slim the model first, as docs/quantization.md says."
+    if ignores:
+        return "Take layers out of `ignore` and `limits`."
+    return (
+        "What the first layer reads and the last one returns always stays, so layers have to lie between these. For "
+        "ops that need all channels, docs/troubleshooting.md says what to write instead."
+    )
 
 
 def gated_within(model: Any) -> str | None:

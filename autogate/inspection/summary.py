@@ -228,6 +228,6 @@ def _pins(summary: Summary) -> Table:
     table = Table("pinned at", "op", "reason", "channels")
     for pin in summary.pins:
         more = f" and {len(pin.sides) - 1} more" if len(pin.sides) > 1 else ""
-        cells = pin.module or "(outputs)", pin.op, pin.reason, f"{pin.sides[0]}{more}"
+        cells = pin.place, pin.op, pin.reason, f"{pin.sides[0]}{more}"
         table.add_row(*map(escape, cells))
     return table

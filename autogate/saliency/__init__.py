@@ -11,6 +11,7 @@ from autogate.saliency.observing import LayerUse, MeanUse, Use, costs, known_use
 from autogate.saliency.record import Choosing, record_of
 from autogate.saliency.run import Run
 from autogate.saliency.sites import Scaling
+from autogate.saliency.zeros import nonzero_when_off
 
 __all__ = [
     "NAME",
@@ -38,6 +39,7 @@ __all__ = [
     "known_use",
     "layout_of",
     "meet",
+    "nonzero_when_off",
     "record_of",
     "saliency_of",
     "use_of",

@@ -35,7 +35,6 @@ class Notes:
     """The calls of layers in the model's latest forward, in their order.
 
     Attributes:
-        all_off: in eval mode no score is positive: for finding out which channels are zero then.
         running: whether a forward of the whole model runs.
         alive: bool, (images, classes + 1): the classes that some layer has made so far in this forward, for those who
             skip what is zero; None before the first.
@@ -43,7 +42,8 @@ class Notes:
             one image, and whose channels other layers don't add to. These aren't in `alive`.
         untold: a layer has run that doesn't say what it makes.
         allowed: the channels that the images that run now may use, by the number of each layer, bool of shape
-            (channels,); None if their own codes decide. They run together, and compute what any of them uses.
+            (channels,) or (images, channels); None if their own codes decide. They run together, and compute what any
+            of them uses.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Notes:
         self.alive: Tensor | None = None
         self.chosen: dict[int | None, Tensor] = {}
         self.allowed: Mapping[int, Tensor] | None = None
-        self.all_off, self.running, self.untold = False, False, False
+        self.running, self.untold = False, False
 
     def begin(self) -> None:
         """A forward begins."""
@@ -73,7 +73,7 @@ class Notes:
 
     def code(self, layer: int, scores: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
         """Equation 8 without noise: whether a channel is computed, bool."""
-        made = torch.zeros_like(scores, dtype=torch.bool) if self.all_off else scores > threshold
+        made = scores > threshold
         if self.allowed is not None and layer in self.allowed:
             made = made & self.allowed[layer]
         return made

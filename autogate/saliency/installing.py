@@ -20,9 +20,9 @@ from autogate.saliency.module import NAME, FollowingModule, SaliencyModule
 from autogate.saliency.record import Choosing, as_prepared, check_recorded, recorded_zero
 from autogate.saliency.run import Run
 from autogate.saliency.sites import Known, Layer, layers_in
+from autogate.saliency.zeros import nonzero_when_off, shifting_norms
 from autogate.slim import PrepareRecord, analyse_channels, as_described, first_difference, form_of
-from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Side, UndoLog, run_eval
-from rewriters.recording import named_tensors
+from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Side, UndoLog
 
 
 def install(model: nn.Module, analysis: Analysis, run: Run, origin: PrepareRecord, undo_log: UndoLog) -> SaliencyBank:
@@ -222,48 +222,20 @@ class _Placing:
         return Counting(tuple(counted), zero, rest)
 
     def zero(self, origin: PrepareRecord) -> Tensor:
-        """The classes that are zero where all that make them are off: found by a forward with all modules off."""
-        zero = torch.ones(self._channel_map.size + 1, dtype=torch.bool)
-        zero[ALWAYS] = False
-        handles = []
-        for layer in self._layers:
-            owner = self._model.get_submodule(layer.kernel.module)
-            if layer.scaling is None:
-                zero[classes_of(self._channel_map, layer.kernel.output_side)] = False
+        """The classes that are zero where all that make them are off, bool, (classes,)."""
+        channel_map, reads, makes = self._channel_map, {}, {}
+        for number, layer in enumerate(self._layers):
             if layer.kind != "whole":
-                looking = _Looking(classes_of(self._channel_map, self._read(layer)), zero)
-                handles.append(owner.register_forward_pre_hook(looking))
-        self.notes.all_off = True
-        self.notes.begin()
-        try:
-            with _shifting_norms(self._model):
-                args, kwargs = origin.calls_for(self._model)[0]
-                run_eval(self._model, args, kwargs)
-        finally:
-            self.notes.end()
-            self.notes.all_off = False
-            for handle in handles:
-                handle.remove()
-        return zero[:-1]
-
-
-@contextmanager
-def _shifting_norms(model: nn.Module) -> Iterator[None]:
-    """Inside, all vectors are such that norms make positive values of zeros: as trained, but not by chance.
-
-    Norms that aren't trained yet leave zeros as they are.
-    """
-    vectors = {name: tensor for name, tensor in named_tensors(model).items() if tensor.ndim == 1}
-    before = {name: tensor.clone() for name, tensor in vectors.items() if tensor.is_floating_point()}
-    with torch.no_grad():
-        for name in before:
-            vectors[name].fill_(-1.0 if name.endswith("running_mean") else 1.0)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                vectors[name].copy_(value)
+                reads[layer.kernel.module] = classes_of(channel_map, self._read(layer))
+            if layer.kind == "chosen":
+                makes[number] = classes_of(channel_map, layer.kernel.output_side)
+        with shifting_norms(self._model):
+            call = origin.calls_for(self._model)[0]
+            found = nonzero_when_off(self._model, self.notes, call, reads, makes, channel_map.size)
+        for layer in self._layers:
+            if layer.scaling is None:
+                found[classes_of(channel_map, layer.kernel.output_side)] = True
+        return ~found[:-1]
 
 
 def _no_choice(model: nn.Module, layers: Sequence[Layer]) -> AutogateError:
@@ -294,13 +266,3 @@ class _Noting:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self._notes.add(Note(self._layer, layout_of(module).positions(output)))
-
-
-class _Looking:
-    """A hook that notes which classes aren't zero where a layer reads them."""
-
-    def __init__(self, classes: Tensor, zero: Tensor):
-        self._classes, self._zero = classes, zero
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._zero[self._classes[layout_of(module).nonzero(args[0]).cpu()]] = False

@@ -39,11 +39,10 @@ class Layout:
         """(images, channels), or (channels,) for all images, as a factor of the feature map `x`."""
         if self.dims is not None:
             return channels.view(*channels.shape, *[1] * self.dims)
-        return (
-            channels
-            if x.ndim < 3 or channels.ndim < 2
-            else channels.view(len(channels), *[1] * (x.ndim - 2), channels.shape[1])
-        )
+        if channels.ndim < 2:
+            return channels
+        images, size = channels.shape  # no len(): an exported model takes any number of images
+        return channels.view(images, *[1] * (x.ndim - 2), size)
 
     def nonzero(self, x: Tensor) -> Tensor:
         """Which channels aren't zero everywhere, bool, shape (channels,)."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from autogate.saliency.kinds import Kind, calls_in, can_be, classes_of, hidden_units, kinds_of
 from rewriters import ALWAYS, Analysis, ChannelMap, Kernel
@@ -78,7 +79,7 @@ def layers_in(
             kind, hidden = before if can_be(module, before.kind) and kernel.module in calls else Known("whole", 0)
         found.append(Layer(kernel, kind, None, why, hidden))
     return [
-        replace(layer, scaling=_scaling(layer.kernel.module, calls, analysis, modules))
+        replace(layer, scaling=_scaling(layer.kernel, calls, analysis, modules))
         if layer.kind in ("chosen", "follows") else layer
         for layer in _standing(found, analysis.channel_map)
     ]  # fmt: skip
@@ -107,16 +108,18 @@ def _standing(layers: Sequence[Layer], channel_map: ChannelMap) -> list[Layer]:
 
 
 def _scaling(
-    path: str, calls: Mapping[str, Sequence[ModuleCall]], analysis: Analysis, modules: Mapping[str, nn.Module]
+    kernel: Kernel, calls: Mapping[str, Sequence[ModuleCall]], analysis: Analysis, modules: Mapping[str, nn.Module]
 ) -> Scaling:  # fmt: skip
-    captured, statistics = analysis.in_eval_mode[0], analysis.channel_map.statistics
+    path, captured, channel_map = kernel.module, analysis.in_eval_mode[0], analysis.channel_map
     norms = [_norm_behind(call, captured, modules, calls) for call in calls[path]]
     norm = norms[0]
     if norm is None or any(other is None or other.path != norm.path for other in norms):
         return Scaling(path)
     if len(calls[norm.path]) != len(norms):  # it norms something else too
         return Scaling(path)
-    across = any(f"{taken.path}.".startswith(f"{norm.path}.") for taken in statistics)
+    across = any(f"{taken.path}.".startswith(f"{norm.path}.") for taken in channel_map.statistics)
+    if not across and not isinstance(modules[norm.path], _NormBase):  # a group norm couples the channels of a group
+        across = len(classes_of(channel_map, kernel.output_side).unique()) < channel_map.sizes[kernel.output_side]
     inside = norm.children[0] if norm.children else None
     if inside is not None and _takes_it(inside, norm) and len(calls[inside.path]) == len(norms):
         return Scaling(inside.path, "input", across)

@@ -21,7 +21,8 @@ LEAST_CHANNELS = 8
 class StageForward:
     """The forward of a stage: images of one prototype run together, and compute no channel that it lacks.
 
-    It shadows the module's own, on the instance. In train mode, with gradients, and traced or compiled, that runs.
+    It shadows the module's own, on the instance. In train mode, with gradients, and compiled, that runs. Exported or
+    traced, it computes all channels, and multiplies those by zero that an image's prototype lacks.
 
     Args:
         module: the stage.
@@ -35,9 +36,11 @@ class StageForward:
         self.earlier = module.__dict__.get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._groups(args, kwargs):
+        if not self._takes(args, kwargs):
             return self._own(*args, **kwargs)
         (x,) = args
+        if _is_exported():
+            return self._masked(x)
         if self.prototypes.bias.device != x.device:
             self.prototypes = self.prototypes.to(x.device)
         of = self.prototypes.of(self.layout.means(x))
@@ -61,24 +64,39 @@ class StageForward:
         notes.alive = None if after[0] is None else torch.cat(after)[back]
         return made[0] if len(groups) == 1 else torch.cat(made)[back]
 
-    def _groups(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call can be split into groups of images."""
+    def _masked(self, x: Tensor) -> Any:
+        """All images at once, each with the channels of its prototype."""
+        of = self.prototypes.of(self.layout.means(x))
+        self.notes.allowed = {layer: code[of] for layer, code in self.prototypes.codes.items()}
+        try:
+            return self._own(x)
+        finally:
+            self.notes.allowed = None
+
+    def _takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call is one whose images can have prototypes."""
+        compiled = torch.compiler.is_compiling() and not _is_exported()
         return (
-            not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled())
+            not (compiled or torch.is_grad_enabled())
             and not self.module.training
             and self.notes.running
             and self.notes.allowed is None
             and len(args) == 1
             and not kwargs
-            and type(args[0]) is Tensor
+            and (type(args[0]) is Tensor or (_is_exported() and isinstance(args[0], Tensor)))
             and args[0].ndim >= 3
-            and len(args[0]) > 0
+            and args[0].shape[0] > 0
             and (self.notes.alive is None or len(self.notes.alive) == len(args[0]))
         )
 
     def _own(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.earlier if self.earlier is not None else type(self.module).forward.__get__(self.module)
         return forward(*args, **kwargs)
+
+
+def _is_exported() -> bool:
+    """Whether a model is being exported or traced: what is made then runs any images."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _merged(runs: Sequence[Sequence[Note]], back: Tensor) -> list[Note]:

@@ -18,10 +18,10 @@ from autogate.saliency import (
     SaliencyModule,
     classes_of,
     costs,
-    layout_of,
+    nonzero_when_off,
 )
 from autogate.slim import KeptIndices, analyse_channels, form_of, kept_by_side, slim_and_record
-from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Kernel, Side, UndoLog, run_eval
+from rewriters import ALWAYS, Analysis, AutogateError, ChannelMap, Kernel, Side, UndoLog
 
 CLOSED = -1e4
 """A score that no threshold lets through."""
@@ -59,37 +59,22 @@ def live_classes(model: nn.Module, bank: SaliencyBank, channel_map: ChannelMap, 
 
 
 def _read_whole(model: nn.Module, bank: SaliencyBank, channel_map: ChannelMap) -> Tensor:
-    """The classes that layers which run whole read as something else than zero when all channels are off."""
-    found = torch.zeros(channel_map.size + 1, dtype=torch.bool)
-    kernels, handles, choosing = _kernels(channel_map), [], set()
-    for layer in bank.counting.layers:
+    """The classes that layers which run whole read as something else than zero where they are off."""
+    reads, makes, kernels, choosing = {}, {}, _kernels(channel_map), set()
+    for number, layer in enumerate(bank.counting.layers):
+        if layer.kind == "chosen":
+            makes[number] = layer.outputs
         if layer.kind != "whole":
             choosing.add(layer.path)
         elif layer.groups == 1 and layer.path in kernels:
             choosing.add(layer.path)
-            handles.append(model.get_submodule(layer.path).register_forward_pre_hook(_Looking(layer.inputs, found)))
+            reads[layer.path] = layer.inputs
+    call = bank.origin.calls_for(model)[0]
+    found = nonzero_when_off(model, bank.notes, call, reads, makes, channel_map.size)
     for kernel in channel_map.kernels:
         if kernel.module not in choosing or kernels[kernel.module] is not kernel:
             found[classes_of(channel_map, kernel.input_side)] = True
-    bank.notes.all_off = True
-    try:
-        args, kwargs = bank.origin.calls_for(model)[0]
-        run_eval(model, args, kwargs)
-    finally:
-        bank.notes.all_off = False
-        for handle in handles:
-            handle.remove()
     return found[:-1]
-
-
-class _Looking:
-    """A hook that notes which classes aren't zero where a layer reads them."""
-
-    def __init__(self, classes: Tensor, found: Tensor):
-        self._classes, self._found = classes, found
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._found[self._classes[layout_of(module).nonzero(args[0]).cpu()]] = True
 
 
 def close(bank: SaliencyBank, live: Tensor, undo_log: UndoLog) -> None:

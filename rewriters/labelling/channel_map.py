@@ -97,6 +97,11 @@ class Pin:
     reason: str
     sides: tuple[Side, ...]
 
+    @property
+    def place(self) -> str:
+        """The module's path, or words in parentheses for what is no module's: the outputs, the model's own code."""
+        return self.module or ("(outputs)" if self.op == "output" else "(model)")
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -298,7 +303,7 @@ class ChannelMap:
 
     def why_pinned(self, most: int = 5) -> str:
         """The first few pins (at most `most`) as a sentence: where and why."""
-        reasons = dict.fromkeys(f"{pin.module or 'the outputs'}: {pin.reason}" for pin in self.pins)
+        reasons = dict.fromkeys(f"{pin.module or 'the ' + pin.place.strip('()')}: {pin.reason}" for pin in self.pins)
         return "Kept: " + "; ".join(list(reasons)[:most]) + "." if reasons else "It has no layers to slim."
 
     def checksum(self) -> int:

@@ -1,6 +1,7 @@
 """Bad input is refused with the place, the cause and what to do; the model stays as it was."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -252,3 +253,28 @@ def test_a_layer_replaced_by_a_wider_one_is_named():
     other(example()).sum().backward()
     torch.optim.SGD(other.parameters(), 0.1).step()
     assert autogate.gates(other).progress().step == 1
+
+
+def test_layers_without_shapes():
+    with pytest.raises(AutogateError, match=r"0\.weight: it belongs to a lazy layer.* Run the model on an input first"):
+        autogate.prepare(nn.Sequential(nn.LazyConv2d(8, 1), nn.Conv2d(8, 4, 1)), example())
+
+
+def test_a_model_prepared_for_quantization_is_told_where_to_read_on():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.ao.quantization.prepare_qat(model, inplace=True)
+    assert "docs/quantization.md" in refused(model, example())
+
+
+def test_a_refusal_says_what_to_do():
+    class Softmax(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).softmax(1))
+
+    message = refused(Softmax(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), example())
+    assert "the model: mixed along its channels" in message and "docs/troubleshooting.md" in message
+    with pytest.raises(AutogateError, match=r"Take layers out of `ignore`"):
+        autogate.prepare(net(), example(), ignore=[name for name, _ in net().named_children()])

@@ -161,6 +161,22 @@ def test_what_a_norm_will_shift_is_known_before_it_is_trained():
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
+def test_what_statistics_across_channels_make_of_a_zero_is_read():
+    """With all channels off it is zero, with some of them on it isn't."""
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.last(x - x.mean(1, keepdim=True))
+
+    model = adaptive.prepare(Centred(), IMAGES, flops=0.9)
+    assert not saliency_of(model).counting.zero.any()
+
+
 @pytest.mark.parametrize("score", [torch.nan, torch.inf])
 def test_nan_and_infinite_scores_are_told_with_their_layer(score):
     model = adaptive.prepare(chain().eval(), IMAGES, flops=0.9)

@@ -114,6 +114,17 @@ def test_a_norm_across_channels_sees_zeros_where_channels_are_off():
     assert torch.allclose(model[:2](IMAGES), s[..., None, None] * code * plain(code * conv), atol=1e-6)
 
 
+def test_a_norm_over_groups_of_channels_sees_zeros_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(2304, 2))
+    adaptive.prepare(lively(model), IMAGES, flops=0.9)
+    choose(model)
+    s = model[0].saliency(IMAGES)
+    on = (s > 0)[..., None, None]
+    conv = nn.functional.conv2d(IMAGES, model[0].weight, model[0].bias)
+    wanted = s[..., None, None] * on * nn.GroupNorm(4, 8)(on * conv)
+    assert torch.allclose(model[:2](IMAGES), wanted, atol=1e-6)
+
+
 def test_a_depthwise_convolution_follows_its_channels():
     model = adaptive.prepare(lively(Branches()), IMAGES, flops=0.9)
     choose(model)

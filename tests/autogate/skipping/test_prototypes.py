@@ -134,6 +134,14 @@ def test_stages_of_tokens_group_images_at_any_resolution():
         assert torch.allclose(torch.cat([run(fast, image[None]) for image in images]), run(fast, images), atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [Stages, Blocks])
+def test_exported_images_have_their_prototypes(make):
+    fast = adaptive.finalize(prepared(make()), batches=[IMAGES], prototypes=3, break_even=1, warn=False)
+    with torch.no_grad():
+        exported = torch.export.export(fast, (IMAGES,)).module()
+    assert torch.allclose(exported(IMAGES), run(fast, IMAGES), atol=1e-5)
+
+
 def test_what_groups_multiply_is_what_is_counted():
     fast = adaptive.finalize(prepared(Stages()), batches=[IMAGES], prototypes=2, break_even=1, warn=False)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
