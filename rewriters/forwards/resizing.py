@@ -20,7 +20,7 @@ from rewriters.forwards.guards import GUARDS
 from rewriters.forwards.label_mask import LabelMask, SlimShapes
 from rewriters.forwards.moves import commutes, only_moves, swap_tensors
 from rewriters.forwards.rewritten_forward import in_positions
-from rewriters.forwards.sizes import FAMILIES, Resize, Scaled, scaled
+from rewriters.forwards.sizes import FAMILIES, Resize, Scaled, in_lowest_terms, scaled
 from rewriters.forwards.tracer_patches import CONTEXTS
 from rewriters.forwards.tracing import run_call
 from rewriters.labelling import Labelled
@@ -203,7 +203,7 @@ class Resizer:
         """A number as it was before slimming; an expression if it depends on other sizes than channels."""
         left, before = self._slim[number], number.meta["val"]
         if is_product_with_others(number, self._slim):
-            return self.graph.call_function(scaled, (self._copies[number], before, left)) if left else before
+            return self._scaled(number, before, left) if left else before
         if depends_on_others(number, self._slim):
             raise CannotResizeError(number, self._where, "it computes with channels and other sizes in one number.")
         return before
@@ -230,8 +230,11 @@ class Resizer:
     def _written(self, arg: Any) -> Any:
         """An argument in the new graph."""
         if isinstance(arg, Scaled):
-            return self.graph.call_function(scaled, (self._copies[arg.size], arg.value, arg.left))
+            return self._scaled(arg.size, arg.value, arg.left)
         return self._copies[arg] if isinstance(arg, fx.Node) else arg
+
+    def _scaled(self, size: fx.Node, value: Any, left: Any) -> fx.Node:
+        return self.graph.call_function(scaled, (self._copies[size], *in_lowest_terms(value, left)))
 
     def _left(self, arg: Any) -> Any:
         return fx.node.map_arg(arg, self._slim.__getitem__)

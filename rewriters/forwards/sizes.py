@@ -7,6 +7,7 @@ first, and checks the result.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ def scaled(size: Any, value: Any, left: Any) -> Any:
     if isinstance(value, float):
         return size * (value / left)
     return size * value // left if left else value
+
+
+def in_lowest_terms(value: Any, left: Any) -> tuple[Any, Any]:
+    """Both numbers of a `Scaled` size without their common factors, so that examples of all sizes give one code."""
+    if isinstance(value, tuple):
+        pairs = [in_lowest_terms(*pair) for pair in zip(value, left, strict=True)]
+        return tuple(first for first, _ in pairs), tuple(second for _, second in pairs)
+    common = math.gcd(value, left) if isinstance(value, int) and left else 1
+    return (value // common, left // common) if common > 1 else (value, left)
 
 
 @dataclass(frozen=True)

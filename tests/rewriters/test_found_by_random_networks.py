@@ -8,7 +8,7 @@ from torch import nn
 from tests.rewriters.exactness import assert_exact
 from tests.rewriters.helpers import Net, conv, image
 from tests.rewriters.random_networks import Recipe
-from tests.rewriters.test_random_networks import check, check_shortcuts
+from tests.rewriters.test_random_networks import check, check_shortcuts, check_ways
 
 
 def exact(forward, **members):
@@ -92,3 +92,8 @@ def test_recipes_that_failed_once(recipe, share, seed):
 )
 def test_recipes_whose_shortcuts_failed_once(recipe, share, seed):
     assert check_shortcuts(recipe, share, seed) > 0
+
+
+def test_sizes_that_examples_of_other_sizes_scale_alike():
+    """A whole shape with fewer channels: its other sizes, which differ in each example, are no part of the code."""
+    assert check_ways(Recipe("image", 0, (("FoldedAttention", 683),), "pool"), 0.2, 700077) > 0
