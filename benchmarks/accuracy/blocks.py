@@ -191,7 +191,8 @@ def slim_run(
         fit(model, train, setting, epochs, peak or recipe.peak / 2, _printed(str(case)), **others)
 
     torch.manual_seed(1000 + case.seed)
-    batches = zip(*(tensor[: CALIBRATION * recipe.batch].split(recipe.batch) for tensor in train), strict=True)
+    some = train.some(CALIBRATION * recipe.batch)  # files may be sorted by class
+    batches = zip(*(tensor.split(recipe.batch) for tensor in some), strict=True)
     task = Task(
         flops=case.flops, recipe=recipe, steps=recipe.steps(train, recipe.epochs), example=example,
         batches=[(setting.ready(inputs), labels) for inputs, labels in batches], loss=setting.loss,

@@ -54,11 +54,11 @@ def lite0(weights: Path, cifar: Path, count: int) -> Subject:
     """EfficientNet-Lite0 trained on ImageNet, on enlarged images of CIFAR-10. Its own answers are the labels."""
     model = timm.create_model("tf_efficientnet_lite0").eval()
     load_weights(model, weights)
-    train, test = load(cifar, "train").inputs, load(cifar, "test").inputs[:count]
-    batches = [enlarged(part) for part in train[:CALIBRATION].split(BATCH)]
+    train, test = load(cifar, "train"), load(cifar, "test").some(count)
+    batches = [enlarged(part) for part in train.some(CALIBRATION).inputs.split(BATCH)]
     calibration = [(batch, predicted(model, [batch])) for batch in batches]
-    images = [enlarged(part) for part in test.split(BATCH)]
-    return Subject(model, images, calibration, "classifier", train, enlarged)
+    images = [enlarged(part) for part in test.inputs.split(BATCH)]
+    return Subject(model, images, calibration, "classifier", train.inputs, enlarged)
 
 
 def enlarged(images: Tensor) -> Tensor:
@@ -69,10 +69,11 @@ def trained(name: str, weights: Path, cifar: Path, count: int) -> Subject:
     """A network that `benchmarks.accuracy run` has trained on CIFAR-10."""
     model = MODELS[name]().eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
-    train, test = load(cifar, "train"), load(cifar, "test").inputs[:count]
-    parts = zip(train.inputs[:CALIBRATION].split(BATCH), train.labels[:CALIBRATION].split(BATCH), strict=True)
+    train, test = load(cifar, "train"), load(cifar, "test").some(count)
+    parts = zip(*(tensor.split(BATCH) for tensor in train.some(CALIBRATION)), strict=True)
     calibration = [(normalise(images), labels) for images, labels in parts]
-    return Subject(model, [normalise(part) for part in test.split(BATCH)], calibration, "fc", train.inputs, normalise)
+    images = [normalise(part) for part in test.inputs.split(BATCH)]
+    return Subject(model, images, calibration, "fc", train.inputs, normalise)
 
 
 NETWORKS: dict[str, Callable[[Path, Path, int], Subject]] = {
