@@ -132,7 +132,8 @@ def stages_in(
 ) -> list[Stage]:
     """The outermost modules that can be stages.
 
-    They take one feature map and return one, once in a forward, and at least two layers in them choose.
+    They take one feature map and return one, once in a forward, and at least two layers in them choose. No layer in
+    them follows one outside, which has chosen for the whole batch.
 
     Args:
         model: the model.
@@ -144,11 +145,19 @@ def stages_in(
         inside = tuple(number for number, layer in enumerate(layers) if _is_in(path, layer) and layer.kind == "chosen")
         taken = any(path.startswith(f"{stage.path}.") for stage in found)
         maps = shapes.get(path, [])
-        if path and not taken and len(inside) >= 2 and len(maps) == 1 and maps[0] is not None:
+        if path and not taken and len(inside) >= 2 and len(maps) == 1 and maps[0] and not _follows(path, layers):
             first, layout = first_in(model, path, layers)
             if maps[0][layout.channel] == len(first.inputs) >= LEAST_CHANNELS:
                 found.append(Stage(path, inside, layout))
     return found
+
+
+def _follows(path: str, layers: Sequence[CountedLayer]) -> bool:
+    """Whether a layer in a module follows one outside."""
+    outside = [layer.outputs for layer in layers if layer.kind == "chosen" and not _is_in(path, layer)]
+    chosen = torch.cat(outside) if outside else torch.zeros(0, dtype=torch.long)
+    followers = (layer.outputs for layer in layers if layer.kind == "follows" and _is_in(path, layer))
+    return any(bool(torch.isin(own[own >= 0], chosen).any()) for own in followers)
 
 
 def first_in(model: nn.Module, path: str, layers: Sequence[CountedLayer]) -> tuple[CountedLayer, Layout]:

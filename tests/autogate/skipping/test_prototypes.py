@@ -191,3 +191,13 @@ def test_prototypes_that_cannot_be_had_are_told(options, match):
     with pytest.raises(autogate.AutogateError, match=match):
         adaptive.finalize(model, warn=False, **options)
     assert list(model.state_dict()) == names and "forward" not in model[0].__dict__
+
+
+def test_a_module_whose_depthwise_convolution_follows_one_outside_is_no_stage():
+    model = Stages()
+    model.first = nn.Sequential(nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.BatchNorm2d(16), *model.first)
+    torch.manual_seed(0)
+    model = adaptive.prepare(lively(model), IMAGES, flops=0.95)
+    draw_codes(model, IMAGES, 0.5)
+    grouped = adaptive.finalize(model, batches=[IMAGES], prototypes=3, break_even=1, warn=False)
+    assert [path for path, _ in adaptive.grouping(grouped).stages] == ["second"]
