@@ -175,7 +175,7 @@ def test_every_family_has_a_test():
     families = {family.__name__ for family in FAMILIES.values()}
     assert families == {
         "reshape", "create", "unflatten", "split", "index", "narrow", "pad", "roll", "channel_shuffle", "convolve",
-        "layer_norm", "group_norm", "repeat",
+        "layer_norm", "group_norm", "attention", "repeat",
     }  # fmt: skip
 
 
