@@ -40,7 +40,7 @@ def asked_shortcut_convolutions(model: nn.Module, options: AnalysisOptions, undo
         warnings.warn(
             f"{type(model).__name__}: shortcuts={shortcuts!r} changed nothing: no identity shortcut in it is the only "
             f"thing that couples removable channels{f', or it has to stay ({why})' if why else ''}",
-            stacklevel=5,
+            stacklevel=6,
         )
     for call, outputs in zip(calls, wanted, strict=True) if replaced.shortcuts else ():
         verify(model, call, outputs, "the model with convolutions on its shortcuts")

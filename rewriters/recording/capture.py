@@ -51,17 +51,19 @@ from rewriters.recording.side_effects import attributes_preserved, generators_ke
 
 
 class Kept(NamedTuple):
-    """An attribute that a forward has set to something that holds tensors, and that had nothing before.
+    """An attribute of a module whose forward keeps tensors for later calls, and what it was before the first.
 
     Attributes:
         path: of the module.
         name: of the attribute.
-        absent: whether it was missing; otherwise it was None.
+        absent: whether it was missing.
+        value: what it was: None, a flag, a number.
     """
 
     path: str
     name: str
-    absent: bool
+    absent: bool = False
+    value: Any = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Capture:
         exchanged: buffers that the forward replaced by others.
         opaque: modules that can't be recorded, by path; each of their calls is one node, an `opaque_call`.
         written: paths of modules on which the code of another module sets attributes.
-        kept: attributes that forwards set to tensors where there were none: tables that they keep for later calls.
+        kept: attributes of modules whose forwards keep tensors for later calls where there were none.
         answered: the calls that weren't run, by their node in the graph, each with the earlier call that answered it.
     """
 
@@ -268,6 +270,6 @@ def _record(
     recorder.graph.output(tuple(map(recorder.node_of, returned)))
     return Capture(
         recorder.graph, recorder.roots[0], recorder.nodes, fakes, places, mode, tuple(recorder.exchanged), opaque,
-        frozenset(recorder.written), tuple(Kept(names[module][0], name, absent) for module, name, absent in kept),
+        frozenset(recorder.written), tuple(Kept(names[module][0], *change) for module, *change in kept),
         recorder.answered,
     )  # fmt: skip

@@ -22,13 +22,13 @@ def forget(model: nn.Module, kept: Iterable[Kept], undo_log: UndoLog) -> dict[Ke
     values = {}
     for one in kept:
         held = model.get_submodule(one.path).__dict__
-        if held.get(one.name) is None:
+        if one.name not in held:
             continue
         values[one] = held[one.name]
         if one.absent:
             undo_log.remove(held, one.name)
         else:
-            undo_log.set(held, one.name, None)
+            undo_log.set(held, one.name, one.value)
     return values
 
 

@@ -40,8 +40,12 @@ _REGISTRIES = frozenset(
 """The dicts in which `nn.Module` keeps tensors and hooks; torch.jit's modules have others."""
 
 
+Change = tuple[nn.Module, str, bool, Any]
+"""A module, the name of an attribute, whether it was missing, and what it was."""
+
+
 @contextlib.contextmanager
-def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn.Module, str, bool]]]:
+def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[Change]]:
     """Inside, forwards run on fake tensors or proxies; afterwards the modules' plain attributes are as before.
 
     This includes the contents of an attribute that is a dict, a list, a set or an object of the user's. What
@@ -49,11 +53,11 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn
     are put back. Children are not visited.
 
     Yields:
-        A list, filled afterwards: the attributes that forwards have set to something that holds tensors, if they were
-        None or missing: the module, the attribute's name, and whether it was missing.
+        A list, filled afterwards, of the changed attributes of those modules on which a forward keeps tensors in an
+        attribute that was None or missing.
     """
     modules = list(modules)
-    kept: list[tuple[nn.Module, str, bool]] = []
+    kept: list[Change] = []
     before = [(module, module.__dict__, module.__dict__.copy()) for module in modules]
     containers = [
         held
@@ -70,10 +74,7 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn
         for module, attributes, plain in before:
             if len(attributes) == len(plain) and all(map(operator.is_, _entries(attributes), _entries(plain))):
                 continue
-            kept += [
-                (module, name, name not in plain) for name, value in attributes.items()
-                if name not in _OWN_TO_TORCH and plain.get(name) is None and tensors_of(value)
-            ]  # fmt: skip
+            kept += _changes(module, plain)
             for name in attributes.keys() - _OWN_TO_TORCH - plain.keys():
                 del attributes[name]
             for name in plain.keys() - _OWN_TO_TORCH:
@@ -83,6 +84,17 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[tuple[nn
             _restore(container, content)
         for container in empty:
             container.clear()
+
+
+def _changes(module: nn.Module, before: Mapping[str, Any]) -> list[Change]:
+    """What has changed on a module that keeps tensors where it had none; only what was None, a flag, a number ..."""
+    now = _plain(module)
+    if not any(before.get(name) is None and tensors_of(value) for name, value in now):
+        return []
+    changed = [name for name, value in now if before.get(name, _ABSENT) is not value]
+    return [
+        (module, name, name not in before, before.get(name)) for name in changed if type(before.get(name)) in _SIMPLE
+    ]
 
 
 def _plain(module: nn.Module) -> list[tuple[str, Any]]:

@@ -25,7 +25,7 @@ def slim(network: Network, share: float, seed: int) -> None:
     """One slimming to random classes, of each three one with convolutions on the shortcuts, half of them disturbed."""
     model = network.model
     options = AnalysisOptions((network.args, network.kwargs), {}, "conv" if seed % 3 == 0 else "shared")
-    shortcuts = add_shortcut_convolutions(model, options, UndoLog())
+    shortcuts = add_shortcut_convolutions(model, options, UndoLog()).shortcuts
     generator = torch.Generator().manual_seed(seed)
     for shortcut in shortcuts[seed % 2 :: 2]:
         weight = model.get_parameter(shortcut.weight)

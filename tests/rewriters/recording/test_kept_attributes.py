@@ -11,18 +11,18 @@ from rewriters.recording import Kept, capture, forget, kept_before, remember
 
 
 class Table(nn.Module):
-    """Keeps a table of positions, makes it again for longer inputs, and needs another tensor that it was built with."""
+    """Keeps a table of positions and its length, makes both again for longer inputs, and needs a tensor of its own."""
 
     def __init__(self, absent: bool):
         super().__init__()
-        self.absent, self.scale = absent, torch.tensor(2.0)
+        self.absent, self.scale, self.ready = absent, torch.tensor(2.0), 0
         if not absent:
             self.table = None
 
     def forward(self, x):
         there = hasattr(self, "table") if self.absent else self.table is not None
         if not there or len(self.table) < x.shape[-1]:
-            self.table = torch.arange(x.shape[-1]).to(x)
+            self.table, self.ready = torch.arange(x.shape[-1]).to(x), x.shape[-1]
         return x + self.scale * self.table[: x.shape[-1]]
 
 
@@ -39,7 +39,7 @@ class Uses(nn.Module):
 def test_what_a_forward_sets_is_told_and_taken_back(absent):
     model = Uses(absent)
     captured = capture(model, (torch.randn(2, 3, 5),))
-    assert captured.kept == (Kept("inner", "table", absent),)
+    assert captured.kept == (Kept("inner", "ready", False, 0), Kept("inner", "table", absent))
     assert getattr(model.inner, "table", None) is None
 
 
