@@ -63,7 +63,9 @@ def test_values_outside_of_their_range_are_refused(wrong):
         Run(**{"flops": 0.5, "steps": 10, **wrong})
 
 
-@pytest.mark.parametrize("wrong", [{"reduction": 0}, {"noise": -1}, {"lam": 0}, {"reach": 0.8}, {"hard": 0.4}])
+@pytest.mark.parametrize(
+    "wrong", [{"reduction": 0}, {"noise": -1}, {"sharpness": 0}, {"lam": 0}, {"reach": 0.8}, {"hard": 0.4}]
+)
 def test_settings_outside_of_their_range_are_refused(wrong):
     with pytest.raises(autogate.AutogateError, match=next(iter(wrong))):
         SANP(**wrong)
