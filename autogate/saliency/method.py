@@ -44,8 +44,8 @@ class SANP:
     gain: float = 3.0
     integral_gain: float = 2.0
     most: float = 1.0
-    trim: float = 0.1
-    widest: float = 2.0
+    trim: float = 0.5
+    widest: float = 10.0
 
     @classmethod
     def published(cls, lam: float = 0.01) -> SANP:
