@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ def fit(
     model: nn.Module, data: Data, setting: Setting, epochs: int, peak: float,
     report: Report = lambda *_: None, after_backward: Callable[[], None] = lambda: None,
     after_epoch: Callable[[Optimizer], None] = lambda _: None, weight_decay: float | None = None,
+    turns: Callable[[], Iterable[Tensor | None]] = lambda: (None,),
 ) -> None:  # fmt: skip
     """Train a model, with one schedule over these epochs.
 
@@ -37,6 +38,8 @@ def fit(
         after_backward: called in every step after backward.
         after_epoch: called with the optimizer, between two steps.
         weight_decay: replaces the recipe's.
+        turns: the forwards of a step, whose gradients add up. Each is for the labels (None), or for what the softmax
+            of these outputs says.
     """
     (inputs, labels), recipe = data, setting.recipe
     optimizer = _optimizer(model, recipe, peak, recipe.weight_decay if weight_decay is None else weight_decay)
@@ -50,10 +53,12 @@ def fit(
             if len(index) < recipe.batch:
                 continue
             varied, wanted = setting.vary(inputs[index], labels[index])
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=has_bfloat16(inputs.device)):
-                loss = setting.loss(forward(setting.ready(varied)), wanted)
+            ready = setting.ready(varied)
             optimizer.zero_grad()
-            loss.backward()
+            for teacher in turns():
+                with torch.autocast(inputs.device.type, torch.bfloat16, enabled=has_bfloat16(inputs.device)):
+                    loss = setting.loss(forward(ready), wanted if teacher is None else teacher.softmax(1))
+                loss.backward()
             after_backward()
             optimizer.step()
             schedule.step()
