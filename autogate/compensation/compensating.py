@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autogate.compensation.prediction import predict
-from autogate.compensation.reading import Place, Reader, drawn, place_of
+from autogate.compensation.reading import Place, Reader, count_rows, drawn, place_of
 from autogate.compensation.samples import joined
 from autogate.criteria import Call, twin_of
 from autogate.gating import GateBank
@@ -87,25 +87,24 @@ class Writer(TorchDispatchMode):
     def _compensate(self, place: Place, call: Call) -> None:
         part, constant = self._parts.pop(place), self._constants.pop(place)
         wanted = torch.cat(part.reads)
-        rows = call.rows(len(part.index))
+        reads = call.reads(len(part.index))
         # A kernel that is called several times is compensated once, for what its calls read before gates closed.
-        kept = drawn(rows) if part.lengths == [len(rows)] else wanted
+        kept = drawn(reads) if part.lengths == [count_rows(reads)] else wanted
         if not (torch.isfinite(kept).all() and torch.isfinite(wanted).all()):
             raise AutogateError(
                 "what it reads is not finite.", where=part.side.tensor, remedy="Check the weights and the batches."
             )
         kernel = call.kernel.movedim(call.dim, -1)
-        whole = kernel.float().index_copy(-1, part.gone, part.lost.movedim(call.dim, -1).float())
+        whole = torch.cat([kernel[..., part.kept], part.lost.movedim(call.dim, -1)], -1).float()
         used = torch.cat([part.kept, part.gone])
-        plain = torch.eye(len(used), device=kernel.device)[: len(part.kept)]
-        flat = whole[..., used].reshape(-1, len(used))
-        found = predict(kept[:, part.kept], wanted[:, used], plain, flat, constant is not None)
+        plain = torch.eye(len(part.kept), len(used), device=kernel.device)
+        found = predict(kept[:, part.kept], wanted[:, used], plain, whole.flatten(0, -2), constant is not None)
         if found is None:
             return
-        kernel[..., part.kept] = (whole[..., used] @ found.taken.T).to(kernel)
+        kernel[..., part.kept] = found.taken.T.unflatten(0, whole.shape[:-1]).to(kernel)
         self._changed.add(place[0])
         if constant is not None:
-            self._add(constant, call, whole[..., used] @ found.constant)
+            self._add(constant, call, found.constant.unflatten(0, whole.shape[:-1]))
 
     def _add(self, constant: Place, call: Call, added: Tensor) -> None:
         """Add a constant behind the kernel: to the bias, or off the running mean of the norm.

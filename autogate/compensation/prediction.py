@@ -1,4 +1,4 @@
-"""Predict what a kernel read, from what is left of it: ridge regression whose penalty is on the change."""
+"""Predict what a kernel made of what it read, from what is left: ridge regression whose penalty is on the change."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ HELD_OUT = 4
 
 
 class Prediction(NamedTuple):
-    """x ~ kept @ taken + constant.
+    """wanted ~ kept @ taken + constant.
 
     Attributes:
-        taken: shape (kept channels, channels).
-        constant: shape (channels,).
+        taken: shape (kept channels, columns).
+        constant: shape (columns,).
     """
 
     taken: Tensor
@@ -30,10 +30,11 @@ class Prediction(NamedTuple):
 
 
 def predict(kept: Tensor, wanted: Tensor, plain: Tensor, kernel: Tensor, constants: bool) -> Prediction | None:
-    """The prediction of `wanted` from `kept` that a kernel turns into the least error of its outputs.
+    """The prediction of a kernel's outputs, `wanted @ kernel.T`, from `kept`.
 
-    It minimises |wanted - kept taken - constant|² + penalty |taken - plain|². So where the rows say little, a kernel's
-    columns stay as they are. The penalty is chosen on held-out rows, by the error that the kernel makes of it.
+    For each channel x of `wanted`, it minimises |x - kept taken - constant|² + penalty |taken - plain|². So where the
+    rows say little, a kernel's columns stay as they are. The penalty is chosen on held-out rows, by the error of the
+    outputs.
 
     Args:
         kept: what is left, shape (rows, kept channels).
@@ -43,22 +44,26 @@ def predict(kept: Tensor, wanted: Tensor, plain: Tensor, kernel: Tensor, constan
         constants: whether there may be a constant.
 
     Returns:
-        None if no prediction is better than the kernel as it is.
+        With a column for each output; None if no prediction is better than the kernel as it is.
     """
+    outputs = kernel.T
+    few = len(kernel) < len(outputs)  # then solve for outputs, which are sums of channels, in place of channels
+    if few:
+        wanted, plain = wanted @ outputs, plain @ outputs
     cut = len(kept) - len(kept) // HELD_OUT
     some, held = _Fit(kept[:cut], wanted[:cut], plain, constants), slice(cut, None)
-    metric = kernel.T @ kernel
+    metric = None if few else outputs @ kernel
 
     def error(found: Prediction) -> float:
         missed = found.of(kept[held]) - wanted[held]
-        return float(((missed @ metric) * missed).sum())
+        return float(((missed if metric is None else missed @ metric) * missed).sum())
 
-    least, best = error(Prediction(plain, torch.zeros_like(wanted[0]))), None
-    for penalty in (*PENALTIES, None):
-        found = error(some.with_penalty(penalty))
-        if found < least:
-            least, best = found, (penalty,)
-    return None if best is None else _Fit(kept, wanted, plain, constants).with_penalty(*best)
+    errors = {penalty: error(some.with_penalty(penalty)) for penalty in (*PENALTIES, None)}
+    best = min(errors, key=lambda penalty: errors[penalty])
+    if not errors[best] < error(Prediction(plain, torch.zeros_like(wanted[0]))):
+        return None
+    found = _Fit(kept, wanted, plain, constants).with_penalty(best)
+    return found if few else Prediction(found.taken @ outputs, found.constant @ outputs)
 
 
 class _Fit:

@@ -30,13 +30,21 @@ def place_of(tensor: Tensor) -> Place:
     return storage_of(tensor), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
-def drawn(rows: Tensor) -> Tensor:
-    """Some of the rows, always the same of as many; float32."""
-    count, wanted = len(rows), max(LEAST_ROWS, ROWS_PER_CHANNEL * rows.shape[1])
-    if count > wanted:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
-        rows = rows[order.sort().values.to(rows.device)]
-    return rows.float() if rows.dtype != torch.float32 else rows.clone()
+def count_rows(reads: Tensor) -> int:
+    return reads.shape[:-1].numel()
+
+
+def drawn(reads: Tensor) -> Tensor:
+    """Some of the rows of what is read, always the same of as many: of shape (..., channels), (rows, channels) float32.
+
+    What isn't drawn is not copied.
+    """
+    count, channels = count_rows(reads), reads.shape[-1]
+    wanted = max(LEAST_ROWS, ROWS_PER_CHANNEL * channels)
+    if count <= wanted:
+        return reads.reshape(-1, channels).to(torch.float32, copy=True)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
+    return reads[torch.unravel_index(order.to(reads.device), reads.shape[:-1])].float()
 
 
 @dataclass
@@ -123,9 +131,9 @@ class Reader(TorchDispatchMode):
             if part is None:
                 return
             self.parts[place] = part
-            rows = seen.call.rows(len(seen.indices))
-            part.reads.append(drawn(rows))
-            part.lengths.append(len(rows))
+            reads = seen.call.reads(len(seen.indices))
+            part.reads.append(drawn(reads))
+            part.lengths.append(count_rows(reads))
             part.biases.append(None if seen.call.bias is None else place_of(seen.call.bias))
             output = seen.call.output
             part.outputs = None if output is None else seen.call.kernel.shape[output]

@@ -31,7 +31,7 @@ class Call(NamedTuple):
     Attributes:
         kernel: its kernel operand.
         dim: the dimension of the kernel that is summed over.
-        rows: of how many indices along it a call reads, the inputs: shape (rows, indices).
+        reads: of how many indices along it a call reads, the inputs, not copied: shape (..., indices).
         bias: what is added to the outputs, if anything.
         output: the dimension of the kernel that the outputs' channels lie along; None where an output may be a sum of
             several parts, as in a transposed convolution, or where outputs aren't the call's last or second dimension.
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
     kernel: Tensor
     dim: int
-    rows: Callable[[int], Tensor]
+    reads: Callable[[int], Tensor]
     bias: Tensor | None = None
     output: int | None = None
 
@@ -98,7 +98,7 @@ class Observer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for side, index, call in self._calls.of(func, args):
             with torch.utils._python_dispatch._disable_current_modes():
-                self._tell(side, index, call.rows(len(index)))
+                self._tell(side, index, call.reads(len(index)).reshape(-1, len(index)))
         return func(*args, **(kwargs or {}))
 
 
@@ -112,12 +112,12 @@ def _indices(known: _Known, call: Call) -> Tensor:
 def _convolution(args: tuple[Any, ...]) -> list[Call]:
     x, kernel, transposed = args[0], args[1], args[6]
 
-    def rows(length: int) -> Tensor:  # a grouped kernel's input side is as long as one group
-        return x.reshape(len(x), -1, length, *x.shape[2:]).movedim(2, -1).reshape(-1, length)
+    def reads(length: int) -> Tensor:  # a grouped kernel's input side is as long as one group
+        return x.reshape(len(x), -1, length, *x.shape[2:]).movedim(2, -1)
 
     if transposed:
-        return [Call(kernel, 0, rows)]
-    return [Call(kernel, 1, rows, args[2], output=0)]
+        return [Call(kernel, 0, reads)]
+    return [Call(kernel, 1, reads, args[2], output=0)]
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> list[Call]:
@@ -125,15 +125,15 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> list[Ca
     calls = []
     if right.ndim == 2 or right.shape[0] == 1 or right.stride(0) == 0:
         kernel = right if right.ndim == 2 else right[0]
-        calls.append(Call(kernel, 0, lambda length: left.reshape(-1, length), bias, output=1))
+        calls.append(Call(kernel, 0, lambda _: left, bias, output=1))
     if left.ndim == 2 or left.shape[0] == 1 or left.stride(0) == 0:
         kernel = left if left.ndim == 2 else left[0]
-        calls.append(Call(kernel, 1, lambda length: right.mT.reshape(-1, length)))
+        calls.append(Call(kernel, 1, lambda _: right.mT))
     return calls
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
-    return Call(weight, 1, lambda length: x.reshape(-1, length), bias, output=0)
+    return Call(weight, 1, lambda _: x, bias, output=0)
 
 
 _aten = torch.ops.aten
