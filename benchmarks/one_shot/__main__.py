@@ -5,6 +5,7 @@
     python -m benchmarks.one_shot run --cifar CIFAR --network lite0 --weights .../efficientnet-lite0-57934424.pth
     python -m benchmarks.one_shot run --cifar CIFAR --network vgg16_half --weights runs/test/vgg16_half_dense_0.pt
     python -m benchmarks.one_shot table
+    python -m benchmarks.one_shot figure
     python -m benchmarks.one_shot cost
 
 Agreement is the share of test images to which the slim model gives the dense model's top-1 answer: right after closing,
@@ -36,6 +37,7 @@ import autogate
 from autogate.criteria import CRITERIA, Batches, scores_of
 from benchmarks.accuracy.methods import count_flops
 from benchmarks.one_shot.distillation import Distillation, distilled
+from benchmarks.one_shot.figure import draw
 from benchmarks.one_shot.networks import NETWORKS, Subject, predicted
 
 OUT = Path("docs/benchmarks/data/one_shot.jsonl")
@@ -132,22 +134,25 @@ def rows(path: Path) -> list[dict]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """A table for each network, share and number of images and steps, the best first."""
+    """A table for each network and number of images and steps, with a column for each share."""
     found = rows(args.out)
-    kinds = ("network", "flops", "images", "steps", "batch")
+    kinds = ("network", "images", "steps", "batch")
     for kind in dict.fromkeys(tuple(row[name] for name in kinds) for row in found):
         own = [row for row in found if tuple(row[name] for name in kinds) == kind]
-        one = own[0]
-        distilled = f"; distilled for {one['steps']} steps of {one['batch']} images" if one["steps"] else ""
+        one, shares = own[0], sorted({row["flops"] for row in own}, reverse=True)
+        forms = [form for form in FORMS if any(form in row for row in own)]
         print(
-            f"\n{one['network']}, {one['flops']} of the FLOPs, {one['images']} images; the most frequent answer: "
-            f"{one['most_frequent_answer']} %{distilled}\n"
+            f"\n{one['network']}, {one['images']} images; the most frequent answer: {one['most_frequent_answer']} %; "
+            f"{' / '.join(forms)}; {one['steps']} steps of {one['batch']} images\n"
         )
-        print("| criterion | FLOPs left | right after closing | norms recalibrated | compensated | distilled |")
-        print("|---|---|---|---|---|---|")
-        for row in sorted(own, key=lambda row: -max(row.get(form, 0) for form in FORMS)):
-            forms = [f"{row[form]:.1f} %" if form in row else "" for form in FORMS]
-            print(f"| {row['method']} | {row['flops_left']:.3f} | {' | '.join(forms)} |")
+        print(f"| criterion | {' | '.join(f'{share} of the FLOPs' for share in shares)} |\n|---{'|---' * len(shares)}|")
+        for method in dict.fromkeys(row["method"] for row in own):
+            cells = {row["flops"]: row for row in own if row["method"] == method}
+            print(f"| {method} | {' | '.join(_cell(cells.get(share, {}), forms) for share in shares)} |")
+
+
+def _cell(row: dict, forms: list[str]) -> str:
+    return " / ".join(f"{row[form]:.1f}" if form in row else "–" for form in forms) if row else ""
 
 
 def cost(args: argparse.Namespace) -> None:
@@ -198,7 +203,10 @@ def main() -> None:
     costing.set_defaults(command=cost)
     tabling = commands.add_parser("table", help="print the tables")
     tabling.set_defaults(command=table)
-    for command in (running, tabling):
+    drawing = commands.add_parser("figure", help="draw agreement over the FLOPs left")
+    drawing.add_argument("--svg", type=Path, default=Path("docs/figures/one_shot.svg"))
+    drawing.set_defaults(command=lambda args: draw(rows(args.out), args.svg))
+    for command in (running, tabling, drawing):
         command.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     args.command(args)

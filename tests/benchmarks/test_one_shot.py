@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,7 +79,11 @@ def test_a_run_goes_on_where_it_ended(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["one_shot", "table", "--out", str(out)])
     main()
-    assert "| torch-pruning L1 | 0." in capsys.readouterr().out
+    cells = re.findall(r"\| torch-pruning L1 \| ([\d.]+) / ([\d.]+) / – / ([\d.]+) \|", capsys.readouterr().out)
+    assert cells == [tuple(f"{second[form]:.1f}" for form in ("closed", "recalibrated", "distilled"))]
+    monkeypatch.setattr("sys.argv", ["one_shot", "figure", "--out", str(out), "--svg", str(tmp_path / "one_shot.svg")])
+    main()
+    assert "<svg" in (tmp_path / "one_shot.svg").read_text()
 
 
 def test_cells_that_say_least_come_last(tmp_path, monkeypatch):
