@@ -27,7 +27,7 @@ from benchmarks.cost import DEVICE, synchronise
 
 @torch.no_grad()
 def draw_codes(model: nn.Module, images: Tensor, share: float, seed: int = 0) -> None:
-    """Write weights into the saliency modules so that each scores this share of its channels above zero, at random.
+    """Write weights into the saliency modules so that each has this share of its channels on, at random.
 
     Which channels these are hangs on the image. Scores stay near one in networks of any depth, on these images: others
     may have means far from theirs.
@@ -41,8 +41,8 @@ def draw_codes(model: nn.Module, images: Tensor, share: float, seed: int = 0) ->
         weight *= 0.5 / spread.clamp(min=1e-3)
         bias = 0.2 * torch.randn(module.expand.bias.shape, generator=random) - weight @ hidden.mean(0)
         scores = hidden @ weight.T + bias
-        module.expand.weight.copy_(weight)
-        module.expand.bias.copy_(bias - widest_gap(scores, 1 - share) - 1)
+        module.expand.weight.copy_(weight / module.sharpness)
+        module.expand.bias.copy_((bias - widest_gap(scores, 1 - share) - 1) / module.sharpness)
 
     handles = [module.register_forward_pre_hook(draw) for module in adaptive.bank(model).saliency_modules]
     model.eval()(images)

@@ -46,7 +46,7 @@ class SaliencyBank(nn.Module):
         cost: 0-dim float64, the running mean of the share of the FLOPs that an image takes; above 0 from the first
             step.
         integral: 0-dim float64, the controller's memory.
-        threshold: 0-dim float64, what a score must exceed for its channel to be computed.
+        threshold: 0-dim float64, what `SaliencyModule.decisive` of a score must exceed for its channel to be computed.
         balance: 0-dim float64, lambda of the latest step (equation 10).
         layout: 0-dim float64, a checksum: the state of another model is refused.
         measured: the use that was measured last, and the state that the run was in.
@@ -196,7 +196,7 @@ class SaliencyBank(nn.Module):
 
     @torch.no_grad()
     def set_threshold(self, value: float) -> None:
-        """Set what a score must exceed for its channel to be computed."""
+        """Set what the decisive value of a score must exceed for its channel to be computed."""
         self.threshold.fill_(value)
         for module in self.saliency_modules:
             module.threshold.fill_(value)

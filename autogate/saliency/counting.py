@@ -21,7 +21,7 @@ class Note(NamedTuple):
     Attributes:
         layer: its number.
         positions: of its outputs, over all images.
-        scores: (images, channels); None if it has none.
+        scores: the decisive values, (images, channels); None if it has none.
         made: bool, of that shape: the channels that are computed, as in inference; None if it has no scores.
     """
 

@@ -150,7 +150,7 @@ class _Placing:
         method, (outputs, inputs) = self._run.method, owner.weight.shape[:2]
         module = SaliencyModule(
             inputs, outputs, layout_of(owner), hidden=layer.hidden, layer=number, notes=self.notes,
-            published=method.lam is not None, closes=layer.scaling.across,
+            published=method.lam is not None, closes=layer.scaling.across, sharpness=method.sharpness,
         )  # fmt: skip
         module.to(owner.weight.device, owner.weight.dtype).train(owner.training)
         self.modules[layer.kernel.module] = module

@@ -17,6 +17,8 @@ class SANP:
         reduction: r of equation 6. A module of a convolution with C outputs has C / r hidden units.
         noise: standard deviation of the noise of equation 7. The paper has 1. Behind trained weights that is much: the
             loss of a trained digits network began at 2.4 with 1, and at 0.7 with 0.3.
+        sharpness: a channel is on where 1 + sharpness (s - 1) is positive, s being its score. The paper has 1. At the
+            optimizer's rate scores leave 1 by a few hundredths in a short run, less than the noise, and say nothing.
         lam: lambda_0 of equation 10, if it is fixed; the paper has 0.01. If None, the pressure is steered.
         reach: part of the joint training over which the wanted cost falls to the budget.
         hard: over as long a part of the steps, noise and soft codes fade; and for as long at the end, training computes
@@ -35,14 +37,15 @@ class SANP:
 
     reduction: float = 4.0
     noise: float = 0.3
+    sharpness: float = 30.0
     lam: float | None = None
     reach: float = 0.3
     hard: float = 0.15
     gain: float = 3.0
     integral_gain: float = 2.0
     most: float = 1.0
-    trim: float = 0.1
-    widest: float = 2.0
+    trim: float = 0.5
+    widest: float = 10.0
 
     @classmethod
     def published(cls, lam: float = 0.01) -> SANP:
@@ -51,7 +54,7 @@ class SANP:
         Such a lambda has to be tuned to the learning rate and the length of the run, or the budget is missed. It is for
         comparisons with the paper.
         """
-        return cls(lam=lam, noise=1.0, hard=0.0)
+        return cls(lam=lam, noise=1.0, sharpness=1.0, hard=0.0)
 
     def __post_init__(self) -> None:
         for name, holds, wanted in self._ranges():
@@ -61,6 +64,7 @@ class SANP:
     def _ranges(self) -> Iterator[Range]:
         yield "reduction", self.reduction > 0, "positive"
         yield "noise", self.noise >= 0, "0 or more"
+        yield "sharpness", self.sharpness > 0, "positive"
         yield "lam", self.lam is None or self.lam > 0, "positive"
         yield "reach", 0 < self.reach <= 0.7, "in (0, 0.7]"
         yield "hard", 0 <= self.hard <= 0.3, "in [0, 0.3]"

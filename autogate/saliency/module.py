@@ -1,16 +1,16 @@
 """The Saliency-and-Pruning Module of one layer (Chen et al., "Self-Adaptive Network Pruning", section 3).
 
 The layer is a convolution, as in the paper, or a linear one. The module reads the layer's input, and gives each output
-channel of each image a score. The channel is computed where the score is positive, and the score scales it behind the
-norm:
+channel of each image a score. It decides whether the channel is computed, and scales it behind the norm:
 
     d = mean over positions of x                          (equation 5)
     s = 1 + W2 relu(W1 d) + bias                          (equation 6)
-    s1 = max(0, min(1, 1.2 sigmoid(s + noise) - 0.1))     (equation 7)
-    s2 = 1 where s1 > 0.5, which is where s + noise > 0   (equation 8)
+    q = 1 + sharpness (s - 1)
+    s1 = max(0, min(1, 1.2 sigmoid(q + noise) - 0.1))     (equation 7)
+    s2 = 1 where s1 > 0.5, which is where q + noise > 0   (equation 8)
     y = s b norm(layer(x)), with b = s1 or s2             (equation 3)
 
-The one and the bias aren't in the paper. W2 and the bias are zero at first: all scores are one, so outputs are what
+The one, the bias and q aren't in the paper. W2 and the bias are zero at first: all scores are one, so outputs are what
 they were; and weight decay takes scores back to one.
 """
 
@@ -60,6 +60,7 @@ class SaliencyModule(nn.Module):
         notes: takes the scores of each forward.
         published: whether the penalty is the paper's to the letter.
         closes: whether channels that are off are zero before the norm too, because it takes statistics across them.
+        sharpness: see `SANP`.
 
     Attributes:
         reduce: W1, weight of shape (hidden, inputs).
@@ -67,7 +68,7 @@ class SaliencyModule(nn.Module):
         push, level: 0-dim, see `penalised`.
         noise: 0-dim, standard deviation of the noise of equation 7.
         soft: 0-dim, the share of images that get s1 in training.
-        threshold: 0-dim, what a score must exceed for its channel to be computed.
+        threshold: 0-dim, what q must exceed for the channel to be computed.
         open: bool, (images, outputs): the channels that aren't zero in the latest forward.
         pending: scores and code of a call whose output isn't scaled yet, both (images, outputs); else None.
     """
@@ -80,7 +81,7 @@ class SaliencyModule(nn.Module):
 
     def __init__(
         self, inputs: int, outputs: int, layout: Layout, hidden: int, layer: int, notes: Notes, published: bool,
-        closes: bool,
+        closes: bool, sharpness: float = 1.0,
     ):  # fmt: skip
         super().__init__()
         self.reduce = nn.Linear(inputs, hidden, bias=False)
@@ -89,7 +90,8 @@ class SaliencyModule(nn.Module):
         nn.init.zeros_(self.expand.bias)
         for name in ("push", "level", "noise", "soft", "threshold"):
             self.register_buffer(name, torch.zeros(()))
-        self.layout, self.layer, self.notes, self.published, self.closes = layout, layer, notes, published, closes
+        self.layout, self.layer, self.notes, self.closes = layout, layer, notes, closes
+        self.published, self.sharpness = published, sharpness
         self.open: Tensor | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self._note: Note | None = None
@@ -110,14 +112,19 @@ class SaliencyModule(nn.Module):
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer: score its channels."""
         scores = self(args[0] if args else kwargs["input"])
-        code, known = self.code(scores), scores.detach()
+        decisive = self.decisive(scores)
+        code, known = self.code(decisive), decisive.detach()
         self.open = code if code.dtype == torch.bool else code.detach() > 0
         self.pending = scores, code
         made = known > self.threshold if self.training else self.open  # noise isn't counted
         self._note = Note(self.layer, 0.0, known, self.notes.made(made))
 
+    def decisive(self, scores: Tensor) -> Tensor:
+        """The values that decide on the channels, of their scores, both (images, outputs)."""
+        return scores if self.sharpness == 1 else 1 + self.sharpness * (scores - 1)
+
     def code(self, scores: Tensor) -> Tensor:
-        """Equations 7 and 8: which channels are computed, of their scores, (images, outputs); in eval mode bool."""
+        """Equations 7 and 8: which channels are computed, of what `decisive` returned; in eval mode bool."""
         if not self.training:
             return self.notes.code(self.layer, scores.detach(), self.threshold)
         noise = self.noise * torch.randn_like(scores) - self.threshold

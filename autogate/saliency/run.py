@@ -30,7 +30,7 @@ class RunState(NamedTuple):
         steps: optimizer steps taken.
         cost: the running mean of the share of the FLOPs that an image takes; 0 before the first step.
         integral: the part of the pressure that is due to past errors.
-        threshold: what a score must exceed for its channel to be computed.
+        threshold: what the decisive value of a score must exceed for its channel to be computed.
     """
 
     steps: int = 0

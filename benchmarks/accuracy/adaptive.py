@@ -78,7 +78,7 @@ def static(model: nn.Module, task: Task) -> nn.Module:
 
 def fixed_k(model: nn.Module, task: Task) -> nn.Module:
     """The same with FIXED K's modules. One share of the channels for all layers, so that the FLOPs are met."""
-    method = SANP(trim=0.0)  # a score's threshold stays at zero
+    method = SANP(sharpness=1.0, trim=0.0)  # scores of k channels are positive, and the threshold stays at zero
     model = autogate.adaptive.prepare(model, task.example, flops=task.flops, steps=task.steps, method=method)
     images = [inputs for inputs, _ in task.batches]
     become(model, FixedKModule)

@@ -18,7 +18,8 @@ IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def scoring(kind):
     """A model whose modules are of a kind, and score each image differently if they look at it."""
     torch.manual_seed(0)
-    model = autogate.adaptive.prepare(ResNet(8), IMAGES[:2], flops=0.5).eval()
+    method = autogate.adaptive.SANP(sharpness=1.0)
+    model = autogate.adaptive.prepare(ResNet(8), IMAGES[:2], flops=0.5, method=method).eval()
     become(model, kind)
     for module in autogate.adaptive.bank(model).saliency_modules:
         torch.nn.init.normal_(module.reduce.weight)

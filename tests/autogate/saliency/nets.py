@@ -80,5 +80,5 @@ def choose(model: nn.Module, seed: int = 0, closed: float = 1.0) -> None:
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in bank.saliency_modules:
-            module.expand.weight.normal_(0, 3, generator=random)
-            module.expand.bias.normal_(-closed, 1, generator=random)
+            module.expand.weight.normal_(0, 3, generator=random).div_(module.sharpness)
+            module.expand.bias.normal_(-closed, 1, generator=random).div_(module.sharpness)

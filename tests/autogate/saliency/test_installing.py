@@ -48,8 +48,9 @@ def test_a_linear_layer_is_scaled_as_equation_3_says():
     x = torch.randn(2, 5, 16)
     module = model.fc1.saliency
     s = 1 + torch.relu(x.mean(1) @ module.reduce.weight.T) @ module.expand.weight.T + module.expand.bias
-    wanted = (s * (s > 0))[:, None] * nn.functional.linear(x, model.fc1.weight, model.fc1.bias)
-    assert torch.allclose(model.fc1(x), wanted, atol=1e-5) and (s > 0).any() and (s <= 0).any()
+    on = module.decisive(s) > 0
+    wanted = (s * on)[:, None] * nn.functional.linear(x, model.fc1.weight, model.fc1.bias)
+    assert torch.allclose(model.fc1(x), wanted, atol=1e-5) and on.any() and not on.all()
 
 
 class Rows(nn.Module):
@@ -97,10 +98,11 @@ def test_behind_a_norm_channels_are_scaled_as_equation_3_says():
         adaptive.prepare(model, IMAGES, flops=0.9)
         choose(model)
         s = conv.saliency(IMAGES)
-        wanted = (s * (s > 0))[..., None, None] * plain(nn.functional.conv2d(IMAGES, conv.weight, conv.bias))
+        on = conv.saliency.decisive(s) > 0
+        wanted = (s * on)[..., None, None] * plain(nn.functional.conv2d(IMAGES, conv.weight, conv.bias))
         wanted = nn.functional.silu(wanted) if isinstance(norm, BatchNormAct2d) else wanted
         assert torch.allclose(model[:2](IMAGES), wanted, atol=1e-6)
-        assert (s > 0).any() and (s <= 0).any()
+        assert on.any() and not on.all()
 
 
 def test_a_norm_across_channels_sees_zeros_where_channels_are_off():
@@ -109,7 +111,7 @@ def test_a_norm_across_channels_sees_zeros_where_channels_are_off():
     adaptive.prepare(lively(model), IMAGES, flops=0.9)
     choose(model)
     s, plain = model[0].saliency(IMAGES), LayerNorm2d(8)
-    code = (s > 0)[..., None, None]
+    code = (model[0].saliency.decisive(s) > 0)[..., None, None]
     conv = nn.functional.conv2d(IMAGES, model[0].weight, model[0].bias)
     assert torch.allclose(model[:2](IMAGES), s[..., None, None] * code * plain(code * conv), atol=1e-6)
 
@@ -119,7 +121,7 @@ def test_a_norm_over_groups_of_channels_sees_zeros_too():
     adaptive.prepare(lively(model), IMAGES, flops=0.9)
     choose(model)
     s = model[0].saliency(IMAGES)
-    on = (s > 0)[..., None, None]
+    on = (model[0].saliency.decisive(s) > 0)[..., None, None]
     conv = nn.functional.conv2d(IMAGES, model[0].weight, model[0].bias)
     wanted = s[..., None, None] * on * nn.GroupNorm(4, 8)(on * conv)
     assert torch.allclose(model[:2](IMAGES), wanted, atol=1e-6)

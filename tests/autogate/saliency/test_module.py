@@ -30,6 +30,13 @@ def test_scores_are_one_at_first():
     assert torch.equal(SaliencyModule(6, 8, Layout(2), 3, 0, Notes(), True, False)(X), torch.ones(4, 8))
 
 
+def test_the_distance_of_a_score_from_one_decides_sharply():
+    made = SaliencyModule(6, 8, Layout(2), 3, 0, Notes(), True, False, sharpness=20.0)
+    scores = torch.tensor([[0.9, 0.96, 1.0, 1.1, -torch.inf]])
+    assert torch.allclose(made.decisive(scores), torch.tensor([[-1.0, 0.2, 1.0, 3.0, -torch.inf]]), atol=1e-5)
+    assert torch.equal(module(False).decisive(scores), scores)  # the paper's
+
+
 def test_codes_are_those_of_equations_7_and_8():
     scores, noise = torch.tensor([[-4.0, -0.1, 0.1, 4.0]]).expand(2, 4), torch.zeros(2, 4)
     s1 = (1.2 * scores[0].sigmoid() - 0.1).clip(0, 1)

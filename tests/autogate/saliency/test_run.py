@@ -42,8 +42,8 @@ def test_the_pressure_is_steered_and_bounded():
 def test_the_threshold_follows_the_cost_once_the_wanted_cost_is_the_budget():
     run = Run(0.4, 1000)
     assert run.step(RunState(200, 0.9), 0.9).threshold == 0
-    assert run.step(RunState(500, 0.5), 0.5).threshold == pytest.approx(0.025)
-    assert run.step(RunState(500, 0.3), 0.3).threshold == pytest.approx(-0.025)
+    assert run.step(RunState(500, 0.5), 0.5).threshold == pytest.approx(0.125)
+    assert run.step(RunState(500, 0.3), 0.3).threshold == pytest.approx(-0.125)
 
 
 def test_noise_and_soft_codes_fade():
@@ -63,7 +63,9 @@ def test_values_outside_of_their_range_are_refused(wrong):
         Run(**{"flops": 0.5, "steps": 10, **wrong})
 
 
-@pytest.mark.parametrize("wrong", [{"reduction": 0}, {"noise": -1}, {"lam": 0}, {"reach": 0.8}, {"hard": 0.4}])
+@pytest.mark.parametrize(
+    "wrong", [{"reduction": 0}, {"noise": -1}, {"sharpness": 0}, {"lam": 0}, {"reach": 0.8}, {"hard": 0.4}]
+)
 def test_settings_outside_of_their_range_are_refused(wrong):
     with pytest.raises(autogate.AutogateError, match=next(iter(wrong))):
         SANP(**wrong)

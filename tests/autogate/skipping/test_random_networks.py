@@ -49,8 +49,8 @@ def draw(model: nn.Module, share: float, seed: int) -> None:
     level = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(share).clamp(0.001, 0.999))
     with torch.no_grad():
         for module in adaptive.bank(model).saliency_modules:
-            module.expand.weight.normal_(0, 0.3, generator=random)
-            module.expand.bias.normal_(float(level) / 2 - 1, 0.5, generator=random)
+            module.expand.weight.normal_(0, 0.3, generator=random).div_(module.sharpness)
+            module.expand.bias.normal_(float(level) / 2 - 1, 0.5, generator=random).div_(module.sharpness)
 
 
 def test_networks_skip_exactly():
