@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
 from autogate.api import gates
 from autogate.budget import ResourceMaker, Shares
+from autogate.compensation import compensated
 from autogate.criteria import CRITERIA, Allocation, Batches, By, choose, scores_of
 from autogate.gating import GateBank, has_shards
 from autogate.lock import locked
@@ -29,6 +31,7 @@ def close(
     loss: Callable[..., Tensor] | None = None,
     allocation: Allocation = "global",
     over_price: bool | None = None,
+    compensate: bool = False,
     flops: float | None = None,
     params: float | None = None,
     activations: float | None = None,
@@ -51,7 +54,15 @@ def close(
     It can be called several times with falling budgets, with training in between, and before or in the middle of
     training with gates. The model keeps its mode, gradients and buffers: criteria that run it run a copy.
 
-    In a distributed run, call it on every process; scores are averaged over them.
+    With `compensate`, what a kernel read of channels that close is predicted, by ridge regression over the batches,
+    from the channels that it goes on reading, and the prediction is multiplied into its weights: layer after layer, in
+    the order in which they run. The penalty is on the change of the weights, and is chosen for each layer on a quarter
+    of the rows that is held out, so a layer of which the batches say too little stays as it is. A constant goes to the
+    layer's bias, or off the running mean of a batch norm behind it; where there is neither, the prediction has none.
+    Kernels that something else reads too (tied embeddings) or that are computed in the forward stay as they are. The
+    first 256 samples are used, joined into one batch.
+
+    In a distributed run, call it on every process; scores and compensated weights are averaged over them.
 
     Args:
         model: the model that `prepare` returned, or a compiled or distributed wrapper around it; the same object is
@@ -67,6 +78,8 @@ def close(
         over_price: whether "global" compares scores divided by what a class costs of the budget's resources. None:
             only those of "taylor" and "fisher", which estimate what closing costs the loss. The scores of the others
             are relative to the layer, and dividing them would close one layer after the other.
+        compensate: let the channels that stay make up for those that close (see below). It needs `batches`, without
+            labels.
         flops: share of the FLOPs to keep, instead of the budget given to `prepare`; see there.
         params: share of the parameters to keep, likewise.
         activations: share of the activation bytes to keep, likewise.
@@ -75,7 +88,8 @@ def close(
 
     Raises:
         AutogateError: the model has no gates, or is sharded; the criterion is unknown, lacks batches or a loss, or its
-            scores are not one number a class; or the budget is out of reach. The model is left as it was.
+            scores are not one number a class; the budget is out of reach; or, with `compensate`, batches can't be
+            joined, or what a kernel reads is not finite. The model is left as it was.
     """
     network, bank = unwrap(model), gates(model)
     if allocation not in get_args(Allocation):
@@ -86,6 +100,8 @@ def close(
         raise AutogateError(
             "its parameters are sharded.", where=type(network).__name__, remedy="Close gates before fully_shard."
         )
+    if compensate and iter(batches or ()) is batches:
+        batches = list(batches)  # they are read twice
     bank.fold()
     learner = _learner(network, bank, Shares.given(flops, params, activations, latency, resources or {}))
     scores = scores_of(network, bank, by, None if batches is None else Batches(batches, loss))
@@ -94,8 +110,19 @@ def close(
         over_price = isinstance(by, str) and CRITERIA[by].needs == "loss"
     deaths = choose(learner.selection, learner.groups, scores, live, allocation, over_price)
     _check_reached(learner, live.index_fill(0, deaths.classes, False), deaths.settled)
+    changes = compensated(network, bank, deaths.classes, batches or ()) if compensate else {}
     bank.close(deaths.classes, deaths.settled and learner is bank.learner)
+    _write(network, changes)
+    bank.fold(stepped=True)
     return model
+
+
+@torch.no_grad()
+def _write(model: nn.Module, changes: Mapping[str, Tensor]) -> None:
+    """Write tensors into those of the model that have their names."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in changes.items():
+        tensors[name].copy_(value)
 
 
 def _learner(network: nn.Module, bank: GateBank, shares: Shares | None) -> Learner:

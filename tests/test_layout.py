@@ -21,8 +21,8 @@ ORDER = {
     ],
     "autogate": [
         "cli", "reporting", "training", "integrations", "demo", "outlook", "subnets", "adaptive", "closing", "api",
-        "inspection", "files", "switching", "skipping", "saliency", "slim", "criteria", "gating", "methods", "steering",
-        "budget", "naming", "inputs", "wrappers", "lock", "digits", "version",
+        "inspection", "files", "switching", "skipping", "saliency", "slim", "compensation", "criteria", "gating",
+        "methods", "steering", "budget", "naming", "inputs", "wrappers", "lock", "digits", "version",
     ],
 }  # fmt: skip
 """Folders and single files of each package. Each may import from those behind it."""

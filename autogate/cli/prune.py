@@ -38,6 +38,9 @@ def prune(
     batches: Annotated[int, typer.Option(min=1, help="Batches of images that the criterion looks at.")] = 50,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images per batch.")] = 32,
     workers: Annotated[int, typer.Option("--workers", "-j", min=0, help="Processes that load images.")] = 4,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Let what stays make up for what goes, on up to 256 of these images.")
+    ] = False,
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Recompute batch norms' statistics on these batches.")
     ] = False,
@@ -53,7 +56,9 @@ def prune(
 
     Example: autogate prune resnet50 --pretrained --by taylor --flops 0.6 --data imagenet/ --out slim.safetensors
     """
-    _check(by, allocation, weights, pretrained, data, recalibrate)
+    _check(by, allocation, weights, pretrained)
+    if data is None:
+        _check_without_data(by, compensate, recalibrate)
     function = model_function(model)
     name = model if function else timm_name(model)
     network = Network(name, pretrained, None if weights is None else str(weights), classes, image_size)
@@ -64,7 +69,7 @@ def prune(
     with one_line_warnings():
         found = pruned_by(
             network, budget, out, by=by, allocation=allocation,  # type: ignore[arg-type]
-            folder=folder, recalibrated=recalibrate, device=device, function=function,
+            folder=folder, compensate=compensate, recalibrated=recalibrate, device=device, function=function,
         )  # fmt: skip
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=1))
@@ -72,9 +77,7 @@ def prune(
         _print(found)
 
 
-def _check(
-    by: str, allocation: str, weights: Path | None, pretrained: bool, data: Path | None, recalibrate: bool
-) -> None:
+def _check(by: str, allocation: str, weights: Path | None, pretrained: bool) -> None:
     """Raise for options that don't go together."""
     if by not in CRITERIA:
         raise typer.BadParameter(f"there is no criterion {by!r}. There are {', '.join(CRITERIA)}.", param_hint="--by")
@@ -82,9 +85,14 @@ def _check(
         raise typer.BadParameter(f"it is {' or '.join(get_args(Allocation))}.", param_hint="--allocation")
     if pretrained and weights is not None:
         raise typer.BadParameter("it can't be given with --pretrained.", param_hint="--weights")
-    if data is None and (recalibrate or CRITERIA[by].needs != "weights"):
-        why = "--recalibrate" if recalibrate else f"--by {by}"
-        raise typer.BadParameter(f"{why} needs images.", param_hint="--data")
+
+
+def _check_without_data(by: str, compensate: bool, recalibrate: bool) -> None:
+    """Raise for options that need images."""
+    needy = {"--compensate": compensate, "--recalibrate": recalibrate, f"--by {by}": CRITERIA[by].needs != "weights"}
+    for option, given in needy.items():
+        if given:
+            raise typer.BadParameter(f"{option} needs images.", param_hint="--data")
 
 
 def _print(found: Pruned) -> None:

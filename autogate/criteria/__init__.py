@@ -6,8 +6,9 @@ what they read, `registry.py` knows them by name, `choosing.py` turns scores int
 """
 
 from autogate.criteria import activations, draws, gradients, magnitudes  # noqa: F401  (they register their criteria)
-from autogate.criteria.batches import Batches
+from autogate.criteria.batches import Batches, twin_of
 from autogate.criteria.choosing import Allocation, choose
+from autogate.criteria.observing import Call, GatedCalls, Seen
 from autogate.criteria.readings import Readings, Slice
 from autogate.criteria.registry import CRITERIA, By, Criterion, criterion
 from autogate.criteria.scoring import scores_of
@@ -17,10 +18,14 @@ __all__ = [
     "Allocation",
     "Batches",
     "By",
+    "Call",
     "Criterion",
+    "GatedCalls",
     "Readings",
+    "Seen",
     "Slice",
     "choose",
     "criterion",
     "scores_of",
+    "twin_of",
 ]

@@ -162,7 +162,8 @@ def optimizers_of(bank: Follower) -> list[Optimizer]:
 def gated_elsewhere(model: nn.Module) -> str | None:
     """Name of a parameter of `model` that a bank follows; None if there is none."""
     gated = {id(kernel) for bank in list(_turns) for kernel in _kernels(bank)}
-    return next((name for name, parameter in model.named_parameters() if id(parameter) in gated), None)
+    parameters = model.named_parameters() if gated else ()
+    return next((name for name, parameter in parameters if id(parameter) in gated), None)
 
 
 def is_capturing() -> bool:

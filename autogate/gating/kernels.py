@@ -204,7 +204,7 @@ class GatedKernels:
 
     def spread(self, values: Tensor, pinned: float | bool) -> Tensor:
         """A value per class, laid out along all gated sides; `pinned` for columns without a class."""
-        return torch.cat([values, values.new_full((1,), pinned)])[self._labels]
+        return torch.cat([values, values.new_full((1,), pinned)]).index_select(0, self._labels)
 
     def on_side(self, flat: Tensor, side: GatedSide) -> Tensor:
         """The part of `flat`, which is laid out along all sides, for the side's columns in this process."""
@@ -231,7 +231,7 @@ class GatedKernels:
     def scale(self, factors: Tensor, sides: list[GatedSide]) -> None:
         """Multiply the columns of each class by its factor, shape (classes,). Kernels whose factors are all 1 stay."""
         stacks, factors = self._stacks(sides), torch.cat([factors, factors.new_ones(1)])
-        along = [factors[stack.labels] for stack in stacks]
+        along = [factors.index_select(0, stack.labels.flatten()).view(stack.labels.shape) for stack in stacks]
         changed = iter(torch.cat([(own != 1).any(1) for own in along]).tolist() if along else ())
         for stack, own in zip(stacks, along, strict=True):
             chosen = [*islice(changed, len(stack.sides))]
@@ -284,7 +284,7 @@ class GatedKernels:
                 at = [kernels[side.place] for side in learns.sides] if kernels else learns.here()
                 others = at if squares else learns.gradients()
                 counted = column_products(others, at, stack.dim)
-                flat.index_copy_(0, learns.positions.flatten(), counted.to(flat).flatten())
+                flat.scatter_(0, learns.positions.flatten(), counted.to(flat).flatten())
         whole = torch.zeros(self._size + 1, dtype=kind, device=self._labels.device)
         for where, flat in by_layout.items():
             whole = whole + total(segment_sum(flat, self._labels, len(whole)), where)

@@ -13,7 +13,7 @@ from autogate.gating.bank import BANK, GateBank
 from autogate.gating.sharding import has_shards
 from autogate.wrappers import child_of, is_wrapped
 from rewriters import AutogateError
-from rewriters.recording import named_modules
+from rewriters.recording import named_modules, named_tensors
 
 
 def check_preparable(model: Any) -> None:
@@ -56,15 +56,16 @@ def check_preparable(model: Any) -> None:
 
 def _check_parameters(model: nn.Module) -> None:
     """Raise if a tensor has no shape yet, or if no optimizer could ever write to one of the parameters."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    tensors = named_tensors(model)
+    for name, tensor in tensors.items():
         if nn.parameter.is_lazy(tensor):
             raise AutogateError(
                 "it belongs to a lazy layer, and has no shape yet.",
                 where=name,
                 remedy="Run the model on an input first.",
             )
-    for name, parameter in model.named_parameters():
-        if parameter.layout != torch.strided:
+    for name, parameter in tensors.items():
+        if not isinstance(parameter, nn.Parameter) or parameter.layout != torch.strided:
             continue
         if parameter.is_inference():
             raise AutogateError(

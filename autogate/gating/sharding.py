@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewriters.recording import modules_of, tensor_slots
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process may hold only a part of the tensor."""
@@ -25,12 +27,14 @@ def is_sharded(tensor: Tensor) -> bool:
 def _is_managed(module: nn.Module) -> bool:
     # The attribute is for modules within one that was sharded: FSDP leaves it there for Dynamo to see.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return getattr(module, "_is_fsdp_managed_module", False) or isinstance(module, getattr(fsdp, "FSDPModule", ()))
+    return vars(module).get("_is_fsdp_managed_module", False) or isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
 def has_shards(model: nn.Module) -> bool:
     """Whether FSDP2 manages a part of the model, whether or not its parameters are gathered now."""
-    return any(map(_is_managed, model.modules())) or any(map(is_sharded, model.parameters()))
+    if sys.modules.keys().isdisjoint(("torch.distributed.fsdp", "torch.distributed.tensor")):
+        return False
+    return any(map(_is_managed, modules_of(model))) or any(is_sharded(tensor) for *_, tensor in tensor_slots(model))
 
 
 def local(tensor: Tensor) -> Tensor:

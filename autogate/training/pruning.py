@@ -84,6 +84,7 @@ def prune(
     by: str = "l1",
     allocation: Allocation = "global",
     folder: Folder | None = None,
+    compensate: bool = False,
     recalibrated: bool = False,
     device: str | None = None,
     function: ModelFunction | None = None,
@@ -94,8 +95,8 @@ def prune(
         network: what to build, and its weights.
         budget: what is to be left.
         out: file for the slim model.
-        by, allocation: see `autogate.close`.
-        folder: images; for criteria that need some, and for the accuracy before and after.
+        by, allocation, compensate: see `autogate.close`.
+        folder: images; for criteria that need some, for compensation, and for the accuracy before and after.
         recalibrated: recompute the statistics of batch norms on the batches of the folder.
         device: where to run; CUDA if there is some, else the CPU, if None.
         function: as for `start`.
@@ -125,7 +126,7 @@ def prune(
         ignore=budget.ignore, shortcuts=budget.shortcuts,
     )  # fmt: skip
     batches = None if images is None else images.calibration
-    close(model, by, batches=batches, loss=F.cross_entropy, allocation=allocation)
+    close(model, by, batches=batches, loss=F.cross_entropy, allocation=allocation, compensate=compensate)
     found = gated_summary(model)
     finalize(model)
     if recalibrated and images is not None:

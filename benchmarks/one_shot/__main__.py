@@ -5,12 +5,14 @@
     python -m benchmarks.one_shot run --cifar CIFAR --network lite0 --weights .../efficientnet-lite0-57934424.pth
     python -m benchmarks.one_shot run --cifar CIFAR --network vgg16_half --weights runs/test/vgg16_half_dense_0.pt
     python -m benchmarks.one_shot table
+    python -m benchmarks.one_shot figure
     python -m benchmarks.one_shot cost
 
 Agreement is the share of test images to which the slim model gives the dense model's top-1 answer: right after closing,
-with batch norms recalibrated on 256 images, compensated (an experiment, see compensation.py), and after some steps of
-distillation from the dense model on training images without their labels (distillation.py). Each case appends a line
-of JSON to the output. A case that has its line is skipped, so an interrupted run goes on.
+with batch norms recalibrated on 256 images, compensated (`autogate.close(..., compensate=True)`) with these, and after
+some steps of distillation from the dense model on training images without their labels (distillation.py; --steps 0
+leaves it out). Each case appends a line of JSON to the output. A case that has its line is skipped, so an interrupted
+run goes on.
 
 Torch-Pruning's importances are measured at the same FLOPs, in its global mode with 100 steps.
 """
@@ -21,6 +23,7 @@ import argparse
 import copy
 import itertools
 import json
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -31,25 +34,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autogate
-from autogate.criteria import CRITERIA
+from autogate.criteria import CRITERIA, Batches, scores_of
 from benchmarks.accuracy.methods import count_flops
-from benchmarks.one_shot.compensation import compensated
 from benchmarks.one_shot.distillation import Distillation, distilled
+from benchmarks.one_shot.figure import draw
 from benchmarks.one_shot.networks import NETWORKS, Subject, predicted
 
 OUT = Path("docs/benchmarks/data/one_shot.jsonl")
-COMPENSATED = ("l1", "taylor")
 FORMS = ("closed", "recalibrated", "compensated", "distilled")
 SHARES = (0.9, 0.7, 0.8, 0.5)
 GLOBAL, UNIFORM = ([f"{by}, {allocation}" for by in CRITERIA] for allocation in ("global", "uniform"))
 THEIRS = ["torch-pruning L1", "torch-pruning Taylor"]
 
 
-def ours(subject: Subject, method: str, share: float) -> nn.Module:
-    """A copy of the network with gates closed by a criterion."""
+def ours(subject: Subject, method: str, share: float) -> tuple[nn.Module, nn.Module]:
+    """Two copies of the network with the same gates closed by a criterion: as they are, and compensated."""
     by, allocation = method.split(", ")
     model = autogate.prepare(copy.deepcopy(subject.model), subject.images[0][:2], flops=share)
-    return autogate.close(model, by, batches=subject.calibration, loss=F.cross_entropy, allocation=allocation)
+    scores = scores_of(model, autogate.gates(model), by, Batches(subject.calibration, F.cross_entropy))
+    over_price = CRITERIA[by].needs == "loss"
+
+    def closed(compensate: bool) -> nn.Module:
+        return autogate.close(
+            copy.deepcopy(model), lambda bank: scores, batches=subject.calibration, allocation=allocation,
+            over_price=over_price, compensate=compensate,
+        )  # fmt: skip
+
+    return closed(False), closed(True)
 
 
 def theirs(subject: Subject, method: str, share: float) -> nn.Module:
@@ -86,15 +97,13 @@ def measure(subject: Subject, wanted: Tensor, method: str, share: float, how: Di
     if method in THEIRS:
         slim = theirs(subject, method, share)
     else:
-        closed = ours(subject, method, share)
-        if method in (f"{by}, {how}" for by, how in itertools.product(COMPENSATED, ("global", "uniform"))):
-            dense = autogate.prepare(copy.deepcopy(subject.model), subject.images[0][:2])
-            agreement("compensated", compensated(copy.deepcopy(closed), dense, torch.cat(batches)))
-        slim = autogate.finalize(closed, warn=False)
+        slim, compensated = (autogate.finalize(model, warn=False) for model in ours(subject, method, share))
+        agreement("compensated", compensated)
     example = subject.images[0][:2]
     agreement("closed", slim)
     found["flops_left"] = round(count_flops(slim, example) / count_flops(subject.model, example), 4)
-    agreement("distilled", distilled(copy.deepcopy(slim), subject, how))
+    if how.steps:
+        agreement("distilled", distilled(copy.deepcopy(slim), subject, how))
     agreement("recalibrated", autogate.recalibrate(slim, batches, batches=len(batches)))
     return found
 
@@ -125,29 +134,50 @@ def rows(path: Path) -> list[dict]:
 
 
 def table(args: argparse.Namespace) -> None:
-    """A table for each network and share, the best after distillation first."""
+    """A table for each network and number of images and steps, with a column for each share."""
     found = rows(args.out)
-    for network, share in dict.fromkeys((row["network"], row["flops"]) for row in found):
-        own = [row for row in found if (row["network"], row["flops"]) == (network, share)]
-        one = own[0]
+    kinds = ("network", "images", "steps", "batch")
+    for kind in dict.fromkeys(tuple(row[name] for name in kinds) for row in found):
+        own = [row for row in found if tuple(row[name] for name in kinds) == kind]
+        one, shares = own[0], sorted({row["flops"] for row in own}, reverse=True)
+        forms = [form for form in FORMS if any(form in row for row in own)]
         print(
-            f"\n{network}, {share} of the FLOPs, {one['images']} images; the most frequent answer: "
-            f"{one['most_frequent_answer']} %; distilled for {one['steps']} steps of {one['batch']} images\n"
+            f"\n{one['network']}, {one['images']} images; the most frequent answer: {one['most_frequent_answer']} %; "
+            f"{' / '.join(forms)}; {one['steps']} steps of {one['batch']} images\n"
         )
-        print("| criterion | FLOPs left | right after closing | norms recalibrated | compensated | distilled |")
-        print("|---|---|---|---|---|---|")
-        for row in sorted(own, key=lambda row: -row["distilled"]):
-            forms = [f"{row[form]:.1f} %" if form in row else "" for form in FORMS]
-            print(f"| {row['method']} | {row['flops_left']:.3f} | {' | '.join(forms)} |")
+        print(f"| criterion | {' | '.join(f'{share} of the FLOPs' for share in shares)} |\n|---{'|---' * len(shares)}|")
+        for method in dict.fromkeys(row["method"] for row in own):
+            cells = {row["flops"]: row for row in own if row["method"] == method}
+            print(f"| {method} | {' | '.join(_cell(cells.get(share, {}), forms) for share in shares)} |")
+
+
+def _cell(row: dict, forms: list[str]) -> str:
+    return " / ".join(f"{row[form]:.1f}" if form in row else "–" for form in forms) if row else ""
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Processor seconds that closing a resnet50 takes, for each criterion that reads weights alone."""
+    """What closing a resnet50 takes, for each criterion that reads weights alone; and compensation."""
+    torch.set_num_threads(args.threads)
     model = autogate.prepare(timm.create_model("resnet50"), flops=0.5)
     for by in (name for name, found in CRITERIA.items() if found.needs == "weights"):
         twin, start = copy.deepcopy(model), time.process_time()
         autogate.close(twin, by)
         print(f"{by}: {time.process_time() - start:.2f} s of processor time")
+    images = torch.randn(64, 3, 224, 224)
+    peak_memory()
+    start, before = (time.process_time(), time.perf_counter()), peak_memory()
+    autogate.close(model, "l1", batches=[images], compensate=True)
+    print(
+        f"l1, compensated with 64 images: {time.process_time() - start[0]:.1f} s of processor time, "
+        f"{time.perf_counter() - start[1]:.1f} s, {peak_memory() - before:.0f} MB at most beside model and images"
+    )
+
+
+def peak_memory() -> float:
+    """The most megabytes that this process has held since the last call. Linux alone tells."""
+    told = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    return int(told[1]) / 1024 if told else float("nan")
 
 
 def main() -> None:
@@ -169,10 +199,14 @@ def main() -> None:
     running.add_argument("--threads", type=int, default=1)
     running.set_defaults(command=run)
     costing = commands.add_parser("cost", help="time closing of a resnet50")
+    costing.add_argument("--threads", type=int, default=2)
     costing.set_defaults(command=cost)
     tabling = commands.add_parser("table", help="print the tables")
     tabling.set_defaults(command=table)
-    for command in (running, tabling):
+    drawing = commands.add_parser("figure", help="draw agreement over the FLOPs left")
+    drawing.add_argument("--svg", type=Path, default=Path("docs/figures/one_shot.svg"))
+    drawing.set_defaults(command=lambda args: draw(rows(args.out), args.svg))
+    for command in (running, tabling, drawing):
         command.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     args.command(args)

@@ -33,7 +33,7 @@ from rewriters.recording.function_calls import FunctionCalls
 from rewriters.recording.meta_kernels import fakify, run_on_fakes
 from rewriters.recording.mode_reads import attribute_writes, mode_reads
 from rewriters.recording.module_calls import ModuleCall
-from rewriters.recording.module_walk import named_tensors, tensor_slots
+from rewriters.recording.module_walk import named_modules, named_tensors, tensor_slots
 from rewriters.recording.opaque import (
     FailsForRealError,
     Opaque,
@@ -208,7 +208,7 @@ def _run_for_real(
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """All names of each module."""
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return names
 

@@ -30,6 +30,9 @@ class ModuleCall:
         return self.names[0]
 
     def walk(self) -> Iterator[ModuleCall]:
-        yield self
-        for child in self.children:
-            yield from child.walk()
+        """The call and all calls in it, in the order in which they began."""
+        left = [self]
+        while left:
+            call = left.pop()
+            yield call
+            left += call.children[::-1]

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from rewriters.recording.answered_calls import AnsweredCalls
 from rewriters.recording.meta_kernels import constant, has_real, run_on_fakes
 from rewriters.recording.module_calls import ModuleCall
+from rewriters.recording.module_walk import tensor_slots
 from rewriters.recording.opaque import Opaque, RecordedOutputs, opaque_call
 from rewriters.recording.pytrees import held_tensors, maker_of, plain_kind, tensors_of
 
@@ -279,7 +280,10 @@ def record_module_calls(
         finally:
             recorder.call = outer
         if outer is None:
-            recorder.exchanged = [name for name, buffer in module.named_buffers() if not recorder.began_with(buffer)]
+            recorder.exchanged = [
+                name for name, owner, own_name, tensor in tensor_slots(module)
+                if not recorder.began_with(tensor) and own_name in owner._buffers
+            ]  # fmt: skip
         return output
 
     with mock.patch.object(nn.Module, "__call__", call):

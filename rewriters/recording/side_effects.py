@@ -59,12 +59,7 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[Change]]
     modules = list(modules)
     kept: list[Change] = []
     before = [(module, module.__dict__, module.__dict__.copy()) for module in modules]
-    containers = [
-        held
-        for *_, plain in before
-        for name, value in plain.items()
-        if type(value) not in _SIMPLE and (held := _held_in(name, value)) is not None
-    ]
+    containers = [container for *_, plain in before for container in _containers(plain)]
     filled = [(one, type(one)(one)) for one in containers if one]
     empty = [one for one in containers if not one]
     try:
@@ -72,7 +67,7 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[Change]]
     finally:
         _clear_functions(modules)
         for module, attributes, plain in before:
-            if len(attributes) == len(plain) and all(map(operator.is_, _entries(attributes), _entries(plain))):
+            if [*attributes] == [*plain] and all(map(operator.is_, attributes.values(), plain.values())):
                 continue
             kept += _changes(module, plain)
             for name in attributes.keys() - _OWN_TO_TORCH - plain.keys():
@@ -83,7 +78,8 @@ def attributes_preserved(modules: Iterable[nn.Module]) -> Iterator[list[Change]]
         for container, content in filled:
             _restore(container, content)
         for container in empty:
-            container.clear()
+            if container:
+                container.clear()
 
 
 def _changes(module: nn.Module, before: Mapping[str, Any]) -> list[Change]:
@@ -135,10 +131,18 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def _held_in(name: str, value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
+def _containers(attributes: Mapping[str, Any]) -> list[Any]:
+    """A module's registries, and what `_held_in` finds in its plain attributes."""
+    found: list[Any] = [value for name in _REGISTRIES if isinstance(value := attributes.get(name), dict)]
+    for name in attributes.keys() - _OWN_TO_TORCH:
+        value = attributes[name]
+        if type(value) not in _SIMPLE and (held := _held_in(value)) is not None:
+            found.append(held)
+    return found
+
+
+def _held_in(value: Any) -> dict[Any, Any] | list[Any] | set[Any] | None:
     """The container that an attribute's value is, or the `__dict__` of an object that is not a module."""
-    if name in _OWN_TO_TORCH:
-        return value if name in _REGISTRIES and isinstance(value, dict) else None
     if type(value) in (dict, list, set):
         return value
     return None if isinstance(value, _NO_STATE) else getattr(value, "__dict__", None)

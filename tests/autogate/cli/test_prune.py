@@ -66,6 +66,18 @@ def test_by_gradients_with_accuracies_as_json(weights: Path, images: Path, tmp_p
     assert all(after <= before for before, after in found["widths"].values())
 
 
+def test_compensated_without_labels(weights: Path, images: Path, tmp_path: Path):
+    """Compensation needs images alone; the slim model has other kernels than without."""
+    words = ["--weights", weights, "--classes", 2, "--data", images / "train" / "dark", *SMALL]
+    slim = {}
+    for name, options in {"closed": [], "compensated": ["--compensate"]}.items():
+        told = invoke(*words, *options, "--flops", 0.5, "--out", tmp_path / f"{name}.safetensors")
+        assert told.exit_code == 0, told.output
+        slim[name] = autogate.load(tmp_path / f"{name}.safetensors").state_dict()
+    assert all(slim["closed"][name].shape == value.shape for name, value in slim["compensated"].items())
+    assert any(not torch.equal(slim["closed"][name], value) for name, value in slim["compensated"].items())
+
+
 def test_without_labels_that_fit(weights: Path, images: Path, tmp_path: Path):
     """One folder of images: enough for activations, not for a loss."""
     words = ["--weights", weights, "--classes", 2, "--data", images / "train" / "dark", *SMALL]
@@ -81,6 +93,7 @@ def test_without_labels_that_fit(weights: Path, images: Path, tmp_path: Path):
         (["--by", "l7"], "no criterion 'l7'"),
         (["--by", "taylor"], "--by taylor needs images"),
         (["--recalibrate"], "--recalibrate needs images"),
+        (["--compensate"], "--compensate needs images"),
         (["--allocation", "local"], "global or uniform"),
         (["--pretrained", "--weights", __file__], "can't be given with --pretrained"),
     ],

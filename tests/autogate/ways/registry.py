@@ -48,13 +48,13 @@ def learned(method: Method) -> Way:
     return Way(lambda train, model: train(model, STEPS), method)
 
 
-def scored(by: str) -> Way:
+def scored(by: str, compensate: bool = False) -> Way:
     """Gates are closed at once by this criterion."""
 
     def close(train: Callable[[nn.Module, int], None], model: nn.Module) -> None:
         device = next(model.parameters()).device
         data = [(batch.to(device), labels.to(device)) for batch, labels in batches(3)]
-        autogate.close(model, by, batches=data, loss=nn.functional.cross_entropy)
+        autogate.close(model, by, batches=data, loss=nn.functional.cross_entropy, compensate=compensate)
 
     return Way(close, nets=BATCH_NORMS if by == "bn_scale" else None)
 
@@ -66,6 +66,7 @@ WAYS: dict[str, Way] = {
     "l1": scored("l1"),
     "taylor": scored("taylor"),
     **{by: scored(by) for by in CRITERIA},
+    **{f"{by}, compensated": scored(by, compensate=True) for by in ("l1", "taylor")},
 }
 
 

@@ -24,6 +24,7 @@ class Tree(nn.Module):
 @pytest.mark.parametrize("model", [Tree(), nn.Linear(2, 2), torch.jit.script(nn.Sequential(nn.Linear(2, 2)))])
 def test_modules_and_tensors_are_found_as_torch_finds_them(model):
     assert named_modules(model) == list(model.named_modules())
+    assert named_modules(model, remove_duplicate=False) == list(model.named_modules(remove_duplicate=False))
     assert modules_of(model) == list(model.modules())
     wanted = [*model.named_parameters(), *model.named_buffers()]
     found = list(named_tensors(model).items())
