@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from rewriters.forwards.guards import GUARDS, guard, kinds
@@ -40,10 +41,10 @@ def chooser(graph: fx.Graph) -> fx.Graph:
 
 
 def _needed_early(graph: fx.Graph) -> set[fx.Node]:
-    """Guards that need nothing that the forward computes with tensors, and all that these need. Views are free."""
+    """Guards that need nothing that the forward computes with tensors but by cheap ops, and all that these need."""
     early: set[fx.Node] = set()
     for node in graph.nodes:
-        computes = node.op == "call_module" or not all(op.is_view for op in node.meta.get("ops") or ())
+        computes = node.op == "call_module" or not all(_is_cheap(op) for op in node.meta.get("ops") or ())
         known = node.op != "output" and ("val" in node.meta or node.target in GUARDS) and not computes
         stored = node.op == "get_attr" and bool(tensors_of(node.meta.get("val")))
         if known and not stored and early.issuperset(node.all_input_nodes):
@@ -53,6 +54,11 @@ def _needed_early(graph: fx.Graph) -> set[fx.Node]:
         if node in early and (node.target in GUARDS or not needed.isdisjoint(node.users)):
             needed.add(node)
     return needed
+
+
+def _is_cheap(op: torch._ops.OpOverload) -> bool:
+    """Whether an op may run once more, to choose a trace by the size of what it returns."""
+    return op.is_view or op is torch.ops.aten.constant_pad_nd.default
 
 
 def told_apart(graphs: Sequence[fx.Graph]) -> bool:

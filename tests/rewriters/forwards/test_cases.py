@@ -151,3 +151,30 @@ def test_numbers_of_frames_are_told_apart_before_anything_is_computed(frames_of)
         model(clips)
     slimmed.undo_log.undo()
     assert all(relative_error(one, run_eval(model, call)) <= TOLERANCE for one, call in zip(got, calls, strict=True))
+
+
+def test_ways_are_told_apart_by_the_size_after_padding():
+    class Window(nn.Module):
+        """Windows of four, shifted by two where the padded input has more than one of them (torchvision's Swin)."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(8, 16), conv(8, 8)
+
+        def forward(self, x):
+            height = x.shape[2]
+            x = nn.functional.pad(x, (0, 0, 0, -height % 4))
+            shift = 2 if x.shape[2] > 4 else 0
+            first, second = self.a(x.roll(shift, 2)).chunk(2, 1)
+            return (first * self.b(second)).roll(-shift, 2)[:, :, :height]
+
+    model = Net(lambda m, x: m.head(m.block(m.stem(x))), stem=conv(3, 8), block=Window(), head=conv(8, 2))
+    model, images = model.double().eval(), torch.randn(3, 3, 12, 6).double()
+    calls = [(images[:, :, :height],) for height in (4, 5, 3, 12)]
+    analysis = analyse(model, calls[0], others=[(calls[1], {})])
+    assert not any("tell apart" in pin.reason for pin in analysis.channel_map.pins)
+    slimmed = slim(model, calls[0], share=0.4, analysis=analysis)
+    assert model.block.a.out_channels < 16
+    got = [run_eval(model, call) for call in calls]
+    slimmed.undo_log.undo()
+    assert all(relative_error(one, run_eval(model, call)) <= TOLERANCE for one, call in zip(got, calls, strict=True))
